@@ -1,0 +1,37 @@
+# Every verb works on a fresh machine: the environment is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
+	$(BIN)/lightning-compress experiment=demo
+
+test: $(READY)  ## all but the slow tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## what must hold before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## speed: callback overhead, coding; interleaved ratios
+	$(BIN)/python experiments/bench_pruning.py
+	$(BIN)/python experiments/bench_coding.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) outputs multirun .cache

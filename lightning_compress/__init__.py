@@ -1,0 +1,53 @@
+"""Compress generative models while they train: Lightning callbacks, small files, honest reports."""
+
+from lightning_compress.callbacks import (
+    CompressionSummary,
+    GradualPruning,
+    PostTrainingQuantization,
+    ProjectedEMA,
+    RandomState,
+    ScoreMonitor,
+    StopOnNonFinite,
+)
+from lightning_compress.coding.artifact import (
+    inspect_compressed,
+    load_compressed,
+    save_compressed,
+)
+from lightning_compress.coding.info import ArtifactInfo
+from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
+from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
+from lightning_compress.measures import sparsity
+from lightning_compress.projection import Projector
+from lightning_compress.quantization.post_training import quantize_weights
+from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, Staircase
+from lightning_compress.state import CompressionState, compression_state
+
+__all__ = [
+    "ArtifactInfo",
+    "CompressionState",
+    "CompressionSummary",
+    "Constant",
+    "CorruptArtifactError",
+    "Cosine",
+    "GradualPruning",
+    "Linear",
+    "MissingExtraError",
+    "OnnxInfo",
+    "Polynomial",
+    "PostTrainingQuantization",
+    "ProjectedEMA",
+    "Projector",
+    "RandomState",
+    "ScoreMonitor",
+    "Staircase",
+    "StopOnNonFinite",
+    "TargetError",
+    "compression_state",
+    "export_onnx",
+    "inspect_compressed",
+    "load_compressed",
+    "quantize_weights",
+    "save_compressed",
+    "sparsity",
+]
