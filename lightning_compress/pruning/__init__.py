@@ -1,0 +1,1 @@
+"""Pruning as pure functions: scores say what matters, masks say what stays."""
