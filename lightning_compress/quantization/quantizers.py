@@ -1,0 +1,112 @@
+"""Grids: which values a quantized weight may take, and how a weight gets onto them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.observers import minmax_range
+
+__all__ = ["MAX_BITS", "MIN_BITS", "AffineGrid", "affine_grid", "channel_axis"]
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """A uniform grid, `visible = scale * (q - zero_point)` with whole q in `[qmin, qmax]`.
+
+    Zero is always on the grid: it is `q == zero_point`. Jacob et al. 2018, arXiv:1712.05877.
+
+    Args:
+        scale: step sizes, float32 of shape (1,) or (channels,); all finite and above 0.
+        zero_point: the q of the value 0, int32 of the same shape.
+        bits: 2 to 8.
+        symmetric: q in `±(2^(bits-1) - 1)` and zero point 0, else q in `[0, 2^bits - 1]`.
+        axis: the weight's axis that `scale` runs along; None when one scale serves all.
+
+    >>> grid = AffineGrid(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32), 4, True, None)
+    >>> grid.project(torch.tensor([0.0, 0.6, -9.0]))
+    tensor([ 0.0000,  0.5000, -3.5000])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    symmetric: bool
+    axis: int | None
+
+    @property
+    def qmin(self) -> int:
+        """The smallest q."""
+        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest q."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def _along_axis(self, values: Tensor, weight: Tensor) -> Tensor:
+        values = values.to(weight.device)
+        if self.axis is None:
+            return values.reshape(())
+        shape = [1] * weight.dim()
+        shape[self.axis] = -1
+        return values.reshape(shape)
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest grid points of a weight, as q minus the zero point: int32, 0 means value 0."""
+        scale = self._along_axis(self.scale, weight)
+        zero = self._along_axis(self.zero_point, weight)
+        centred = torch.round(weight.float() / scale)
+        return centred.clamp(self.qmin - zero, self.qmax - zero).to(torch.int32)
+
+    def dequantize(self, symbols: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of centred symbols (what `quantize` returns), as one float32 product each."""
+        return (symbols.to(torch.float32) * self._along_axis(self.scale, symbols)).to(dtype)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The grid point nearest to each weight, in the weight's own dtype."""
+        return self.dequantize(self.quantize(weight), weight.dtype)
+
+
+def channel_axis(module: torch.nn.Module) -> int:
+    """The output-channel axis of a module's weight: 1 for transposed convolutions, else 0.
+
+    A grouped transposed convolution holds (in, out / groups, ...): one scale an index of axis 1
+    is then shared by the groups.
+
+    >>> channel_axis(torch.nn.ConvTranspose2d(8, 4, 3))
+    1
+    """
+    transposed = torch.nn.modules.conv._ConvTransposeNd
+    return 1 if isinstance(module, transposed) else 0
+
+
+def affine_grid(
+    weight: Tensor, *, bits: int = 8, symmetric: bool = True, axis: int | None = None
+) -> AffineGrid:
+    """Grid over a weight's min/max range, for the tensor or for each index of `axis`.
+
+    A range of zero width (an all-zero channel) gets the step 1, so that zero stays zero.
+
+    Raises:
+        ValueError: for bits outside 2 to 8, or weights that are not finite.
+
+    >>> affine_grid(torch.tensor([-1.0, 0.0, 7.0]), bits=4).scale
+    tensor([1.])
+    """
+    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits!r}: valid are whole numbers from {MIN_BITS} to {MAX_BITS}")
+    low, high = minmax_range(weight, axis)
+    if symmetric:
+        width, levels = torch.maximum(-low, high), 2 ** (bits - 1) - 1
+    else:
+        width, levels = high - low, 2**bits - 1
+    # A width of subnormal size would divide to a step of 0: treat it as no width at all.
+    scale = width / levels
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    zero = torch.zeros_like(low) if symmetric else torch.round(-low / scale).clamp(0, levels)
+    return AffineGrid(scale, zero.to(torch.int32), bits, symmetric, axis)
