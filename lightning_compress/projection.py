@@ -1,0 +1,288 @@
+"""The one mechanism: a compressed weight is a projection, `visible = quantize(mask * latent)`.
+
+The module's own parameter always holds the visible value, except inside the optimizer's update:
+a hook before the step puts the latent values back, the optimizer updates them, a hook after the
+step projects again. The gradient taken at the visible weight is applied to the latent one, which
+is the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432).
+
+Nothing here knows Lightning: `Projector.of(module)`, `add`, `attach(optimizers)` serve any loop.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.errors import TargetError
+from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.state import clear_grid, set_grid
+from lightning_compress.targets import Target, clean_path
+
+__all__ = ["Projector", "Slot"]
+
+Quantizer = Callable[[Tensor], AffineGrid]
+_REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
+
+
+class Slot:
+    """One projected parameter: its mask, its quantizer, and its latent values if it needs them.
+
+    Args:
+        target: the parameter and the layer that holds it.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.path = clean_path(target.path)
+        self.pruned: Tensor | None = None  # True where the weight is 0
+        self.quantizer: Quantizer | None = None
+        self.latent: Tensor | None = None
+        self.grid: AffineGrid | None = None  # where the parameter lies since the last projection
+        self._holds_latent = False  # what the parameter holds at this moment
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's own parameter."""
+        return self.target.parameter
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of positions that the mask prunes."""
+        return 0.0 if self.pruned is None else self.pruned.sum().item() / self.pruned.numel()
+
+    def values(self) -> Tensor:
+        """The latent values: what the optimizer updates and what criteria look at."""
+        if self.latent is None or self._holds_latent:
+            return self.parameter.detach()
+        return self.latent
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Replace the mask (True where a weight stays); it shows after the next `project`."""
+        self.restore()  # with the projection that the parameter was written by
+        if mask is None:
+            self.pruned = None
+            return
+        if mask.shape != self.parameter.shape:
+            shapes = f"{tuple(mask.shape)}, the weight {tuple(self.parameter.shape)}"
+            raise TargetError(f"mask of {self.path} has shape {shapes}")
+        self.pruned = ~mask.to(self.parameter.device)
+
+    def set_quantizer(self, quantizer: Quantizer | None) -> None:
+        """Replace what makes the grid; it shows after the next `project`."""
+        self.restore()
+        self.quantizer = quantizer
+
+    def visible(self, values: Tensor) -> tuple[Tensor, AffineGrid | None]:
+        """The projection of any values of this weight's shape, and the grid it lies on."""
+        if self.pruned is not None:
+            values = values.masked_fill(self.pruned, 0.0)
+        if self.quantizer is None:
+            return values, None
+        grid = self.quantizer(values)
+        return grid.project(values), grid
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the latent values into the parameter, so that the optimizer updates them."""
+        if self.latent is None or self._holds_latent:
+            return
+        expected = self.latent if self.grid is None else self.grid.project(self.latent)
+        # Where somebody else wrote (weight clamping, user code), what was written counts.
+        untouched = self.parameter == expected
+        self.parameter.copy_(torch.where(untouched, self.latent, self.parameter))
+        self._holds_latent = True
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Put the visible values into the parameter."""
+        if self.quantizer is None:
+            self._drop_latent()
+            if self.pruned is not None:
+                self.parameter.masked_fill_(self.pruned, 0.0)
+            return
+        self.restore()
+        latent = self.parameter.detach()
+        if self.pruned is not None:
+            latent.masked_fill_(self.pruned, 0.0)
+        self.latent = latent.clone() if self.latent is None else self.latent.copy_(latent)
+        self.grid = self.quantizer(self.latent)
+        self.parameter.copy_(self.grid.project(self.latent))
+        self._holds_latent = False
+        set_grid(self.target.layer, self.target.name, self.grid)
+
+    def hide(self) -> None:
+        """Project if the latent values show, as after an update that failed half way."""
+        if self._holds_latent:
+            self.project()
+
+    def _drop_latent(self) -> None:
+        if self.latent is not None:
+            self.restore()
+            self.latent, self.grid, self._holds_latent = None, None, False
+            clear_grid(self.target.layer, self.target.name)
+
+    def mask_gradient(self, gradient: Tensor) -> Tensor:
+        """Zero the gradient of pruned positions, so that it stays out of the clipping norm."""
+        return gradient if self.pruned is None else gradient.masked_fill(self.pruned, 0.0)
+
+
+class Projector:
+    """All projected parameters of one module, and the hooks on the optimizers that own them.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> projector = Projector.of(layer)
+    >>> slot = projector.add(Target("weight", layer, "weight", layer.weight))
+    >>> slot.set_mask(torch.tensor([[True, False]]))
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> projector.attach([optimizer])
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> _ = optimizer.step()
+    >>> layer.weight[0, 1].item(), projector.steps
+    (0.0, [1])
+    >>> projector.detach()
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[str, Slot] = {}
+        self.steps: list[int] = []
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._owners: dict[str, list[int]] = {}
+        self._handlers: list[tuple[int, Callable[[], None]]] = []
+        self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Projector:
+        """The projector that all callbacks of one module share; made at the first call."""
+        return _REGISTRY.setdefault(module, cls())
+
+    @staticmethod
+    def find(module: nn.Module) -> Projector | None:
+        """The module's projector while one is in use."""
+        return _REGISTRY.get(module)
+
+    def add(self, target: Target) -> Slot:
+        """Take a parameter under projection, or return the slot it has."""
+        path = clean_path(target.path)
+        slot = self.slots.get(path)
+        if slot is None:
+            slot = self.slots[path] = Slot(target)
+            self._handles.append(target.parameter.register_hook(_untraced(slot.mask_gradient)))
+        return slot
+
+    def on_step(self, handler: Callable[[], None], *, order: int) -> None:
+        """Run a handler after each optimizer step, before projecting; lower orders go first."""
+        self._handlers.append((order, handler))
+        self._handlers.sort(key=lambda pair: pair[0])
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Hook the optimizers that own the slots; calling again takes in new slots.
+
+        Raises:
+            TargetError: when an optimizer keeps weights of its own, or owns none of the slots.
+        """
+        if not self._optimizers:
+            for index, optimizer in enumerate(optimizers):
+                _check_optimizer(optimizer)
+                self._optimizers.append(weakref.ref(optimizer))
+                self._hook(optimizer, index)
+            self.steps = self.steps or [0] * len(optimizers)
+        groups = [_parameter_ids(optimizer) for optimizer in optimizers]
+        for path, slot in self.slots.items():
+            self._owners[path] = [i for i, ids in enumerate(groups) if id(slot.parameter) in ids]
+        orphans = [path for path, owners in self._owners.items() if not owners]
+        if orphans:
+            raise TargetError(
+                f"no optimizer owns {orphans}: such weights never train; exclude them, or give "
+                "them to an optimizer in configure_optimizers"
+            )
+
+    def detach(self) -> None:
+        """Remove all hooks; the parameters stay visible."""
+        for slot in self.slots.values():
+            slot.hide()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._handlers.clear()
+        self._optimizers.clear()
+        for module in [module for module, one in _REGISTRY.items() if one is self]:
+            del _REGISTRY[module]
+
+    def clock(self, paths: Sequence[str]) -> int:
+        """Steps of the optimizer that owns the parameters; of several, the slowest one's."""
+        owners = {index for path in paths for index in self._owners[path]}
+        return min(self.steps[index] for index in owners)
+
+    def project(self) -> None:
+        """Make every parameter visible."""
+        for slot in self.slots.values():
+            slot.project()
+
+    def _hook(self, optimizer: Optimizer, index: int) -> None:
+        def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._before_step(index, args, kwargs)
+
+        def after(_: Optimizer, _args: Any, _kwargs: Any) -> None:
+            self._after_step(index)
+
+        self._handles.append(optimizer.register_step_pre_hook(_untraced(before)))
+        self._handles.append(optimizer.register_step_post_hook(_untraced(after)))
+
+    def _owned(self, index: int) -> list[Slot]:
+        return [self.slots[path] for path, owners in self._owners.items() if index in owners]
+
+    def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        slots = self._owned(index)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            for slot in slots:
+                slot.restore()
+            return None
+
+        def visible_closure() -> Any:
+            # Lightning runs forward and backward in here, and LBFGS does so several times: each
+            # must see visible weights, and leave latent ones for the update that follows.
+            for slot in slots:
+                slot.hide()
+            result = closure()
+            for slot in slots:
+                slot.restore()
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": visible_closure}
+        return (*args[:1], visible_closure, *args[2:]), kwargs
+
+    def _after_step(self, index: int) -> None:
+        self.steps[index] += 1
+        for _, handler in self._handlers:
+            handler()
+        for slot in self._owned(index):
+            slot.project()
+
+
+def _untraced(hook: Callable[..., Any]) -> Any:
+    """A hook that `torch.compile` leaves alone: traced hooks are silently wrong."""
+    return torch.compiler.disable(hook)
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TargetError(f"{name} has no step hooks: it does not call Optimizer.__init__")
+    lowered = name.lower()
+    if any(word in lowered for word in ("schedulefree", "lookahead")):
+        raise TargetError(
+            f"{name} keeps a second copy of the weights, which would bring pruned weights back: "
+            "use an optimizer that updates the parameters themselves"
+        )
