@@ -1,0 +1,159 @@
+"""What the callbacks that project weights share: targets, hooks on and off, state on resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_compress.errors import TargetError
+from lightning_compress.projection import Projector, Slot
+from lightning_compress.targets import Coverage, Pattern, select
+
+__all__ = ["WeightCallback", "check_run_ends", "run_progress"]
+
+_ENDLESS = (
+    "begin and end are fractions of the run, but the run has no end: set max_epochs or max_steps "
+    "of the Trainer, or give begin and end in optimizer steps (int)"
+)
+
+
+def check_run_ends(trainer: Trainer) -> None:
+    """Check that fractions of the run mean something.
+
+    Raises:
+        ValueError: for an endless run.
+    """
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        raise ValueError(_ENDLESS)
+
+
+def run_progress(trainer: Trainer) -> float:
+    """Fraction of the run done when the current batch ends, in (0, 1], from batches and epochs.
+
+    `trainer.estimated_stepping_batches` is wrong under manual optimization, batches are not.
+
+    Raises:
+        ValueError: for an endless run, which has no fractions.
+    """
+    done = []
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is not None and epochs > 0 and math.isfinite(batches):
+        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        done.append((trainer.current_epoch * batches + ready) / (epochs * batches))
+    if trainer.max_steps > 0:
+        done.append((trainer.global_step + 1) / trainer.max_steps)
+    if not done:
+        raise ValueError(_ENDLESS)
+    return min(max(done), 1.0)
+
+
+class WeightCallback(Callback):
+    """Base of the callbacks that project weights while they train.
+
+    Args:
+        include: path globs or layer classes; None: the part of the model that ships.
+        exclude: the same, taken away again.
+        name: prefix of what is logged, and the key of the state in a checkpoint.
+    """
+
+    order = 0  # of several callbacks on one weight: masks go before grids
+
+    def __init__(
+        self,
+        *,
+        include: Sequence[Pattern] | Pattern | None,
+        exclude: Sequence[Pattern] | Pattern,
+        name: str,
+    ) -> None:
+        self.include, self.exclude, self.name = include, exclude, name
+        self.coverage: list[Coverage] = []
+        self.slots: list[Slot] = []
+        self._projector: Projector | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def projector(self) -> Projector:
+        """The projector of the module in training."""
+        if self._projector is None:
+            raise RuntimeError(f"{type(self).__name__} is not in a fit: there is no projector yet")
+        return self._projector
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find mistakes before anything is built or trained."""
+        self._loaded = None  # what validate or test may have left here
+        if stage != "fit":
+            return
+        _refuse_plain_averaging(trainer)
+        if not is_overridden("configure_model", pl_module):
+            select(pl_module, self.include, self.exclude)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the parameters by name and hook their optimizers."""
+        self._projector = Projector.of(pl_module)
+        selection = select(pl_module, self.include, self.exclude)
+        self.coverage = selection.coverage
+        masks = {slot.path: slot.pruned for slot in self.slots}
+        self.slots = [self.projector.add(target) for target in selection.targets]
+        self.projector.attach(trainer.optimizers)
+        self.projector.on_step(lambda: self.on_weight_step(trainer), order=self.order)
+        for slot in self.slots:  # a second fit goes on with the masks of the first
+            pruned = masks.get(slot.path)
+            if pruned is not None and slot.pruned is None and slot.values().shape == pruned.shape:
+                slot.set_mask(~pruned)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
+        if self._loaded is not None:
+            self.restore_state(self._loaded)
+            self._loaded = None
+        self.projector.project()
+
+    def on_weight_step(self, trainer: Trainer) -> None:
+        """React to a step of an optimizer, before its weights are projected."""
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Apply what `state_dict` saved, to slots that exist."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the weights are in place."""
+        self._loaded = state_dict
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Remove the hooks."""
+        self.projector.detach()
+
+    def on_exception(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Leave visible weights and no hooks, whatever happened inside a step."""
+        if self._projector is not None:
+            self._projector.detach()
+
+    def paths(self) -> list[str]:
+        """Paths of the targets."""
+        return [slot.path for slot in self.slots]
+
+
+def _refuse_plain_averaging(trainer: Trainer) -> None:
+    from lightning_compress.callbacks.averaging import ProjectedEMA
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        plain = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        if plain and not isinstance(callback, ProjectedEMA):
+            raise TargetError(
+                f"{type(callback).__name__} averages weights away from their masks and grids: "
+                "use lightning_compress.ProjectedEMA in its place"
+            )

@@ -1,0 +1,72 @@
+"""CompressionSummary: what is asked of each parameter at the start, what came out at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_compress.callbacks.base import WeightCallback
+from lightning_compress.callbacks.post_training import PostTrainingQuantization
+from lightning_compress.state import compression_state
+from lightning_compress.targets import clean_path
+
+__all__ = ["CompressionSummary"]
+
+
+class CompressionSummary(Callback):
+    """Print a coverage table when training starts and an achieved table when it ends.
+
+    Args:
+        console: where to print; None: standard output.
+
+    >>> CompressionSummary().console.width > 0
+    True
+    """
+
+    def __init__(self, *, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=False)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Print which parameters each callback takes, and why it leaves the others."""
+        callbacks = _compressors(trainer)
+        if not callbacks:
+            return
+        table = Table(title="Coverage: what is compressed, and why the rest is not")
+        for heading in ("parameter", "shape", *(type(one).__name__ for one in callbacks)):
+            table.add_column(heading, overflow="fold")
+        for rows in zip(*(one.coverage for one in callbacks), strict=True):
+            shape = "x".join(map(str, rows[0].shape))
+            verdicts = ["yes" if row.selected else f"no: {row.reason}" for row in rows]
+            table.add_row(clean_path(rows[0].path), shape, *verdicts)
+        self.console.print(table)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print sparsity and bits of each compressed parameter."""
+        paths = {row.path for one in _compressors(trainer) for row in one.coverage if row.selected}
+        if not paths:
+            return
+        table = Table(title="Compression achieved")
+        for heading in ("parameter", "weights", "zeros", "sparsity", "bits"):
+            table.add_column(heading, justify="left" if heading == "parameter" else "right")
+        grids, zeros, weights = compression_state(pl_module).grids, 0, 0
+        for path, parameter in pl_module.named_parameters():
+            if path in paths:
+                count, size = int((parameter == 0).sum()), parameter.numel()
+                zeros, weights = zeros + count, weights + size
+                bits = str(grids[path].bits) if path in grids else "-"
+                share = f"{count / size:.4f}"
+                table.add_row(clean_path(path), f"{size:,}", f"{count:,}", share, bits)
+        table.add_section()
+        table.add_row("total", f"{weights:,}", f"{zeros:,}", f"{zeros / weights:.4f}", "")
+        self.console.print(table)
+
+
+def _compressors(trainer: Trainer) -> list[Any]:
+    kinds = (WeightCallback, PostTrainingQuantization)
+    return [one for one in trainer.callbacks if isinstance(one, kinds)]  # type: ignore[attr-defined]
