@@ -1,0 +1,22 @@
+"""LightningDataModules: images, real-valued sequences and tokens, all as `(x, y)` batches.
+
+Every module here has `kind`, `labelled`, `dims`, `fingerprint` and the three splits of
+`SplitDataModule`, so that models and evaluation need no other knowledge of a data set.
+"""
+
+from lightning_compress.data.base import SplitDataModule
+from lightning_compress.data.cifar import CIFAR10
+from lightning_compress.data.digits import DigitRows, Digits
+from lightning_compress.data.idx_images import IdxImages
+from lightning_compress.data.image_folder import ImageFolder
+from lightning_compress.data.text_lines import TextLines
+
+__all__ = [
+    "CIFAR10",
+    "DigitRows",
+    "Digits",
+    "IdxImages",
+    "ImageFolder",
+    "SplitDataModule",
+    "TextLines",
+]
