@@ -1,0 +1,167 @@
+"""One tensor to a record and a payload, in the smallest of a few lossless forms, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_compress.coding.codecs import decode_symbols, encode_symbols, entropy_bits
+from lightning_compress.coding.grids import (
+    MAX_SYMBOLS,
+    from_symbols,
+    grid_symbols,
+    pack_grid,
+    unpack_grid,
+)
+from lightning_compress.coding.records import MAX_CODEBOOK, TensorRecord
+from lightning_compress.coding.values import (
+    DTYPES,
+    Patterns,
+    from_patterns,
+    pack_patterns,
+    patterns,
+    unpack_patterns,
+)
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.quantization.quantizers import AffineGrid
+
+__all__ = ["decode_tensor", "encode_on_grid", "encode_values"]
+
+_ZERO, _VALUE, _MINUS_ZERO = 0, 1, 2  # the symbols of a mask; multiplying by a mask leaves -0.0
+_DENSE = 0.99  # with more values than this, a mask gains too little for the time it takes
+_SAMPLE = 4096  # with more distinct values than a codebook holds here, no need to look further
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One way to store a tensor: the record's fields, and the payload's two parts."""
+
+    kind: str
+    aux: bytes
+    symbols: bytes = b""
+    codec: str = ""
+    packing: str = ""
+    entropy_bytes: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.aux) + len(self.symbols)
+
+    def finish(self, record: TensorRecord) -> tuple[TensorRecord, bytes]:
+        filled = replace(
+            record,
+            kind=self.kind,
+            codec=self.codec,
+            packing=self.packing,
+            aux_bytes=len(self.aux),
+            symbol_bytes=len(self.symbols),
+            entropy_bytes=self.entropy_bytes,
+        )
+        return filled, self.aux + self.symbols
+
+
+def _coded(
+    kind: str, aux: bytes, symbols: NDArray[np.integer], codec: str, packing: str = ""
+) -> _Form:
+    name, data = encode_symbols(symbols, codec)
+    return _Form(kind, aux, data, name, packing, math.ceil(entropy_bits(symbols) / 8))
+
+
+def encode_on_grid(
+    record: TensorRecord, tensor: Tensor, grid: AffineGrid, codec: str
+) -> tuple[TensorRecord, bytes] | None:
+    """A tensor as symbols on its grid.
+
+    Returns:
+        The record filled in, and the payload; None where the grid does not give back the tensor.
+    """
+    if (symbols := grid_symbols(tensor, grid)) is None:
+        return None
+    axis = () if grid.axis is None else (grid.axis,)
+    record = replace(record, grid=(grid.bits, int(grid.symmetric), *axis))
+    packing, scales = pack_grid(grid)
+    return _coded("grid", scales, symbols, codec, packing).finish(record)
+
+
+def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[TensorRecord, bytes]:
+    """A tensor bit by bit: the smallest of its plain values, a codebook, or a mask of zeros."""
+    bits = patterns(tensor)
+    forms = [form for make in (_plain, _codebook, _mask) for form in make(bits, codec)]
+    return min(forms, key=lambda form: form.size).finish(record)
+
+
+def _plain(bits: Patterns, codec: str) -> Iterator[_Form]:  # noqa: ARG001
+    packing, data = pack_patterns(bits)
+    yield _Form("plain", data, packing=packing)
+
+
+def _codebook(bits: Patterns, codec: str) -> Iterator[_Form]:
+    if len(bits) and len(np.unique(bits[:_SAMPLE])) <= MAX_CODEBOOK:
+        book, places, counts = np.unique(bits, return_inverse=True, return_counts=True)
+        if len(book) <= MAX_CODEBOOK:
+            common = np.argsort(-counts, kind="stable")  # the most common value becomes symbol 0
+            yield _coded("codebook", book[common].tobytes(), np.argsort(common)[places], codec)
+
+
+def _mask(bits: Patterns, codec: str) -> Iterator[_Form]:
+    symbols = np.full(len(bits), _VALUE, np.uint16)
+    symbols[bits == 0] = _ZERO
+    symbols[bits == _minus_zero(bits.itemsize)] = _MINUS_ZERO
+    kept = symbols == _VALUE
+    if len(bits) and kept.mean() < _DENSE:
+        packing, values = pack_patterns(bits[kept])
+        yield _coded("mask", values, symbols, codec, packing)
+
+
+def _minus_zero(size: int) -> int:
+    return 1 << 8 * size - 1
+
+
+def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, AffineGrid | None]:
+    """The tensor of a record, in the module's dtype, and its grid if it has one.
+
+    Raises:
+        CorruptArtifactError: naming the tensor, when the payload does not fit its record.
+    """
+    aux, data = payload[: record.aux_bytes], payload[record.aux_bytes :]
+    try:
+        if record.kind == "grid":
+            return _decode_grid(record, aux, data)
+        bits = _DECODERS[record.kind](record, aux, data)
+        stored = from_patterns(bits, DTYPES[record.storage], record.shape)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"tensor {record.name!r}: {error}") from None
+    return stored.to(DTYPES[record.dtype]), None
+
+
+def _decode_grid(record: TensorRecord, aux: bytes, data: bytes) -> tuple[Tensor, AffineGrid]:
+    grid = unpack_grid(aux, record)
+    symbols = decode_symbols(record.codec, data, record.elements, limit=MAX_SYMBOLS)
+    steps = from_symbols(symbols, grid, record)
+    return grid.dequantize(steps, DTYPES[record.dtype]), grid
+
+
+def _decode_plain(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:  # noqa: ARG001
+    return unpack_patterns(record.packing, aux, record.words, record.word)
+
+
+def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
+    book = np.frombuffer(aux, f"<u{record.word}")
+    return book[decode_symbols(record.codec, data, record.words, limit=len(book))]
+
+
+def _decode_mask(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
+    symbols = decode_symbols(record.codec, data, record.words, limit=_MINUS_ZERO + 1)
+    bits = np.zeros(record.words, f"<u{record.word}")
+    bits[symbols == _MINUS_ZERO] = _minus_zero(record.word)
+    kept = symbols == _VALUE
+    bits[kept] = unpack_patterns(record.packing, aux, int(kept.sum()), record.word)
+    return bits
+
+
+_DECODERS = {"plain": _decode_plain, "codebook": _decode_codebook, "mask": _decode_mask}
