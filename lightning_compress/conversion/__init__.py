@@ -1,0 +1,1 @@
+"""Files that another runtime executes: ONNX, checked against the PyTorch module."""
