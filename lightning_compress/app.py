@@ -1,0 +1,120 @@
+"""The command line: `lightning-compress [key=value ...]`, `lightning-compress report DIR ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_compress.config import config_dir, explain
+
+__all__ = ["main"]
+
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if argv[:1] == ["report"]:
+        sys.exit(_report(argv[1:]))
+    sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
+    sys.argv = [sys.argv[0], *sweep[:1], *(word for word in argv if word not in sweep)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
+    try:
+        _experiment()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error, argv))
+    except OSError as error:  # Hydra makes the output folder before we can
+        _fail(_message(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
+def _experiment(cfg: DictConfig) -> None:
+    from lightning_compress.report.page import write_report
+    from lightning_compress.report.tables import print_summary
+    from lightning_compress.workflow.experiment import run_experiment
+    from lightning_compress.workflow.resume import resume_command
+    from lightning_compress.workflow.training import InterruptedRunError
+
+    _quiet()
+    runtime = HydraConfig.get()
+    folder = Path(runtime.runtime.output_dir)
+    names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
+    try:
+        results = run_experiment(cfg, folder, names=names)
+        page = write_report([folder])
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        command = resume_command(_shown(folder), list(runtime.overrides.task))
+        print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt from None
+    except _EXPECTED as error:
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK") or runtime.mode == RunMode.MULTIRUN:
+            raise
+        _fail(_message(error))
+    print_summary(results)
+    print(f"report: {_shown(page)}")
+
+
+def _report(argv: list[str]) -> int:
+    from lightning_compress.report.page import write_report
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-compress report", description="Make one HTML page of any number of runs."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="run, multirun or parent folders")
+    parser.add_argument("--out", type=Path, help="default: report.html in their common parent")
+    chosen = parser.parse_args(argv)
+    try:
+        page = write_report(chosen.folders, chosen.out)
+    except (OSError, ValueError) as error:
+        _fail(_message(error))
+    print(f"report: {_shown(page)}")
+    return 0
+
+
+def _quiet() -> None:
+    """Keep what Lightning says of our own deliberate choices off the screen."""
+    for talker in ("lightning.pytorch", "onnx_ir", "onnxscript"):
+        logging.getLogger(talker).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the data sit in memory
+        ".*LeafSpec.*",  # Lightning 2.6 on torch 2.14
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _message(error: BaseException) -> str:
+    text = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
+    return f"{text or type(error).__name__} (LIGHTNING_COMPRESS_TRACEBACK=1 shows where)"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _shown(path: Path) -> Path:
+    """A path as one would type it: relative to the working folder where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+if __name__ == "__main__":
+    main()

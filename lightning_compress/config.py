@@ -1,0 +1,75 @@
+"""Where the configs lie, and what to say when one is mistyped."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+__all__ = ["config_dir", "explain"]
+
+
+def config_dir() -> Path:
+    """The folder of the Hydra groups: beside the package in a checkout, inside it in a wheel.
+
+    >>> (config_dir() / "train.yaml").is_file()
+    True
+    """
+    inside = Path(__file__).parent / "conf"
+    # A checkout links the folder into the package; where links are not kept, it is the sibling.
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """Hydra's message, and the closest valid keys or groups for each override that has none.
+
+    Args:
+        error: what Hydra raised.
+        overrides: the command line's `key=value` words.
+    """
+    chain, current = [], error
+    while current is not None and len(chain) < 3:
+        chain.append(str(current).strip())
+        current = current.__cause__
+    text = "\n".join(dict.fromkeys(chain))
+    groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
+    known = [*groups, *_keys(overrides)]
+    for word in overrides:
+        key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
+        if word.startswith(("-", "+", "hydra")) or "=" not in word or key in known:
+            continue
+        if close := difflib.get_close_matches(key, known, n=4, cutoff=0.4):
+            text += f"\n{key!r} is no key of the config. Closest: {', '.join(close)}"
+    return text
+
+
+def _keys(overrides: Sequence[str]) -> Iterator[str]:
+    """All dotted keys that some choice of the groups defines: those of the chosen files first."""
+    root = config_dir()
+    chosen = dict(word.split("=", 1) for word in overrides if "=" in word)
+    for path in sorted(root.glob("*.yaml")):
+        yield from _flat(path, "")
+    for group in sorted(path for path in root.iterdir() if path.is_dir()):
+        choice = chosen.get(group.name, "")
+        names = [name for name in re.split(r"[\[\],\s]+", choice) if name]
+        for path in sorted(group.glob("*.yaml")):
+            if not names or path.stem in names:
+                yield from _flat(path, group.name)
+
+
+def _flat(path: Path, prefix: str) -> Iterator[str]:
+    def walk(node: object, at: str) -> Iterator[str]:
+        if at:
+            yield at
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from walk(value, f"{at}.{key}" if at else str(key))
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    content.pop("defaults", None)
+    for key, value in content.items():
+        if key not in ("hydra", "_target_"):
+            yield from walk(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,189 @@
+"""The main job: train a dense model and its compressed twin, measure both, report."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.callbacks import CompressionSummary, ScoreMonitor
+from lightning_compress.data import SplitDataModule
+from lightning_compress.report.grids import save_comparison, save_grid
+from lightning_compress.workflow.costs import (
+    deployed_cost,
+    layer_rows,
+    side_by_side_latency,
+    write_files,
+)
+from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
+from lightning_compress.workflow.resume import Earlier
+from lightning_compress.workflow.training import Trained, build_model, load_trained, train
+
+__all__ = ["run_experiment"]
+
+SHOWN_SAMPLES = 32
+
+
+def run_experiment(
+    cfg: DictConfig, folder: Path, *, names: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run one experiment and write its files; returns what `results.json` holds.
+
+    Args:
+        cfg: the composed config.
+        folder: where everything goes; made if it does not exist.
+        names: what "model" and "data" are called in print; their classes if not given.
+    """
+    _check_writable(folder)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
+    data: SplitDataModule = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    kind = build_model(cfg, data, seed=cfg.seed).kind  # finds mistakes before anything trains
+    called = {"model": cfg.model._target_, "data": cfg.data._target_, **(names or {})}
+    evaluator = Evaluator(cfg.evaluate, data, str(kind), called["data"].rsplit(".", 1)[-1])
+    earlier = Earlier.at(cfg.ckpt_path)
+
+    dense = _dense(cfg, data, folder, evaluator, earlier)
+    others = [_other_seed(cfg, data, folder, seed, earlier) for seed in cfg.baseline_seeds]
+    compressed = _train(
+        cfg, data, folder / "compressed", [*compressors, CompressionSummary()], evaluator, earlier
+    )
+    qualities = [evaluator.quality(one) for one in (dense.model, *others)]
+    results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
+    _write_json(folder / "results.json", results)
+    _write_curves(folder / "curves.csv", dense, compressed)
+    return results
+
+
+def _train(
+    cfg: DictConfig,
+    data: SplitDataModule,
+    folder: Path,
+    callbacks: list[Callback],
+    evaluator: Evaluator,
+    earlier: Earlier,
+) -> Trained:
+    monitor = ScoreMonitor(evaluator.monitor, every=cfg.evaluate.monitor_every)
+    unfinished = earlier.unfinished(folder.name)
+    return train(
+        cfg, data, folder, seed=cfg.seed, callbacks=[monitor, *callbacks], ckpt_path=unfinished
+    )
+
+
+def _dense(
+    cfg: DictConfig, data: SplitDataModule, folder: Path, evaluator: Evaluator, earlier: Earlier
+) -> Trained:
+    if cfg.baseline is not None:
+        return load_trained(cfg, data, Path(cfg.baseline))
+    if (final := earlier.finished("dense")) is not None:
+        return load_trained(cfg, data, final)
+    return _train(cfg, data, folder / "dense", [], evaluator, earlier)
+
+
+def _other_seed(
+    cfg: DictConfig, data: SplitDataModule, folder: Path, seed: int, earlier: Earlier
+) -> LightningModule:
+    phase = f"dense-seed{seed}"
+    if seed == cfg.seed:
+        raise ValueError(f"baseline_seeds={list(cfg.baseline_seeds)} holds the run's own seed")
+    if (final := earlier.finished(phase)) is not None:
+        return load_trained(cfg, data, final).model
+    unfinished = earlier.unfinished(phase)
+    return train(cfg, data, folder / phase, seed=seed, ckpt_path=unfinished).model
+
+
+def _measure(
+    cfg: DictConfig,
+    folder: Path,
+    evaluator: Evaluator,
+    pair: tuple[Trained, Trained],
+    dense_qualities: list[dict[str, float]],
+) -> dict[str, Any]:
+    dense, compressed = (one.model.cpu().eval() for one in pair)
+    folders = (folder / "dense", folder / "compressed")
+    sides, artifacts = [], []
+    for one, home, quality in (
+        (pair[0], folders[0], dense_qualities[0]),
+        (pair[1], folders[1], evaluator.quality(compressed)),
+    ):
+        home.mkdir(exist_ok=True)
+        sizes, artifact = write_files(one.model, home, cfg.export)
+        cost = deployed_cost(one.model)
+        sides.append({"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds})
+        artifacts.append(artifact)
+    for side, times in zip(
+        sides,
+        side_by_side_latency(dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx),
+        strict=True,
+    ):
+        side["latency_ms"] = times
+    spread = spread_of(dense_qualities)
+    return {
+        "seed": cfg.seed,
+        "compression": OmegaConf.to_container(cfg.compression, resolve=True),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "steps": {"dense": pair[0].steps, "compressed": pair[1].steps},
+        "evaluator": evaluator.describe(),
+        "dense": sides[0],
+        "compressed": sides[1],
+        "ratio": sides[0]["bytes"]["torch"] / sides[1]["bytes"]["lcz"],
+        "entropy_bound_bytes": artifacts[1].entropy_bound_bytes,
+        "baseline_spread": spread,
+        "verdict": judge(evaluator.metric, sides[0]["quality"], sides[1]["quality"], spread),
+        "layers": layer_rows(artifacts[1]),
+        "samples": _write_samples(folder, dense, compressed, evaluator),
+        "metric_info": {name: vars(metric) for name, metric in METRICS.items()},
+    }
+
+
+def _write_samples(
+    folder: Path, dense: Any, compressed: Any, evaluator: Evaluator
+) -> dict[str, str]:
+    """Grids of samples from the same latents, for models that draw."""
+    if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
+        return {}
+    pictures = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+    names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
+    for images, name in zip(pictures, names.values(), strict=True):
+        save_grid(images, folder / name)
+    save_comparison(pictures[0], pictures[1], folder / "samples.png")
+    return {**names, "grid": "samples.png"}
+
+
+def _write_curves(path: Path, dense: Trained, compressed: Trained) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "step", "metric", "value"))
+        for run, trained in (("dense", dense), ("compressed", compressed)):
+            writer.writerows((run, *row) for row in trained.rows)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, default=float)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to the output folder {folder} ({error.strerror}): choose another one "
+            "with hydra.run.dir=... (hydra.sweep.dir=... for a sweep)"
+        ) from error
