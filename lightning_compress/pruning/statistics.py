@@ -1,0 +1,250 @@
+"""What criteria gather while the model trains: sums per weight, by hooks that come and go.
+
+Sums are per layer call: a layer used twice in a forward adds both, and so do a GAN generator's
+forwards in discriminator steps. Forwards in eval mode are ignored. In distributed training the
+sums of all processes are added when scores are asked for: every process must ask, in one order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.inputs import Call, find_owner, weight_name
+from lightning_compress.pruning.unfold import from_matrix, to_matrix
+
+__all__ = ["ForwardStatistics", "Gathering", "over_processes"]
+
+
+class Gathering:
+    """Base of the criteria that gather sums in a window before each prune event.
+
+    A subclass says what to watch (`_watch`), what a sum looks like (`_empty`), and how sums make
+    scores (`_score`).
+
+    Args:
+        window: steps of the owning optimizer, before an event, in which sums gather.
+
+    Raises:
+        ValueError: when the window is not a whole number of 1 or more.
+    """
+
+    def __init__(self, *, window: int) -> None:
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"window={window!r} must be a whole number of steps, 1 or more")
+        self.window = window
+        self._slots: dict[str, Slot] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._totals: dict[str, tuple[Tensor, int]] = {}  # over all processes, until more is added
+        self._reasons: dict[str, str] = {}
+        self._warned: set[str] = set()
+        self._removers: list[Callable[[], None]] = []
+        self._loaded: dict[str, Any] | None = None
+
+    def begin(self, slots: Sequence[Slot]) -> None:
+        """Start to gather for these weights, from nothing or from a loaded state."""
+        self.end()
+        for slot in slots:
+            self._slots[slot.path] = slot
+            self._sums[slot.path] = self._empty(slot)
+            self._calls[slot.path] = 0
+        self._apply_loaded()
+        self._watch(slots)
+
+    def end(self) -> None:
+        """Remove the hooks and free the sums."""
+        for remove in self._removers:
+            remove()
+        self._removers.clear()
+        for kept in (self._slots, self._sums, self._calls, self._totals, self._reasons):
+            kept.clear()
+
+    def scores(self, slot: Slot) -> Tensor:
+        """Scores of a weight, in its shape; the lowest go first.
+
+        Where nothing was seen, the scores are magnitudes in the unit of the others, with a
+        warning that names the weight.
+
+        Raises:
+            RuntimeError: outside `begin` and `end`.
+        """
+        self._check(slot)
+        sums, calls = self._total(slot.path)
+        if calls:
+            return self._score(slot, sums, calls)
+        self._warn(slot.path)
+        return slot.values().abs() * self._unit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, so that a run resumed inside a window prunes the same."""
+        if self._loaded is not None:  # a run that ends before its next window begins
+            return self._loaded
+        sums = {path: total.detach().clone() for path, total in self._sums.items()}
+        return {"sums": sums, "calls": dict(self._calls)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from saved sums, now or when the window begins."""
+        self._loaded = state if state["sums"] else None
+        if self._slots:
+            self._apply_loaded()
+
+    def _empty(self, slot: Slot) -> Tensor:
+        return torch.zeros_like(slot.values(), dtype=torch.float32)
+
+    def _watch(self, slots: Sequence[Slot]) -> None:
+        raise NotImplementedError
+
+    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:
+        raise NotImplementedError
+
+    def _add(self, path: str, amount: Tensor) -> None:
+        # Half precision overflows: such a step is skipped by the scaler, and so is its share.
+        finite = torch.isfinite(amount).all()
+        self._sums[path] += torch.where(finite, amount, 0.0)
+        self._calls[path] += 1
+        self._totals.pop(path, None)
+
+    def _apply_loaded(self) -> None:
+        if self._loaded is None:
+            return
+        state, self._loaded = self._loaded, None
+        for path, total in state["sums"].items():
+            mine = self._sums.get(path)
+            if mine is None or mine.shape != total.shape:
+                have = "nothing" if mine is None else f"shape {tuple(mine.shape)}"
+                raise ValueError(
+                    f"the saved statistics of {path} have shape {tuple(total.shape)}, "
+                    f"{type(self).__name__} gathers {have} there"
+                )
+            mine.copy_(total)
+            self._calls[path] = state["calls"][path]
+
+    def _check(self, slot: Slot) -> None:
+        if self._slots.get(slot.path) is not slot:
+            raise RuntimeError(f"{type(self).__name__} has no begin() with {slot.path}")
+
+    def _total(self, path: str) -> tuple[Tensor, int]:
+        if path not in self._totals:
+            calls = torch.tensor(self._calls[path], device=self._sums[path].device)
+            calls, sums = over_processes(calls), over_processes(self._sums[path])
+            self._totals[path] = sums, int(calls)
+        return self._totals[path]
+
+    def _unit(self) -> float:
+        """Mean score over mean magnitude of the weights that were seen."""
+        seen = [slot for path, slot in self._slots.items() if self._total(path)[1]]
+        size = sum(slot.values().abs().sum().item() for slot in seen)
+        scores = sum(self._score(one, *self._total(one.path)).abs().sum().item() for one in seen)
+        return scores / size if size and scores else 1.0
+
+    def _warn(self, path: str) -> None:
+        if path in self._warned:
+            return
+        self._warned.add(path)
+        reason = self._reasons.get(path, "nothing of it was seen in training mode")
+        warnings.warn(
+            f"{type(self).__name__} scores {path} by magnitude: {reason}", UserWarning, stacklevel=3
+        )
+
+
+def over_processes(value: Tensor) -> Tensor:
+    """The sum over all processes, as a new tensor; a sharded tensor is left as it is."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    if distributed.get_world_size() == 1 or hasattr(value, "to_local"):
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+class _Hook:
+    """A forward hook of one layer; a copied or pickled module's hook does nothing."""
+
+    def __init__(self, react: Callable[[Call], None] | None = None) -> None:
+        self.react = react
+
+    @torch.compiler.disable
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self.react is None or not layer.training:
+            return
+        device = next((p.device.type for p in layer.parameters()), "cpu")
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            self.react(Call(layer, args, kwargs, output))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class ForwardStatistics(Gathering):
+    """Base of the criteria that look at what goes into or comes out of layers.
+
+    Making one lets `torch.compile` notice hooks (`skip_nnmodule_hook_guards`): a graph compiled
+    before that keeps no hooks, and its weights are scored by magnitude, with a warning. The
+    hooks break graphs inside a window, so `fullgraph=True` raises there.
+    """
+
+    def __init__(self, *, window: int) -> None:
+        super().__init__(window=window)
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # type: ignore[attr-defined]
+        self._owners: dict[str, nn.Module] = {}
+
+    def end(self) -> None:
+        """Remove the hooks and free the sums."""
+        super().end()
+        self._owners.clear()
+
+    def _watch(self, slots: Sequence[Slot]) -> None:
+        by_owner: dict[nn.Module, list[Slot]] = {}
+        for slot in slots:
+            owner = self._owners.get(slot.path)
+            if owner is not None:
+                by_owner.setdefault(owner, []).append(slot)
+        for owner, mine in by_owner.items():
+            hook = _Hook(partial(self._react, mine))
+            handle = owner.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
+            self._removers.append(handle.remove)
+
+    def _react(self, slots: Sequence[Slot], call: Call) -> None:
+        for slot in slots:
+            amount = self._seen(slot, call)
+            if amount is None:
+                kind = type(call.owner).__name__
+                self._reasons[slot.path] = f"a {kind} does not show what this weight meets"
+            else:
+                self._add(slot.path, amount)
+
+    def _empty(self, slot: Slot) -> Tensor:
+        owner = find_owner(slot)
+        if owner is None:
+            self._reasons[slot.path] = "the layer behind its parametrization is unknown"
+            return slot.values().new_zeros(0)
+        self._owners[slot.path] = owner
+        return self._blank(slot, self._matrix(slot))
+
+    def _matrix(self, slot: Slot) -> Tensor:
+        return to_matrix(slot.values(), self._owners[slot.path], weight_name(slot))
+
+    def _weight(self, slot: Slot, matrix: Tensor) -> Tensor:
+        values = slot.values()
+        owner = self._owners[slot.path]
+        return from_matrix(matrix, owner, values.shape, weight_name(slot))
+
+    def _blank(self, slot: Slot, matrix: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _seen(self, slot: Slot, call: Call) -> Tensor | None:
+        raise NotImplementedError
