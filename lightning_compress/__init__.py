@@ -1,13 +1,18 @@
 """Compress generative models while they train: Lightning callbacks, small files, honest reports."""
 
 from lightning_compress.callbacks import (
+    BalanceGuard,
     CompressionSummary,
     GradualPruning,
+    Guard,
+    PosteriorGuard,
     PostTrainingQuantization,
     ProjectedEMA,
     RandomState,
+    Rewinding,
     ScoreMonitor,
     StopOnNonFinite,
+    ThresholdPruning,
 )
 from lightning_compress.coding.artifact import (
     inspect_compressed,
@@ -25,24 +30,29 @@ from lightning_compress.state import CompressionState, compression_state
 
 __all__ = [
     "ArtifactInfo",
+    "BalanceGuard",
     "CompressionState",
     "CompressionSummary",
     "Constant",
     "CorruptArtifactError",
     "Cosine",
     "GradualPruning",
+    "Guard",
     "Linear",
     "MissingExtraError",
     "OnnxInfo",
     "Polynomial",
     "PostTrainingQuantization",
+    "PosteriorGuard",
     "ProjectedEMA",
     "Projector",
     "RandomState",
+    "Rewinding",
     "ScoreMonitor",
     "Staircase",
     "StopOnNonFinite",
     "TargetError",
+    "ThresholdPruning",
     "compression_state",
     "export_onnx",
     "inspect_compressed",

@@ -41,10 +41,13 @@ class Slot:
         self.target = target
         self.path = clean_path(target.path)
         self.pruned: Tensor | None = None  # True where the weight is 0
+        self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
         self.quantizer: Quantizer | None = None
+        self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None
         self.grid: AffineGrid | None = None  # where the parameter lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
+        self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -61,6 +64,12 @@ class Slot:
         if self.latent is None or self._holds_latent:
             return self.parameter.detach()
         return self.latent
+
+    @torch.no_grad()
+    def set_values(self, values: Tensor) -> None:
+        """Replace the latent values; they show after the next `project`."""
+        self.restore()
+        self.parameter.copy_(values)
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Replace the mask (True where a weight stays); it shows after the next `project`."""
@@ -92,7 +101,8 @@ class Slot:
         """Put the latent values into the parameter, so that the optimizer updates them."""
         if self.latent is None or self._holds_latent:
             return
-        expected = self.latent if self.grid is None else self.grid.project(self.latent)
+        masked = self._masked_latent(self.latent)
+        expected = masked if self.grid is None else self.grid.project(masked)
         # Where somebody else wrote (weight clamping, user code), what was written counts.
         untouched = self.parameter == expected
         self.parameter.copy_(torch.where(untouched, self.latent, self.parameter))
@@ -101,20 +111,33 @@ class Slot:
     @torch.no_grad()
     def project(self) -> None:
         """Put the visible values into the parameter."""
-        if self.quantizer is None:
+        if self.quantizer is None and not (self.dense_gradient and self.pruned is not None):
             self._drop_latent()
             if self.pruned is not None:
                 self.parameter.masked_fill_(self.pruned, 0.0)
             return
         self.restore()
         latent = self.parameter.detach()
-        if self.pruned is not None:
+        if self.pruned is not None and not self.dense_gradient:
             latent.masked_fill_(self.pruned, 0.0)
         self.latent = latent.clone() if self.latent is None else self.latent.copy_(latent)
-        self.grid = self.quantizer(self.latent)
-        self.parameter.copy_(self.grid.project(self.latent))
+        self._show(self._masked_latent(self.latent))
         self._holds_latent = False
-        set_grid(self.target.layer, self.target.name, self.grid)
+
+    def _show(self, masked: Tensor) -> None:
+        self.grid = None if self.quantizer is None else self.quantizer(masked)
+        if self.grid is None:
+            self.parameter.copy_(masked)
+            clear_grid(self.target.layer, self.target.name)
+        else:
+            self.parameter.copy_(self.grid.project(masked))
+            set_grid(self.target.layer, self.target.name, self.grid)
+
+    def _masked_latent(self, latent: Tensor) -> Tensor:
+        # Without dense gradients what is pruned is 0 in the latent too.
+        if self.pruned is None or not self.dense_gradient:
+            return latent
+        return latent.masked_fill(self.pruned, 0.0)
 
     def hide(self) -> None:
         """Project if the latent values show, as after an update that failed half way."""
@@ -128,8 +151,15 @@ class Slot:
             clear_grid(self.target.layer, self.target.name)
 
     def mask_gradient(self, gradient: Tensor) -> Tensor:
-        """Zero the gradient of pruned positions, so that it stays out of the clipping norm."""
-        return gradient if self.pruned is None else gradient.masked_fill(self.pruned, 0.0)
+        """Zero the gradient of pruned positions, so that it stays out of the clipping norm.
+
+        With `dense_gradient` it reaches the latent values in full.
+        """
+        for tap in self.taps:
+            tap(gradient)
+        if self.pruned is None or self.dense_gradient:
+            return gradient
+        return gradient.masked_fill(self.pruned, 0.0)
 
 
 class Projector:

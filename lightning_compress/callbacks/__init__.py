@@ -1,24 +1,32 @@
 """Lightning callbacks: they decide when something happens, never how it is computed."""
 
 from lightning_compress.callbacks.averaging import ProjectedEMA
+from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
 from lightning_compress.callbacks.monitor import ScoreMonitor
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
+from lightning_compress.callbacks.rewinding import Rewinding
 from lightning_compress.callbacks.safety import EpochCheckpoint, RandomState, StopOnNonFinite
 from lightning_compress.callbacks.summary import CompressionSummary
+from lightning_compress.callbacks.threshold import ThresholdPruning
 
 __all__ = [
+    "BalanceGuard",
     "CompressionSummary",
     "EpochCheckpoint",
     "GradualPruning",
+    "Guard",
     "History",
     "PlainProgress",
     "PostTrainingQuantization",
+    "PosteriorGuard",
     "ProjectedEMA",
     "RandomState",
+    "Rewinding",
     "ScoreMonitor",
     "StopOnNonFinite",
+    "ThresholdPruning",
     "progress_callback",
 ]

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
-from lightning_compress.pruning.criteria import CRITERIA, Criterion
-from lightning_compress.pruning.masks import SCOPES, keep_best, pack_mask, unpack_mask
-from lightning_compress.schedules import Polynomial, Schedule, check_window
+from lightning_compress.callbacks.masking import MaskCallback
+from lightning_compress.callbacks.rewinding import Rewinder, Rewinding
+from lightning_compress.pruning.criteria import Criterion, make_criterion
+from lightning_compress.pruning.gathering import Gathering, Gatherings
+from lightning_compress.pruning.granularity import make_granularity
+from lightning_compress.pruning.layout import layout_of
+from lightning_compress.pruning.parts import (
+    check_floors,
+    check_min_keep,
+    floors_by_path,
+    make_schedules,
+    share_out,
+)
+from lightning_compress.pruning.plan import MaskPlan
+from lightning_compress.pruning.regrowth import (
+    DenseGradients,
+    check_regrowth,
+    exchanged_fraction,
+    forget,
+)
+from lightning_compress.pruning.scopes import SCOPES
+from lightning_compress.schedules import Schedule
 from lightning_compress.targets import Pattern
 
 __all__ = ["GradualPruning"]
 
-_EVENTS = 100  # prune events in a run, where no frequency is given
-_DEFAULTS = {"final_sparsity": 0.9, "begin": 0.0, "end": 0.7}
 
-
-class GradualPruning(WeightCallback):
+class GradualPruning(MaskCallback):
     """Prune weights while the model trains, after Zhu & Gupta 2017, arXiv:1710.01878.
 
     Sparsity is the absolute fraction of zeros in the targets. Masks change right after a step of
     the optimizer that owns the targets; pruned weights are exactly zero from then on.
 
     Args:
-        final_sparsity: fraction of zeros at `end`, in [0, 1).
-        schedule: a `Schedule` (which brings its own begin, end and final value), or any callable
-            from the position in the unit of `begin` and `end` to a sparsity; None: `Polynomial`.
+        final_sparsity: fraction of zeros at `end`, in [0, 1); or one for each of several path
+            globs or layer classes: they are the targets then, and the first that matches counts.
+        schedule: a `Schedule` (with its own begin, end and final value), or any callable from the
+            position in the unit of `begin` to a sparsity; None: `Polynomial`.
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
-        end: in the same unit; nothing is pruned any more after it.
-        frequency: steps between prune events; None: about 100 events from begin to end.
+        end: in the same unit; masks do not change after it.
+        frequency: steps between events; None: about 100 from begin to end.
         include: path globs or layer classes; None: the weights of the part that ships.
         exclude: the same, taken away again.
-        criterion: "magnitude", or a callable from a weight to its scores, low ones go first.
-        granularity: "unstructured".
-        scope: "global" compares all targets together, "layer" prunes each by the same fraction.
-        min_keep: fraction of each target that stays, whatever the others score: no layer dies by
-            accident.
+        criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
+            Low scores go first. An event waits until its statistics are gathered.
+        granularity: "unstructured", "n:m", ("block", (r, c)), "row", "column", "channel" or
+            "filter": see `make_granularity`. Exact in units; n:m ends at 1 - n/m.
+        scope: "global" compares all targets together, "layer" prunes each by the same fraction,
+            "erk" by Erdos-Renyi-Kernel densities.
+        regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
+            by dense gradients and may return at an event. "gradient": RigL, at each event some
+            of the smallest weights make room for the largest gradients (arXiv:1911.11134).
+        regrow_fraction: of the active weights, exchanged at `begin`; by a cosine to 0 at `end`.
+        min_keep: fraction of each target that stays, so that no layer dies by accident; or one
+            for each of several patterns (0.01 elsewhere).
+        rewind: a `Rewinding`, or its `to`: when the sparsity has risen, weights go back to that.
         on_miss: "warn" or "raise" when training ends below the final sparsity.
         name: prefix of what is logged, and the key of the state; two callbacks need two names.
 
@@ -52,183 +76,173 @@ class GradualPruning(WeightCallback):
     0.7000000000000001
     """
 
-    order = 0
-
     def __init__(
         self,
         *,
-        final_sparsity: float = 0.9,
+        final_sparsity: float | Mapping[Pattern, float] = 0.9,
         schedule: Callable[[float], float] | None = None,
         begin: float = 0.0,
         end: float = 0.7,
         frequency: int | None = None,
         include: Sequence[Pattern] | Pattern | None = None,
         exclude: Sequence[Pattern] | Pattern = (),
-        criterion: str | Criterion = "magnitude",
-        granularity: str = "unstructured",
+        criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
+        granularity: str | Sequence[object] = "unstructured",
         scope: str = "global",
-        min_keep: float = 0.01,
+        regrow: str | None = None,
+        regrow_fraction: float = 0.3,
+        min_keep: float | Mapping[Pattern, float] = 0.01,
+        rewind: Rewinding | float | None = None,
         on_miss: str = "warn",
         name: str = "prune",
     ) -> None:
-        super().__init__(include=include, exclude=exclude, name=name)
-        given = {"final_sparsity": final_sparsity, "begin": begin, "end": end}
-        self.schedule = _schedule(schedule, given)
+        _choice("scope", scope, SCOPES)
+        _choice("on_miss", on_miss, ("warn", "raise"))
+        units = make_granularity(granularity)
+        check_regrowth(regrow, regrow_fraction, scope, fixed=units.limit < 1)
+        self.parts = make_schedules(final_sparsity, schedule, begin, end, units.limit)
+        self.schedule = self.parts[0].curve
         if isinstance(self.schedule, Schedule):
             begin, end = self.schedule.begin, self.schedule.end
-        self.begin, self.end, self.in_fractions = begin, end, check_window(begin, end)
-        if frequency is not None and (not isinstance(frequency, int) or frequency < 1):
-            raise ValueError(f"frequency={frequency!r} must be a whole number of steps, 1 or more")
-        self.frequency = frequency
-        self.criterion = _choice("criterion", criterion, CRITERIA)
-        self.make_masks = _choice("scope", scope, SCOPES)
-        _choice("granularity", granularity, {"unstructured": None})
-        _choice("on_miss", on_miss, {"warn": None, "raise": None})
-        if not 0 <= min_keep <= 1 - self._target(self.end):
-            raise ValueError(f"min_keep={min_keep!r} must lie between 0 and 1 - final sparsity")
+        if isinstance(final_sparsity, Mapping):
+            if include is not None:
+                raise ValueError("include: the patterns of final_sparsity say what is included")
+            include = list(final_sparsity)
+        super().__init__(
+            begin=begin,
+            end=end,
+            frequency=frequency,
+            include=include,
+            exclude=exclude,
+            dense_gradient=regrow == "straight_through",
+            name=name,
+        )
+        check_min_keep(min_keep, self.parts)
         self.min_keep, self.on_miss = min_keep, on_miss
-        self.sparsity = 0.0  # of the targets, as the masks have it
-        self._asked = 0.0
-        self._last_step = 0
-        self._last_bucket = -1
-        self._first_step: int | None = None
+        self.scope, self.regrow, self.regrow_fraction = scope, regrow, regrow_fraction
+        self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
+        self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
+        self._gatherings = Gatherings([Gathering(make_criterion(criterion))])
+        if regrow == "gradient":
+            self._gatherings.append(Gathering(DenseGradients()))
+        self._rewinder: Rewinder | None = None
+        self._events = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the targets, hook their optimizers and say how many there are."""
+        """Find the targets of each part, and check that bounds leave room for what is asked."""
         super().on_fit_start(trainer, pl_module)
-        if self.in_fractions:
-            check_run_ends(trainer)
-        skipped = len(self.coverage) - len(self.slots)
-        weights = sum(slot.target.numel for slot in self.slots)
-        rank_zero_info(
-            f"GradualPruning[{self.name}]: {len(self.slots)} targets with {weights:,} weights, "
-            f"{skipped} parameters left as they are"
-        )
+        self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
+        share_out(pl_module, self.parts, self.exclude, self.slots)
+        self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
+        for part in self.parts:
+            final = part.target(self.events.end)
+            check_floors(part.slots, self.plan.floors, final, each=self.scope == "layer")
+        for note in self.plan.notes(self.slots):
+            rank_zero_info(f"{self.state_key}: {note}")
+        self._events = 0
+        if self.rewind is not None:
+            self._rewinder = Rewinder(
+                self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Apply the state of a checkpoint and read the clock."""
+        """Apply the state of a checkpoint and keep the weights to rewind to, if they are these."""
         super().on_train_start(trainer, pl_module)
-        self._last_step = self.projector.clock(self.paths())
+        if self._rewinder is not None and self._last_step == 0:
+            self._rewinder.keep_once(0)
 
-    def on_weight_step(self, trainer: Trainer) -> None:
-        """Prune when an event is due."""
-        step = self.projector.clock(self.paths())
-        if step == self._last_step:  # another optimizer's step, or the faster of two owners
-            return
-        self._last_step = step
-        position = run_progress(trainer) if self.in_fractions else step
-        if self._due(position, step):
-            self._prune(position, trainer)
+    def before_event(self, trainer: Trainer, step: int) -> None:
+        """Keep the weights to rewind to, when the run is there."""
+        if self._rewinder is not None:
+            self._rewinder.watch(trainer, step)
 
-    def _due(self, position: float, step: int) -> bool:
-        if position < self.begin:
-            return False
-        if self._first_step is None:
-            self._first_step = step if self.in_fractions else int(self.begin)
-        if position >= self.end:
-            return self._target(position) > self._asked
-        if self.frequency is not None:
-            return (step - self._first_step) % self.frequency == 0
-        bucket = math.floor(_EVENTS * (position - self.begin) / (self.end - self.begin))
-        fresh, self._last_bucket = bucket != self._last_bucket, bucket
-        return fresh
+    def needed(self, position: float) -> bool:
+        """Whether the sparsity rises or weights are exchanged at a position."""
+        if self.regrow is not None and position < self.events.end:
+            return True
+        return any(part.target(position) > part.asked for part in self.parts)
 
-    def _target(self, position: float) -> float:
-        value = self.schedule(position)
-        if not 0 <= value < 1:
-            raise ValueError(f"the schedule gave {value!r} at {position}: it must lie in [0, 1)")
-        return value
+    def ready(self, step: int) -> bool:
+        """Whether the criterion, and the growth where weights are exchanged, know enough."""
+        late = self.events.over and self._events > 0
+        grown = not self._exchanges() or all(one.ready(step) for one in self._gatherings[1:])
+        return grown and self._gatherings[0].ready(step, late=late)
+
+    def look_ahead(self, step: int) -> None:
+        """Let statistics be gathered when the next event is near."""
+        self._gatherings.look_ahead(
+            self.slots, self.events, step, pending=self._pending, needed=self.needed
+        )
+
+    def _exchanges(self) -> bool:
+        masked = any(slot.pruned is not None for slot in self.slots)
+        return self.regrow == "gradient" and masked and not self.events.over
 
     @torch.no_grad()
-    def _prune(self, position: float, trainer: Trainer) -> None:
-        # The masks only ever close: a schedule that falls, or a longer second run, opens nothing.
-        self._asked = max(self._asked, self._target(position))
-        scores = keep_best([self._score(slot) for slot in self.slots], self.min_keep)
-        masks = self.make_masks(scores, self._asked)
-        for slot, mask in zip(self.slots, masks, strict=True):
-            if trainer.world_size > 1:
-                shared = trainer.strategy.broadcast(pack_mask(mask))
-                mask = unpack_mask(shared, mask.shape)
-            slot.set_mask(mask)
-            slot.project()
-        self.sparsity = self._count()
+    def event(self, trainer: Trainer) -> None:
+        """Make new masks, let weights change places, rewind."""
+        before, masks, criterion = self.sparsity, {}, self._gatherings[0].criterion
+        for part in self.parts:
+            scores = [criterion.scores(slot) for slot in part.slots]
+            found = self.plan.masks(part.slots, scores, part.ask(self.events.position))
+            masks.update(zip(part.paths(), found, strict=True))
+        if self._exchanges():
+            share = exchanged_fraction(self.regrow_fraction, self.events.done)
+            for slot in self.slots:
+                growth = self._gatherings[1].criterion.scores(slot)
+                mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
+                forget(trainer.optimizers, slot, mask)
+                masks[slot.path] = mask
+        self.set_masks(self.slots, [masks[slot.path] for slot in self.slots], trainer)
+        self._correct(trainer)
+        self.project()
+        if self._rewinder is not None and self.sparsity > before:
+            self._rewinder.rewind()
+        self._events += 1
+        self._gatherings.after_event(self.events.ahead())
 
-    def _score(self, slot: Any) -> torch.Tensor:
-        scores = self.criterion(slot.values())
-        return scores if slot.pruned is None else scores.masked_fill(slot.pruned, -math.inf)
-
-    def _count(self) -> float:
-        total = sum(slot.target.numel for slot in self.slots)
-        return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
-    ) -> None:
-        """Log the sparsity of the targets."""
-        pl_module.log(f"{self.name}/sparsity", self.sparsity)
+    def _correct(self, trainer: Trainer) -> None:
+        for slot in self.slots:
+            values = self._gatherings[0].corrected(slot)
+            if values is not None:
+                shared = trainer.world_size > 1
+                slot.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Check that the final sparsity was reached."""
-        final = self._target(self.end)
-        weights = sum(slot.target.numel for slot in self.slots)
-        if round(final * weights) > round(self.sparsity * weights) + len(self.slots):
-            message = (
-                f"GradualPruning[{self.name}] ended at sparsity {self.sparsity:.4f} instead of "
-                f"{final:.4f}: the run ended before end={self.end!r} of the schedule"
-            )
+        wait = "; an event still waits for its statistics" if self._pending else ""
+        for miss in filter(None, (part.miss(self.events.end) for part in self.parts)):
+            message = f"{self.state_key} {miss}{wait}"
             if self.on_miss == "raise":
                 raise RuntimeError(message)
             rank_zero_warn(message)
 
+    def stop(self) -> None:
+        """Free all statistics."""
+        self._gatherings.stop()
+
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bit-packed), clock and how far the schedule went."""
-        masks = {slot.path: slot.pruned for slot in self.slots if slot.pruned is not None}
+        """Masks, clock, how far the schedule went, statistics and the weights to rewind to."""
         return {
-            "masks": {path: (pack_mask(~p), tuple(p.shape)) for path, p in masks.items()},
-            "steps": [] if self._projector is None else list(self._projector.steps),
-            "asked": self._asked,
-            "last_bucket": self._last_bucket,
-            "first_step": self._first_step,
+            **super().state_dict(),
+            "asked": [part.asked for part in self.parts],
+            "count": self._events,
+            "gathering": self._gatherings.state_dict(),
+            "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put masks and clock back.
-
-        Raises:
-            ValueError: when the checkpoint holds masks for weights that are no targets now.
-        """
-        by_path = {slot.path: slot for slot in self.slots}
-        if unknown := sorted(set(state["masks"]) - set(by_path)):
-            raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
-        for path, (packed, shape) in state["masks"].items():
-            by_path[path].set_mask(unpack_mask(packed, shape))
-        self.projector.steps[:] = state["steps"]
-        self._asked, self._last_bucket = state["asked"], state["last_bucket"]
-        self._first_step = state["first_step"]
-        self.sparsity = self._count()
+        """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
+        super().restore_state(state)
+        for part, asked in zip(self.parts, state["asked"], strict=True):
+            part.asked = asked
+        self._events = state["count"]
+        step = self.projector.clock(self.paths())
+        self._gatherings.restore(self.slots, step, state["gathering"])
+        if self._rewinder is not None and state["rewinder"] is not None:
+            self._rewinder.load_state_dict(state["rewinder"])
 
 
-def _choice(what: str, given: Any, valid: dict[str, Any]) -> Any:
-    if callable(given):
-        return given
+def _choice(what: str, given: object, valid: Sequence[object] | Mapping[str, object]) -> None:
     if given not in valid:
-        raise ValueError(f"{what}={given!r}: valid are {sorted(valid)}")
-    return valid[given]
-
-
-def _schedule(
-    schedule: Callable[[float], float] | None, given: dict[str, float]
-) -> Callable[[float], float]:
-    if schedule is None:
-        return Polynomial(**given)
-    if not callable(schedule):
-        raise ValueError(f"schedule={schedule!r} must be callable, such as Polynomial(...)")
-    changed = sorted(key for key, value in given.items() if value != _DEFAULTS[key])
-    if isinstance(schedule, Schedule) and changed:
-        raise ValueError(f"the schedule brings its own {changed}: set them there alone")
-    return schedule
+        raise ValueError(f"{what}={given!r}: valid are {list(valid)}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["SCOPES", "global_masks", "keep_best", "layer_masks", "pack_mask", "unpack_mask"]
+__all__ = ["global_masks", "layer_masks", "lowest_pruned", "pack_mask", "unpack_mask"]
 
-_CHUNK = 1 << 22  # elements handled at once: bounds the extra memory of a prune event
+_CHUNK = 1 << 20  # elements handled at once: bounds the extra memory of a prune event
 _HALF = 1 << 16
 
 
@@ -28,7 +28,7 @@ def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1]")
     total = sum(score.numel() for score in scores)
-    return _lowest_pruned(scores, round(sparsity * total))
+    return lowest_pruned(scores, round(sparsity * total))
 
 
 def layer_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
@@ -43,45 +43,64 @@ def layer_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     return [global_masks([score], sparsity)[0] for score in scores]
 
 
-def keep_best(scores: Sequence[Tensor], fraction: float) -> list[Tensor]:
-    """Scores in which the best of each tensor are infinite: no mask takes them.
+def lowest_pruned(
+    scores: Sequence[Tensor], count: int, *, closed: Sequence[Tensor | None] = ()
+) -> list[Tensor]:
+    """Masks (True stays) that prune the lowest scores over all tensors together.
+
+    No sort and no copy of the scores: two passes of histograms find the threshold.
 
     Args:
-        scores: one tensor a layer.
-        fraction: of each tensor, rounded up to whole weights.
+        scores: one tensor a layer, of any shapes.
+        count: positions to prune, from 0 to all; of equal scores the first go first.
+        closed: for each tensor None, or True where a position goes before all others.
 
-    >>> keep_best([torch.tensor([3.0, 1.0]), torch.tensor([0.2, 0.1])], 0.5)
-    [tensor([inf, 1.]), tensor([   inf, 0.1000])]
+    Raises:
+        ValueError: for a count out of range or a score that is NaN.
+
+    >>> lowest_pruned([torch.tensor([3.0, 1.0, 2.0])], 1)
+    [tensor([ True, False,  True])]
+    >>> lowest_pruned([torch.tensor([3.0, 1.0])], 1, closed=[torch.tensor([True, False])])
+    [tensor([False,  True])]
     """
-    if fraction == 0:
-        return list(scores)
-    kept = []
-    for score in scores:
-        count = min(math.ceil(fraction * score.numel()), score.numel())
-        mask = _lowest_pruned([score], score.numel() - count)[0]
-        kept.append(score.float().masked_fill(mask, math.inf))
-    return kept
+    total = sum(score.numel() for score in scores)
+    if not 0 <= count <= total:
+        raise ValueError(f"cannot prune {count} of {total} scores")
+    masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+    if count == 0:
+        return masks
+    pairs = list(zip(scores, closed or [None] * len(scores), strict=True))
+    threshold, below = _kth_key(pairs, count - 1)
+    ties = count - below  # of the keys that equal the threshold, so many go as well
+    for (score, shut), mask in zip(pairs, masks, strict=True):
+        flat, start = mask.view(-1), 0
+        for keys in _ordered(score, shut):
+            part = flat[start : start + keys.numel()]
+            part.copy_(keys >= threshold)
+            if ties:
+                equal = torch.nonzero(keys == threshold).squeeze(1)[:ties]
+                part[equal] = False
+                ties -= equal.numel()
+            start += keys.numel()
+    return masks
 
 
-SCOPES: dict[str, Callable[[Sequence[Tensor], float], list[Tensor]]] = {
-    "global": global_masks,
-    "layer": layer_masks,
-}
-
-
-def _ordered(scores: Tensor) -> Iterator[Tensor]:
-    """Chunks of whole numbers in [0, 2^32) that sort as the float32 scores do (radix keys)."""
-    for chunk in scores.detach().reshape(-1).split(_CHUNK):
+def _ordered(scores: Tensor, closed: Tensor | None) -> Iterator[Tensor]:
+    """Chunks of int32 that sort as the float32 scores do (radix keys)."""
+    shut = [] if closed is None else closed.reshape(-1).split(_CHUNK)
+    for index, chunk in enumerate(scores.detach().reshape(-1).split(_CHUNK)):
         floats = chunk.to(torch.float32)
+        if closed is not None:
+            floats = floats.masked_fill(shut[index], -math.inf)
         if torch.isnan(floats).any():
             raise ValueError("a pruning score is NaN: the weights or their statistics are broken")
         # Adding 0 turns -0.0 into 0.0. Positive floats sort as their bits do, negative ones
-        # backwards: flip all their bits, and shift the positive ones above them.
-        bits = (floats + 0.0).view(torch.int32).to(torch.int64)
-        yield torch.where(bits < 0, -bits - 1, bits + (1 << 31))
+        # backwards: flip all of their bits but the sign.
+        bits = (floats + 0.0).view(torch.int32)
+        yield bits ^ ((bits >> 31) & 0x7FFF_FFFF)
 
 
-def _kth_key(scores: Sequence[Tensor], rank: int) -> tuple[int, int]:
+def _kth_key(pairs: Sequence[tuple[Tensor, Tensor | None]], rank: int) -> tuple[int, int]:
     """Key of the score at a rank (0 is the lowest), and how many keys are smaller.
 
     Two passes of histograms over 16 bits each: no sort, no copy of all scores.
@@ -89,33 +108,16 @@ def _kth_key(scores: Sequence[Tensor], rank: int) -> tuple[int, int]:
     below, prefix = 0, 0
     for level in range(2):
         counts = torch.zeros(_HALF, dtype=torch.int64)
-        for score in scores:
-            for keys in _ordered(score):
-                keys = keys[keys // _HALF == prefix] % _HALF if level else keys // _HALF
-                counts += torch.bincount(keys, minlength=_HALF).cpu()
+        for score, closed in pairs:
+            for keys in _ordered(score, closed):
+                upper = keys >> 16
+                half = keys[upper == prefix] & (_HALF - 1) if level else upper + _HALF // 2
+                counts += torch.bincount(half, minlength=_HALF).cpu()
         cumulative = below + counts.cumsum(0)
         bucket = int(torch.searchsorted(cumulative, rank, right=True))
         below = int(cumulative[bucket] - counts[bucket])
-        prefix = prefix * _HALF + bucket
+        prefix = prefix * _HALF + bucket if level else bucket - _HALF // 2
     return prefix, below
-
-
-def _lowest_pruned(scores: Sequence[Tensor], pruned: int) -> list[Tensor]:
-    masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if pruned == 0:
-        return masks
-    threshold, below = _kth_key(scores, pruned - 1)
-    ties = pruned - below  # of the keys that equal the threshold, so many go as well
-    for score, mask in zip(scores, masks, strict=True):
-        flat, start = mask.view(-1), 0
-        for keys in _ordered(score):
-            part = flat[start : start + keys.numel()]
-            part.copy_(keys >= threshold)
-            equal = torch.nonzero(keys == threshold).squeeze(1)[:ties]
-            part[equal] = False
-            ties -= equal.numel()
-            start += keys.numel()
-    return masks
 
 
 def pack_mask(mask: Tensor) -> Tensor:

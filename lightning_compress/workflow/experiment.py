@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
@@ -42,6 +43,8 @@ def run_experiment(
         names: what "model" and "data" are called in print; their classes if not given.
     """
     _check_writable(folder)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     OmegaConf.save(cfg, folder / "config.yaml")
     compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
     data: SplitDataModule = instantiate(cfg.data, _convert_="all")

@@ -216,6 +216,14 @@ def test_two_callbacks_prune_two_parts(tmp_path):
     assert sparsity(model, ["decoder.*"]) == 0.75
 
 
+def test_two_callbacks_on_one_weight_are_refused(tmp_path):
+    callbacks = [GradualPruning(name="one"), GradualPruning(include=["decoder.*"], name="two")]
+    with pytest.raises(
+        TargetError, match=r"decoder.weight is pruned by .*\[one\] and by .*\[two\]"
+    ):
+        quiet_trainer(tmp_path, *callbacks).fit(TinyAutoencoder(), batches())
+
+
 def test_sparsity_is_logged(tmp_path):
     trainer = quiet_trainer(tmp_path, GradualPruning(final_sparsity=0.5))
     trainer.fit(TinyAutoencoder(), batches())

@@ -1,0 +1,247 @@
+"""Parts: what is asked of which targets, when patterns have sparsities of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from lightning_compress.errors import TargetError
+from lightning_compress.projection import Slot
+from lightning_compress.schedules import Polynomial, Schedule
+from lightning_compress.targets import Pattern, clean_path, select
+
+__all__ = [
+    "Part",
+    "by_pattern",
+    "check_floors",
+    "check_min_keep",
+    "floors_by_path",
+    "make_schedules",
+    "share_out",
+]
+
+Curve = Callable[[float], float]
+MIN_KEEP = 0.01  # of each target, where nothing else is asked
+_DEFAULTS = {"final_sparsity": 0.9, "begin": 0.0, "end": 0.7}
+
+
+@dataclass
+class Part:
+    """Targets that are pruned together by one schedule.
+
+    Args:
+        pattern: what chose them; None: all targets.
+        curve: from position to sparsity.
+        asked: the highest sparsity asked so far.
+        slots: the targets, in a fit.
+    """
+
+    pattern: Pattern | None
+    curve: Curve
+    asked: float = 0.0
+    slots: list[Slot] = field(default_factory=list)
+
+    def paths(self) -> list[str]:
+        """Paths of the targets."""
+        return [slot.path for slot in self.slots]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the part's weights that masks prune."""
+        total = sum(slot.target.numel for slot in self.slots)
+        return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
+
+    def target(self, position: float) -> float:
+        """The sparsity at a position.
+
+        Raises:
+            ValueError: when the schedule gives no sparsity.
+        """
+        value = self.curve(position)
+        if not 0 <= value < 1:
+            raise ValueError(f"the schedule gave {value!r} at {position}: it must lie in [0, 1)")
+        return value
+
+    def miss(self, end: float) -> str:
+        """What is missing at the end of a run, in words; empty when nothing is."""
+        final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
+        if round(final * total) <= round(self.asked * total):
+            return ""
+        of = "" if self.pattern is None else f" of {self.pattern!r}"
+        return (
+            f"ended at sparsity {self.sparsity:.4f}{of} instead of {final:.4f}: the run ended "
+            f"before end={end!r} of the schedule"
+        )
+
+    def ask(self, position: float) -> float:
+        """The sparsity to reach now: it never falls, whatever the schedule does."""
+        self.asked = max(self.asked, self.target(position))
+        return self.asked
+
+
+def make_schedules(
+    final_sparsity: float | Mapping[Pattern, float],
+    schedule: Curve | None,
+    begin: float,
+    end: float,
+    limit: float = 1.0,
+) -> list[Part]:
+    """One part for all targets, or one for each pattern of a mapping.
+
+    Args:
+        final_sparsity: at the end.
+        schedule: None: `Polynomial`.
+        begin: of the window.
+        end: of the window.
+        limit: final sparsity that a granularity fixes; 1: none.
+
+    Raises:
+        ValueError: for arguments that contradict each other; the message names them.
+
+    >>> [part.target(1.0) for part in make_schedules({"a.*": 0.5, "b.*": 0.8}, None, 0.0, 0.7)]
+    [0.5, 0.8]
+    """
+    _check_schedule(schedule, {"final_sparsity": final_sparsity, "begin": begin, "end": end})
+    if isinstance(final_sparsity, Mapping):
+        if not final_sparsity:
+            raise ValueError("final_sparsity={} names no pattern")
+        parts = {one: _check_limit(value, limit) for one, value in final_sparsity.items()}
+        return [Part(one, _with_final(schedule, value, begin, end)) for one, value in parts.items()]
+    given = schedule.final_sparsity if isinstance(schedule, Schedule) else final_sparsity
+    if schedule is None or isinstance(schedule, Schedule):
+        default = given == _DEFAULTS["final_sparsity"]
+        given = limit if limit < 1 and default else _check_limit(given, limit)
+        return [Part(None, _with_final(schedule, given, begin, end))]
+    return [Part(None, schedule)]
+
+
+def by_pattern(
+    module: nn.Module,
+    patterns: Sequence[Pattern],
+    exclude: Sequence[Pattern] | Pattern,
+    slots: Sequence[Slot],
+) -> list[list[Slot]]:
+    """Slots by the first pattern that matches each.
+
+    Raises:
+        TargetError: for a pattern that matches no target, or none that no earlier one has.
+    """
+    left, groups = {slot.path: slot for slot in slots}, []
+    for pattern in patterns:
+        targets = select(module, pattern, exclude).targets
+        paths = [clean_path(target.path) for target in targets]
+        groups.append([left.pop(path) for path in paths if path in left])
+        if not groups[-1]:
+            raise TargetError(f"the pattern {pattern!r} matches no target that is still free")
+    return groups
+
+
+def share_out(
+    module: nn.Module,
+    parts: Sequence[Part],
+    exclude: Sequence[Pattern] | Pattern,
+    slots: Sequence[Slot],
+) -> None:
+    """Give each part its targets; arguments and errors as `by_pattern`."""
+    patterns = [part.pattern for part in parts if part.pattern is not None]
+    groups = by_pattern(module, patterns, exclude, slots)
+    for part, own in zip(parts, groups or [list(slots)], strict=True):
+        part.slots = own
+
+
+def check_min_keep(min_keep: float | Mapping[Pattern, float], parts: Sequence[Part]) -> None:
+    """Check what can be checked before the targets are known.
+
+    Raises:
+        ValueError: for a fraction that is none, or leaves no room for a schedule's final value.
+    """
+    curves = [part.curve for part in parts]
+    finals = [one.final_sparsity for one in curves if isinstance(one, Schedule)]
+    each = min_keep.values() if isinstance(min_keep, Mapping) else [min_keep]
+    most = 1.0 if isinstance(min_keep, Mapping) else 1 - max(finals, default=0.0)
+    for value in each:
+        if not 0 <= value <= most:
+            raise ValueError(f"min_keep={value!r} must lie between 0 and 1 - final sparsity")
+
+
+def floors_by_path(
+    module: nn.Module, min_keep: float | Mapping[Pattern, float], slots: Sequence[Slot]
+) -> dict[str, float]:
+    """Fraction of each target that stays, by path.
+
+    Args:
+        module: the model.
+        min_keep: one for all, or by pattern: of two that match the first counts, and what none
+            matches keeps `MIN_KEEP`.
+        slots: the targets.
+
+    Raises:
+        TargetError: for a pattern that matches no target.
+    """
+    if not isinstance(min_keep, Mapping):
+        return {slot.path: min_keep for slot in slots}
+    floors = {slot.path: MIN_KEEP for slot in slots}
+    groups = by_pattern(module, list(min_keep), (), slots)
+    for value, group in zip(min_keep.values(), groups, strict=True):
+        floors.update({slot.path: value for slot in group})
+    return floors
+
+
+def check_floors(
+    slots: Sequence[Slot], floors: Mapping[str, float], final: float, *, each: bool
+) -> None:
+    """Check that what must stay leaves room for the final sparsity.
+
+    Args:
+        slots: of one part.
+        floors: fraction of each that stays, by path.
+        final: the sparsity in the end.
+        each: every weight has to reach it, not only all together.
+
+    Raises:
+        ValueError: when it does not; names the weight or the sum.
+    """
+    for slot in slots if each else ():
+        if floors[slot.path] > 1 - final + 1e-9:
+            raise ValueError(
+                f"min_keep={floors[slot.path]!r} of {slot.path} leaves no room for the "
+                f"sparsity {final!r}: at most {1 - final:.4g} may stay"
+            )
+    total = sum(slot.target.numel for slot in slots)
+    kept = sum(floors[slot.path] * slot.target.numel for slot in slots)
+    if kept > (1 - final + 1e-9) * total:
+        raise ValueError(
+            f"min_keep keeps {kept / total:.4g} of the weights, which leaves no room for the "
+            f"sparsity {final!r}"
+        )
+
+
+def _check_schedule(schedule: Curve | None, given: Mapping[str, object]) -> None:
+    if schedule is None:
+        return
+    if not callable(schedule):
+        raise ValueError(f"schedule={schedule!r} must be callable, such as Polynomial(...)")
+    several = isinstance(given["final_sparsity"], Mapping)
+    if several and not isinstance(schedule, Schedule):
+        raise ValueError("with a mapping as final_sparsity, schedule must be a Schedule: its shape")
+    checked = {key: value for key, value in given.items() if not isinstance(value, Mapping)}
+    changed = sorted(key for key, value in checked.items() if value != _DEFAULTS[key])
+    if isinstance(schedule, Schedule) and changed:
+        raise ValueError(f"the schedule brings its own {changed}: set them there alone")
+
+
+def _check_limit(value: float, limit: float) -> float:
+    if limit < 1 and not math.isclose(value, limit):
+        raise ValueError(
+            f"final_sparsity={value!r} does not fit a granularity of n:m: it ends at {limit:.6g}"
+        )
+    return value
+
+
+def _with_final(schedule: Curve | None, final: float, begin: float, end: float) -> Curve:
+    if isinstance(schedule, Schedule):
+        return replace(schedule, final_sparsity=final)
+    return Polynomial(final_sparsity=final, begin=begin, end=end)

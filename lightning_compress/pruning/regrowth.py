@@ -1,0 +1,148 @@
+"""RigL: the smallest weights make room for those whose gradients are largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.masks import lowest_pruned
+
+__all__ = ["DenseGradients", "check_regrowth", "exchange", "exchanged_fraction", "forget"]
+
+
+_REGROW = (None, "straight_through", "gradient")
+
+
+def check_regrowth(regrow: str | None, fraction: float, scope: str, *, fixed: bool) -> None:
+    """Check how pruned weights may return.
+
+    Args:
+        regrow: None, "straight_through" or "gradient".
+        fraction: of the weights that RigL exchanges.
+        scope: how the targets share the sparsity.
+        fixed: whether the granularity fixes the sparsity of each layer, as n:m does.
+
+    Raises:
+        ValueError: for an unknown way, and for one that the granularity cannot go.
+
+    >>> check_regrowth("gradient", 0.3, "erk", fixed=False)
+    """
+    if regrow not in _REGROW:
+        raise ValueError(f"regrow={regrow!r}: valid are {list(_REGROW)}")
+    if not 0 < fraction < 1:
+        raise ValueError(f"regrow_fraction={fraction!r} must lie between 0 and 1")
+    if fixed and (scope == "erk" or regrow == "gradient"):
+        raise ValueError(
+            "a granularity of n:m fixes the sparsity of each layer: scope='erk' and "
+            "regrow='gradient' would move it"
+        )
+
+
+class DenseGradients:
+    """The gradient of the last step at every position, pruned or not: what RigL grows by."""
+
+    window = 1
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, Tensor] = {}
+        self._taps: list[tuple[Slot, Callable[[Tensor], None]]] = []
+
+    def begin(self, slots: Sequence[Slot]) -> None:
+        """Read the gradients from now on."""
+        for slot in slots:
+            tap = self._tap(slot)
+            slot.taps.append(tap)
+            self._taps.append((slot, tap))
+
+    def scores(self, slot: Slot) -> Tensor:
+        """Absolute gradients of a weight; zeros where none has arrived."""
+        gradient = self._gradients.get(slot.path)
+        return torch.zeros_like(slot.values()) if gradient is None else gradient.abs()
+
+    def end(self) -> None:
+        """Stop reading."""
+        for slot, tap in self._taps:
+            if tap in slot.taps:
+                slot.taps.remove(tap)
+        self._taps.clear()
+        self._gradients.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the gradients of a step are read within it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def _tap(self, slot: Slot) -> Callable[[Tensor], None]:
+        def read(gradient: Tensor) -> None:
+            known, summed = self._gradients.get(slot.path), slot.parameter.grad
+            # Where gradients accumulate over several batches, so do these.
+            goes_on = known is not None and summed is not None and bool(summed.any())
+            if known is not None and goes_on:
+                known += gradient.detach()
+            else:
+                self._gradients[slot.path] = gradient.detach().clone()
+
+        return read
+
+
+def exchanged_fraction(fraction: float, done: float) -> float:
+    """Share of the weights that is exchanged, by a cosine from `fraction` to 0.
+
+    Args:
+        fraction: at the beginning.
+        done: part of the window that is done, from 0 to 1.
+
+    >>> exchanged_fraction(0.3, 0.0), exchanged_fraction(0.3, 1.0)
+    (0.3, 0.0)
+    """
+    return fraction / 2 * (1 + math.cos(math.pi * done))
+
+
+def exchange(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float) -> Tensor:
+    """A mask in which a fraction of what stays has moved, its number unchanged.
+
+    Evci et al. 2020, arXiv:1911.11134, section 3: the smallest magnitudes leave, and of what is
+    then not active the largest gradients come in; what has just left may come back.
+
+    Args:
+        mask: True where a unit stays, any shape.
+        magnitude: of each unit, of the same shape.
+        growth: absolute gradient of each unit.
+        fraction: of the active units, rounded down.
+
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> exchange(mask, torch.tensor([3.0, 1, 0, 0]), torch.tensor([9.0, 0, 1, 2]), 0.5)
+    tensor([ True, False, False,  True])
+    """
+    count = int(fraction * int(mask.sum()))
+    if count == 0:
+        return mask
+    survivors = mask & lowest_pruned([magnitude.masked_fill(~mask, math.inf)], count)[0]
+    candidates = lowest_pruned([growth], growth.numel() - count, closed=[survivors])[0]
+    return survivors | candidates
+
+
+@torch.no_grad()
+def forget(optimizers: Sequence[Optimizer], slot: Slot, mask: Tensor) -> None:
+    """Zero the momenta of weights that come back, as RigL does: they start afresh.
+
+    Args:
+        optimizers: all of them.
+        slot: the weight, with its mask until now.
+        mask: its next mask, True where a weight stays.
+    """
+    if slot.pruned is None:
+        return
+    grown = mask & slot.pruned
+    for optimizer in optimizers:
+        for kept in optimizer.state.get(slot.parameter, {}).values():
+            if isinstance(kept, Tensor) and kept.shape == grown.shape:
+                kept.masked_fill_(grown, 0.0)
