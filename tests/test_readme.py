@@ -1,0 +1,52 @@
+"""The code that the README prints runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readme_shows_the_callback_first():
+    assert BLOCKS
+    assert "GradualPruning" in BLOCKS[0]
+    assert len(BLOCKS[0].strip().splitlines()) <= 12
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_python_blocks_run_on_a_project_of_ones_own(index, tmp_path, monkeypatch):
+    from tiny import TinyAutoencoder, batches, quiet_trainer
+
+    monkeypatch.chdir(tmp_path)
+
+    class Fresh(TinyAutoencoder):
+        pass
+
+    model = TinyAutoencoder()
+    names = {
+        "MyVAE": Fresh,
+        "model": model,
+        "train_loader": batches(),
+        "sample": __import__("torch").randn(2, 6),
+    }
+    quiet_trainer(tmp_path).fit(model, batches())
+    for block in BLOCKS[:index]:  # a reader goes from top to bottom
+        exec(block, names)
+    exec(BLOCKS[index], names)
+    if index == 0:
+        from lightning_compress import sparsity
+
+        assert sparsity(names["model"]) == pytest.approx(0.9, abs=0.02)
+
+
+def test_commands_and_files_that_the_readme_names_exist():
+    root = Path(__file__).parent.parent
+    makefile = (root / "Makefile").read_text()
+    for verb in re.findall(r"`make ([a-z-]+)`", README):
+        assert f"\n{verb}:" in makefile, verb
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (root / link).exists(), link
+    for group, choice in re.findall(r"\b(model|data|experiment)=(\w+)", README):
+        assert (root / "conf" / group / f"{choice}.yaml").exists(), (group, choice)
