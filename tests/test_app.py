@@ -152,6 +152,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_same(tmp_path, mo
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Background jobs of a plain shell ignore Ctrl-C, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     whole = start("whole")
