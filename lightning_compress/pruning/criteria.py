@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -144,13 +144,8 @@ def magnitude_l2(weight: Tensor) -> Tensor:
     return weight.detach().square()
 
 
-def _magnitude(weight: Tensor | None = None) -> Any:
-    # A callback that has not moved to `make_criterion` yet calls the entry with a weight.
-    return Stateless(magnitude) if weight is None else magnitude(weight)
-
-
 CRITERIA: dict[str, Callable[[], Criterion]] = {
-    "magnitude": _magnitude,
+    "magnitude": partial(Stateless, magnitude),
     "magnitude_l2": partial(Stateless, magnitude_l2),
     "activation": InputActivation,
     "output_activation": OutputActivation,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.callbacks import CompressionSummary, ScoreMonitor
 from lightning_compress.data import SplitDataModule
+from lightning_compress.report.files import write_atomic
 from lightning_compress.report.grids import save_comparison, save_grid
 from lightning_compress.workflow.costs import (
     deployed_cost,
@@ -62,7 +62,8 @@ def run_experiment(
     )
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
     results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
-    _write_json(folder / "results.json", results)
+    text = json.dumps(results, indent=1, ensure_ascii=False, default=float)
+    write_atomic(folder / "results.json", text)
     _write_curves(folder / "curves.csv", dense, compressed)
     return results
 
@@ -168,15 +169,6 @@ def _write_curves(path: Path, dense: Trained, compressed: Trained) -> None:
         writer.writerow(("run", "step", "metric", "value"))
         for run, trained in (("dense", dense), ("compressed", compressed)):
             writer.writerows((run, *row) for row in trained.rows)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, default=float)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _check_writable(folder: Path) -> None:
