@@ -20,13 +20,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
-from lightning_compress.quantization.quantizers import AffineGrid
-from lightning_compress.state import clear_grid, set_grid
+from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
 __all__ = ["Projector", "Slot"]
 
-Quantizer = Callable[[Tensor], AffineGrid]
+Quantizer = Callable[[Tensor], Grid]
 _REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
 
 
@@ -45,7 +44,7 @@ class Slot:
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None
-        self.grid: AffineGrid | None = None  # where the parameter lies since the last projection
+        self.grid: Grid | None = None  # where the parameter lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
 
@@ -87,7 +86,7 @@ class Slot:
         self.restore()
         self.quantizer = quantizer
 
-    def visible(self, values: Tensor) -> tuple[Tensor, AffineGrid | None]:
+    def visible(self, values: Tensor) -> tuple[Tensor, Grid | None]:
         """The projection of any values of this weight's shape, and the grid it lies on."""
         if self.pruned is not None:
             values = values.masked_fill(self.pruned, 0.0)

@@ -6,23 +6,51 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from lightning_compress.quantization.codebooks import CodebookGrid
 from lightning_compress.quantization.quantizers import AffineGrid
 
-__all__ = ["CompressionState", "clear_grid", "compression_state", "set_grid"]
+__all__ = [
+    "ActivationGrids",
+    "CompressionState",
+    "Grid",
+    "activation_grids",
+    "clear_grid",
+    "compression_state",
+    "set_activation_grids",
+    "set_grid",
+]
 
-# A plain attribute of the owning layer: it follows deepcopy and pickle, never enters state_dict.
+Grid = AffineGrid | CodebookGrid
+
+# Plain attributes of the owning layer: they follow deepcopy and pickle, never enter state_dict.
 _ATTRIBUTE = "_compression_grids"
+_ACTIVATIONS = "_compression_activations"
+
+
+@dataclass(frozen=True)
+class ActivationGrids:
+    """Grids, one scale a tensor, of what a layer is fed and of what it gives; None: as it is."""
+
+    input: AffineGrid | None = None
+    output: AffineGrid | None = None
 
 
 @dataclass(frozen=True)
 class CompressionState:
-    """Masks and grids by parameter name, as `named_parameters` spells it."""
+    """What a module carries.
+
+    Args:
+        masks: True where a weight is not 0, by parameter name as `named_parameters` spells it.
+        grids: where weights lie, by parameter name.
+        activations: where inputs and outputs of layers lie, by module path.
+    """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, AffineGrid] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    activations: dict[str, ActivationGrids] = field(default_factory=dict)
 
 
-def set_grid(layer: nn.Module, name: str, grid: AffineGrid) -> None:
+def set_grid(layer: nn.Module, name: str, grid: Grid) -> None:
     """Remember that `layer.<name>` lies on a grid."""
     layer.__dict__.setdefault(_ATTRIBUTE, {})[name] = grid
 
@@ -30,6 +58,19 @@ def set_grid(layer: nn.Module, name: str, grid: AffineGrid) -> None:
 def clear_grid(layer: nn.Module, name: str) -> None:
     """Forget the grid of `layer.<name>`, if it had one."""
     layer.__dict__.get(_ATTRIBUTE, {}).pop(name, None)
+
+
+def activation_grids(layer: nn.Module) -> ActivationGrids | None:
+    """What `set_activation_grids` left at a layer."""
+    return layer.__dict__.get(_ACTIVATIONS)
+
+
+def set_activation_grids(layer: nn.Module, grids: ActivationGrids | None) -> None:
+    """Remember the grids of a layer's input and output; None forgets them."""
+    if grids is None:
+        layer.__dict__.pop(_ACTIVATIONS, None)
+    else:
+        layer.__dict__[_ACTIVATIONS] = grids
 
 
 def compression_state(module: nn.Module) -> CompressionState:
@@ -42,13 +83,15 @@ def compression_state(module: nn.Module) -> CompressionState:
     >>> compression_state(layer).masks["weight"].tolist()
     [[False, True], [True, False]]
     """
-    masks, grids = {}, {}
+    masks, grids, activations = {}, {}, {}
     for prefix, layer in module.named_modules():
         known = layer.__dict__.get(_ATTRIBUTE, {})
+        if (found := activation_grids(layer)) is not None:
+            activations[prefix] = found
         for name, parameter in layer.named_parameters(recurse=False):
             path = f"{prefix}.{name}" if prefix else name
             if name in known:
                 grids[path] = known[name]
             if parameter.dim() > 1 and not (mask := parameter.detach() != 0).all():
                 masks[path] = mask
-    return CompressionState(masks, grids)
+    return CompressionState(masks, grids, activations)

@@ -104,7 +104,8 @@ def _grids(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Affine
     found: dict[str, AffineGrid] = {}
     for path, grid in compression_state(module).grids.items():
         name = _stored_name(path)
-        if name in tensors:
+        # A tensor on a codebook is stored by its values.
+        if name in tensors and isinstance(grid, AffineGrid):
             axis = grid.axis if grid.axis is None else grid.axis % tensors[name].dim()
             found[name] = replace(grid, axis=axis)
     return found
