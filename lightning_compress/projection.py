@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
+from lightning_compress.sharding import Shards, is_sharded, local_part, shards_of
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
@@ -39,6 +40,7 @@ class Slot:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.path = clean_path(target.path)
+        self.shards: Shards | None = shards_of(target.parameter)
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
         self.quantizer: Quantizer | None = None
@@ -54,21 +56,30 @@ class Slot:
         return self.target.parameter
 
     @property
+    def data(self) -> Tensor:
+        """The parameter's values that this process holds, without a graph: all, unless sharded."""
+        return local_part(self.parameter.detach())
+
+    @property
     def sparsity(self) -> float:
         """Fraction of positions that the mask prunes."""
-        return 0.0 if self.pruned is None else self.pruned.sum().item() / self.pruned.numel()
+        if self.pruned is None:
+            return 0.0
+        count = self.pruned.sum()
+        total = count if self.shards is None else self.shards.sum(count)
+        return total.item() / self.parameter.numel()
 
     def values(self) -> Tensor:
         """The latent values: what the optimizer updates and what criteria look at."""
         if self.latent is None or self._holds_latent:
-            return self.parameter.detach()
+            return self.data
         return self.latent
 
     @torch.no_grad()
     def set_values(self, values: Tensor) -> None:
         """Replace the latent values; they show after the next `project`."""
         self.restore()
-        self.parameter.copy_(values)
+        self.data.copy_(values)
 
     def set_mask(self, mask: Tensor | None) -> None:
         """Replace the mask (True where a weight stays); it shows after the next `project`."""
@@ -76,8 +87,8 @@ class Slot:
         if mask is None:
             self.pruned = None
             return
-        if mask.shape != self.parameter.shape:
-            shapes = f"{tuple(mask.shape)}, the weight {tuple(self.parameter.shape)}"
+        if mask.shape != self.data.shape:
+            shapes = f"{tuple(mask.shape)}, the weight {tuple(self.data.shape)}"
             raise TargetError(f"mask of {self.path} has shape {shapes}")
         self.pruned = ~mask.to(self.parameter.device)
 
@@ -103,8 +114,8 @@ class Slot:
         masked = self._masked_latent(self.latent)
         expected = masked if self.grid is None else self.grid.project(masked)
         # Where somebody else wrote (weight clamping, user code), what was written counts.
-        untouched = self.parameter == expected
-        self.parameter.copy_(torch.where(untouched, self.latent, self.parameter))
+        data = self.data
+        data.copy_(torch.where(data == expected, self.latent, data))
         self._holds_latent = True
 
     @torch.no_grad()
@@ -113,10 +124,10 @@ class Slot:
         if self.quantizer is None and not (self.dense_gradient and self.pruned is not None):
             self._drop_latent()
             if self.pruned is not None:
-                self.parameter.masked_fill_(self.pruned, 0.0)
+                self.data.masked_fill_(self.pruned, 0.0)
             return
         self.restore()
-        latent = self.parameter.detach()
+        latent = self.data
         if self.pruned is not None and not self.dense_gradient:
             latent.masked_fill_(self.pruned, 0.0)
         self.latent = latent.clone() if self.latent is None else self.latent.copy_(latent)
@@ -126,10 +137,10 @@ class Slot:
     def _show(self, masked: Tensor) -> None:
         self.grid = None if self.quantizer is None else self.quantizer(masked)
         if self.grid is None:
-            self.parameter.copy_(masked)
+            self.data.copy_(masked)
             clear_grid(self.target.layer, self.target.name)
         else:
-            self.parameter.copy_(self.grid.project(masked))
+            self.data.copy_(self.grid.project(masked))
             set_grid(self.target.layer, self.target.name, self.grid)
 
     def _masked_latent(self, latent: Tensor) -> Tensor:
@@ -160,6 +171,13 @@ class Slot:
             return gradient
         return gradient.masked_fill(self.pruned, 0.0)
 
+    @torch.no_grad()
+    def mask_sharded_gradient(self, parameter: Tensor) -> None:
+        """The same for a sharded parameter, whose gradient arrives past autograd's hooks."""
+        if parameter.grad is not None:
+            gradient = local_part(parameter.grad)
+            gradient.copy_(self.mask_gradient(gradient))
+
 
 class Projector:
     """All projected parameters of one module, and the hooks on the optimizers that own them.
@@ -180,6 +198,9 @@ class Projector:
     def __init__(self) -> None:
         self.slots: dict[str, Slot] = {}
         self.steps: list[int] = []
+        # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
+        # asleep, steps are not the training's.
+        self.asleep = False
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._owners: dict[str, list[int]] = {}
         self._handlers: list[tuple[int, Callable[[], None]]] = []
@@ -201,7 +222,7 @@ class Projector:
         slot = self.slots.get(path)
         if slot is None:
             slot = self.slots[path] = Slot(target)
-            self._handles.append(target.parameter.register_hook(_untraced(slot.mask_gradient)))
+            self._handles.append(_hook_gradient(slot))
         return slot
 
     def on_step(self, handler: Callable[[], None], *, order: int) -> None:
@@ -255,10 +276,11 @@ class Projector:
 
     def _hook(self, optimizer: Optimizer, index: int) -> None:
         def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before_step(index, args, kwargs)
+            return None if self.asleep else self._before_step(index, args, kwargs)
 
         def after(_: Optimizer, _args: Any, _kwargs: Any) -> None:
-            self._after_step(index)
+            if not self.asleep:
+                self._after_step(index)
 
         self._handles.append(optimizer.register_step_pre_hook(_untraced(before)))
         self._handles.append(optimizer.register_step_post_hook(_untraced(after)))
@@ -294,6 +316,13 @@ class Projector:
             handler()
         for slot in self._owned(index):
             slot.project()
+
+
+def _hook_gradient(slot: Slot) -> RemovableHandle:
+    weight = slot.parameter
+    if is_sharded(weight):
+        return weight.register_post_accumulate_grad_hook(_untraced(slot.mask_sharded_gradient))
+    return weight.register_hook(_untraced(slot.mask_gradient))
 
 
 def _untraced(hook: Callable[..., Any]) -> Any:

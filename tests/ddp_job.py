@@ -22,7 +22,7 @@ def main(folder: Path, kind: str, processes: int) -> None:
     data, rank = TensorDataset(rows), int(os.environ.get("LOCAL_RANK", "0"))
     sampler = DistributedSampler(data, processes, rank, shuffle=False)
     loader = DataLoader(data, batch_size=8 // processes, sampler=sampler)
-    pruning = GradualPruning(final_sparsity=0.8)
+    pruning = GradualPruning(final_sparsity=0.8, regrow="gradient" if kind == "plain" else None)
     trainer = quiet_trainer(
         folder,
         pruning,

@@ -100,6 +100,7 @@ class WeightCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters by name and hook their optimizers."""
         self._projector = Projector.of(pl_module)
+        self.projector.asleep = True
         selection = select(pl_module, self.include, self.exclude)
         self.coverage = selection.coverage
         masks = {slot.path: slot.pruned for slot in self.slots}
@@ -116,6 +117,7 @@ class WeightCallback(Callback):
         if self._loaded is not None:
             self.restore_state(self._loaded)
             self._loaded = None
+        self.projector.asleep = False
         self.projector.project()
 
     def on_weight_step(self, trainer: Trainer) -> None:

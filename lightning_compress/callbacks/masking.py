@@ -74,6 +74,16 @@ class MaskCallback(WeightCallback):
     def look_ahead(self, step: int) -> None:
         """Prepare for the next event, after each step."""
 
+    def check_sharded(self) -> None:
+        """Check that this way of pruning works on parameters that are spread over processes.
+
+        Raises:
+            TargetError: when it does not.
+        """
+        raise TargetError(
+            f"{type(self).__name__} cannot prune sharded parameters (FSDP2): use GradualPruning"
+        )
+
     def stop(self) -> None:
         """Free what was prepared, when the fit ends or breaks."""
 
@@ -82,6 +92,8 @@ class MaskCallback(WeightCallback):
         earlier = {slot.path: slot for slot in self.slots}
         super().on_fit_start(trainer, pl_module)
         self._claim()
+        if any(slot.shards is not None for slot in self.slots):
+            self.check_sharded()
         if self.events.in_fractions:
             check_run_ends(trainer)
         self.events.reset()
@@ -172,7 +184,7 @@ class MaskCallback(WeightCallback):
     def set_masks(self, slots: Sequence[Slot], masks: Sequence[Tensor], trainer: Trainer) -> None:
         """Give each target its mask, the first process's everywhere."""
         for slot, mask in zip(slots, masks, strict=True):
-            if trainer.world_size > 1:
+            if trainer.world_size > 1 and slot.shards is None:
                 shared = trainer.strategy.broadcast(pack_mask(mask))
                 mask = unpack_mask(shared, mask.shape)
             slot.set_mask(mask)
@@ -200,10 +212,13 @@ class MaskCallback(WeightCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), hidden values, clock and how far the schedule went."""
-        masks = {slot.path: slot.pruned for slot in self.slots if slot.pruned is not None}
-        hidden = {slot.path: slot.latent for slot in self.slots if slot.dense_gradient}
+        masks = {slot.path: _whole(slot, slot.pruned) for slot in self.slots}
+        hidden = {one.path: _whole(one, one.latent) for one in self.slots if one.dense_gradient}
+        packed = {
+            path: (pack_mask(~p), tuple(p.shape)) for path, p in masks.items() if p is not None
+        }
         return {
-            "masks": {path: (pack_mask(~p), tuple(p.shape)) for path, p in masks.items()},
+            "masks": packed,
             "latents": {path: one for path, one in hidden.items() if one is not None},
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
@@ -220,14 +235,22 @@ class MaskCallback(WeightCallback):
         if unknown := sorted(set(state["masks"]) - set(by_path)):
             raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
         for path, (packed, shape) in state["masks"].items():
-            by_path[path].set_mask(unpack_mask(packed, shape))
+            by_path[path].set_mask(_part(by_path[path], unpack_mask(packed, shape)))
         for path, latent in state["latents"].items():
             if self.dense_gradient:
-                by_path[path].set_values(latent)
+                by_path[path].set_values(_part(by_path[path], latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self._pending, self._waiting, self._overruled = state["waits"]
         self.sparsity = self._count()
+
+
+def _whole(slot: Slot, part: Tensor | None) -> Tensor | None:
+    return part if part is None or slot.shards is None else slot.shards.whole(part)
+
+
+def _part(slot: Slot, whole: Tensor) -> Tensor:
+    return whole if slot.shards is None else slot.shards.part(whole)
 
 
 def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:

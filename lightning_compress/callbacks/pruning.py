@@ -31,6 +31,7 @@ from lightning_compress.pruning.regrowth import (
     forget,
 )
 from lightning_compress.pruning.scopes import SCOPES
+from lightning_compress.pruning.sharded import check_sharded
 from lightning_compress.schedules import Schedule
 from lightning_compress.targets import Pattern
 
@@ -132,6 +133,7 @@ class GradualPruning(MaskCallback):
         """Find the targets of each part, and check that bounds leave room for what is asked."""
         super().on_fit_start(trainer, pl_module)
         self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
+        self.plan.check(self.slots)
         share_out(pl_module, self.parts, self.exclude, self.slots)
         self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
         for part in self.parts:
@@ -144,6 +146,19 @@ class GradualPruning(MaskCallback):
             self._rewinder = Rewinder(
                 self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
             )
+
+    def check_sharded(self) -> None:
+        """Single weights by their values alone can be compared over processes.
+
+        Raises:
+            TargetError: for what needs whole rows or whole activations.
+        """
+        check_sharded(
+            criterion=self._gatherings[0].criterion,
+            pooled=self.plan.granularity.pools or self.plan.granularity.limit < 1,
+            regrow=self.regrow,
+            rewind=self.rewind is not None,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and keep the weights to rewind to, if they are these."""
@@ -181,9 +196,9 @@ class GradualPruning(MaskCallback):
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:
         """Make new masks, let weights change places, rewind."""
-        before, masks, criterion = self.sparsity, {}, self._gatherings[0].criterion
+        before, masks = self.sparsity, {}
         for part in self.parts:
-            scores = [criterion.scores(slot) for slot in part.slots]
+            scores = self._gatherings[0].scores(self.slots, part.slots)
             found = self.plan.masks(part.slots, scores, part.ask(self.events.position))
             masks.update(zip(part.paths(), found, strict=True))
         if self._exchanges():

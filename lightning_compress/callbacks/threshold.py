@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.callbacks.masking import MaskCallback
+from lightning_compress.pruning.normed import normed_axis, row_leaders
 from lightning_compress.pruning.thresholds import threshold_mask
 from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.targets import Pattern
@@ -112,7 +113,10 @@ class ThresholdPruning(MaskCallback):
         masks = []
         for slot in self.slots:
             closed = None if self.dense_gradient else slot.pruned
-            masks += [threshold_mask(slot.values(), self._asked, closed=closed, **rules)]
+            mask = threshold_mask(slot.values(), self._asked, closed=closed, **rules)
+            if (axis := normed_axis(slot.target)) is not None:
+                mask |= row_leaders(slot.values(), axis, closed)
+            masks.append(mask)
         self.set_masks(self.slots, masks, trainer)
         self.project()
 

@@ -43,7 +43,7 @@ class Criterion(Protocol):
 
     Attributes:
         window: steps of the owning optimizer before a prune event in which statistics gather;
-            0: none are needed.
+            0: none are needed, the event itself is between `begin` and `end`.
     """
 
     window: int

@@ -21,8 +21,8 @@ class Gathering:
     """Turns a criterion's statistics on before an event and off after it.
 
     Args:
-        criterion: gathers over `criterion.window` steps; 0: needs no statistics; `WHOLE_RUN`:
-            from the first step on, and any number will do.
+        criterion: gathers over `criterion.window` steps; 0: needs no statistics, and begins and
+            ends at the event; `WHOLE_RUN`: from the first step on, and any number will do.
     """
 
     def __init__(self, criterion: Criterion) -> None:
@@ -72,6 +72,18 @@ class Gathering:
         gathered = 0 if self.since is None else step - self.since
         late = late or self.criterion.window >= WHOLE_RUN
         return gathered >= self.criterion.window or (late and gathered > 0)
+
+    def scores(self, slots: Sequence[Slot], wanted: Sequence[Slot]) -> list[Tensor]:
+        """Scores of some slots at an event; all of them name what a criterion begins with.
+
+        Args:
+            slots: the targets.
+            wanted: those to score.
+        """
+        if not self.criterion.window and self.since is None:
+            self.criterion.begin(slots)
+            self.since = 0  # until the event is over
+        return [self.criterion.scores(slot) for slot in wanted]
 
     def corrected(self, slot: Slot) -> Tensor | None:
         """New values under a slot's new mask, from a criterion that has an opinion on them."""

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_compress.sharding import Shards
+
 __all__ = ["global_masks", "layer_masks", "lowest_pruned", "pack_mask", "unpack_mask"]
 
-_CHUNK = 1 << 20  # elements handled at once: bounds the extra memory of a prune event
+_CHUNK = 1 << 18  # elements handled at once: bounds the extra memory of a prune event
 _HALF = 1 << 16
+_Pairs = Sequence[tuple[Tensor, Tensor | None]]
 
 
 def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
@@ -44,7 +47,11 @@ def layer_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
 
 
 def lowest_pruned(
-    scores: Sequence[Tensor], count: int, *, closed: Sequence[Tensor | None] = ()
+    scores: Sequence[Tensor],
+    count: int,
+    *,
+    closed: Sequence[Tensor | None] = (),
+    shards: Shards | None = None,
 ) -> list[Tensor]:
     """Masks (True stays) that prune the lowest scores over all tensors together.
 
@@ -54,6 +61,8 @@ def lowest_pruned(
         scores: one tensor a layer, of any shapes.
         count: positions to prune, from 0 to all; of equal scores the first go first.
         closed: for each tensor None, or True where a position goes before all others.
+        shards: when the scores are one process's parts of tensors that are spread over several:
+            the count is of all of them together, the masks are of these parts.
 
     Raises:
         ValueError: for a count out of range or a score that is NaN.
@@ -63,17 +72,20 @@ def lowest_pruned(
     >>> lowest_pruned([torch.tensor([3.0, 1.0])], 1, closed=[torch.tensor([True, False])])
     [tensor([False,  True])]
     """
-    total = sum(score.numel() for score in scores)
+    total = torch.tensor(sum(score.numel() for score in scores))
+    total = int(total if shards is None else shards.sum(total))
     if not 0 <= count <= total:
         raise ValueError(f"cannot prune {count} of {total} scores")
     masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
     if count == 0:
         return masks
     pairs = list(zip(scores, closed or [None] * len(scores), strict=True))
-    threshold, below = _kth_key(pairs, count - 1)
+    threshold, below = _kth_key(pairs, count - 1, shards)
     ties = count - below  # of the keys that equal the threshold, so many go as well
-    for (score, shut), mask in zip(pairs, masks, strict=True):
+    quotas = None if shards is None else shards.quotas(_equal(pairs, threshold), ties)
+    for index, ((score, shut), mask) in enumerate(zip(pairs, masks, strict=True)):
         flat, start = mask.view(-1), 0
+        ties = ties if quotas is None else quotas[index]
         for keys in _ordered(score, shut):
             part = flat[start : start + keys.numel()]
             part.copy_(keys >= threshold)
@@ -100,7 +112,13 @@ def _ordered(scores: Tensor, closed: Tensor | None) -> Iterator[Tensor]:
         yield bits ^ ((bits >> 31) & 0x7FFF_FFFF)
 
 
-def _kth_key(pairs: Sequence[tuple[Tensor, Tensor | None]], rank: int) -> tuple[int, int]:
+def _equal(pairs: _Pairs, threshold: int) -> Tensor:
+    """How many keys of each tensor equal the threshold."""
+    counts = [sum(int((keys == threshold).sum()) for keys in _ordered(*pair)) for pair in pairs]
+    return torch.tensor(counts)
+
+
+def _kth_key(pairs: _Pairs, rank: int, shards: Shards | None) -> tuple[int, int]:
     """Key of the score at a rank (0 is the lowest), and how many keys are smaller.
 
     Two passes of histograms over 16 bits each: no sort, no copy of all scores.
@@ -113,6 +131,7 @@ def _kth_key(pairs: Sequence[tuple[Tensor, Tensor | None]], rank: int) -> tuple[
                 upper = keys >> 16
                 half = keys[upper == prefix] & (_HALF - 1) if level else upper + _HALF // 2
                 counts += torch.bincount(half, minlength=_HALF).cpu()
+        counts = counts if shards is None else shards.sum(counts)
         cumulative = below + counts.cumsum(0)
         bucket = int(torch.searchsorted(cumulative, rank, right=True))
         below = int(cumulative[bucket] - counts[bucket])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.layout import Layout
+from lightning_compress.pruning.normed import normed_axis, row_leaders
 from lightning_compress.pruning.regrowth import exchange
 from lightning_compress.pruning.scopes import Scope
 from lightning_compress.pruning.units import Granularity, Units
@@ -58,25 +60,49 @@ class MaskPlan:
     def exchanged(self, slot: Slot, mask: Tensor, growth: Tensor, fraction: float) -> Tensor:
         """A target's mask after RigL's exchange of a fraction of its active units."""
         layout, pools = self.layouts[slot.path], self.granularity.units
-        magnitude = pools(slot.values().abs(), layout, closed=~mask, signed=False)
+        size = slot.values().abs()
+        if (axis := normed_axis(slot.target)) is not None:
+            size = size.masked_fill(row_leaders(size, axis, ~mask), math.inf)
+        magnitude = pools(size, layout, closed=~mask, signed=False)
         grown = pools(growth, layout, closed=None, signed=False)
         shut = magnitude.closed
         active = ~shut if shut is not None else mask
         return magnitude.spread(exchange(active, magnitude.scores, grown.scores, fraction))
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Check that the granularity fits the targets.
+
+        Raises:
+            TargetError: where it would take whole rows of a weight_norm.
+        """
+        normed = [slot.path for slot in slots if normed_axis(slot.target) is not None]
+        if normed and self.granularity.pools:
+            raise TargetError(
+                f"{normed} are under weight_norm, which divides by the norm of each row: single "
+                "weights can be pruned there (granularity='unstructured' or 'n:m'), whole rows not"
+            )
 
     def notes(self, slots: Sequence[Slot]) -> list[str]:
         """What of the targets the granularity cannot take."""
         return self.granularity.rest({one.path: one.parameter.shape for one in slots}, self.layouts)
 
     def _units(self, slot: Slot, scores: Tensor, *, signed: bool) -> Units:
-        if scores.shape != slot.parameter.shape:
-            shapes = f"{tuple(scores.shape)}, the weight {tuple(slot.parameter.shape)}"
+        if scores.shape != slot.values().shape:
+            shapes = f"{tuple(scores.shape)}, the weight {tuple(slot.values().shape)}"
             raise ValueError(f"the criterion's scores of {slot.path} have shape {shapes}")
         closed = None if self.reopen else slot.pruned
         layout = self.layouts[slot.path]
-        return self.granularity.units(scores, layout, closed=closed, signed=signed)
+        if (axis := normed_axis(slot.target)) is not None:
+            scores = scores.masked_fill(row_leaders(slot.values(), axis, closed), math.inf)
+        units = self.granularity.units(scores, layout, closed=closed, signed=signed)
+        if slot.shards is None:
+            return units
+        weight = slot.parameter
+        return replace(units, capacity=weight.numel(), shape=weight.shape, shards=slot.shards)
 
     def _floor(self, slot: Slot, units: Units) -> int:
-        total = units.scores.numel()
+        total = units.scores.numel() if units.shards is None else units.capacity
         kept = math.ceil(self.floors[slot.path] * total)
+        if (axis := normed_axis(slot.target)) is not None:
+            kept = max(kept, 1 if axis < 0 else slot.parameter.shape[axis])
         return max(0, min(kept, total) - (total - units.capacity))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.masks import lowest_pruned
+from lightning_compress.pruning.statistics import over_processes
 
 __all__ = ["DenseGradients", "check_regrowth", "exchange", "exchanged_fraction", "forget"]
 
@@ -61,9 +62,10 @@ class DenseGradients:
             self._taps.append((slot, tap))
 
     def scores(self, slot: Slot) -> Tensor:
-        """Absolute gradients of a weight; zeros where none has arrived."""
+        """Absolute gradients of a weight, of all processes' batches; zeros where none arrived."""
         gradient = self._gradients.get(slot.path)
-        return torch.zeros_like(slot.values()) if gradient is None else gradient.abs()
+        gradient = torch.zeros_like(slot.values()) if gradient is None else gradient
+        return over_processes(gradient).abs()
 
     def end(self) -> None:
         """Stop reading."""

@@ -35,7 +35,7 @@ def together_masks(units: Sequence[Units], fraction: float, keep: Sequence[int])
         # A weight that loses too much gets its own count; the others then lose more, never less.
         short = []
         for index, mask in zip(rest, found, strict=True):
-            if int((~mask).sum()) > units[index].capacity - keep[index]:
+            if units[index].count(~mask) > units[index].capacity - keep[index]:
                 short.append(index)
                 masks[index] = _keep(units[index], keep[index])
                 count -= units[index].capacity - keep[index]
@@ -103,7 +103,12 @@ SCOPES: dict[str, Scope] = {"global": together_masks, "layer": layer_masks, "erk
 
 
 def _lowest(units: Sequence[Units], count: int) -> list[Tensor]:
-    return lowest_pruned([one.scores for one in units], count, closed=[one.closed for one in units])
+    return lowest_pruned(
+        [one.scores for one in units],
+        count,
+        closed=[one.closed for one in units],
+        shards=units[0].shards if units else None,
+    )
 
 
 def _keep(units: Units, count: int) -> Tensor:

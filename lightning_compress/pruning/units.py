@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.pruning.layout import Layout
+from lightning_compress.sharding import Shards
 
 __all__ = ["Granularity", "Units"]
 
@@ -24,6 +25,7 @@ class Units:
         capacity: number of units that may go.
         shape: of the weight.
         spread: from a unit mask (of the shape of `scores`) to the weight's mask.
+        shards: of a weight that is spread over processes: `scores` and `closed` are one's part.
     """
 
     scores: Tensor
@@ -31,11 +33,17 @@ class Units:
     capacity: int
     shape: torch.Size
     spread: Callable[[Tensor], Tensor]
+    shards: Shards | None = None
 
     @property
     def open(self) -> int:
         """Number of units that may stay: what is not closed."""
-        return self.capacity - (0 if self.closed is None else int(self.closed.sum()))
+        return self.capacity - (0 if self.closed is None else self.count(self.closed))
+
+    def count(self, flags: Tensor) -> int:
+        """How many are True, over all processes that share the weight."""
+        found = flags.sum()
+        return int(found if self.shards is None else self.shards.sum(found))
 
 
 class Granularity(Protocol):

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 
 from lightning_compress import Constant, GradualPruning, Linear, Staircase, sparsity
-from lightning_compress.pruning.gradients import WHOLE_RUN
+from lightning_compress.pruning.gradients import WHOLE_RUN, Hutchinson
 
 
 class Spy:
@@ -27,7 +27,7 @@ class Spy:
         return self.pruning.projector.steps[0]
 
     def scores(self, slot):
-        assert self.active == (self.window > 0)
+        assert self.active
         self.log.append(("scores", self.step()))
         return slot.values().abs()
 
@@ -121,11 +121,30 @@ def test_a_failing_run_frees_the_statistics(tmp_path):
     assert spy.log[-1][0] == "end"
 
 
-def test_no_window_needs_no_begin(tmp_path):
+def test_without_a_window_a_criterion_begins_and_ends_at_the_event(tmp_path):
     spy = Spy(0)
     fit(tmp_path, spy, final_sparsity=0.5)
-    assert spy.at("begin") == []
     assert spy.at("scores")
+    assert spy.at("begin") == spy.at("scores") == spy.at("end")
+
+
+def test_hutchinson_prunes_where_the_loss_is_flat(tmp_path):
+    model = TinyAutoencoder()
+    with torch.no_grad():
+        model.decoder.weight.fill_(1.0)
+    bends = torch.arange(48.0).view(6, 8)  # second derivatives of the loss that it is given
+
+    def loss():
+        return (model.decoder.weight.square() * bends).sum() / 2
+
+    schedule = Constant(final_sparsity=0.5, begin=0, end=2)
+    pruning = GradualPruning(
+        criterion=Hutchinson(loss), schedule=schedule, include=["decoder.weight"], scope="layer"
+    )
+    quiet_trainer(tmp_path, pruning, max_epochs=3).fit(model, batches(count=1))
+    kept = ~pruning.slots[0].pruned
+    assert int(kept.sum()) == 24
+    assert torch.equal(kept.flatten(), torch.arange(48) >= 24)
 
 
 class Gradients(Spy):

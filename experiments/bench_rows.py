@@ -1,0 +1,46 @@
+"""Rows of a long benchmark in a file of JSON lines: a row that is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Rows:
+    """The rows of one file.
+
+    Args:
+        path: of the file, which is made.
+        keys: what tells rows apart.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, keys
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_rows(path) if path.exists() else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        self.known = {self._key(row): row for row in found}
+
+    def make(self, measure: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
+        """The row of a key: what is known, or what `measure` gives, written at once."""
+        if (known := self.known.get(self._key(key))) is not None:
+            return known
+        start = time.monotonic()
+        row = {**key, **measure(), "seconds": round(time.monotonic() - start, 1)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.known[self._key(key)] = row
+        print(row, flush=True)
+        return row
+
+    def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.keys)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; one that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,50 @@
+"""kill -9 at any moment of a pruned run loses no more than the epoch under way."""
+
+import multiprocessing
+import random
+import time
+
+import torch
+from kill_job import EPOCHS, train
+
+
+def started(folder):
+    # A server that has imported everything once: each run begins at once, and so dies soon.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_job"])
+    process = context.Process(target=train, args=(str(folder),))
+    process.start()
+    return process
+
+
+def epochs_saved(folder):
+    last = folder / "last.ckpt"
+    return torch.load(last, weights_only=False)["epoch"] + 1 if last.exists() else 0
+
+
+def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    start = time.monotonic()
+    process = started(whole)
+    process.join(240)
+    assert process.exitcode == 0
+    usual = time.monotonic() - start
+    moments, kills = random.Random(0), 0
+    while kills < 5 and not (parts / "final.pt").exists():
+        before = epochs_saved(parts)
+        process = started(parts)
+        process.join(usual * moments.uniform(0.2, 0.7))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+        assert epochs_saved(parts) >= before  # whole files only, and never an older one
+    assert kills >= 2
+    process = started(parts)
+    process.join(240)
+    assert process.exitcode == 0
+    assert epochs_saved(parts) == EPOCHS
+    final = torch.load(parts / "final.pt")
+    for name, value in torch.load(whole / "final.pt").items():
+        assert torch.equal(value, final[name]), name
