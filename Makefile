@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -24,9 +24,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## speed: callback overhead, coding; interleaved ratios
-	$(BIN)/python experiments/bench_pruning.py
+bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_coding.py
+
+bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
+	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl
+	$(BIN)/python experiments/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
+
+bench-pruning-speed: $(READY)
+	$(BIN)/python experiments/bench_pruning.py
+	$(BIN)/python experiments/bench_pruning_scale.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -111,7 +111,9 @@ def plot(cells: Cells, models: list[str], path: Path) -> None:
         axis.yaxis.set_minor_formatter(FormatStrFormatter("%.4g"))
         axis.grid(alpha=0.3, which="both")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="lower center", ncols=3 * len(models), frameon=False, fontsize=9
+    )
     figure.tight_layout(rect=(0, 0.16, 1, 1))
     figure.savefig(path, dpi=110)
 
