@@ -47,6 +47,8 @@ class Slot:
         self.grid: Grid | None = None  # where the parameter lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
+        # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
+        self.gradient_rule: Callable[[Tensor], None] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -137,6 +139,13 @@ class Slot:
         if self.pruned is None or not self.dense_gradient:
             return latent
         return latent.masked_fill(self.pruned, 0.0)
+
+    @torch.no_grad()
+    def prepare_update(self) -> None:
+        """Put the latent values back for the optimizer, and let the rule see its gradient."""
+        self.restore()
+        if self.gradient_rule is not None and self.parameter.grad is not None:
+            self.gradient_rule(self.parameter.grad)
 
     def hide(self) -> None:
         """Project if the latent values show, as after an update that failed half way."""
@@ -271,7 +280,7 @@ class Projector:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             for slot in slots:
-                slot.restore()
+                slot.prepare_update()
             return None
 
         def visible_closure() -> Any:
@@ -281,7 +290,7 @@ class Projector:
                 slot.hide()
             result = closure()
             for slot in slots:
-                slot.restore()
+                slot.prepare_update()
             return result
 
         if "closure" in kwargs:
