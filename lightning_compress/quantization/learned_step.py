@@ -110,7 +110,7 @@ class LearnedStepGrids:
             self.learned.step(self._gradient)
         self._gradient = None
 
-    def freeze(self) -> None:
+    def freeze(self, values: Tensor) -> None:  # noqa: ARG002
         """Keep the step."""
         self.frozen = True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_compress.quantization.observers import MOMENTUM, find_range
@@ -35,7 +34,7 @@ class GridMaker(Protocol):
         """Follow an update; `event` when the costly part is due. Returns values to go on from."""
         ...
 
-    def freeze(self) -> None:
+    def freeze(self, values: Tensor) -> None:
         """Keep what was found."""
 
     def thaw(self) -> None:
@@ -97,11 +96,11 @@ class RangeGrids:
             return
         new = self._found(values)
         if self.observer == "moving_average":
-            pairs = zip(self.range, new, strict=True)
-            new = tuple(old.to(one.device).lerp(one, MOMENTUM) for old, one in pairs)
+            low, high = (old.to(values.device) for old in self.range)
+            new = low.lerp(new[0], MOMENTUM), high.lerp(new[1], MOMENTUM)
         self.range = new
 
-    def freeze(self) -> None:
+    def freeze(self, values: Tensor) -> None:  # noqa: ARG002
         """Keep the range."""
         self.frozen = True
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OBSERVERS", "RangeObserver", "find_range", "minmax_range", "mse_range"]
+__all__ = ["OBSERVERS", "RangeObserver", "find_range", "minmax_range", "mse_range", "percentile_range", "settle"]
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PERCENTILE = 0.999  # of the values that the range holds, half of the rest on either side
@@ -21,8 +21,6 @@ Range = tuple[Tensor, Tensor]
 
 def _rows(values: Tensor, axis: int | None) -> Tensor:
     values = values.detach().to(torch.float32)
-    if not torch.isfinite(values).all():
-        raise ValueError("cannot find the range of values that are NaN or infinite")
     return values.reshape(1, -1) if axis is None else values.transpose(0, axis).flatten(1)
 
 
@@ -41,7 +39,9 @@ def minmax_range(values: Tensor, axis: int | None = None) -> Range:
 def _extremes(rows: Tensor) -> Range:
     if rows.shape[1] == 0:
         return rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
-    low, high = torch.aminmax(rows, dim=1)
+    low, high = torch.aminmax(rows, dim=1)  # a NaN shows in both
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise ValueError("cannot find the range of values that are NaN or infinite")
     return low.clamp(max=0), high.clamp(min=0)
 
 
@@ -62,9 +62,9 @@ def percentile_range(
     (tensor([-450.]), tensor([450.]))
     """
     rows = _rows(values, axis)
-    size = rows.shape[1]
+    extremes, size = _extremes(rows), rows.shape[1]
     if size == 0:
-        return _extremes(rows)
+        return extremes
     tail = (1 - percentile) / 2
     ordered = rows.sort(dim=1).values
     first, last = round(tail * (size - 1)), round((1 - tail) * (size - 1))
@@ -84,7 +84,7 @@ def mse_range(
 
     >>> values = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([4.0])])
     >>> [bound.item() for bound in mse_range(values, bits=2)]
-    [-0.65625, 0.65625]
+    [-0.625, 0.625]
     """
     rows = _rows(values, axis)
     low, high = _extremes(rows)
@@ -144,8 +144,9 @@ class RangeObserver:
         bits: of the grid, for "mse".
 
     >>> one = RangeObserver("minmax")
-    >>> one.observe(torch.tensor([1.0, 2.0])), one.observe(torch.tensor([-1.0])), one.settle()
-    (None, None, None)
+    >>> one.observe(torch.tensor([1.0, 2.0])), one.observe(torch.tensor([-1.0]))
+    (None, None)
+    >>> settle([one])
     >>> one.range
     (-1.0, 2.0)
     """
@@ -153,7 +154,12 @@ class RangeObserver:
     def __init__(self, observer: str, bits: int = 8) -> None:
         self.observer, self.bits = observer, bits
         self.range: tuple[float, float] | None = None
-        self._gathered: Tensor | None = None  # (low, -high, number of tensors)
+        self.gathered: Tensor | None = None  # low, -high, number of tensors
+
+    @property
+    def extreme(self) -> bool:
+        """Whether what is gathered is joined by the extremes, not by the mean."""
+        return self.observer in ("minmax", "moving_average")
 
     def observe(self, values: Tensor) -> None:
         """Gather a tensor; an empty one is nothing.
@@ -163,62 +169,59 @@ class RangeObserver:
         """
         if values.numel() == 0:
             return
-        if self._extreme:
-            low, high = torch.aminmax(values.detach())  # a NaN shows in both
-            new = torch.stack([low.float().clamp(max=0), -high.float().clamp(min=0)])
-        else:
-            flat = values.detach().reshape(-1)
+        flat = values.detach().reshape(-1)
+        if not self.extreme:
             flat = flat[:: max(1, flat.numel() // MOST_VALUES)]
-            low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False)
-            new = torch.cat([low, -high])
-        if not bool(torch.isfinite(new).all()):
-            raise ValueError("activations are NaN or infinite")
-        new = torch.cat([new, new.new_ones(1)])
-        self._gathered = new if self._gathered is None else self._joined(self._gathered, new)
+        low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False)
+        new = torch.cat([low, -high, torch.ones_like(low)])
+        if self.gathered is None:
+            self.gathered = new
+        elif self.extreme:
+            bounds = torch.minimum(self.gathered, new)[:2]
+            self.gathered = torch.cat([bounds, (self.gathered + new)[2:]])
+        else:
+            self.gathered = self.gathered + new
 
-    @property
-    def _extreme(self) -> bool:
-        return self.observer in ("minmax", "moving_average")
-
-    def _joined(self, one: Tensor, other: Tensor) -> Tensor:
-        if not self._extreme:
-            return one + other
-        return torch.cat([torch.minimum(one, other)[:2], (one + other)[2:]])
-
-    def settle(self, reduce: Callable[[Tensor, str], Tensor] | None = None) -> None:
-        """Take what was gathered since the last call into the range.
-
-        Args:
-            reduce: joins a tensor over processes by "min" or "sum"; all must call alike.
-        """
-        nothing = torch.tensor([0.0, 0.0, 0.0])
-        gathered = nothing if self._gathered is None else self._gathered.cpu()
-        self._gathered = None
-        if reduce is not None:
-            bounds = reduce(gathered[:2], "min" if self._extreme else "sum")
-            gathered = torch.cat([bounds, reduce(gathered[2:], "sum")])
-        count = gathered[2].item()
-        if count == 0:
-            return
-        share = 1.0 if self._extreme else count
-        self._take(gathered[0].item() / share, -gathered[1].item() / share)
-
-    def _take(self, low: float, high: float) -> None:
+    def take(self, low: float, high: float) -> None:
+        """Take a step's range into the range."""
         if self.range is None:
             self.range = low, high
         elif self.observer == "minmax":
             self.range = min(self.range[0], low), max(self.range[1], high)
         else:
-            old_low, old_high = self.range
-            self.range = old_low + MOMENTUM * (low - old_low), old_high + MOMENTUM * (
-                high - old_high
-            )
+            pairs = zip(self.range, (low, high), strict=True)
+            before, after = (old + MOMENTUM * (new - old) for old, new in pairs)
+            self.range = before, after
 
     def state_dict(self) -> dict[str, Any]:
         """The range, and what waits to be settled."""
-        return {"range": self.range, "gathered": self._gathered}
+        return {"range": self.range, "gathered": self.gathered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put both back."""
         self.range = None if state["range"] is None else tuple(state["range"])
-        self._gathered = state["gathered"]
+        self.gathered = state["gathered"]
+
+
+def settle(
+    observers: Sequence[RangeObserver], reduce: Callable[[Tensor, str], Tensor] | None = None
+) -> None:
+    """Take what alike observers have gathered since the last call into their ranges.
+
+    Args:
+        observers: all of one kind.
+        reduce: joins a tensor over processes by "min" or "sum"; all of them must call alike.
+    """
+    if not observers:
+        return
+    nothing = torch.zeros(3)
+    rows = torch.stack([nothing if o.gathered is None else o.gathered.cpu() for o in observers])
+    extreme = observers[0].extreme
+    if reduce is not None:
+        bounds = reduce(rows[:, :2].contiguous(), "min" if extreme else "sum")
+        rows = torch.cat([bounds, reduce(rows[:, 2:].contiguous(), "sum")], dim=1)
+    for observer, (low, negative_high, count) in zip(observers, rows.tolist(), strict=True):
+        observer.gathered = None
+        if count:
+            share = 1.0 if extreme else count
+            observer.take(low / share, -negative_high / share)
