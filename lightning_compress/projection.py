@@ -41,6 +41,7 @@ class Slot:
         self.path = clean_path(target.path)
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
+        self.owners: dict[str, str] = {}  # the same for the "grid" and for "activations"
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None

@@ -19,7 +19,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, least: int, most: int) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, scale: float, least: int, most: int) -> Tensor:
         ctx.save_for_backward(x)
         # What rounds into the range counts as inside.
         ctx.bounds = (least - 0.5) * scale, (most + 0.5) * scale
@@ -27,7 +27,7 @@ class _FakeQuantize(torch.autograd.Function):
         return steps.mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         passed = torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.bounds)
         return passed, None, None, None
@@ -56,14 +56,14 @@ class _ClippedFakeQuantize(torch.autograd.Function):
     """PACT: the gradient of what is clipped goes to the clip value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, clip)
         levels = 2**bits - 1
         scale = float(clip) / levels
         return torch.mul(x.float(), 1 / scale).round_().clamp_(0, levels).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, clip = ctx.saved_tensors
         over = x >= clip.to(x.dtype)
         to_clip = gradients[0].float().masked_fill(~over, 0.0).sum().reshape(clip.shape)

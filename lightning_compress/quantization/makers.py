@@ -6,11 +6,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_compress.quantization.codebook_grids import CodebookGrids
+from lightning_compress.quantization.entropy_grids import EntropyGrids
+from lightning_compress.quantization.learned_step import LearnedStepGrids
 from lightning_compress.quantization.observers import MOMENTUM, find_range
 from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
 from lightning_compress.state import Grid
 
-__all__ = ["GridMaker", "RangeGrids"]
+__all__ = ["SCHEMES", "GridMaker", "RangeGrids", "make_maker"]
+
+SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
 
 
 class GridMaker(Protocol):
@@ -60,6 +65,7 @@ class RangeGrids:
         axis: of the scales; None: one scale.
         observer: a name in `OBSERVERS`.
 
+    >>> import torch
     >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
     >>> maker.start(torch.tensor([0.7, -0.2]))
     >>> maker.grid(torch.tensor([0.7, -0.2])).scale
@@ -115,3 +121,30 @@ class RangeGrids:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self.range, self.frozen = state["range"], state["frozen"]
+
+
+def make_maker(
+    scheme: str, *, bits: int, axis: int | None, observer: str, lr: float, entropy: dict[str, float]
+) -> GridMaker:
+    """The maker of a scheme.
+
+    Args:
+        scheme: a name in `SCHEMES`.
+        bits: 2 to 8.
+        axis: of the scales, where the scheme has one for each channel.
+        observer: of "symmetric" and "affine".
+        lr: of what learns.
+        entropy: arguments of `EntropyGrids`.
+
+    Raises:
+        ValueError: for an unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r}: valid are {list(SCHEMES)}")
+    if scheme == "learned_step":
+        return LearnedStepGrids(bits=bits, axis=axis, lr=lr)
+    if scheme == "codebook":
+        return CodebookGrids(bits=bits, lr=lr)
+    if scheme == "entropy":
+        return EntropyGrids(bits=bits, **entropy)
+    return RangeGrids(bits=bits, symmetric=scheme == "symmetric", axis=axis, observer=observer)

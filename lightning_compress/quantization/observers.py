@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OBSERVERS", "RangeObserver", "find_range", "minmax_range", "mse_range", "percentile_range", "settle"]
+__all__ = [
+    "OBSERVERS",
+    "RangeObserver",
+    "find_range",
+    "minmax_range",
+    "mse_range",
+    "percentile_range",
+    "settle",
+]
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PERCENTILE = 0.999  # of the values that the range holds, half of the rest on either side

@@ -55,16 +55,16 @@ class LastLayers:
     def look(self) -> bool:
         """Read what ran since the last look, and let go of it: whether all layers have run."""
         for start, path in self._inputs:
-            self._walk(start, self.part_of[path])
+            self._walk(start, path)
         self._outputs, self._inputs = {}, []
         return self._seen == set(self.part_of)
 
-    def _walk(self, start: Any, part: str) -> None:
+    def _walk(self, start: Any, path: str) -> None:
         waiting, visited = [start], {start}
         while waiting:
             node = waiting.pop()
             if (source := self._outputs.get(node)) is not None:
-                if self.part_of[source] == part:
+                if source != path and self.part_of[source] == self.part_of[path]:
                     self._feeds.add(source)
                 continue  # what lies behind it is found from its own input
             for before, _ in node.next_functions:
