@@ -26,7 +26,11 @@ from lightning_compress.errors import CorruptArtifactError, MissingExtraError, T
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
 from lightning_compress.quantization.activations import fake_quantized
-from lightning_compress.quantization.post_training import quantize_weights
+from lightning_compress.quantization.post_training import (
+    quantize_dynamic,
+    quantize_static,
+    quantize_weights,
+)
 from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, Staircase
 from lightning_compress.state import CompressionState, compression_state
 
@@ -61,6 +65,8 @@ __all__ = [
     "fake_quantized",
     "inspect_compressed",
     "load_compressed",
+    "quantize_dynamic",
+    "quantize_static",
     "quantize_weights",
     "save_compressed",
     "sparsity",

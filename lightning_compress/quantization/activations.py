@@ -25,10 +25,11 @@ __all__ = ["Activation", "ActivationQuantizer", "activation_layers", "fake_quant
 Reduce = Callable[[Tensor, str], Tensor]
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_FUSED = "attention runs inside one fused operation, in float"
 _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), "its gates run inside one fused operation, in float"),
     ((nn.Embedding, nn.EmbeddingBag), "its input are indices"),
-    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), "attention"),
+    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _FUSED),
 )
 
 
@@ -98,9 +99,10 @@ class Activation:
         if training and not self.frozen and self.clip is None:
             self.observer.observe(x)
         if self.clip is not None and training and not self.frozen:
-            if self._leaf is None:
-                self._leaf = self.clip.value.detach().clone().to(x.device).requires_grad_()
-            return clipped_fake_quantize(x, self._leaf, self.bits)
+            leaf = self._leaf
+            if leaf is None:
+                leaf = self._leaf = self.clip.value.clone().to(x.device).requires_grad_()
+            return clipped_fake_quantize(x, leaf, self.bits)
         grid = self.grid()
         return x if grid is None else fake_quantize(x, grid)
 
@@ -185,6 +187,7 @@ class ActivationQuantizer:
         # All are watched until it is known which are the last ones.
         self.outputs = {path: Activation(**rules) for path in layers}
         self.last: list[str] | None = None
+        self.calibrating = False  # only watch, in any mode
         self._finder: LastLayers | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -206,12 +209,13 @@ class ActivationQuantizer:
 
     def _change(self, one: Activation, path: str, x: Tensor) -> Tensor:
         try:
-            return one.change(x, training=self.layers[path].training)
+            changed = one.change(x, training=self.calibrating or self.layers[path].training)
         except ValueError as error:
             raise FloatingPointError(
                 f"activations of {path} are NaN or infinite: training has diverged, or the data "
                 "hold such values"
             ) from error
+        return x if self.calibrating else changed
 
     def detach(self) -> None:
         """Remove all hooks."""

@@ -24,7 +24,7 @@ class _Inert:
 class _Hook:
     def __init__(self, change: Change) -> None:
         # Traced hooks are silently wrong, so the compiler is kept out.
-        self.change = torch.compiler.disable(change)
+        self.change: Any = torch.compiler.disable(change)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
         return _Inert()

@@ -240,7 +240,7 @@ def test_averages_are_handed_out_on_the_learned_grids(tmp_path, scheme):
     quiet_trainer(tmp_path, callback, average).fit(model, batches(), batches(count=1))
     grids = on_grid(model)
     if scheme == "learned_step":
-        learned = callback.makers["decoder.weight"].learned.value
+        learned = callback.weights.makers["decoder.weight"].learned.value
         assert torch.equal(grids["decoder.weight"].scale, learned)
 
 
@@ -293,7 +293,7 @@ def test_ranges_and_steps_stand_still_from_freeze_on(tmp_path):
     class Look(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             side = callback.activations
-            step = callback.makers["decoder.weight"].learned.value.tolist()
+            step = callback.weights.makers["decoder.weight"].learned.value.tolist()
             seen.append((step, side.inputs["decoder"].clip.value.tolist(),
                          side.inputs["encoder.0"].observer.range))  # fmt: skip
 
@@ -392,12 +392,14 @@ def test_predicted_bytes_are_logged_and_near_the_file(tmp_path):
     callback = quantizing("entropy", weight_bits=8, frequency=1, freeze=1.0)
     trainer = quiet_trainer(tmp_path, callback)
     trainer.fit(model, batches())
-    assert trainer.callback_metrics["quantize/predicted_bytes"] == callback.predicted_bytes > 0
+    assert (
+        trainer.callback_metrics["quantize/predicted_bytes"] == callback.weights.predicted_bytes > 0
+    )
     info = save_compressed(model, tmp_path / "model.lcz")
     entries = [info.per_tensor[slot.path] for slot in callback.slots]
     scales = 4 * len(entries)
     bound = sum(entry.bound_bytes for entry in entries) - scales
-    assert bound == pytest.approx(callback.predicted_bytes, abs=len(entries) + 1)
+    assert bound == pytest.approx(callback.weights.predicted_bytes, abs=len(entries) + 1)
 
 
 @pytest.mark.parametrize("target", [{"target_bits": 2.5}, {"target_bytes": 96 * 2.5 / 8}])
@@ -412,8 +414,8 @@ def test_the_step_is_steered_to_a_target(tmp_path, target):
     callback = quantizing("entropy", weight_bits=8, **scaled)
     model = Wide()
     quiet_trainer(tmp_path, callback).fit(model, batches())
-    assert callback.predicted_bytes * 8 / (2 * 6 * 128) == pytest.approx(2.5, rel=0.05)
-    assert callback.step != 0.5
+    assert callback.weights.predicted_bytes * 8 / (2 * 6 * 128) == pytest.approx(2.5, rel=0.05)
+    assert callback.weights.relative_step != 0.5
 
 
 def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
@@ -471,9 +473,7 @@ def test_what_training_shows_to_be_wrong_is_told(tmp_path):
     with pytest.raises(FloatingPointError, match=r"activations of encoder.0 are NaN or infinite"):
         quiet_trainer(tmp_path, quantizing()).fit(TinyAutoencoder(), poisoned)
     with pytest.warns(UserWarning, match="nothing is quantized"):
-        quiet_trainer(tmp_path, quantizing(begin=100, freeze=200)).fit(
-            TinyAutoencoder(), batches()
-        )
+        quiet_trainer(tmp_path, quantizing(begin=100, freeze=200)).fit(TinyAutoencoder(), batches())
 
 
 def test_a_checkpoint_of_other_targets_is_refused(tmp_path):
