@@ -16,7 +16,8 @@ from lightning_compress.callbacks.base import WeightCallback, check_run_ends, ru
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.events import Events
-from lightning_compress.quantization.activations import ActivationQuantizer, activation_layers
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.arguments import check_entropy, check_sides
 from lightning_compress.quantization.makers import GridMaker, make_maker
 from lightning_compress.quantization.quantizers import channel_axis

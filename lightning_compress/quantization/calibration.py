@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.activations import ActivationQuantizer
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 
 __all__ = ["calibrate", "calibration_batches", "run_batch"]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.quantization.activations import ActivationQuantizer, activation_layers
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.bias_correction import channel_means, correct_biases
 from lightning_compress.quantization.calibration import calibrate, calibration_batches
 from lightning_compress.quantization.equalization import equalize_layers

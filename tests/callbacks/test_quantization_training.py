@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ def test_batchnorm_stands_still_from_freeze_on(tmp_path):
 
     callback = quantizing(freeze=8, freeze_batchnorm=True)
     quiet_trainer(tmp_path, callback, Look()).fit(model, batches())
-    changed = [not torch.equal(a, b) for a, b in zip(means, means[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in pairwise(means)]
     assert changed == [True] * 7 + [False] * 8
     assert model.encoder[1].training
 
@@ -299,7 +300,7 @@ def test_ranges_and_steps_stand_still_from_freeze_on(tmp_path):
 
     quiet_trainer(tmp_path, callback, Look()).fit(model, batches())
     assert all(one == seen[8] for one in seen[8:])
-    assert all(a[0] != b[0] and a[1] != b[1] for a, b in zip(seen[:7], seen[1:8], strict=False))
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(seen[:8]))
 
 
 def test_activations_alone_and_weights_alone(tmp_path):
