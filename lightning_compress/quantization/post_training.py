@@ -87,9 +87,7 @@ def quantize_weights(
     tensor([[0.1429, 1.0000]])
     """
     check_bits("bits", bits)
-    for name, given, valid in (("scheme", scheme, SCHEMES), ("observer", observer, OBSERVERS)):
-        if given not in valid:
-            raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
+    _check_names(scheme, observer)
     if not step > 0:
         raise ValueError(f"step={step!r} must be above 0, in units of the weights' rms")
     selection = select(module, include, exclude)
@@ -136,6 +134,7 @@ def quantize_dynamic(
     ['0.weight', '2.weight']
     """
     check_bits("bits", bits)
+    _check_names(scheme)
     selection = select(module, include, exclude)
     layers, _ = activation_layers(module, selection.targets)
     with _evaluating(module):
@@ -192,6 +191,7 @@ def quantize_static(
     """
     check_bits("weight_bits", weight_bits)
     check_bits("activation_bits", activation_bits)
+    _check_names(scheme, observer)
     batches, selection = calibration_batches(data), select(module, include, exclude)
     layers, activations = activation_layers(module, selection.targets)
     with _evaluating(module):
@@ -212,6 +212,12 @@ def quantize_static(
         calibrate(module, side, batches)
         side.leave_grids()
     return PostTrainingReport(selection.coverage, activations, equalized, corrected)
+
+
+def _check_names(scheme: str, observer: str = "minmax") -> None:
+    for name, given, valid in (("scheme", scheme, SCHEMES), ("observer", observer, OBSERVERS)):
+        if given not in valid:
+            raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
 
 
 @contextmanager
