@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: trains a quantized model on some processes and saves what each has."""
+"""Run by test_quantization_distributed.py: trains on some processes and saves what each has."""
 
 import os
 import sys

@@ -66,7 +66,8 @@ class LearnedPositive:
         """Follow the loss's gradient by the value itself; one that is not finite is left out."""
         if not bool(torch.isfinite(gradient).all()):
             return
-        against = self._adam.direction(gradient.float() * self.value)
+        gradient = gradient.to(self.value.device, torch.float32)
+        against = self._adam.direction(gradient * self.value)
         self.value = self.value * torch.exp(-self.lr * against)
 
     def state_dict(self) -> dict[str, Any]:

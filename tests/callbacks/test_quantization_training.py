@@ -1,6 +1,7 @@
 """QuantizationAwareTraining under Lightning: grids, zeros, resume, and what ends up where."""
 
 import copy
+import io
 import pickle
 from itertools import pairwise
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
 from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 from torch import nn
 
 from lightning_compress import (
+    CompressionSummary,
     GradualPruning,
     ProjectedEMA,
     Projector,
@@ -348,6 +351,23 @@ def test_recurrent_layers_are_weight_only_and_say_so(tmp_path):
         "decoder": "",
     }
     assert set(compression_state(model).activations) == {"decoder"}
+
+
+def test_the_summary_says_which_activations_stay_float(tmp_path):
+    class Recurrent(TinyAutoencoder):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.GRU(6, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.decoder(self.encoder(x[:, None])[0][:, 0])
+
+    text = io.StringIO()
+    summary = CompressionSummary(console=Console(file=text, width=150))
+    quiet_trainer(tmp_path, quantizing(), summary).fit(Recurrent(), batches())
+    line = next(line for line in text.getvalue().splitlines() if "one fused operation" in line)
+    assert "encoder" in line
+    assert "no: weights only, GRU" in line
 
 
 def test_parametrized_and_transposed_layers(tmp_path):
