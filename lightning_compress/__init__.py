@@ -8,6 +8,7 @@ from lightning_compress.callbacks import (
     PosteriorGuard,
     PostTrainingQuantization,
     ProjectedEMA,
+    QuantizationAwareTraining,
     RandomState,
     Rewinding,
     ScoreMonitor,
@@ -24,7 +25,12 @@ from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
-from lightning_compress.quantization.post_training import quantize_weights
+from lightning_compress.quantization.activations import fake_quantized
+from lightning_compress.quantization.post_training import (
+    quantize_dynamic,
+    quantize_static,
+    quantize_weights,
+)
 from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, Staircase
 from lightning_compress.state import CompressionState, compression_state
 
@@ -46,6 +52,7 @@ __all__ = [
     "PosteriorGuard",
     "ProjectedEMA",
     "Projector",
+    "QuantizationAwareTraining",
     "RandomState",
     "Rewinding",
     "ScoreMonitor",
@@ -55,8 +62,11 @@ __all__ = [
     "ThresholdPruning",
     "compression_state",
     "export_onnx",
+    "fake_quantized",
     "inspect_compressed",
     "load_compressed",
+    "quantize_dynamic",
+    "quantize_static",
     "quantize_weights",
     "save_compressed",
     "sparsity",

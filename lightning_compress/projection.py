@@ -43,12 +43,15 @@ class Slot:
         self.shards: Shards | None = shards_of(target.parameter)
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
+        self.owners: dict[str, str] = {}  # the same for the "grid" and for "activations"
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None
         self.grid: Grid | None = None  # where the parameter lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
+        # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
+        self.gradient_rule: Callable[[Tensor], None] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -148,6 +151,13 @@ class Slot:
         if self.pruned is None or not self.dense_gradient:
             return latent
         return latent.masked_fill(self.pruned, 0.0)
+
+    @torch.no_grad()
+    def prepare_update(self) -> None:
+        """Put the latent values back for the optimizer, and let the rule see its gradient."""
+        self.restore()
+        if self.gradient_rule is not None and self.parameter.grad is not None:
+            self.gradient_rule(self.parameter.grad)
 
     def hide(self) -> None:
         """Project if the latent values show, as after an update that failed half way."""
@@ -293,7 +303,7 @@ class Projector:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             for slot in slots:
-                slot.restore()
+                slot.prepare_update()
             return None
 
         def visible_closure() -> Any:
@@ -303,7 +313,7 @@ class Projector:
                 slot.hide()
             result = closure()
             for slot in slots:
-                slot.restore()
+                slot.prepare_update()
             return result
 
         if "closure" in kwargs:

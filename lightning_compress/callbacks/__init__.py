@@ -7,6 +7,7 @@ from lightning_compress.callbacks.monitor import ScoreMonitor
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.callbacks.rewinding import Rewinding
 from lightning_compress.callbacks.safety import EpochCheckpoint, RandomState, StopOnNonFinite
 from lightning_compress.callbacks.summary import CompressionSummary
@@ -23,6 +24,7 @@ __all__ = [
     "PostTrainingQuantization",
     "PosteriorGuard",
     "ProjectedEMA",
+    "QuantizationAwareTraining",
     "RandomState",
     "Rewinding",
     "ScoreMonitor",

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.quantization.post_training import SCHEMES, quantize_weights
-from lightning_compress.quantization.quantizers import MAX_BITS, MIN_BITS
+from lightning_compress.quantization.quantizers import check_bits
 from lightning_compress.targets import Coverage, Pattern, select
 
 __all__ = ["PostTrainingQuantization"]
@@ -40,10 +40,7 @@ class PostTrainingQuantization(Callback):
         include: Sequence[Pattern] | Pattern | None = None,
         exclude: Sequence[Pattern] | Pattern = (),
     ) -> None:
-        if not isinstance(weight_bits, int) or not MIN_BITS <= weight_bits <= MAX_BITS:
-            raise ValueError(
-                f"weight_bits={weight_bits!r}: valid are whole numbers {MIN_BITS} to {MAX_BITS}"
-            )
+        check_bits("weight_bits", weight_bits)
         if scheme not in SCHEMES:
             raise ValueError(f"scheme={scheme!r}: valid are {list(SCHEMES)}")
         self.weight_bits, self.scheme, self.per_channel = weight_bits, scheme, per_channel

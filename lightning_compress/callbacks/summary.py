@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
 from lightning_compress.state import compression_state
 from lightning_compress.targets import clean_path
 
@@ -43,6 +44,22 @@ class CompressionSummary(Callback):
             shape = "x".join(map(str, rows[0].shape))
             verdicts = ["yes" if row.selected else f"no: {row.reason}" for row in rows]
             table.add_row(clean_path(rows[0].path), shape, *verdicts)
+        self.console.print(table)
+        self._print_activations(callbacks)
+
+    def _print_activations(self, callbacks: list[Any]) -> None:
+        rows = [
+            (one.state_key, row)
+            for one in callbacks
+            if isinstance(one, QuantizationAwareTraining)
+            for row in one.activation_coverage
+        ]
+        if not rows:
+            return
+        table = Table("layer", "callback", "on a grid", title="Activations")
+        for key, row in rows:
+            verdict = "yes" if row.selected else f"no: {row.reason}"
+            table.add_row(clean_path(row.path), key, verdict)
         self.console.print(table)
 
     @rank_zero_only

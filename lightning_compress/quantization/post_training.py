@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_compress.quantization.quantizers import affine_grid, channel_axis
-from lightning_compress.state import set_grid
-from lightning_compress.targets import Pattern, Selection, select
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.activations import activation_layers
+from lightning_compress.quantization.bias_correction import channel_means, correct_biases
+from lightning_compress.quantization.calibration import calibrate, calibration_batches
+from lightning_compress.quantization.equalization import equalize_layers
+from lightning_compress.quantization.makers import make_maker
+from lightning_compress.quantization.observers import OBSERVERS
+from lightning_compress.quantization.quantizers import channel_axis, check_bits
+from lightning_compress.state import set_activation_grids, set_grid
+from lightning_compress.targets import Coverage, Pattern, Selection, deployed_part, select
 
-__all__ = ["SCHEMES", "quantize_weights"]
+__all__ = [
+    "SCHEMES",
+    "PostTrainingReport",
+    "quantize_dynamic",
+    "quantize_static",
+    "quantize_weights",
+]
 
-SCHEMES = ("symmetric", "affine")
+SCHEMES = ("symmetric", "affine", "codebook", "entropy")
+
+
+@dataclass(frozen=True)
+class PostTrainingReport:
+    """What post-training quantization did to which part, and why it left the rest.
+
+    Args:
+        weights: a row a parameter.
+        activations: a row a layer with quantized weights.
+        equalized: a row a layer that was looked at.
+        corrected: the same, for biases.
+    """
+
+    weights: list[Coverage]
+    activations: list[Coverage] = field(default_factory=list)
+    equalized: list[Coverage] = field(default_factory=list)
+    corrected: list[Coverage] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -23,10 +55,12 @@ def quantize_weights(
     *,
     scheme: str = "symmetric",
     per_channel: bool = True,
+    observer: str = "minmax",
+    step: float = 0.5,
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern = (),
 ) -> Selection:
-    """Round weights in place to a grid over their min/max range; zeros stay zero.
+    """Round weights in place to a grid over their range; zeros stay zero.
 
     The grids are remembered in the module (`compression_state`), so that a saved file holds whole
     numbers. Activations are left alone. Jacob et al. 2018, arXiv:1712.05877.
@@ -34,13 +68,16 @@ def quantize_weights(
     Args:
         module: the trained model.
         bits: 2 to 8.
-        scheme: "symmetric" (around 0) or "affine" (from the minimum to the maximum).
+        scheme: "symmetric" (around 0), "affine" (from the minimum to the maximum), "codebook"
+            (k-means) or "entropy" (a step in units of the rms); the last two: one grid a tensor.
         per_channel: one scale an output channel, else one a tensor.
+        observer: "minmax", "percentile" or "mse": of "symmetric" and "affine".
+        step: of "entropy", in units of the rms of the non-zero weights.
         include: path globs or layer classes; None: the weights of the part that ships.
         exclude: the same, taken away again.
 
     Raises:
-        ValueError: for bits or a scheme out of range, or weights that are not finite.
+        ValueError: for bits, a scheme or an observer out of range, or weights that are not finite.
         TargetError: for patterns that match nothing.
 
     >>> layer = nn.Linear(2, 1)
@@ -49,17 +86,147 @@ def quantize_weights(
     >>> layer.weight.data
     tensor([[0.1429, 1.0000]])
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r}: valid are {list(SCHEMES)}")
+    check_bits("bits", bits)
+    _check_names(scheme, observer)
+    if not step > 0:
+        raise ValueError(f"step={step!r} must be above 0, in units of the weights' rms")
     selection = select(module, include, exclude)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
-        try:
-            grid = affine_grid(
-                target.parameter, bits=bits, symmetric=scheme == "symmetric", axis=axis
-            )
-        except ValueError as error:
-            raise ValueError(f"{target.path}: {error}") from error
-        target.parameter.copy_(grid.project(target.parameter))
+        entropy = {"relative_step": step}
+        maker = make_maker(scheme, bits=bits, axis=axis, observer=observer, lr=0.0, entropy=entropy)
+        weight = target.parameter.detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
+        maker.start(weight)
+        grid = maker.grid(weight)
+        target.parameter.copy_(grid.project(weight))
         set_grid(target.layer, target.name, grid)
     return selection
+
+
+def quantize_dynamic(
+    module: nn.Module,
+    bits: int = 8,
+    *,
+    scheme: str = "symmetric",
+    per_channel: bool = True,
+    equalize: bool = False,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern = (),
+) -> PostTrainingReport:
+    """Round weights in place; the ranges of activations are left to be found when it runs.
+
+    Args:
+        module: the trained model.
+        bits: of the weights, 2 to 8.
+        scheme: as for `quantize_weights`.
+        per_channel: one scale an output channel, else one a tensor.
+        equalize: first let layers share their ranges (`equalize_layers`).
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+
+    Raises:
+        ValueError, TargetError: as `quantize_weights` does.
+
+    >>> report = quantize_dynamic(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))
+    >>> [row.path for row in report.weights if row.selected]
+    ['0.weight', '2.weight']
+    """
+    check_bits("bits", bits)
+    _check_names(scheme)
+    selection = select(module, include, exclude)
+    layers, _ = activation_layers(module, selection.targets)
+    with _evaluating(module):
+        equalized = equalize_layers(module, layers) if equalize else []
+    rules = {"scheme": scheme, "per_channel": per_channel, "include": include, "exclude": exclude}
+    quantize_weights(module, bits, **rules)
+    for layer in layers.values():
+        set_activation_grids(layer, None)
+    why = "its range is found when it runs"
+    activations = [Coverage(path, (), False, why) for path in layers]
+    return PostTrainingReport(selection.coverage, activations, equalized)
+
+
+def quantize_static(
+    module: nn.Module,
+    data: Iterable[object] | Tensor,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    scheme: str = "symmetric",
+    per_channel: bool = True,
+    observer: str = "minmax",
+    bias_correction: bool = False,
+    equalize: bool = False,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern = (),
+) -> PostTrainingReport:
+    """Round weights in place, and find the ranges of activations on calibration data.
+
+    The layers remember the grids of their activations: `fake_quantized` computes with them.
+
+    Args:
+        module: the trained model, called on each batch; a GAN's generator, a VAE's decoder.
+        data: batches of inputs, each a tensor, a tuple or list of arguments, or a dict.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        scheme: of the weights, as for `quantize_weights`.
+        per_channel: one scale an output channel, else one a tensor.
+        observer: "minmax", "moving_average", "percentile" or "mse", of both sides.
+        bias_correction: take the mean shift of each layer's output from its bias.
+        equalize: first let layers share their ranges (`equalize_layers`).
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+
+    Raises:
+        ValueError: for arguments out of range, and data that are empty, not finite, or pass a layer
+            by.
+        TargetError: for patterns that match nothing.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> report = quantize_static(net, [torch.rand(8, 2)])
+    >>> [row.path for row in report.activations if row.selected]
+    ['0', '2']
+    """
+    check_bits("weight_bits", weight_bits)
+    check_bits("activation_bits", activation_bits)
+    _check_names(scheme, observer)
+    batches, selection = calibration_batches(data), select(module, include, exclude)
+    layers, activations = activation_layers(module, selection.targets)
+    with _evaluating(module):
+        equalized = equalize_layers(module, layers) if equalize else []
+        means = channel_means(module, layers, batches) if bias_correction else {}
+        quantize_weights(
+            module,
+            weight_bits,
+            scheme=scheme,
+            per_channel=per_channel,
+            observer=observer,
+            include=include,
+            exclude=exclude,
+        )
+        corrected = correct_biases(module, layers, batches, means)
+        parts = deployed_part(module)
+        side = ActivationQuantizer(layers, parts=parts, bits=activation_bits, observer=observer)
+        calibrate(module, side, batches)
+        side.leave_grids()
+    return PostTrainingReport(selection.coverage, activations, equalized, corrected)
+
+
+def _check_names(scheme: str, observer: str = "minmax") -> None:
+    for name, given, valid in (("scheme", scheme, SCHEMES), ("observer", observer, OBSERVERS)):
+        if given not in valid:
+            raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; each layer then gets its own mode back."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.observers import minmax_range
+from lightning_compress.quantization.observers import find_range
 
-__all__ = ["MAX_BITS", "MIN_BITS", "AffineGrid", "affine_grid", "channel_axis"]
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "AffineGrid",
+    "affine_grid",
+    "channel_axis",
+    "check_bits",
+    "grid_of_range",
+]
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -58,10 +66,15 @@ class AffineGrid:
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest grid points of a weight, as q minus the zero point: int32, 0 means value 0."""
-        scale = self._along_axis(self.scale, weight)
+        return self._steps(weight).to(torch.int32)
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        """The same as whole float32 numbers; never -0, whose bits a file would keep."""
+        steps = (weight.detach().float() / self._along_axis(self.scale, weight)).round_()
+        if self.symmetric:
+            return steps.clamp_(self.qmin, self.qmax).add_(0.0)
         zero = self._along_axis(self.zero_point, weight)
-        centred = torch.round(weight.float() / scale)
-        return centred.clamp(self.qmin - zero, self.qmax - zero).to(torch.int32)
+        return steps.clamp_(self.qmin - zero, self.qmax - zero).add_(0.0)
 
     def dequantize(self, symbols: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of centred symbols (what `quantize` returns), as one float32 product each."""
@@ -69,7 +82,7 @@ class AffineGrid:
 
     def project(self, weight: Tensor) -> Tensor:
         """The grid point nearest to each weight, in the weight's own dtype."""
-        return self.dequantize(self.quantize(weight), weight.dtype)
+        return self.dequantize(self._steps(weight), weight.dtype)
 
 
 def channel_axis(module: torch.nn.Module) -> int:
@@ -86,11 +99,23 @@ def channel_axis(module: torch.nn.Module) -> int:
 
 
 def affine_grid(
-    weight: Tensor, *, bits: int = 8, symmetric: bool = True, axis: int | None = None
+    weight: Tensor,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+    axis: int | None = None,
+    observer: str = "minmax",
 ) -> AffineGrid:
-    """Grid over a weight's min/max range, for the tensor or for each index of `axis`.
+    """Grid over the range of a weight, for the tensor or for each index of `axis`.
 
     A range of zero width (an all-zero channel) gets the step 1, so that zero stays zero.
+
+    Args:
+        weight: any tensor.
+        bits: 2 to 8.
+        symmetric: around 0, else from the lowest to the highest value.
+        axis: one scale for each index of it; None: one for all.
+        observer: what finds the range, a name in `OBSERVERS`.
 
     Raises:
         ValueError: for bits outside 2 to 8, or weights that are not finite.
@@ -98,9 +123,20 @@ def affine_grid(
     >>> affine_grid(torch.tensor([-1.0, 0.0, 7.0]), bits=4).scale
     tensor([1.])
     """
-    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits!r}: valid are whole numbers from {MIN_BITS} to {MAX_BITS}")
-    low, high = minmax_range(weight, axis)
+    check_bits("bits", bits)
+    low, high = find_range(observer, weight, axis, bits=bits, symmetric=symmetric)
+    return grid_of_range(low, high, bits=bits, symmetric=symmetric, axis=axis)
+
+
+def grid_of_range(
+    low: Tensor, high: Tensor, *, bits: int, symmetric: bool, axis: int | None = None
+) -> AffineGrid:
+    """Grid over ranges that hold 0: float32 `low` <= 0 <= `high`, one for each scale.
+
+    >>> grid = grid_of_range(torch.tensor([-1.0]), torch.tensor([2.0]), bits=2, symmetric=False)
+    >>> grid.scale, grid.zero_point
+    (tensor([1.]), tensor([1], dtype=torch.int32))
+    """
     if symmetric:
         width, levels = torch.maximum(-low, high), 2 ** (bits - 1) - 1
     else:
@@ -110,3 +146,15 @@ def affine_grid(
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
     zero = torch.zeros_like(low) if symmetric else torch.round(-low / scale).clamp(0, levels)
     return AffineGrid(scale, zero.to(torch.int32), bits, symmetric, axis)
+
+
+def check_bits(name: str, bits: object) -> None:
+    """Check a number of bits.
+
+    Raises:
+        ValueError: unless it is a whole number from 2 to 8.
+
+    >>> check_bits("weight_bits", 4)
+    """
+    if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{name}={bits!r}: valid are whole numbers {MIN_BITS} to {MAX_BITS}")

@@ -75,5 +75,5 @@ def test_mistakes_name_the_place():
         quantize_weights(module, scheme="floor")
     with torch.no_grad():
         module[0].weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"0\.weight: cannot find the range"):
+    with pytest.raises(ValueError, match=r"0\.weight: cannot find the range of NaN"):
         quantize_weights(module)

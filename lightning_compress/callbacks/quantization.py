@@ -1,0 +1,365 @@
+"""QuantizationAwareTraining: when weights and activations go onto grids, and when those settle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
+from lightning_compress.errors import TargetError
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.events import Events
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.activations import activation_layers
+from lightning_compress.quantization.arguments import check_entropy, check_sides
+from lightning_compress.quantization.makers import GridMaker, make_maker
+from lightning_compress.quantization.quantizers import channel_axis
+from lightning_compress.quantization.weights import WeightQuantizer
+from lightning_compress.targets import Coverage, Pattern, deployed_part
+
+__all__ = ["QuantizationAwareTraining"]
+
+
+class QuantizationAwareTraining(WeightCallback):
+    """Train with weights and activations on the grids that they will be shipped on.
+
+    Weights are projected once an optimizer step, gradients pass straight through (Jacob et al.
+    2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
+    linear layer and convolution and at the output of the last ones; when training has ended the
+    layers remember these grids (`fake_quantized` computes with them, an export writes them).
+    Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
+
+    Args:
+        weight_bits: 2 to 8; None leaves weights alone. Of "codebook" there are `2^bits` centres,
+            of "entropy" it is the most that a symbol may need.
+        activation_bits: 2 to 8; None leaves activations alone.
+        scheme: "symmetric" or "affine": over the observed range. "learned_step": LSQ,
+            arXiv:1902.08153. "codebook": k-means centres, which learn from `freeze` on,
+            arXiv:1510.00149. "entropy": a step in units of the rms of the non-zero weights,
+            nothing clipped, for the entropy coder. The last two: one grid a tensor.
+        per_channel: one scale an output channel, else one a tensor.
+        observer: "minmax", "moving_average", "percentile" or "mse"; of activations, and of
+            weights where the scheme is "symmetric" or "affine".
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        freeze: in the same unit: ranges, steps, clip values and clusters stay as they are.
+        frequency: steps between events (clustering, searched ranges, steering); None: about 100.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        step: of "entropy", in units of the rms of the non-zero weights.
+        dead_zone: of "entropy": half-width of what becomes 0, in steps, from 0.5 (rounding) to 1.
+        rate: of "entropy": weight of the mean bits of a weight in the loss.
+        target_bits: of "entropy": bits a weight, over all targets, that the step is steered to.
+        target_bytes: the same in bytes of all targets together.
+        pact: learn where activations that are never below 0 are clipped, arXiv:1805.06085.
+        lr: relative change an update of what learns: steps, centres, clip values.
+        freeze_batchnorm: let BatchNorm use its running statistics from `freeze` on.
+        name: prefix of what is logged, and the key of the state; two callbacks need two names.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> QuantizationAwareTraining(weight_bits=4, scheme="learned_step").state_key
+    'QuantizationAwareTraining[quantize]'
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int | None = 8,
+        activation_bits: int | None = 8,
+        scheme: str = "symmetric",
+        per_channel: bool = True,
+        observer: str = "minmax",
+        begin: float = 0.0,
+        freeze: float = 0.9,
+        frequency: int | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        step: float = 0.5,
+        dead_zone: float = 0.5,
+        rate: float = 0.0,
+        target_bits: float | None = None,
+        target_bytes: float | None = None,
+        pact: bool = False,
+        lr: float = 1e-3,
+        freeze_batchnorm: bool = False,
+        name: str = "quantize",
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, name=name)
+        check_sides(weight_bits, activation_bits, scheme, observer)
+        check_entropy(
+            scheme,
+            step=step,
+            dead_zone=dead_zone,
+            rate=rate,
+            target_bits=target_bits,
+            target_bytes=target_bytes,
+        )
+        if not 0 < lr < 1:
+            raise ValueError(f"lr={lr!r} must lie in (0, 1)")
+        if pact and activation_bits is None:
+            raise ValueError("pact=True learns how to clip activations: activation_bits is None")
+        self.weight_bits, self.activation_bits, self.scheme = weight_bits, activation_bits, scheme
+        self.per_channel, self.observer, self.pact, self.lr = per_channel, observer, pact, lr
+        self.step, self.dead_zone, self.rate = step, dead_zone, rate
+        self.target_bits, self.target_bytes = target_bits, target_bytes
+        self.freeze_batchnorm = freeze_batchnorm
+        self.events = Events(begin, freeze, frequency)
+        self.weights: WeightQuantizer | None = None
+        self.activations: ActivationQuantizer | None = None
+        self.activation_coverage: list[Coverage] = []
+        self.started = self.frozen = False
+        self._clocks: dict[str, int] = {}
+        self._last_step = 0
+        self._told: set[str] = set()
+        self._norms: list[nn.Module] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets and hook their optimizers; what an earlier fit found goes on."""
+        super().on_fit_start(trainer, pl_module)
+        if self.events.in_fractions:
+            check_run_ends(trainer)
+        self.events.reset()
+        self._told, self.frozen = set(), False
+        if self.weight_bits is not None:
+            self._claim("grid")
+            self.weights = WeightQuantizer(self.slots, self._make_maker, self.weights)
+        else:
+            why = "weights stay as they are: weight_bits is None"
+            self.coverage = [
+                replace(row, selected=False, reason=row.reason or why) for row in self.coverage
+            ]
+        if self.activation_bits is not None:
+            self._claim("activations")
+            self._find_activations(pl_module)
+        parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
+        kind = nn.modules.batchnorm._BatchNorm
+        self._norms = [one for part in parts for one in part.modules() if isinstance(one, kind)]
+
+    def _claim(self, side: str) -> None:
+        for slot in self.slots:
+            owner = slot.owners.setdefault(side, self.state_key)
+            if owner != self.state_key:
+                raise TargetError(
+                    f"{slot.path} is quantized by {owner} and by {self.state_key}: include or "
+                    "exclude it so that one of them has it"
+                )
+
+    def _make_maker(self, slot: Slot) -> GridMaker:
+        total = sum(one.target.numel for one in self.slots)
+        entropy = {"relative_step": self.step, "dead_zone": self.dead_zone}
+        return make_maker(
+            self.scheme,
+            bits=self.weight_bits or 8,
+            axis=channel_axis(slot.target.layer) if self.per_channel else None,
+            observer=self.observer,
+            lr=self.lr,
+            entropy={**entropy, "rate": self.rate / total},
+        )
+
+    def _find_activations(self, module: LightningModule) -> None:
+        targets, before = [slot.target for slot in self.slots], self.activations
+        layers, self.activation_coverage = activation_layers(module, targets)
+        self.activations = ActivationQuantizer(
+            layers,
+            parts=deployed_part(module),
+            bits=self.activation_bits or 8,
+            observer=self.observer,
+            clip_lr=self.lr if self.pact else None,
+        )
+        if before is not None and list(before.layers) == list(layers):
+            self.activations.load_state_dict(before.state_dict())
+            self.activations.thaw()
+        for row in self.activation_coverage:
+            if not row.selected:
+                rank_zero_info(f"{self.state_key}: activations of {row.path}: {row.reason}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint, and begin if the window does."""
+        super().on_train_start(trainer, pl_module)
+        if self.started:
+            self._install()
+        elif self.events.begin <= 0:
+            self._start()
+        if self.weights is not None and self.started:
+            self.weights.show()
+        self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        self._last_step = self.projector.clock(self.paths())
+
+    def _start(self) -> None:
+        if self.weights is not None:
+            self.weights.start()
+        self.started = True
+        self._install()
+        self._steer()
+
+    def _install(self) -> None:
+        if self.weights is not None:
+            self.weights.install()
+        if self.activations is not None:
+            self.activations.detach()
+            self.activations.attach()
+
+    @torch.no_grad()
+    def on_weight_step(self, trainer: Trainer) -> None:
+        """Let grids follow a step of the weights; at an event do the costly part, and freeze."""
+        clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        stepped = {path for path, clock in clocks.items() if clock != self._clocks[path]}
+        self._clocks = clocks
+        step = self.projector.clock(self.paths())
+        if step == self._last_step:  # another optimizer's step, or the faster of two owners
+            self._follow(stepped, event=False)
+            if self.activations is not None and not stepped:
+                self.activations.forget_gradients()
+            return
+        self._last_step = step
+        raw = run_progress(trainer) if self.events.in_fractions else step
+        self.events.tick(raw, step)
+        if self.started:
+            self._advance(trainer, stepped)
+        elif self.events.position >= self.events.begin:
+            self._start()
+            self._show()
+
+    def _advance(self, trainer: Trainer, stepped: set[str]) -> None:
+        ends = self.events.over and not self.frozen
+        event = self.events.due(unfinished=False) or ends
+        self._follow(stepped, event=event)
+        if self.activations is not None and not self.frozen:
+            several = trainer.world_size > 1
+            self.activations.step(partial(_reduce, trainer) if several else None)
+        if event:
+            self._steer()
+        if ends:
+            self._freeze()
+        if event:
+            self._show()
+
+    def _follow(self, stepped: set[str], *, event: bool) -> None:
+        if self.weights is not None and self.started:
+            self.weights.follow(stepped, event=event)
+
+    def _steer(self) -> None:
+        if self.weights is None:
+            return
+        for what, message in self.weights.steer(self._target()).items():
+            if what not in self._told:
+                rank_zero_warn(f"{self.state_key}: {message}")
+                self._told.add(what)
+
+    def _target(self) -> float | None:
+        """Bits of all targets together."""
+        if self.target_bytes is not None:
+            return 8.0 * self.target_bytes
+        total = sum(slot.target.numel for slot in self.slots)
+        return None if self.target_bits is None else self.target_bits * total
+
+    def _freeze(self) -> None:
+        if self.weights is not None:
+            self.weights.freeze()
+        if self.activations is not None:
+            self.activations.freeze()
+        self.frozen = True
+
+    def _show(self) -> None:
+        if self.weights is not None:
+            self.weights.show()
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Keep BatchNorm's statistics, once frozen: Lightning puts all layers in training mode."""
+        if self.freeze_batchnorm and self.frozen:
+            for norm in self._norms:
+                norm.eval()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the bytes of the entropy-coded symbols as of the last event, and the step."""
+        if self.weights is None:
+            return
+        pl_module.log(f"{self.name}/predicted_bytes", self.weights.predicted_bytes)
+        if (step := self.weights.relative_step) is not None:
+            pl_module.log(f"{self.name}/step", step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Leave the grids of activations in the layers.
+
+        Raises:
+            ValueError: when no batch went through a layer.
+        """
+        for norm in self._norms if self.freeze_batchnorm else ():
+            norm.train(pl_module.training)
+        if not self.started:
+            begin = self.events.begin
+            rank_zero_warn(
+                f"{self.state_key}: the run ended before begin={begin!r}: nothing is quantized"
+            )
+        elif self.activations is not None:
+            self.activations.freeze()
+            self.activations.leave_grids()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hooks."""
+        self._stop()
+        super().on_fit_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave visible weights and no hooks, whatever happened inside a step."""
+        self._stop()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _stop(self) -> None:
+        if self.activations is not None:
+            self.activations.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Latent weights, all that makes the grids, and the clock."""
+        return {
+            "weights": None if self.weights is None else self.weights.state_dict(),
+            "activations": None if self.activations is None else self.activations.state_dict(),
+            "steps": [] if self._projector is None else list(self._projector.steps),
+            "events": self.events.state_dict(),
+            "flags": (self.started, self.frozen),
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put everything back; a checkpoint of other weights or layers is a ValueError."""
+        self.started, self.frozen = state["flags"]
+        sides = (("weights", self.weight_bits), ("activations", self.activation_bits))
+        for side, bits in sides:
+            if (state[side] is None) != (bits is None):
+                word = "does not quantize" if state[side] is None else "quantizes"
+                raise ValueError(f"the checkpoint {word} {side}, and this run is the other way")
+        if self.weights is not None:
+            self.weights.load_state_dict(state["weights"], started=self.started)
+        if self.activations is not None:
+            self.activations.load_state_dict(state["activations"])
+        self.projector.steps[:] = state["steps"]
+        self.events.load_state_dict(state["events"])
+
+
+def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
+    on_device = values.to(trainer.strategy.root_device)
+    return trainer.strategy.reduce(on_device, reduce_op=how).cpu()

@@ -1,0 +1,264 @@
+"""Activations on grids as a module trains or is calibrated: ranges, clip values, hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
+from lightning_compress.quantization.hooks import hook_input, hook_output
+from lightning_compress.quantization.observers import RangeObserver, settle
+from lightning_compress.quantization.positive import LearnedPositive
+from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
+from lightning_compress.quantization.tracing import LastLayers
+from lightning_compress.state import ActivationGrids, set_activation_grids
+
+__all__ = ["Activation", "ActivationQuantizer"]
+
+Reduce = Callable[[Tensor, str], Tensor]
+
+
+class Activation:
+    """One activation: its observer, or the clip value that it learns, and its grid.
+
+    Args:
+        bits: 2 to 8.
+        observer: a name in `OBSERVERS`.
+        clip_lr: relative change of a learned clip value at an update (PACT, arXiv:1805.06085);
+            None: the observed range counts. Where values fall below 0 it counts in any case.
+
+    >>> one = Activation(bits=8, observer="minmax")
+    >>> one.change(torch.tensor([2.55]), training=True)
+    tensor([2.5500])
+    >>> settle([one.observer]); one.grid().scale
+    tensor([0.0100])
+    """
+
+    def __init__(self, *, bits: int, observer: str, clip_lr: float | None = None) -> None:
+        self.bits, self.clip_lr = bits, clip_lr
+        self.observer = RangeObserver(observer, bits)
+        self.clip: LearnedPositive | None = None
+        self.frozen = False
+        self._leaf: Tensor | None = None  # the clip value in autograd's graph
+
+    def change(self, x: Tensor, *, training: bool) -> Tensor:
+        """What the layer gets in place of x; x as it is while nothing is known."""
+        if training and not self.frozen and self.clip is None:
+            self.observer.observe(x)
+        if self.clip is not None and training and not self.frozen:
+            leaf = self._leaf
+            if leaf is None:
+                leaf = self._leaf = self.clip.value.clone().to(x.device).requires_grad_()
+            return clipped_fake_quantize(x, leaf, self.bits)
+        grid = self.grid()
+        return x if grid is None else fake_quantize(x, grid)
+
+    def grid(self) -> AffineGrid | None:
+        """The grid of now, from 0 to 2^bits - 1; None when nothing was seen."""
+        if self.clip is not None:
+            low, high = torch.zeros(1), self.clip.value.detach().cpu()
+        elif self.observer.range is not None:
+            low, high = (torch.tensor([bound]) for bound in self.observer.range)
+        else:
+            return None
+        return grid_of_range(low, high, bits=self.bits, symmetric=False)
+
+    @property
+    def zero_width(self) -> bool:
+        """Whether nothing but 0 was seen."""
+        return self.observer.range == (0.0, 0.0)
+
+    def settled(self) -> None:
+        """Let a clip value begin where the observed range ends."""
+        known = self.observer.range
+        if self.clip_lr is not None and self.clip is None and known and known[0] >= 0 < known[1]:
+            self.clip = LearnedPositive(torch.tensor([known[1]]), self.clip_lr)
+
+    def learn(self, reduce: Reduce | None) -> None:
+        """Follow the clip value's gradient, summed over processes."""
+        if self.clip is None or self.frozen:
+            return
+        leaf = self._leaf
+        gradient = torch.zeros(1) if leaf is None or leaf.grad is None else leaf.grad.cpu()
+        self._leaf = None
+        self.clip.step(gradient if reduce is None else reduce(gradient, "sum"))
+
+    def forget_gradient(self) -> None:
+        """Drop what another optimizer's loss left at the clip value."""
+        self._leaf = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Range and clip value."""
+        clip = None if self.clip is None else self.clip.state_dict()
+        return {"observer": self.observer.state_dict(), "clip": clip, "frozen": self.frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put them back."""
+        self.observer.load_state_dict(state["observer"])
+        self.frozen = state["frozen"]
+        if state["clip"] is not None:
+            self.clip = LearnedPositive(state["clip"]["value"], self.clip_lr or 0.0)
+            self.clip.load_state_dict(state["clip"])
+
+
+class ActivationQuantizer:
+    """Inputs of layers on grids, and outputs of the last ones.
+
+    Args:
+        layers: by path.
+        parts: paths of the networks that ship, each with last layers of its own.
+        bits: 2 to 8.
+        observer: a name in `OBSERVERS`.
+        clip_lr: see `Activation`.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 1))
+    >>> side = ActivationQuantizer({"0": net[0], "2": net[2]})
+    >>> side.attach()
+    >>> _ = net(torch.ones(1, 2)); side.step(); side.freeze(); side.leave_grids(); side.detach()
+    >>> from lightning_compress.state import activation_grids
+    >>> activation_grids(net[0]).output is None, activation_grids(net[2]).output.bits
+    (True, 8)
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        *,
+        parts: Sequence[str] = ("",),
+        bits: int = 8,
+        observer: str = "minmax",
+        clip_lr: float | None = None,
+    ) -> None:
+        self.layers, self.parts = layers, parts
+        rules = {"bits": bits, "observer": observer}
+        self.inputs = {path: Activation(clip_lr=clip_lr, **rules) for path in layers}
+        # All are watched until it is known which are the last ones.
+        self.outputs = {path: Activation(**rules) for path in layers}
+        self.last: list[str] | None = None
+        self.calibrating = False  # only watch, in any mode
+        self._finder: LastLayers | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Hook the layers."""
+        if self.last is None:
+            self._finder = LastLayers(self.layers, self.parts)
+        for path, layer in self.layers.items():
+            self._handles.append(hook_input(layer, partial(self._enter, path)))
+            if self.last is None or path in self.last:
+                self._handles.append(hook_output(layer, partial(self._leave, path)))
+
+    def _enter(self, path: str, x: Tensor) -> Tensor:
+        return self._change(self.inputs[path], path, x)
+
+    def _leave(self, path: str, x: Tensor) -> Tensor:
+        changed = self._change(self.outputs[path], path, x)
+        return x if self.last is None else changed
+
+    def _change(self, one: Activation, path: str, x: Tensor) -> Tensor:
+        try:
+            changed = one.change(x, training=self.calibrating or self.layers[path].training)
+        except ValueError as error:
+            raise FloatingPointError(
+                f"activations of {path} are NaN or infinite: training has diverged, or the data "
+                "hold such values"
+            ) from error
+        return x if self.calibrating else changed
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        if self._finder is not None:
+            self._finder.stop()
+            self._finder = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _all(self) -> list[Activation]:
+        kept = self.layers if self.last is None else self.last
+        return [*self.inputs.values(), *(self.outputs[path] for path in kept)]
+
+    def step(self, reduce: Reduce | None = None) -> None:
+        """Take in what a step of the optimizer has shown; all processes must call alike."""
+        self._look()
+        active = [one for one in self._all() if not one.frozen]
+        settle([one.observer for one in active], reduce)
+        for one in active:
+            one.learn(reduce)
+            one.settled()
+
+    def _look(self) -> None:
+        if self._finder is not None and self._finder.look():
+            self.last = self._finder.found()
+            self.detach()
+            self.attach()
+
+    def forget_gradients(self) -> None:
+        """Drop what another optimizer's loss left at the clip values."""
+        for one in self.inputs.values():
+            one.forget_gradient()
+
+    def freeze(self) -> None:
+        """Keep all ranges.
+
+        Raises:
+            ValueError: for layers that were never run in training mode, or only on zeros.
+        """
+        unseen = [path for path, one in self.inputs.items() if one.grid() is None]
+        if unseen:
+            raise ValueError(
+                f"the activations of {unseen} were never seen: no batch went through these layers "
+                "in training mode before the ranges were frozen. Exclude them, or freeze later"
+            )
+        flat = [path for path, one in self.inputs.items() if one.zero_width]
+        if flat:
+            raise ValueError(
+                f"the activations of {flat} were always 0: a range of zero width has no grid. The "
+                "layer before is dead; exclude these layers if that is meant"
+            )
+        if self.last is None and self._finder is not None:
+            self.last = self._finder.found()
+            self.detach()
+            self.attach()
+        for one in self._all():
+            one.frozen = True
+
+    def thaw(self) -> None:
+        """Gather again, in a new fit."""
+        for one in self._all():
+            one.frozen = False
+
+    def leave_grids(self) -> None:
+        """Let the layers remember their grids."""
+        for path, layer in self.layers.items():
+            output = self.outputs[path].grid() if path in (self.last or ()) else None
+            set_activation_grids(layer, ActivationGrids(self.inputs[path].grid(), output))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All ranges, and which layers are last."""
+        return {
+            "inputs": {path: one.state_dict() for path, one in self.inputs.items()},
+            "outputs": {path: one.state_dict() for path, one in self.outputs.items()},
+            "last": self.last,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put them back.
+
+        Raises:
+            ValueError: when the state is of other layers.
+        """
+        if set(state["inputs"]) != set(self.inputs):
+            raise ValueError(
+                f"the checkpoint quantizes the inputs of {sorted(state['inputs'])}, this run those "
+                f"of {sorted(self.inputs)}"
+            )
+        for path in self.layers:
+            self.inputs[path].load_state_dict(state["inputs"][path])
+            self.outputs[path].load_state_dict(state["outputs"][path])
+        self.last = state["last"]

@@ -1,0 +1,167 @@
+"""Uniform grids for the entropy coder: the step follows the rms of the non-zero weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.quantizers import MIN_BITS, AffineGrid
+from lightning_compress.quantization.rate import entropy_bits, rate_gradient
+
+__all__ = ["DeadZoneGrid", "EntropyGrids", "predicted_bits", "steer"]
+
+FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
+_HALVINGS = 10
+
+
+@dataclass(frozen=True)
+class DeadZoneGrid(AffineGrid):
+    """A uniform grid that sends more to 0 than lies nearest to it.
+
+    Args:
+        dead_zone: half-width of what becomes 0, in steps: 0.5 rounds, 0.5 to under 1.
+
+    >>> grid = DeadZoneGrid(torch.tensor([1.0]), torch.tensor([0]), 4, True, None, 0.7)
+    >>> grid.project(torch.tensor([0.6, -0.8, 1.6]))
+    tensor([ 0., -1.,  2.])
+    """
+
+    dead_zone: float = 0.5
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        steps = super()._steps(weight)
+        if self.dead_zone > 0.5:
+            width = self.dead_zone * self._along_axis(self.scale, weight)
+            steps.masked_fill_(weight.detach().float().abs() < width, 0.0)
+        return steps
+
+
+class EntropyGrids:
+    """A uniform grid of step `relative_step * rms(non-zero weights)` that clips nothing.
+
+    Its number of symbols does not matter for size, their entropy does. Where the range would need
+    more than `bits`, the step is raised until it does not, and `raised` tells so.
+
+    Args:
+        bits: most bits of a symbol, 2 to 8.
+        relative_step: step in units of the rms.
+        dead_zone: see `DeadZoneGrid`.
+        rate: weight of a weight's bits in the loss: for a term `r * (mean bits of all N weights)`
+            give `r / N`.
+
+    >>> maker = EntropyGrids(bits=8, relative_step=0.5)
+    >>> maker.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
+    tensor([1.5000])
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        relative_step: float,
+        dead_zone: float = 0.5,
+        rate: float = 0.0,
+    ) -> None:
+        self.bits, self.relative_step = bits, relative_step
+        self.dead_zone, self.rate = dead_zone, rate
+        self.raised = False
+        self.held: float | None = None  # the step when frozen
+
+    def start(self, values: Tensor) -> None:
+        """Tell whether the step is raised."""
+        self.raised = self._step(values)[1]
+
+    def _step(self, values: Tensor) -> tuple[float, bool]:
+        """The step, and whether the range asked for a larger one."""
+        step = self.held
+        if step is None:
+            count = int(torch.count_nonzero(values))
+            rms = float(torch.linalg.vector_norm(values.float())) / math.sqrt(max(count, 1))
+            step = self.relative_step * rms
+        step = step if step > torch.finfo(torch.float32).tiny else 1.0
+        least = self._largest(values) / (2 ** (self.bits - 1) - 1)
+        return (least, True) if least > step else (step, False)
+
+    @staticmethod
+    def _largest(values: Tensor) -> float:
+        low, high = torch.aminmax(values) if values.numel() else (torch.zeros(1), torch.zeros(1))
+        return max(-float(low), float(high))
+
+    def grid(self, values: Tensor) -> DeadZoneGrid:
+        """The grid of the fewest bits that hold these values."""
+        step, _ = self._step(values)
+        most = round(self._largest(values) / step)
+        bits = min(max(MIN_BITS, most.bit_length() + 1), self.bits)
+        scale = torch.tensor([step], dtype=torch.float32, device=values.device)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return DeadZoneGrid(scale, zero, bits, True, None, self.dead_zone)
+
+    def gradient(self, gradient: Tensor, values: Tensor) -> None:
+        """Add the rate term's gradient."""
+        if self.rate > 0:
+            grid = self.grid(values)
+            slope = rate_gradient(grid.quantize(values), float(grid.scale))
+            gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
+
+    def step(self, values: Tensor, *, event: bool) -> None:
+        """Tell at an event whether the step is raised; the step itself follows the weights."""
+        if event:
+            self.raised = self._step(values)[1]
+
+    def freeze(self, values: Tensor) -> None:
+        """Keep the step of these values."""
+        self.held = self._step(values)[0]
+
+    def thaw(self) -> None:
+        """Follow the weights again."""
+        self.held = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps."""
+        return {"relative_step": self.relative_step, "held": self.held, "raised": self.raised}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put them back."""
+        self.relative_step, self.held = state["relative_step"], state["held"]
+        self.raised = state["raised"]
+
+
+def predicted_bits(maker: EntropyGrids, values: Tensor) -> float:
+    """Bits of a weight's symbols on the grid that it would get now.
+
+    >>> maker = EntropyGrids(bits=8, relative_step=1.0)
+    >>> predicted_bits(maker, torch.tensor([0.0, 0.0, 1.0, -1.0]))
+    6.0
+    """
+    return entropy_bits(maker.grid(values).quantize(values))
+
+
+def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:
+    """Give all makers the relative step at which their weights together cost so many bits.
+
+    Bisection in the logarithm of the step, from 0.01 to 8 times the rms.
+
+    Returns:
+        The bits at the step that was found; far from `bits` when those are out of reach.
+
+    >>> values = torch.linspace(-1, 1, 1001)
+    >>> maker = EntropyGrids(bits=8, relative_step=0.1)
+    >>> round(steer([maker], [values], 3 * 1001) / 1001, 1)
+    3.0
+    """
+
+    def cost(log_step: float) -> float:
+        for maker in makers:
+            maker.relative_step = math.exp(log_step)
+        return sum(map(predicted_bits, makers, values))
+
+    low, high = math.log(FINEST), math.log(COARSEST)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > bits else (low, middle)
+    return cost((low + high) / 2)

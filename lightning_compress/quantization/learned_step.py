@@ -1,0 +1,131 @@
+"""Learned step sizes (LSQ, Esser et al. 2020, arXiv:1902.08153) for projected weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.positive import LearnedPositive
+from lightning_compress.quantization.quantizers import AffineGrid
+
+__all__ = ["LearnedStepGrids", "initial_step", "step_gradient"]
+
+
+def _sum_rows(values: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return values.sum().reshape(1)
+    return values.sum(dim=[i for i in range(values.dim()) if i != axis])
+
+
+def initial_step(values: Tensor, *, bits: int, axis: int | None = None) -> Tensor:
+    """LSQ's first step, `2 mean|w| / sqrt(qmax)`, over the weights that are not 0.
+
+    A channel of zeros gets the step 1.
+
+    >>> initial_step(torch.tensor([3.0, -1.0, 0.0]), bits=2)
+    tensor([4.])
+    """
+    values = values.float()
+    count = _sum_rows((values != 0).float(), axis).clamp(min=1)
+    step = 2 * _sum_rows(values.abs(), axis) / count / math.sqrt(2 ** (bits - 1) - 1)
+    return torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
+
+
+def step_gradient(gradient: Tensor, values: Tensor, grid: AffineGrid) -> tuple[Tensor, Tensor]:
+    """Gradients by the step and by the latent weight, from that by the visible weight.
+
+    Equation 3 of the paper: by the step, a weight inside the range counts `round(v/s) - v/s`, one
+    outside the bound it is clipped to. Equation 5: the latent weight gets nothing outside. The
+    step's gradient is scaled by `1 / sqrt(N * qmax)`, N the weights of one step.
+
+    Args:
+        gradient: at the visible weight, of its shape.
+        values: the latent weight.
+        grid: the symmetric grid that it was projected to.
+
+    Returns:
+        The step's gradient, of the scale's shape, and the mask of weights inside the range.
+
+    >>> grid = AffineGrid(torch.tensor([1.0]), torch.tensor([0]), 2, True, None)
+    >>> step_gradient(torch.ones(3), torch.tensor([0.75, 5.0, 0.0]), grid)
+    (tensor([0.7217]), tensor([ True, False,  True]))
+    """
+    shape = [1] * values.dim()
+    if grid.axis is not None:
+        shape[grid.axis] = -1
+    ratio = values.float() / grid.scale.to(values.device).reshape(shape)
+    inside = ratio.abs() <= grid.qmax
+    slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(grid.qmin, grid.qmax))
+    each = values.numel() / grid.scale.numel()
+    scale = 1 / math.sqrt(max(each, 1.0) * grid.qmax)
+    return _sum_rows(gradient.float() * slope, grid.axis) * scale, inside
+
+
+class LearnedStepGrids:
+    """A symmetric grid whose step is learned along with the weights.
+
+    Args:
+        bits: 2 to 8.
+        axis: of the steps; None: one step.
+        lr: relative change of the step at an update.
+
+    >>> maker = LearnedStepGrids(bits=4, axis=None, lr=0.001)
+    >>> maker.start(torch.tensor([0.5, -0.5]))
+    >>> maker.grid(torch.zeros(2)).scale
+    tensor([0.3780])
+    """
+
+    def __init__(self, *, bits: int, axis: int | None, lr: float) -> None:
+        self.bits, self.axis, self.lr = bits, axis, lr
+        self.learned: LearnedPositive | None = None
+        self.frozen = False
+        self._gradient: Tensor | None = None
+
+    def start(self, values: Tensor) -> None:
+        """Take the first step size, unless an earlier fit learned one."""
+        if self.learned is None:
+            first = initial_step(values, bits=self.bits, axis=self.axis)
+            self.learned = LearnedPositive(first, self.lr)
+
+    def grid(self, values: Tensor) -> AffineGrid:
+        """The grid of the step of now."""
+        if self.learned is None:
+            step = initial_step(values, bits=self.bits, axis=self.axis)
+        else:
+            step = self.learned.value.to(values.device)
+        zero = torch.zeros_like(step, dtype=torch.int32)
+        return AffineGrid(step, zero, self.bits, True, self.axis)
+
+    def gradient(self, gradient: Tensor, values: Tensor) -> None:
+        """Keep the step's gradient; take the weight's away where it is clipped."""
+        self._gradient, inside = step_gradient(gradient, values, self.grid(values))
+        gradient.mul_(inside)
+
+    def step(self, values: Tensor, *, event: bool) -> None:  # noqa: ARG002
+        """Update the step size."""
+        if self.learned is not None and self._gradient is not None and not self.frozen:
+            self.learned.step(self._gradient)
+        self._gradient = None
+
+    def freeze(self, values: Tensor) -> None:  # noqa: ARG002
+        """Keep the step."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Learn again."""
+        self.frozen = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and its moments."""
+        learned = None if self.learned is None else self.learned.state_dict()
+        return {"learned": learned, "frozen": self.frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put them back."""
+        self.frozen = state["frozen"]
+        if state["learned"] is not None:
+            self.learned = LearnedPositive(state["learned"]["value"], self.lr)
+            self.learned.load_state_dict(state["learned"])

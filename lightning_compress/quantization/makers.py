@@ -1,0 +1,150 @@
+"""Makers of grids: what decides, as a weight trains, on which grid it lies."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_compress.quantization.codebook_grids import CodebookGrids
+from lightning_compress.quantization.entropy_grids import EntropyGrids
+from lightning_compress.quantization.learned_step import LearnedStepGrids
+from lightning_compress.quantization.observers import MOMENTUM, find_range
+from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
+from lightning_compress.state import Grid
+
+__all__ = ["SCHEMES", "GridMaker", "RangeGrids", "make_maker"]
+
+SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
+
+
+class GridMaker(Protocol):
+    """The life of one weight's grid.
+
+    `values` are always the masked latent values of the weight. `grid` changes nothing, so that
+    projecting twice is projecting once, and an average of weights may be projected too.
+    """
+
+    def start(self, values: Tensor) -> None:
+        """Look at the weight when quantization begins."""
+
+    def grid(self, values: Tensor) -> Grid:
+        """The grid for these values as things are."""
+        ...
+
+    def gradient(self, gradient: Tensor, values: Tensor) -> None:
+        """Read the final gradient before an update, and change it in place where need be."""
+
+    def step(self, values: Tensor, *, event: bool) -> Tensor | None:
+        """Follow an update; `event` when the costly part is due. Returns values to go on from."""
+        ...
+
+    def freeze(self, values: Tensor) -> None:
+        """Keep what was found."""
+
+    def thaw(self) -> None:
+        """Go on finding, in a new fit."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+
+
+class RangeGrids:
+    """Uniform grids over an observed range, symmetric or affine.
+
+    "minmax" follows the weight at every step, "moving_average" does so slowly, "percentile" and
+    "mse" search at each event.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: around 0, else from the lowest to the highest value.
+        axis: of the scales; None: one scale.
+        observer: a name in `OBSERVERS`.
+
+    >>> import torch
+    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> maker.start(torch.tensor([0.7, -0.2]))
+    >>> maker.grid(torch.tensor([0.7, -0.2])).scale
+    tensor([0.1000])
+    """
+
+    def __init__(self, *, bits: int, symmetric: bool, axis: int | None, observer: str) -> None:
+        self.bits, self.symmetric, self.axis, self.observer = bits, symmetric, axis, observer
+        self.range: tuple[Tensor, Tensor] | None = None
+        self.frozen = False
+
+    def _found(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        rules = {"bits": self.bits, "symmetric": self.symmetric}
+        return find_range(self.observer, values, self.axis, **rules)
+
+    def start(self, values: Tensor) -> None:
+        """Find the range, unless an earlier fit did."""
+        if self.range is None:
+            self.range = self._found(values)
+
+    def grid(self, values: Tensor) -> AffineGrid:
+        """The grid over the range of now."""
+        low, high = self._found(values) if self.range is None else self.range
+        low, high = low.to(values.device), high.to(values.device)
+        return grid_of_range(low, high, bits=self.bits, symmetric=self.symmetric, axis=self.axis)
+
+    def gradient(self, gradient: Tensor, values: Tensor) -> None:
+        """Straight through."""
+
+    def step(self, values: Tensor, *, event: bool) -> None:
+        """Follow the range."""
+        follows = self.observer in ("minmax", "moving_average")
+        if self.frozen or self.range is None or not (follows or event):
+            return
+        new = self._found(values)
+        if self.observer == "moving_average":
+            low, high = (old.to(values.device) for old in self.range)
+            new = low.lerp(new[0], MOMENTUM), high.lerp(new[1], MOMENTUM)
+        self.range = new
+
+    def freeze(self, values: Tensor) -> None:  # noqa: ARG002
+        """Keep the range."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Follow again."""
+        self.frozen = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The range."""
+        return {"range": self.range, "frozen": self.frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+        self.range, self.frozen = state["range"], state["frozen"]
+
+
+def make_maker(
+    scheme: str, *, bits: int, axis: int | None, observer: str, lr: float, entropy: dict[str, float]
+) -> GridMaker:
+    """The maker of a scheme.
+
+    Args:
+        scheme: a name in `SCHEMES`.
+        bits: 2 to 8.
+        axis: of the scales, where the scheme has one for each channel.
+        observer: of "symmetric" and "affine".
+        lr: of what learns.
+        entropy: arguments of `EntropyGrids`.
+
+    Raises:
+        ValueError: for an unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r}: valid are {list(SCHEMES)}")
+    if scheme == "learned_step":
+        return LearnedStepGrids(bits=bits, axis=axis, lr=lr)
+    if scheme == "codebook":
+        return CodebookGrids(bits=bits, lr=lr)
+    if scheme == "entropy":
+        return EntropyGrids(bits=bits, **entropy)
+    return RangeGrids(bits=bits, symmetric=scheme == "symmetric", axis=axis, observer=observer)

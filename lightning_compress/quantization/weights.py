@@ -1,0 +1,154 @@
+"""Weights on grids as they train: the makers of their grids, and the slots they are shown in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.projection import Slot
+from lightning_compress.quantization.entropy_grids import EntropyGrids, steer
+from lightning_compress.quantization.makers import GridMaker
+from lightning_compress.quantization.rate import entropy_bits
+
+__all__ = ["WeightQuantizer"]
+
+
+class WeightQuantizer:
+    """The weights of one callback, from the first projection to the last.
+
+    Args:
+        slots: the weights.
+        make: the maker of a slot's grid.
+        earlier: of a fit before this one: its makers and latent weights go on.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        make: Callable[[Slot], GridMaker],
+        earlier: WeightQuantizer | None = None,
+    ) -> None:
+        self.pairs: list[tuple[Slot, GridMaker]] = []
+        self.predicted_bytes = 0.0  # of all symbols at their entropy, when last counted
+        before = {} if earlier is None else {one.path: (one, maker) for one, maker in earlier.pairs}
+        for slot in slots:
+            old, maker = before.get(slot.path, (None, None))
+            if old is None or maker is None or old.parameter.shape != slot.parameter.shape:
+                maker = make(slot)
+            elif slot.latent is None:  # the weight itself counts where it was changed since
+                slot.latent, slot.grid = old.latent, old.grid
+            maker.thaw()
+            self.pairs.append((slot, maker))
+
+    @property
+    def makers(self) -> dict[str, GridMaker]:
+        """The makers by path."""
+        return {slot.path: maker for slot, maker in self.pairs}
+
+    @property
+    def relative_step(self) -> float | None:
+        """The step that entropy grids share, in units of the rms of the non-zero weights."""
+        return next((m.relative_step for _, m in self.pairs if isinstance(m, EntropyGrids)), None)
+
+    def start(self) -> None:
+        """Look at the weights and put them onto grids, from the next projection on.
+
+        Raises:
+            ValueError: for weights that are not finite.
+        """
+        for slot, maker in self.pairs:
+            values = masked(slot)
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{slot.path} holds weights that are NaN or infinite")
+            maker.start(values)
+        self.install()
+
+    def install(self) -> None:
+        """Let the slots use the makers."""
+        for slot, maker in self.pairs:
+            if slot.gradient_rule is None:
+                slot.set_quantizer(maker.grid)
+                slot.gradient_rule = partial(_rule, slot, maker)
+
+    def follow(self, stepped: Collection[str], *, event: bool) -> None:
+        """Let the grids of stepped weights follow; at an event those of all."""
+        for slot, maker in self.pairs:
+            if event or slot.path in stepped:
+                moved = maker.step(masked(slot), event=event)
+                if moved is not None:
+                    slot.set_values(moved)
+
+    def steer(self, bits: float | None) -> dict[str, str]:
+        """Bring entropy grids to a target, in bits of all weights together; None: as they are.
+
+        Returns:
+            What the user should know, by what it is about.
+        """
+        pairs = [(slot, one) for slot, one in self.pairs if isinstance(one, EntropyGrids)]
+        told = {}
+        if pairs and bits is not None:
+            found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
+            if abs(found / bits - 1) > 0.05:
+                told["target"] = (
+                    f"{found / 8:.0f} bytes is as near as a step comes to the target of "
+                    f"{bits / 8:.0f}"
+                )
+        for slot, one in pairs:
+            if one.raised:
+                told[slot.path] = (
+                    f"the step of {slot.path} is raised above {one.relative_step:.3g} rms, so that "
+                    f"its range fits {one.bits} bits"
+                )
+        return told
+
+    def freeze(self) -> None:
+        """Keep the grids."""
+        for slot, maker in self.pairs:
+            maker.freeze(masked(slot))
+
+    def show(self) -> None:
+        """Project all weights, those of other optimizers too, and count their bytes."""
+        bits = 0.0
+        for slot, _ in self.pairs:
+            slot.project()
+            if slot.grid is not None:
+                bits += entropy_bits(slot.grid.quantize(slot.parameter))
+        self.predicted_bytes = bits / 8
+
+    def state_dict(self) -> dict[str, Any]:
+        """Latent weights, and all that makes the grids."""
+        latents = {slot.path: slot.latent for slot, _ in self.pairs if slot.latent is not None}
+        makers = {path: maker.state_dict() for path, maker in self.makers.items()}
+        return {"latents": latents, "makers": makers, "predicted_bytes": self.predicted_bytes}
+
+    def load_state_dict(self, state: dict[str, Any], *, started: bool) -> None:
+        """Put them back.
+
+        Raises:
+            ValueError: when the state is of other weights.
+        """
+        if set(state["makers"]) != set(self.makers):
+            was, now = sorted(state["makers"]), sorted(self.makers)
+            raise ValueError(f"the checkpoint quantizes {was}, this run {now}")
+        for path, one in state["makers"].items():
+            self.makers[path].load_state_dict(one)
+        self.predicted_bytes = state["predicted_bytes"]
+        if started:
+            self.install()
+        for slot, _ in self.pairs:
+            if (latent := state["latents"].get(slot.path)) is not None:
+                slot.set_values(latent)
+
+
+def masked(slot: Slot) -> Tensor:
+    """Latent values with 0 where the mask prunes."""
+    values = slot.values()
+    return values if slot.pruned is None else values.masked_fill(slot.pruned, 0.0)
+
+
+def _rule(slot: Slot, maker: GridMaker, gradient: Tensor) -> None:
+    maker.gradient(gradient, masked(slot))
