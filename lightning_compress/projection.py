@@ -157,7 +157,7 @@ class Slot:
         """Put the latent values back for the optimizer, and let the rule see its gradient."""
         self.restore()
         if self.gradient_rule is not None and self.parameter.grad is not None:
-            self.gradient_rule(self.parameter.grad)
+            self.gradient_rule(local_part(self.parameter.grad))
 
     def hide(self) -> None:
         """Project if the latent values show, as after an update that failed half way."""

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.callbacks import CompressionSummary, ScoreMonitor
 from lightning_compress.data import SplitDataModule
+from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.report.files import write_atomic
 from lightning_compress.report.grids import save_comparison, save_grid
 from lightning_compress.workflow.costs import (
@@ -155,7 +156,8 @@ def _write_samples(
     """Grids of samples from the same latents, for models that draw."""
     if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
         return {}
-    pictures = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+    with fake_quantized(compressed):
+        pictures = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
     names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
     for images, name in zip(pictures, names.values(), strict=True):
         save_grid(images, folder / name)

@@ -20,6 +20,7 @@ from lightning_compress.evaluation.features import (
 from lightning_compress.evaluation.fidelity import fidelity, noise_floor
 from lightning_compress.evaluation.likelihood import accuracy, likelihood
 from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.quantization.activations import fake_quantized
 
 __all__ = ["METRICS", "Evaluator", "Metric", "judge", "spread_of"]
 
@@ -109,7 +110,15 @@ class Evaluator:
         )
 
     def quality(self, model: Any) -> dict[str, float]:
-        """All metrics that apply to a model, on the test split."""
+        """All metrics that apply to a model, on the test split.
+
+        A model whose layers remember grids of activations computes with them, as an integer
+        engine would.
+        """
+        with fake_quantized(model):
+            return self._quality(model)
+
+    def _quality(self, model: Any) -> dict[str, float]:
         x, y = rows(self.data.test_dataset)
         found: dict[str, float] = {}
         if self.kind == "classifier":
