@@ -1,0 +1,117 @@
+"""Quality and size by scheme and bits: a VAE and a DCGAN on Fashion-MNIST, equal steps.
+
+Each row starts from the same dense model, trains 300 steps with the callbacks of its variant, and
+is measured on its grids, weights and activations alike. Finished rows are kept.
+
+python experiments/bench_quantization.py [rows.jsonl]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench_rows import Rows
+from finetuning import MODELS, Start
+from lightning.pytorch import Callback
+
+from lightning_compress import (
+    GradualPruning,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    quantize_static,
+    save_compressed,
+)
+from lightning_compress.workflow.quality import rows as images
+
+SEEDS = (0, 1, 2)
+ONE_SEED = ("affine", "codebook", "learned_step")
+RATE = {"vae": 50.0, "dcgan": 0.2}  # of the entropy scheme: a twentieth of the loss at 2 bits
+PRUNED = "90 % zeros, "
+
+
+def trained(
+    bits: int | None, activations: int | None, scheme: str = "symmetric", **more: Any
+) -> Any:
+    """Quantization while training."""
+    return QuantizationAwareTraining(
+        weight_bits=bits, activation_bits=activations, scheme=scheme, freeze=0.8, **more
+    )
+
+
+VARIANTS: dict[str, Any] = {
+    "dense": lambda _: [],
+    "post-training W8A8": lambda _: [],
+    "post-training W4A8": lambda _: [],
+    "trained W8A8": lambda _: [trained(8, 8)],
+    "trained W4A8": lambda _: [trained(4, 8)],
+    "trained W4A8, affine": lambda _: [trained(4, 8, "affine")],
+    "trained W4A8, learned_step": lambda _: [trained(4, 8, "learned_step")],
+    "trained W4, codebook": lambda _: [trained(4, None, "codebook")],
+    f"{PRUNED}float": lambda _: [],
+    f"{PRUNED}post-training 4 bits": lambda _: [
+        PostTrainingQuantization(weight_bits=4, per_channel=False)
+    ],
+    f"{PRUNED}trained 4 bits": lambda _: [trained(4, None, per_channel=False)],
+    f"{PRUNED}trained entropy": lambda _: [trained(8, None, "entropy", step=1.0)],
+    f"{PRUNED}trained entropy, rate": lambda name: [
+        trained(8, None, "entropy", step=1.0, rate=RATE[name])
+    ],
+}
+
+
+def main(path: Path) -> None:
+    """Makes the missing rows: all variants of seed 0 first."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = Rows(path, keys=("model", "seed", "variant"))
+    for seed in SEEDS:
+        for name in MODELS:
+            start = Start(name, seed, path.parent)
+            for variant in VARIANTS:
+                if seed == 0 or not variant.endswith(ONE_SEED):
+                    rows.make(partial(row, start, variant), model=name, seed=seed, variant=variant)
+
+
+def row(start: Start, variant: str) -> dict[str, float]:
+    """Trains on from the dense start, quantizes, measures, and saves the file."""
+    model = start.model()
+    callbacks: list[Callback] = list(VARIANTS[variant](start.name))
+    if variant.startswith(PRUNED):
+        pruning = GradualPruning(
+            final_sparsity=0.9,
+            end=0.6,
+            frequency=12,
+            criterion="taylor",
+            scope="layer",
+            exclude=start.spared,
+        )
+        callbacks.append(pruning)
+    start.fit(model, callbacks)
+    if variant.startswith("post-training"):
+        calibrate(start, model, weight_bits=int(variant[-3]))
+    found = start.quality(model)
+    with TemporaryDirectory() as folder:
+        info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+    return found | {"lcz": info.bytes, "ratio": round(info.ratio, 2)}
+
+
+def calibrate(start: Start, model: Any, *, weight_bits: int) -> None:
+    """Puts a trained model on grids by what its parts are fed in use."""
+    z = model.latents(512, seed=1).split(128)
+    if start.name == "vae":
+        x = images(start.data.train_dataset)[0][:512].split(128)
+        quantize_static(model.encoder, x, weight_bits=weight_bits)
+        z = [model.posterior(batch)[0] for batch in x]
+        quantize_static(model.decoder, z, weight_bits=weight_bits)
+    else:
+        quantize_static(model.generator, z, weight_bits=weight_bits)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench/quantization.jsonl"))

@@ -1,0 +1,102 @@
+"""Short runs from one dense start: a small VAE and a small DCGAN on Fashion-MNIST."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_compress.config import config_dir
+from lightning_compress.data import SplitDataModule
+from lightning_compress.workflow.quality import Evaluator
+from lightning_compress.workflow.training import build_model
+
+__all__ = ["MODELS", "STEPS", "Start"]
+
+STEPS = 300
+MODELS = {
+    "vae": (
+        ["model=vae", "model.width=16"],
+        4,
+        ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"],
+    ),
+    "dcgan": (
+        [
+            "model=dcgan",
+            "model.width=16",
+            "model.discriminator_width=16",
+            "model.spectral_norm=true",
+            "evaluate.metric=fid",
+        ],
+        2,
+        ["generator.up2"],
+    ),
+}  # overrides, epochs of the dense model, the small layers that pruning leaves dense
+
+
+class Start:
+    """A dense model of a kind and seed, trained once, and what follows from it.
+
+    Args:
+        name: in `MODELS`.
+        seed: of weights, noise and order.
+        folder: where the dense weights are kept.
+    """
+
+    def __init__(self, name: str, seed: int, folder: Path) -> None:
+        overrides, self.epochs, self.spared = MODELS[name]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            self.cfg = compose("train", [*overrides, "data=fashion_mnist", f"seed={seed}"])
+        self.name, self.seed = name, seed
+        self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")
+        self.data.prepare_data()
+        self.data.setup()
+        self.weights = folder / f"{name}-{seed}.pt"
+        self._evaluator: Evaluator | None = None
+
+    def model(self) -> Any:
+        """The model as the dense training left it."""
+        model = build_model(self.cfg, self.data, seed=self.seed)
+        if not self.weights.exists():
+            self.fit(model, [], epochs=self.epochs, steps=None)
+            torch.save(model.state_dict(), self.weights)
+        model = build_model(self.cfg, self.data, seed=self.seed)
+        model.load_state_dict(torch.load(self.weights, weights_only=True))
+        return model
+
+    def fit(
+        self,
+        model: LightningModule,
+        callbacks: Sequence[Callback],
+        *,
+        epochs: int = 1,
+        steps: int | None = STEPS,
+    ) -> None:
+        """Trains on."""
+        trainer = Trainer(
+            max_epochs=epochs,
+            limit_train_batches=steps,
+            limit_val_batches=0,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+            accelerator="cpu",
+        )
+        trainer.fit(model, datamodule=self.data)
+
+    def quality(self, model: Any) -> dict[str, float]:
+        """As an experiment measures it; of the VAE the likelihood alone, which is quick."""
+        if self._evaluator is None:
+            kind = str(model.kind)
+            self._evaluator = Evaluator(self.cfg.evaluate, self.data, kind, "fashion_mnist")
+            if kind == "vae":
+                self._evaluator.extractor = None
+        return self._evaluator.quality(model.eval())
