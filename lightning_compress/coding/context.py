@@ -129,6 +129,8 @@ def _names(exponents: int) -> list[str]:
 def _pack_weights(coding: EncodingPass, exponents: int) -> bytes:
     """For each plane: which tables it uses, a bit each, then their weights, a byte each."""
     out = bytearray()
+    if not coding.view.subsets:
+        return b""
     for name in _names(exponents):
         weights = coding.weights.get(name, {})
         out.append(sum(1 << table for table in weights))
@@ -137,6 +139,8 @@ def _pack_weights(coding: EncodingPass, exponents: int) -> bytes:
 
 
 def _read_weights(reader: ByteReader, view: View) -> Weights:
+    if not view.subsets:
+        return {}
     mask = reader.take(1, "the tables of a plane")[0]
     if mask >> len(view.subsets):
         raise CorruptArtifactError(f"tables {mask:#b}, of {len(view.subsets)} there are")

@@ -105,5 +105,5 @@ def _bits(record: TensorRecord) -> int:
     if record.grid:
         return record.grid[0]
     if record.kind == "codebook":
-        return max(record.aux_bytes // record.word - 1, 1).bit_length()
+        return max((record.aux_bytes - 1) // record.word - 1, 1).bit_length()
     return 8 * DTYPES[record.storage].itemsize

@@ -27,7 +27,7 @@ class EncodingPass:
 
     def __init__(self, view: View) -> None:
         self.weights: dict[str, Weights] = {}
-        self._view = view
+        self.view = view
         self._planes: dict[str, Plane] = {}
         self._coder = BitEncoder()
 
@@ -49,7 +49,7 @@ class EncodingPass:
         """
         if not len(at):
             return bits
-        plane = self._planes.setdefault(name, Plane(self._view.sizes(), kinds))
+        plane = self._planes.setdefault(name, Plane(self.view.sizes(), kinds))
         tables = self._tables(name, len(at))
         base, features = self._learn(plane, tables, at, ends, bits, nodes)
         if name not in self.weights:
@@ -62,7 +62,7 @@ class EncodingPass:
     def _tables(self, name: str, count: int) -> list[int]:
         if name in self.weights:
             return list(self.weights[name])
-        return list(range(len(self._view.subsets))) if count >= _FEW else []
+        return list(range(len(self.view.subsets))) if count >= _FEW else []
 
     def _learn(
         self, plane: Plane, tables: list[int], at: Ints, ends: Ints, bits: Bits, nodes: Ints | None
@@ -71,7 +71,7 @@ class EncodingPass:
         base = np.empty(len(at), np.int64)
         features = np.empty((len(tables), len(at)), np.int64)
         for part in _parts(ends):
-            keys = self._view.keys(at[part], tables)
+            keys = self.view.keys(at[part], tables)
             own = None if nodes is None else nodes[part]
             base[part] = plane.base(own, part.stop - part.start)
             for row, table in zip(features, tables, strict=True):
