@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.coding.code_lengths import MAX_ALPHABET
 from lightning_compress.coding.passes import DecodingPass, EncodingPass, Weights
-from lightning_compress.coding.waves import View, candidate_views
+from lightning_compress.coding.waves import View, best_view
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = ["decode", "encode"]
@@ -39,11 +39,7 @@ def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
     """
     if not len(symbols):
         return b""
-    streams = (_encode_view(symbols, view) for view in candidate_views(shape))
-    return min(streams, key=len)
-
-
-def _encode_view(symbols: Symbols, view: View) -> bytes:
+    view = best_view(symbols, shape)
     exponents = ((int(symbols.max()) + 1) >> 1 | 1).bit_length() - 1
     coding = EncodingPass(view)
     for start, stop in view.slabs():

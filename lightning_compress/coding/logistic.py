@@ -17,21 +17,22 @@ _FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's t
 
 Ints = NDArray[np.int64]
 
-_LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION))).astype(int)
+_LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION))) - 256
+_LOG_TABLE = _LOG_TABLE.astype(np.int64)
 _PROBABILITY = np.rint(ONE / (1 + np.exp2(-np.arange(-_LIMIT, _LIMIT + 1) / 256))) / ONE
 
 
 def log2_256(values: Ints) -> Ints:
-    """256 times the base-2 logarithm of (N,) whole numbers from 1 to 2^53, rounded.
+    """256 times the base-2 logarithm of whole numbers from 1 to 2^53, rounded.
 
     The exponent, and the ten bits after the leading one by a table.
 
     >>> log2_256(np.array([1, 2, 3, 1 << 40]))
     array([    0,   256,   406, 10240])
     """
-    mantissa, exponent = np.frexp(values.astype(np.float64))  # exact
+    mantissa, exponent = np.frexp(values)  # exact
     place = (mantissa * (2 << _FRACTION)).astype(np.int64) - (1 << _FRACTION)
-    return 256 * (exponent.astype(np.int64) - 1) + _LOG_TABLE[place]
+    return 256 * exponent.astype(np.int64) + _LOG_TABLE[place]
 
 
 def probability(logits: Ints) -> NDArray[np.float64]:
@@ -40,7 +41,7 @@ def probability(logits: Ints) -> NDArray[np.float64]:
     >>> probability(np.array([0, 256])).tolist()[0]
     0.5
     """
-    return _PROBABILITY[np.clip(logits, -_LIMIT, _LIMIT) + _LIMIT]
+    return _PROBABILITY[np.minimum(np.maximum(logits, -_LIMIT), _LIMIT) + _LIMIT]
 
 
 def fit_weights(

@@ -49,7 +49,7 @@ class EncodingPass:
         """
         if not len(at):
             return bits
-        plane = self._planes.setdefault(name, Plane(self.view.sizes(), kinds))
+        plane = self._planes.setdefault(name, Plane(self.view, kinds))
         tables = self._tables(name, len(at))
         base, features = self._learn(plane, tables, at, ends, bits, nodes)
         if name not in self.weights:
@@ -73,7 +73,7 @@ class EncodingPass:
         for part in _parts(ends):
             keys = self.view.keys(at[part], tables)
             own = None if nodes is None else nodes[part]
-            base[part] = plane.base(own, part.stop - part.start)
+            base[part] = plane.base(own)
             for row, table in zip(features, tables, strict=True):
                 row[part] = plane.feature(table, keys[table])
             plane.learn(keys, own, bits[part])
@@ -97,7 +97,7 @@ class DecodingPass:
         self, name: str, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None = None, kinds: int = 1
     ) -> Bits:
         """The next plane of a slab: as `EncodingPass.code`, but the bits come from the stream."""
-        plane = self._planes.setdefault(name, Plane(self._view.sizes(), kinds))
+        plane = self._planes.setdefault(name, Plane(self._view, kinds))
         weights = self._weights[name]
         found = np.empty_like(bits)
         for part in _parts(ends):
@@ -106,7 +106,7 @@ class DecodingPass:
             total = np.zeros(part.stop - part.start, np.int64)
             for table, weight in weights.items():
                 total += weight * plane.feature(table, keys[table])
-            logits = plane.base(own, len(total)) + total // WEIGHT_ONE
+            logits = plane.base(own) + total // WEIGHT_ONE
             found[part] = self._coder.decode(probability(logits))
             plane.learn(keys, own, found[part])
         return found

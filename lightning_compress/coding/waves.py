@@ -10,17 +10,18 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SLAB", "View", "candidate_views"]
+__all__ = ["SLAB", "View", "best_view"]
 
 SLAB = 1 << 22  # positions that are worked on at a time, as long as a slice along A is not larger
 # Powers 1, 2, 3 of the inverse of the root of x^4 = x + 1, times 2^32: a low-discrepancy lattice.
 _LATTICE = (0xD1B54A33, 0xABC98388, 0x8CB92BA7)
-# Wave w ends before this many 256ths of a slab: growing by a quarter, so that little is learnt late.
-_ENDS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 19, 24, 30, 37, 46, 58, 72, 90, 113, 141, 176, 220, 256)
+# Wave w ends before this many 256ths of a slab: growing by half, so that little is learnt late.
+_ENDS = (1, 2, 3, 4, 6, 9, 14, 21, 32, 48, 72, 108, 162, 243, 256)
 _WAVE_OF = np.searchsorted(_ENDS, np.arange(256), side="right").astype(np.uint8)
 
 Ints = NDArray[np.int64]
@@ -43,16 +44,21 @@ class View:
         """The three lengths."""
         return self.a, self.b, self.c
 
-    @property
+    @cached_property
     def subsets(self) -> tuple[tuple[int, ...], ...]:
         """The axes, and pairs of them, along which counts are kept: 4 positions or more a key."""
         axes = [axis for axis in range(3) if self.shape[axis] > 1]
         sets = [*itertools.combinations(axes, 1), *itertools.combinations(axes, 2)]
         return tuple(subset for subset in sets if self._keys(subset) * 4 <= self._keys((0, 1, 2)))
 
+    @cached_property
     def sizes(self) -> list[int]:
         """How many different keys each of `subsets` has."""
         return [self._keys(subset) for subset in self.subsets]
+
+    def positions(self, table: int) -> int:
+        """How many positions share a key of a table."""
+        return self._keys((0, 1, 2)) // self.sizes[table]
 
     def _keys(self, subset: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in subset)
@@ -88,8 +94,36 @@ class View:
             (0, 2): lambda: positions // row * self.c + positions % self.c,
             (1, 2): lambda: positions % row,
         }
-        subsets = self.subsets
-        return {table: places[subsets[table]]() for table in tables}
+        return {table: places[self.subsets[table]]() for table in tables}
+
+
+def best_view(symbols: NDArray[np.uint16], shape: tuple[int, ...]) -> View:
+    """The view of a tensor whose tables tell most of where its zeros are."""
+    views = candidate_views(shape)
+    if len(views) == 1:
+        return views[0]
+    some = (symbols > 0).astype(np.float32)
+    return max(views, key=lambda view: _told(some.reshape(view.shape), view))
+
+
+def _told(some: NDArray[np.float32], view: View) -> float:
+    """Bits that the tables of axes told apart tell, less what it takes to learn them."""
+    total = float(_bits(some.mean(dtype=np.float64)) * some.size)
+    gains: dict[tuple[int, ...], float] = {}
+    for table, subset in enumerate(view.subsets):
+        others = tuple(axis for axis in range(3) if axis not in subset)
+        each = view.positions(table)
+        left = _bits(some.mean(others, dtype=np.float64)).sum() * each
+        gains[subset] = max(total - left - 0.5 * math.log2(each) * view.sizes[table], 0.0)
+    apart = (((0,), (1,), (2,)), ((0, 1), (2,)), ((0, 2), (1,)), ((1, 2), (0,)))
+    most = max(sum(gains.get(subset, 0.0) for subset in subsets) for subsets in apart)
+    return most + sum(gains.values()) / 10  # tables that tell the same again help at the start
+
+
+def _bits(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Entropy of a decision, in bits."""
+    p = np.clip(share, 1e-9, 1 - 1e-9)
+    return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
 
 
 def candidate_views(shape: tuple[int, ...]) -> list[View]:
