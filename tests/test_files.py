@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from lightning_compress import files
 from lightning_compress.files import atomic_file, write_atomically
 
 
@@ -56,9 +57,9 @@ def test_a_block_that_raises_writes_nothing(tmp_path):
 
 
 LOOP = """
-import sys, pathlib
-from lightning_compress.files import write_atomically
-path = pathlib.Path(sys.argv[1])
+import sys, pathlib, runpy
+write_atomically = runpy.run_path(sys.argv[1])["write_atomically"]  # without the whole package
+path = pathlib.Path(sys.argv[2])
 print("ready", flush=True)
 while True:
     for letter in b"ab":
@@ -70,7 +71,8 @@ def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"a" * 5_000_000)
     for attempt in range(4):
-        with subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE) as child:
+        command = [sys.executable, "-c", LOOP, files.__file__, path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout.readline() == b"ready\n"
             time.sleep(0.03 + 0.017 * attempt)
             child.send_signal(signal.SIGKILL)

@@ -27,7 +27,7 @@ PREFIX = 32
 
 
 def build():
-    """A tensor of each kind: grid, codebook, mask, plain, deflated planes, tied."""
+    """A tensor of each kind: grid, codebook, mask, plain, coded planes, tied."""
     torch.manual_seed(0)
     model = nn.Module()
     model.lin = nn.Linear(8, 6)
@@ -49,7 +49,7 @@ def saved(tmp_path):
     info = save_compressed(model, path)
     kinds = [tensor.kind for tensor in info.per_tensor.values()]
     assert kinds == ["codebook", "mask", "plain", "grid", "plain", "tied", "tied"]
-    assert info.per_tensor["planes"].codec == "planes"
+    assert info.per_tensor["planes"].codec == "coded"
     return path, model, info
 
 
