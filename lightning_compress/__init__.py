@@ -1,6 +1,7 @@
 """Compress generative models while they train: Lightning callbacks, small files, honest reports."""
 
 from lightning_compress.callbacks import (
+    ArtifactCallback,
     BalanceGuard,
     CompressionSummary,
     GradualPruning,
@@ -17,7 +18,9 @@ from lightning_compress.callbacks import (
 from lightning_compress.coding.artifact import (
     inspect_compressed,
     load_compressed,
+    read_tensors,
     save_compressed,
+    write_tensors,
 )
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
@@ -29,6 +32,7 @@ from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, S
 from lightning_compress.state import CompressionState, compression_state
 
 __all__ = [
+    "ArtifactCallback",
     "ArtifactInfo",
     "BalanceGuard",
     "CompressionState",
@@ -58,6 +62,8 @@ __all__ = [
     "inspect_compressed",
     "load_compressed",
     "quantize_weights",
+    "read_tensors",
     "save_compressed",
     "sparsity",
+    "write_tensors",
 ]

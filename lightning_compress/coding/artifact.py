@@ -51,6 +51,7 @@ def save_compressed(
     float_dtype: str | None = None,
     fold_batchnorm: bool = False,
     reorder: bool = False,
+    state: Mapping[str, Tensor] | None = None,
     workers: int = 1,
 ) -> ArtifactInfo:
     """Writes every entry of a module's `state_dict` to one entropy-coded file.
@@ -73,11 +74,14 @@ def save_compressed(
             to rounding, but what it knew of its training data's statistics is gone.
         reorder: sort hidden units by how many non-zero weights they have, where that provably
             leaves the outputs the same up to the order of sums.
+        state: values to store in place of the module's own, by their keys in `state_dict`: an
+            average, or those of a checkpoint.
         workers: threads that encode tensors side by side; memory grows with their number.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
         TypeError: for entries that are no dense tensors.
+        KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
 
     >>> import tempfile
@@ -88,7 +92,7 @@ def save_compressed(
     ['bias', 'weight']
     """
     encoding = Encoding(codec, float_dtype, workers)
-    contents = module_contents(module)
+    contents = module_contents(module, state or {})
     if fold_batchnorm:
         contents = batchnorm_folded(module, contents)
     if reorder:

@@ -30,14 +30,24 @@ class Contents:
     activations: Mapping[str, ActivationGrids]
 
 
-def module_contents(module: nn.Module) -> Contents:
+def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> Contents:
     """A module's `state_dict` and the grids that it carries, under the names of the file.
+
+    Args:
+        module: whose contents they are.
+        state: values in place of the module's own, by key.
 
     Raises:
         TypeError: for an entry that is no dense tensor of a known dtype.
+        KeyError: for a key of `state` that the module does not have.
         ValueError: when two entries get the same name.
     """
     tensors = {name: tensor for name, (_, tensor) in module_tensors(module).items()}
+    for key, tensor in (state or {}).items():
+        check_tensor(key, tensor)
+        if stored_name(key) not in tensors:
+            raise KeyError(f"{key!r} is no entry of the module's state_dict")
+        tensors[stored_name(key)] = tensor
     state = compression_state(module)
     grids: dict[str, Grid] = {}
     for path, grid in state.grids.items():
