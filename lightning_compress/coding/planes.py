@@ -11,7 +11,7 @@ from lightning_compress.coding.waves import View
 __all__ = ["Plane"]
 
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
-_PRIOR = 16  # how many observations the whole plane's probability counts for in each table
+_PRIOR = 6  # how many observations the whole plane's probability counts for in each table
 
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]

@@ -20,8 +20,8 @@ __all__ = ["SLAB", "View", "best_view"]
 SLAB = 1 << 22  # positions that are worked on at a time, as long as a slice along A is not larger
 # Powers 1, 2, 3 of the inverse of the root of x^4 = x + 1, times 2^32: a low-discrepancy lattice.
 _LATTICE = (0xD1B54A33, 0xABC98388, 0x8CB92BA7)
-# Wave w ends before this many 256ths of a slab: growing by half, so that little is learnt late.
-_ENDS = (1, 2, 3, 4, 6, 9, 14, 21, 32, 48, 72, 108, 162, 243, 256)
+# Wave w ends before this many 256ths of a slab: growing by a third, so that little is learnt late.
+_ENDS = (1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 40, 54, 73, 99, 134, 181, 256)
 _WAVE_OF = np.searchsorted(_ENDS, np.arange(256), side="right").astype(np.uint8)
 
 Ints = NDArray[np.int64]
