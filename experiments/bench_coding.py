@@ -62,13 +62,13 @@ def symbols_of(steps: Steps) -> NDArray[np.uint16]:
 
 
 def timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The result and the shortest time of some calls."""
+    """The result and the least processor time of some calls: others may use the machine too."""
     seconds: list[float] = []
     result = None
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         result = call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return result, min(seconds)
 
 
@@ -100,7 +100,7 @@ def general(tensors: Mapping[str, Steps]) -> dict[str, int]:
 
 
 def nncodec(tensors: Mapping[str, Steps], python: str | None) -> dict[str, int]:
-    """Bytes of DeepCABAC's payloads, the best scan order of each tensor, without side information."""
+    """Bytes of DeepCABAC's payloads, without side information, in each tensor's best order."""
     if python is None:
         print("nncodec left out: see --help for the two lines that install it")
         return {}
@@ -142,7 +142,7 @@ def scale(millions: list[float]) -> None:
             steps = torch.from_numpy(synthetic(int(size * 1e6), 0.9, structured=True)).float()
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "a.lcz")
-                save = timed(lambda p=path, s=steps: write_tensors({"w": s}, p, codec), 1)[1]
+                save = timed(lambda p=path, s=steps, c=codec: write_tensors({"w": s}, p, c), 1)[1]
                 load = timed(lambda p=path: read_checkpoint(p), 1)[1]
             print(f"{codec:8} {size:6g} M weights: save {save:7.2f} s, load {load:7.2f} s")
 

@@ -1,4 +1,4 @@
-"""Bytes of integer tensors under nncodec's DeepCABAC: run by bench_coding.py in nncodec's own venv."""
+"""Bytes of integer tensors under nncodec's DeepCABAC: bench_coding.py runs it in another venv."""
 
 # pyright: reportMissingImports=false
 from __future__ import annotations

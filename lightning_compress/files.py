@@ -40,9 +40,7 @@ def write_atomically(
 
 
 @contextlib.contextmanager
-def atomic_file(
-    path: Path, *, what: str = "the file", parents: bool = False
-) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, what: str = "the file", parents: bool = False) -> Iterator[BinaryIO]:
     """A stream whose bytes become the file when the block ends, and vanish when it raises.
 
     They go to a temporary file in the same folder, which is flushed to the disk and renamed. What

@@ -50,9 +50,13 @@ def test_text_is_utf8_and_missing_folders_are_made_on_request(tmp_path):
 
 
 def test_a_block_that_raises_writes_nothing(tmp_path):
-    with pytest.raises(KeyError), atomic_file(tmp_path / "a") as stream:
-        stream.write(b"half")
-        raise KeyError
+    def half():
+        with atomic_file(tmp_path / "a") as stream:
+            stream.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
     assert not list(tmp_path.iterdir())
 
 

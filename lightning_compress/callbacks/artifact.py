@@ -81,7 +81,19 @@ class ArtifactCallback(Callback):
         self.info = self._save(self._shipped(pl_module), folder / self.path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening, also after an exception."""
+        """Stop listening."""
+        self._stop(trainer)
+
+    def on_exception(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Stop listening: there is no teardown then."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
         if isinstance(listener := trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = listener.inner
 

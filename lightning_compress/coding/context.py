@@ -43,6 +43,7 @@ def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
     exponents = ((int(symbols.max()) + 1) >> 1 | 1).bit_length() - 1
     coding = EncodingPass(view)
     for start, stop in view.slabs():
+        coding.last = stop == len(symbols)
         _code_slab(coding, *view.waves(start, stop), symbols, exponents)
     head = varint(view.b) + varint(view.c) + bytes([exponents])
     return head + _pack_weights(coding, exponents) + coding.finish()
@@ -68,6 +69,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
     weights = {name: _read_weights(reader, view) for name in _names(exponents)}
     coding = DecodingPass(view, weights, reader.rest())
     for start, stop in view.slabs():
+        coding.last = stop == len(symbols)
         _code_slab(coding, *view.waves(start, stop), symbols, exponents)
     coding.finish()
     return symbols

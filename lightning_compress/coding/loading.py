@@ -82,9 +82,7 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
             extra = (key for key in header if key not in ("tensors", "activations"))
             if not all(map(optional, extra)):
                 raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
-            records = read_records(
-                header.get("tensors"), container.payload_bytes, container.size
-            )
+            records = read_records(header.get("tensors"), container.payload_bytes, container.size)
             activations = read_activations(header.get("activations", {}))
             yield Artifact(container, records, activations)
     except CorruptArtifactError as error:

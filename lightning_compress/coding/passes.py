@@ -27,6 +27,7 @@ class EncodingPass:
 
     def __init__(self, view: View) -> None:
         self.weights: dict[str, Weights] = {}
+        self.last = False  # whether the slab is the last one
         self.view = view
         self._planes: dict[str, Plane] = {}
         self._coder = BitEncoder()
@@ -76,7 +77,8 @@ class EncodingPass:
             base[part] = plane.base(own)
             for row, table in zip(features, tables, strict=True):
                 row[part] = plane.feature(table, keys[table])
-            plane.learn(keys, own, bits[part])
+            if not (self.last and part.stop == len(at)):  # nobody would ask for it
+                plane.learn(keys, own, bits[part])
         return base, features
 
     def finish(self) -> bytes:
@@ -88,6 +90,7 @@ class DecodingPass:
     """Gets the planes of a stream back, given the weights of each."""
 
     def __init__(self, view: View, weights: dict[str, Weights], data: bytes) -> None:
+        self.last = False  # whether the slab is the last one
         self._view = view
         self._weights = weights
         self._planes: dict[str, Plane] = {}
@@ -108,7 +111,8 @@ class DecodingPass:
                 total += weight * plane.feature(table, keys[table])
             logits = plane.base(own) + total // WEIGHT_ONE
             found[part] = self._coder.decode(probability(logits))
-            plane.learn(keys, own, found[part])
+            if not (self.last and part.stop == len(at)):
+                plane.learn(keys, own, found[part])
         return found
 
     def finish(self) -> None:
@@ -127,6 +131,6 @@ def _fitted(tables: list[int], base: Ints, features: Ints, bits: Bits) -> Weight
         return {}
     some = slice(None, None, -(-len(bits) // _FIT))
     weights, saved = fit_weights(features[:, some], base[some], bits[some])
-    found = {table: weight for table, weight in zip(tables, weights.tolist(), strict=True)}
+    found = dict(zip(tables, weights.tolist(), strict=True))
     worth = saved * len(bits) / len(bits[some]) > _WORTH
     return {t: w for t, w in found.items() if abs(w) >= _SMALLEST} if worth else {}

@@ -36,8 +36,9 @@ class TensorRecord:
         shape: of the tensor.
         dtype: of the module's tensor.
         stored: the dtype that values were cast to for storage, if they were.
-        kind: "grid" (aux: zero points, scales; or centres), "codebook" (aux: values), "mask" (symbols tell
-            zeros from other values, aux: those), "plain" (aux: values), or "tied".
+        kind: "grid" (aux: zero points, scales; or centres), "codebook" (aux: which is symbol 0,
+            values), "mask" (symbols tell zeros from other values, aux: those), "plain" (aux:
+            values), or "tied".
         codec: of the symbols.
         packing: of the scales of "grid", and of the values of "mask" and "plain".
         grid: (bits, symmetric), (bits, symmetric, axis), or of a codebook (centres,). On "tied":

@@ -69,7 +69,9 @@ def reordered(module: nn.Module, contents: Contents) -> Contents:
             continue
         order = torch.argsort(_density(tensors, axes), descending=True, stable=True)
         for name, axis in axes.items():
-            tensors[name] = tensors[name].detach().index_select(axis, order.to(tensors[name].device))
+            tensors[name] = (
+                tensors[name].detach().index_select(axis, order.to(tensors[name].device))
+            )
             if name in grids:
                 grids[name] = _sorted_grid(grids[name], axis, order)
     return replace(contents, tensors=tensors, grids=grids)

@@ -140,7 +140,9 @@ def _encode(name: str, tensor: Tensor, grid: Grid | None, encoding: Encoding) ->
         if torch.equal(narrow.isfinite(), tensor.isfinite()):
             record = replace(record, stored=dtype_name(cast), zeros=_zeros(narrow))
             return _Coded(*encode_values(record, narrow, encoding.codec), complaint)
-        complaint = f"tensor {name!r} has values beyond {dtype_name(cast)}: stored as {record.dtype}"
+        complaint = (
+            f"tensor {name!r} has values beyond {dtype_name(cast)}: stored as {record.dtype}"
+        )
     return _Coded(*encode_values(record, tensor, encoding.codec), complaint)
 
 

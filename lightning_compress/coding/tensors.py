@@ -37,6 +37,7 @@ __all__ = ["decode_tensor", "encode_on_grid", "encode_values"]
 Shape = tuple[int, ...]
 
 _ZERO, _VALUE, _MINUS_ZERO = 0, 1, 2  # the symbols of a mask; multiplying by a mask leaves -0.0
+_SLOW = ("auto", "context")  # who asks for these gets slowly coded values too
 _DENSE = 0.99  # with more values than this, a mask gains too little for the time it takes
 _SAMPLE = 4096  # with more distinct values than a codebook holds here, no need to look further
 
@@ -101,12 +102,16 @@ def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[Ten
     bits = patterns(tensor)
     shape = record.code_shape
     dtype = DTYPES[record.storage]
-    forms = [*_plain(bits), *_codebook(bits, codec, shape, dtype), *_mask(bits, codec, shape)]
+    forms = [
+        *_plain(bits, codec),
+        *_codebook(bits, codec, shape, dtype),
+        *_mask(bits, codec, shape),
+    ]
     return min(forms, key=lambda form: form.size).finish(record)
 
 
-def _plain(bits: Patterns) -> Iterator[_Form]:
-    packing, data = pack_patterns(bits)
+def _plain(bits: Patterns, codec: str) -> Iterator[_Form]:
+    packing, data = pack_patterns(bits, coded=codec in _SLOW)
     yield _Form("plain", data, packing=packing)
 
 
@@ -140,7 +145,7 @@ def _mask(bits: Patterns, codec: str, shape: Shape) -> Iterator[_Form]:
     symbols[bits == _minus_zero(bits.itemsize)] = _MINUS_ZERO
     kept = symbols == _VALUE
     if len(bits) and kept.mean() < _DENSE:
-        packing, values = pack_patterns(bits[kept])
+        packing, values = pack_patterns(bits[kept], coded=codec in _SLOW)
         yield _coded("mask", values, symbols, codec, shape, packing)
 
 

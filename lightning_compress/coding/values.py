@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -65,14 +66,18 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
-def pack_patterns(bits: Patterns) -> tuple[str, bytes]:
+def pack_patterns(bits: Patterns, *, coded: bool = True) -> tuple[str, bytes]:
     """The smallest of plain bytes, deflated byte planes and coded byte planes, and which it is.
 
     A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
+
+    Args:
+        bits: (N,) patterns.
+        coded: try coded planes too, which are slower.
     """
     planes = bits.view(np.uint8).reshape(-1, bits.itemsize).T
     forms = {"bytes": bits.tobytes(), "planes": zlib.compress(planes.tobytes(), 6)}
-    if len(bits):
+    if coded and len(bits):
         forms["coded"] = b"".join(_code_plane(plane) for plane in planes)
     name = min(forms, key=lambda name: len(forms[name]))
     return name, forms[name]
@@ -83,11 +88,21 @@ def _code_plane(plane: NDArray[np.uint8]) -> bytes:
 
     A byte's top bit, which is the sign in the last plane of floats, is coded as a symbol's sign.
     """
+    if _looks_random(plane):
+        return varint(0) + plane.tobytes()
     low = (plane & 127).astype(np.uint16)
     coded = context.encode(2 * (low + 1) - (plane >> 7), plane.shape)
     if len(coded) < len(plane):
         return varint(len(coded)) + coded
     return varint(0) + plane.tobytes()
+
+
+def _looks_random(plane: NDArray[np.uint8]) -> bool:
+    """Whether learning how often each byte occurs costs what it saves; no need to try then."""
+    counts = np.bincount(plane)
+    counts = counts[counts > 0]
+    entropy = float(counts @ np.log2(len(plane) / counts))
+    return entropy + 0.5 * len(counts) * math.log2(len(plane) + 1) > 8 * len(plane)
 
 
 def _decode_plane(reader: ByteReader, count: int) -> NDArray[np.uint8]:

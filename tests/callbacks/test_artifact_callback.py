@@ -52,15 +52,17 @@ def test_files_beside_checkpoints_come_and_go_with_them(tmp_path):
         tmp_path,
         pruning,
         ProjectedEMA(decay=0.9),
-        ArtifactCallback(beside_checkpoints=True),
+        ArtifactCallback(beside_checkpoints=True, codec="fast"),
         saver,
         enable_checkpointing=True,
-        max_epochs=5,
+        max_epochs=4,
     )
     trainer.fit(model, batches())
     checkpoints = sorted((tmp_path / "c").glob("*.ckpt"))
     assert len(checkpoints) == 3
-    assert [path.with_suffix(".lcz") for path in checkpoints] == sorted((tmp_path / "c").glob("*.lcz"))
+    assert [path.with_suffix(".lcz") for path in checkpoints] == sorted(
+        (tmp_path / "c").glob("*.lcz")
+    )
     for path in checkpoints:
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert same(read_tensors(path.with_suffix(".lcz")), saved)
@@ -84,6 +86,6 @@ def test_an_exception_ends_the_listening(tmp_path):
 def test_mistakes_are_found_before_training(tmp_path):
     with pytest.raises(ValueError, match="codec='zip'"):
         ArtifactCallback(codec="zip")
+    trainer = quiet_trainer(tmp_path, ArtifactCallback(submodule="nowhere"))
     with pytest.raises(AttributeError, match="nowhere"):
-        trainer = quiet_trainer(tmp_path, ArtifactCallback(submodule="nowhere"))
         trainer.fit(TinyAutoencoder(), batches())

@@ -27,12 +27,12 @@ class Reader:
         return self.data[self.at - length : self.at]
 
     def varint(self):
-        value = 0
-        for shift in itertools.count(0, 7):
+        value, shift, byte = 0, 0, 128
+        while byte >= 128:
             byte = self.take(1)[0]
             value |= (byte & 127) << shift
-            if byte < 128:
-                return value
+            shift += 7
+        return value
 
     def rest(self):
         return self.take(len(self.data) - self.at)
@@ -280,7 +280,7 @@ class Context:
                 counts["all"][found[place]] += 1
                 counts["node", node(place)][found[place]] += 1
                 for axes in self.weights[name]:
-                    counts[axes, *(place[axis] for axis in axes)][found[place]] += 1
+                    counts[(axes, *(place[axis] for axis in axes))][found[place]] += 1
         return found
 
     def chance(self, name, place, node):
@@ -292,7 +292,7 @@ class Context:
         g = 65536 - h
         total = 0
         for axes, weight in self.weights[name].items():
-            zeros, ones = counts[axes, *(place[axis] for axis in axes)]
+            zeros, ones = counts[(axes, *(place[axis] for axis in axes))]
             feature = log((ones << 16) + 6 * h) - log(6 * h)
             total += weight * (feature - log((zeros << 16) + 6 * g) + log(6 * g))
         logit = min(max(logit + total // 32, -4096), 4096)
