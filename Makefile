@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench bench-coding clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -23,6 +23,10 @@ check: $(READY)  ## what must hold before a commit
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz ..." NNCODEC=<python>
+	$(BIN)/python experiments/bench_coding.py --scale 1,10,100 \
+		$(if $(NNCODEC),--nncodec $(NNCODEC)) $(FILES)
 
 bench: $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_pruning.py

@@ -106,7 +106,7 @@ def nncodec(tensors: Mapping[str, Steps], python: str | None) -> dict[str, int]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "steps.npz")
-        np.savez(path, **{str(i): steps for i, steps in enumerate(tensors.values())})
+        np.savez(path, *tensors.values())
         done = subprocess.run([python, HELPER, path], capture_output=True, text=True, check=True)
     return {"nncodec": int(done.stdout.split()[-1])}
 

@@ -115,7 +115,7 @@ class ArtifactCallback(Callback):
     def _shipped(self, pl_module: LightningModule) -> nn.Module:
         if self.submodule is not None:
             return pl_module.get_submodule(self.submodule)
-        deployed = getattr(pl_module, "deployed_module", None)
+        deployed: Any = getattr(pl_module, "deployed_module", None)
         return deployed() if callable(deployed) else pl_module
 
 

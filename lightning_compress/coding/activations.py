@@ -38,8 +38,8 @@ def write_activations(grids: Mapping[str, ActivationGrids]) -> dict[str, Any]:
 
 
 def _row(path: str, grid: AffineGrid) -> list[int]:
-    if grid.axis is not None or (fault := grid_fault(grid, ())) is not None:
-        why = "an axis" if grid.axis is not None else fault
+    why = "an axis" if grid.axis is not None else grid_fault(grid, ())
+    if why is not None:
         raise ValueError(f"the activation grid of {path!r} has {why}: the format holds one scale")
     scale = grid.scale.detach().cpu().numpy().astype("<f4").view("<u4")
     return [grid.bits, int(grid.symmetric), int(grid.zero_point), int(scale[0])]

@@ -78,7 +78,8 @@ def _chain(layers: list[tuple[str, nn.Module]], uses: Counter[int]) -> Chain:
 
 
 def _is_layer(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear or (type(layer) in CONVOLUTIONS and layer.groups == 1)  # pyright: ignore[reportAttributeAccessIssue]
+    convolution = isinstance(layer, CONVOLUTIONS) and type(layer) in CONVOLUTIONS
+    return type(layer) is nn.Linear or (convolution and layer.groups == 1)
 
 
 def _alone(layer: nn.Module, uses: Counter[int]) -> bool:

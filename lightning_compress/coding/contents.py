@@ -48,12 +48,12 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
         if stored_name(key) not in tensors:
             raise KeyError(f"{key!r} is no entry of the module's state_dict")
         tensors[stored_name(key)] = tensor
-    state = compression_state(module)
+    known = compression_state(module)
     grids: dict[str, Grid] = {}
-    for path, grid in state.grids.items():
+    for path, grid in known.grids.items():
         if (name := stored_name(path)) in tensors:
             grids[name] = _from_the_front(grid, tensors[name].dim())
-    activations = {stored_name(path): pair for path, pair in state.activations.items()}
+    activations = {stored_name(path): pair for path, pair in known.activations.items()}
     return Contents(tensors, grids, activations)
 
 

@@ -103,12 +103,12 @@ def _code_slab(
 def _code_exponents(
     coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, true: NDArray[np.int32], most: int
 ) -> Ints:
-    exponent = np.zeros(len(at), np.int64)
+    exponent: Ints = np.zeros(len(at), np.int64)
     alive = np.ones(len(at), np.bool_)
     for level in range(most):
         more = coding.code(f"exponent{level}", at[alive], _kept(ends, alive), true[alive] > level)
         alive[alive] = more
-        exponent += alive
+        exponent[alive] += 1
     return exponent
 
 

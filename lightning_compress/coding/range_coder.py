@@ -15,9 +15,10 @@ from lightning_compress.errors import CorruptArtifactError
 
 __all__ = ["BitDecoder", "BitEncoder", "decode_static", "encode_static"]
 
-RangeEncoder: Any = constriction.stream.queue.RangeEncoder
-RangeDecoder: Any = constriction.stream.queue.RangeDecoder
-_BERNOULLI: Any = constriction.stream.model.Bernoulli(perfect=False)
+_STREAM: Any = vars(constriction)["stream"]  # a module that its stubs do not name
+RangeEncoder: Any = _STREAM.queue.RangeEncoder
+RangeDecoder: Any = _STREAM.queue.RangeDecoder
+_BERNOULLI: Any = _STREAM.model.Bernoulli(perfect=False)
 
 
 class BitEncoder:
@@ -83,7 +84,7 @@ def decode_static(data: bytes, frequencies: NDArray[np.int64], count: int) -> ND
 
 
 def _categorical(frequencies: NDArray[np.int64]) -> Any:
-    return constriction.stream.model.Categorical(frequencies / frequencies.sum(), perfect=False)
+    return _STREAM.model.Categorical(frequencies / frequencies.sum(), perfect=False)
 
 
 def _decoded(coder: Any, *model: object) -> NDArray[np.int32]:

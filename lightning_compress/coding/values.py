@@ -91,7 +91,8 @@ def _code_plane(plane: NDArray[np.uint8]) -> bytes:
     if _looks_random(plane):
         return varint(0) + plane.tobytes()
     low = (plane & 127).astype(np.uint16)
-    coded = context.encode(2 * (low + 1) - (plane >> 7), plane.shape)
+    symbols = (2 * (low + 1) - (plane >> 7)).astype(np.uint16)
+    coded = context.encode(symbols, plane.shape)
     if len(coded) < len(plane):
         return varint(len(coded)) + coded
     return varint(0) + plane.tobytes()
