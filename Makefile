@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -24,12 +24,19 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz ..." NNCODEC=<python>
+	$(BIN)/python experiments/bench_coding.py --scale 1,10,100 \
+		$(if $(NNCODEC),--nncodec $(NNCODEC)) $(FILES)
+
 bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_coding.py
 
 bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
 	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl
 	$(BIN)/python experiments/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
+
+bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
+	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl
 
 bench-pruning-speed: $(READY)
 	$(BIN)/python experiments/bench_pruning.py

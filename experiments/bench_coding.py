@@ -1,55 +1,172 @@
-"""Size and speed of the symbol codecs on synthetic weights: 90 % zeros, 4 bits, one thread.
+"""Size and speed of the coders, on symbols of known entropy and on trained models, one thread.
 
-python experiments/bench_coding.py [weights]
+python experiments/bench_coding.py [--weights 2000000] [--scale 1,10,100] [--nncodec PYTHON]
+    [file.lcz | checkpoint ...]
+
+nncodec pins an older NumPy, so it runs in an environment of its own:
+    python3 -m venv /tmp/nncodec && /tmp/nncodec/bin/pip install nncodec h5py
+    python experiments/bench_coding.py --nncodec /tmp/nncodec/bin/python model.lcz
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import gzip
+import lzma
+import os
+import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.coding.codecs import CODECS, entropy_bits
+from lightning_compress.coding.artifact import write_tensors
+from lightning_compress.coding.checkpoints import read_checkpoint
+from lightning_compress.coding.codecs import CODECS, decode_symbols, encode_symbols, entropy_bits
+
+Steps = NDArray[np.int64]
+HELPER = Path(__file__).with_name("nncodec_sizes.py")
 
 
-def synthetic(weights: int, sparsity: float = 0.9) -> NDArray[np.uint16]:
-    """Rounded Gaussian steps from -7 to 7 without 0, most of them then set to 0, as symbols."""
+def synthetic(weights: int, sparsity: float, *, structured: bool) -> Steps:
+    """Steps from -7 to 7, (rows, 1024); structured: every row and column has its own density."""
     rng = np.random.default_rng(0)
-    steps = np.rint(2.5 * rng.standard_normal(weights)).astype(np.int64).clip(-7, 7)
+    shape = (max(weights // 1024, 1), 1024)
+    steps = np.rint(2.5 * rng.standard_normal(shape)).astype(np.int64).clip(-7, 7)
     steps[steps == 0] = rng.choice([-1, 1], int((steps == 0).sum()))
-    steps[rng.random(weights) < sparsity] = 0
-    return (2 * np.abs(steps) - (steps < 0)).astype(np.uint16)
+    logit = np.full(shape, np.log((1 - sparsity) / sparsity))
+    if structured:
+        logit += 0.7 * rng.standard_normal((shape[0], 1)) + 0.7 * rng.standard_normal((1, 1024))
+    steps[rng.random(shape) > 1 / (1 + np.exp(-logit))] = 0
+    return steps
 
 
-def best_of(call: Callable[[], Any], repeats: int = 7) -> tuple[Any, float]:
-    """The result and the shortest time of some calls."""
+def on_grids(path: Path) -> dict[str, Steps]:
+    """The matrices of a file that take few values, as steps from zero."""
+    found: dict[str, Steps] = {}
+    for name, tensor in read_checkpoint(path).items():
+        book, places = np.unique(tensor.double().numpy(), return_inverse=True)
+        if tensor.dim() > 1 and len(book) <= 256 and 0 in book:
+            found[name] = (places - int(np.searchsorted(book, 0))).reshape(tensor.shape)
+    return found
+
+
+def symbols_of(steps: Steps) -> NDArray[np.uint16]:
+    """0, 1, 2, 3, 4 ... for 0, -1, +1, -2, +2 ..."""
+    return (2 * np.abs(steps) - (steps < 0)).astype(np.uint16).reshape(-1)
+
+
+def timed(call: Callable[[], Any], repeats: int) -> tuple[Any, float]:
+    """The result and the least processor time of some calls: others may use the machine too."""
     seconds: list[float] = []
     result = None
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         result = call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return result, min(seconds)
 
 
-def main(weights: int) -> None:
-    """Prints one row a codec."""
-    symbols = synthetic(weights)
-    bound = entropy_bits(symbols) / 8
-    print(f"{weights} weights, entropy bound {bound:.0f} bytes")
-    print(f"{'codec':12} {'bytes/bound':>11} {'encode MW/s':>11} {'decode MW/s':>11}")
-    for name, codec in CODECS.items():
-        data, encoding = best_of(lambda codec=codec: codec.encode(symbols))
-        back, decoding = best_of(lambda codec=codec, data=data: codec.decode(data, weights))
+def code(codec: str, tensors: Mapping[str, Steps], repeats: int) -> tuple[int, float, float]:
+    """Bytes in all, and millions of weights a second into them and back."""
+    size, spent, weights = 0, [0.0, 0.0], sum(steps.size for steps in tensors.values())
+    for name, steps in tensors.items():
+        symbols, shape = symbols_of(steps), steps.shape
+        (_, data), seconds = timed(lambda s=symbols, h=shape: encode_symbols(s, codec, h), repeats)
+        spent[0] += seconds
+        back, seconds = timed(
+            lambda d=data, h=shape: decode_symbols(codec, d, h, limit=4096), repeats
+        )
+        spent[1] += seconds
         if not np.array_equal(back, symbols):
-            raise SystemExit(f"{name} did not give the symbols back")
-        speeds = f"{weights / encoding / 1e6:11.1f} {weights / decoding / 1e6:11.1f}"
-        print(f"{name:12} {len(data) / bound:11.4f} {speeds}")
+            raise SystemExit(f"{codec} did not give {name} back")
+        size += len(data)
+    return size, weights / spent[0] / 1e6, weights / spent[1] / 1e6
 
+
+def general(tensors: Mapping[str, Steps]) -> dict[str, int]:
+    """Bytes of general compressors, a byte a weight in."""
+    data = b"".join(steps.astype(np.int8).tobytes() for steps in tensors.values())
+    sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9e": len(lzma.compress(data, preset=9))}
+    if (zstd := shutil.which("zstd")) is not None:
+        done = subprocess.run([zstd, "-19", "-c"], input=data, capture_output=True, check=True)
+        sizes["zstd -19"] = len(done.stdout)
+    return sizes
+
+
+def nncodec(tensors: Mapping[str, Steps], python: str | None) -> dict[str, int]:
+    """Bytes of DeepCABAC's payloads, without side information, in each tensor's best order."""
+    if python is None:
+        print("nncodec left out: see --help for the two lines that install it")
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "steps.npz")
+        np.savez(path, *tensors.values())
+        done = subprocess.run([python, HELPER, path], capture_output=True, text=True, check=True)
+    return {"nncodec": int(done.stdout.split()[-1])}
+
+
+def compare(title: str, tensors: Mapping[str, Steps], options: argparse.Namespace) -> None:
+    """Print one row a coder: bytes by the zero-order entropy, and speeds."""
+    bound = sum(entropy_bits(symbols_of(steps)) for steps in tensors.values()) / 8
+    weights = sum(steps.size for steps in tensors.values())
+    zeros = sum(int((steps == 0).sum()) for steps in tensors.values()) / weights
+    print(f"\n{title}: {weights} weights, {zeros:.1%} zeros, entropy bound {bound:.0f} bytes")
+    print(f"{'coder':16} {'bytes':>9} {'/ bound':>8} {'encode MW/s':>12} {'decode MW/s':>12}")
+    for codec in CODECS:
+        size, there, back = code(codec, tensors, options.repeats)
+        print(f"{codec:16} {size:9} {size / bound:8.4f} {there:12.1f} {back:12.1f}")
+    for name, size in {**nncodec(tensors, options.nncodec), **general(tensors)}.items():
+        print(f"{name:16} {size:9} {size / bound:8.4f}")
+
+
+def whole_file(path: Path) -> None:
+    """The file of all tensors, with all that stands beside the symbols."""
+    with tempfile.TemporaryDirectory() as folder:
+        info = write_tensors(read_checkpoint(path), Path(folder, "a.lcz"))
+    share = info.bytes / info.entropy_bound_bytes
+    print(f"whole file: {info.bytes} bytes, {share:.4f} of its bound with plain values, header")
+
+
+def scale(millions: list[float]) -> None:
+    """Seconds of whole files of growing size: growth should be linear."""
+    import torch
+
+    for codec in ("fast", "context"):
+        for size in millions:
+            steps = torch.from_numpy(synthetic(int(size * 1e6), 0.9, structured=True)).float()
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "a.lcz")
+                save = timed(lambda p=path, s=steps, c=codec: write_tensors({"w": s}, p, c), 1)[1]
+                load = timed(lambda p=path: read_checkpoint(p), 1)[1]
+            print(f"{codec:8} {size:6g} M weights: save {save:7.2f} s, load {load:7.2f} s")
+
+
+def main() -> None:
+    """Compare on symbols made up, then on the files given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_FORMAT)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--weights", type=int, default=2_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scale", help="millions of weights of whole files, such as 1,10,100")
+    parser.add_argument("--nncodec", default=os.environ.get("NNCODEC_PYTHON"), help="interpreter")
+    options = parser.parse_args()
+    for structured in (False, True) if options.weights else ():
+        steps = synthetic(options.weights, 0.9, structured=structured)
+        compare("rows and columns apart" if structured else "independent", {"w": steps}, options)
+    for path in options.files:
+        compare(str(path), on_grids(path), options)
+        whole_file(path)
+    if options.scale:
+        scale([float(size) for size in options.scale.split(",")])
+
+
+_FORMAT = argparse.RawDescriptionHelpFormatter
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2_000_000)
+    main()

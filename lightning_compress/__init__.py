@@ -1,6 +1,7 @@
 """Compress generative models while they train: Lightning callbacks, small files, honest reports."""
 
 from lightning_compress.callbacks import (
+    ArtifactCallback,
     BalanceGuard,
     CompressionSummary,
     GradualPruning,
@@ -18,7 +19,9 @@ from lightning_compress.callbacks import (
 from lightning_compress.coding.artifact import (
     inspect_compressed,
     load_compressed,
+    read_tensors,
     save_compressed,
+    write_tensors,
 )
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
@@ -35,6 +38,7 @@ from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, S
 from lightning_compress.state import CompressionState, compression_state
 
 __all__ = [
+    "ArtifactCallback",
     "ArtifactInfo",
     "BalanceGuard",
     "CompressionState",
@@ -68,6 +72,8 @@ __all__ = [
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
+    "read_tensors",
     "save_compressed",
     "sparsity",
+    "write_tensors",
 ]

@@ -1,4 +1,7 @@
-"""The command line: `lightning-compress [key=value ...]`, `lightning-compress report DIR ...`."""
+"""The command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
+
+What `report` and the commands on files are told, argparse reads; all else are Hydra's overrides.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
 
 __all__ = ["main"]
@@ -30,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if argv[:1] == ["report"]:
         sys.exit(_report(argv[1:]))
+    if argv and argv[0] in COMMANDS:
+        sys.exit(run_command(argv))
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
     sys.argv = [sys.argv[0], *sweep[:1], *(word for word in argv if word not in sweep)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys

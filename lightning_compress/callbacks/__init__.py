@@ -1,5 +1,6 @@
 """Lightning callbacks: they decide when something happens, never how it is computed."""
 
+from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.averaging import ProjectedEMA
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
@@ -14,6 +15,7 @@ from lightning_compress.callbacks.summary import CompressionSummary
 from lightning_compress.callbacks.threshold import ThresholdPruning
 
 __all__ = [
+    "ArtifactCallback",
     "BalanceGuard",
     "CompressionSummary",
     "EpochCheckpoint",

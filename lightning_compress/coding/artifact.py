@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
-from lightning_compress.coding.codecs import check_codec
-from lightning_compress.coding.container import Container, container_parts, read_container
-from lightning_compress.coding.container import write_atomically as _write
-from lightning_compress.coding.contents import encode_module, module_tensors, shared_memory
+from lightning_compress.coding.contents import (
+    Contents,
+    check_tensor,
+    module_contents,
+    module_tensors,
+    shared_memory,
+    stored_name,
+)
 from lightning_compress.coding.info import ArtifactInfo, artifact_info
-from lightning_compress.coding.records import TensorRecord, read_records, write_records
-from lightning_compress.coding.tensors import decode_tensor
-from lightning_compress.coding.values import dtype_name, patterns
+from lightning_compress.coding.loading import (
+    Artifact,
+    check_fit,
+    check_shared,
+    check_size,
+    opened,
+)
+from lightning_compress.coding.rewriting import batchnorm_folded, reordered
+from lightning_compress.coding.saving import Encoding, write_contents
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.quantization.quantizers import AffineGrid
-from lightning_compress.state import clear_grid, set_grid
+from lightning_compress.state import (
+    ActivationGrids,
+    Grid,
+    clear_grid,
+    set_activation_grids,
+    set_grid,
+)
 
-__all__ = ["inspect_compressed", "load_compressed", "save_compressed"]
+__all__ = [
+    "inspect_compressed", "load_compressed", "read_tensors", "save_compressed", "write_tensors",
+]  # fmt: skip
+
+MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
 
 
 def save_compressed(
@@ -31,24 +49,39 @@ def save_compressed(
     codec: str = "auto",
     *,
     float_dtype: str | None = None,
+    fold_batchnorm: bool = False,
+    reorder: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+    workers: int = 1,
 ) -> ArtifactInfo:
     """Writes every entry of a module's `state_dict` to one entropy-coded file.
 
-    Lossless with respect to the values that the module shows, unless `float_dtype` is given.
-    Weights on a grid become symbols; other tensors the smallest of plain values, a codebook, and
-    non-zero values with a mask. The file appears as a whole or not at all.
+    Lossless with respect to the values that the module shows, unless `float_dtype` or one of the
+    rewritings below is asked for. Weights on a grid become symbols; other tensors the smallest of
+    plain values, a codebook, and non-zero values with a mask. The file appears as a whole or not
+    at all. Tensors are encoded one after the other: memory grows with the largest, not their sum.
 
     Args:
         module: of any kind; names of compiled modules are stored without `_orig_mod.`.
         path: of the file; its folder must exist.
-        codec: of the symbols: "huffman", "rle_huffman", "raw", or "auto" for the smallest of them
-            tensor by tensor.
+        codec: of the symbols: "auto" for the smallest result tensor by tensor, "fast" for the
+            smallest of those that code 10 million weights a second, or one by its name:
+            "arithmetic", "context", "huffman", "rle_huffman", "raw", "relative_index".
         float_dtype: "fp16" or "bf16" stores floats that are on no grid in that type; loading casts
             them back.
+        fold_batchnorm: store each BatchNorm as one scale and one shift a channel, which costs
+            nothing for its statistics: in eval mode the loaded module gives the same outputs, up
+            to rounding, but what it knew of its training data's statistics is gone.
+        reorder: sort hidden units by how many non-zero weights they have, where that provably
+            leaves the outputs the same up to the order of sums.
+        state: values to store in place of the module's own, by their keys in `state_dict`: an
+            average, or those of a checkpoint.
+        workers: threads that encode tensors side by side; memory grows with their number.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
         TypeError: for entries that are no dense tensors.
+        KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
 
     >>> import tempfile
@@ -58,18 +91,35 @@ def save_compressed(
     >>> sorted(info.per_tensor)
     ['bias', 'weight']
     """
-    check_codec(codec)
-    target = Path(path)
-    records, payloads = encode_module(module, codec, float_dtype)
-    header = write_records(records)
-    parts = container_parts(header, payloads)
-    size = sum(map(len, parts))
-    try:
-        read_records(header, sum(map(len, payloads)), size)
-    except CorruptArtifactError as error:
-        raise ValueError(f"the format cannot hold this module: {error}") from None
-    _write(target, parts)
-    return artifact_info(target, records, size)
+    encoding = Encoding(codec, float_dtype, workers)
+    contents = module_contents(module, state or {})
+    if fold_batchnorm:
+        contents = batchnorm_folded(module, contents)
+    if reorder:
+        contents = reordered(module, contents)
+    return write_contents(contents, Path(path), encoding)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    codec: str = "auto",
+    *,
+    float_dtype: str | None = None,
+    workers: int = 1,
+) -> ArtifactInfo:
+    """Writes named tensors as `save_compressed` writes a module's, without a module.
+
+    Raises:
+        ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
+        TypeError: for entries that are no dense tensors.
+        OSError: naming the path, when it cannot be written.
+    """
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    return write_contents(
+        Contents(tensors, {}, {}), Path(path), Encoding(codec, float_dtype, workers)
+    )
 
 
 def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
@@ -83,106 +133,119 @@ def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
         OSError: when it cannot be read.
     """
     target = Path(path)
-    with _opened(target, verify=False) as (container, records):
-        return artifact_info(target, records, container.size)
+    with opened(target, verify=False) as artifact:
+        return artifact_info(target, artifact.records, artifact.container.size)
 
 
-def load_compressed(path: str | os.PathLike[str], module: nn.Module) -> nn.Module:
+def read_tensors(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, workers: int = 1
+) -> dict[str, Tensor]:
+    """The tensors of a file by name, without a module.
+
+    Args:
+        path: of the file.
+        max_bytes: refuse a file whose tensors take more than this: a small file can hold a huge
+            tensor of zeros.
+        workers: threads that decode tensors side by side.
+
+    Raises:
+        CorruptArtifactError: when the file is damaged, or above `max_bytes`.
+        OSError: when it cannot be read.
+    """
+    with opened(Path(path), verify=True) as artifact:
+        check_size(artifact.records, max_bytes)
+        found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
+        return {record.name: found[record.name] for record in artifact.records}
+
+
+def load_compressed(
+    path: str | os.PathLike[str], module: nn.Module, *, stream: bool = False, workers: int = 1
+) -> nn.Module:
     """Puts a file's tensors and grids into a module, in place.
 
-    Names, shapes and dtypes must be the same on both sides. All is checked and decoded before the
-    first value changes, so memory for one more copy of the tensors is needed, as in `torch.load`.
+    Names, shapes and dtypes must be the same on both sides.
+
+    Args:
+        path: of the file.
+        module: to fill.
+        stream: put each tensor into the module as soon as it is decoded, in the memory of one
+            tensor. Otherwise all is decoded before the first value changes, so that memory for one
+            more copy of the tensors is needed, as in `torch.load`. The checksum is compared first
+            either way, so that only a file that was made to do harm can leave a module half filled.
+        workers: threads that decode tensors side by side.
 
     Returns:
         The module.
 
     Raises:
         CorruptArtifactError: when the file is damaged or does not fit the module, which then is
-            as it was.
+            as it was (see `stream`).
         OSError: when the file cannot be read.
     """
-    target = Path(path)
-    tensors = module_tensors(module)
-    with _opened(target, verify=True) as (container, records):
-        _check_fit(records, {name: tensor for name, (_, tensor) in tensors.items()})
-        parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-        for record in records:
-            if record.grid and tensors[record.name][0] not in parameters:
-                raise CorruptArtifactError(f"tensor {record.name!r}: a grid, but no parameter")
-        values, grids = _decode(container, records)
-        _check_shared(values, tensors)
-    module.load_state_dict({tensors[name][0]: value for name, value in values.items()})
-    _attach(module, {tensors[name][0]: grid for name, grid in grids.items()})
+    keys = module_tensors(module)
+    with opened(Path(path), verify=True) as artifact:
+        tensors = {name: tensor for name, (_, tensor) in keys.items()}
+        check_fit(artifact.records, tensors)
+        layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
+        grids = _filled(artifact, module, keys, stream=stream, workers=workers)
+    _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)
     return module
 
 
-@contextlib.contextmanager
-def _opened(path: Path, *, verify: bool) -> Iterator[tuple[Container, list[TensorRecord]]]:
-    try:
-        with read_container(path, verify=verify) as container:
-            records = read_records(container.header, container.payload_bytes, container.size)
-            yield container, records
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(f"{path}: {error}") from error
+def _layers(
+    artifact: Artifact, module: nn.Module, keys: Mapping[str, str]
+) -> dict[str, ActivationGrids]:
+    """The activations by path in the module; checks that each grid has a place there."""
+    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    for record in artifact.records:
+        if record.grid and keys[record.name] not in parameters:
+            raise CorruptArtifactError(f"tensor {record.name!r}: a grid, but no parameter")
+    # A compiled module and the one inside it are both stored as the inner one's name.
+    paths = {stored_name(path): path for path, _ in module.named_modules(remove_duplicate=False)}
+    if missing := [path for path in artifact.activations if path not in paths]:
+        raise CorruptArtifactError(f"does not fit the module: no layer {missing[0]!r}")
+    return {paths[path]: pair for path, pair in artifact.activations.items()}
 
 
-def _check_fit(records: list[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
-    stored = {record.name: (record.dtype, record.shape) for record in records}
-    wanted = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
-    both = [name for name in wanted if name in stored and stored[name] != wanted[name]]
-    faults = {
-        "missing in the file": [repr(name) for name in wanted if name not in stored],
-        "unexpected in the file": [repr(name) for name in stored if name not in wanted],
-        "mismatched": [
-            f"{name!r} is {stored[name]} in the file and {wanted[name]} in the module"
-            for name in both
-        ],
-    }
-    found = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
-    if found:
-        raise CorruptArtifactError(f"does not fit the module: {'; '.join(found)}")
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _decode(
-    container: Container, records: list[TensorRecord]
-) -> tuple[dict[str, Tensor], dict[str, AffineGrid]]:
+def _filled(
+    artifact: Artifact,
+    module: nn.Module,
+    keys: Mapping[str, tuple[str, Tensor]],
+    *,
+    stream: bool,
+    workers: int,
+) -> dict[str, Grid]:
+    grids: dict[str, Grid] = {}
     values: dict[str, Tensor] = {}
-    grids: dict[str, AffineGrid] = {}
-    offset = 0
-    for record in records:
-        if record.kind != "tied":
-            payload = container.read(offset, record.payload_bytes)
-            values[record.name], grid = decode_tensor(record, payload)
-            offset += record.payload_bytes
-            if grid is not None:
-                grids[record.name] = grid
-    for record in records:
-        if record.kind == "tied":
-            values[record.name] = values[record.tied]
-            if record.grid:
-                grids[record.name] = grids[record.tied]
-    return values, grids
+    shared = shared_memory({name: tensor for name, (_, tensor) in keys.items()})
+    kept = {*shared, *shared.values()}
+    for name, value, grid in artifact.decoded(workers):
+        if stream:
+            _put(module, {keys[name][0]: value})
+        if not stream or name in kept:
+            values[name] = value
+        if grid is not None:
+            grids[name] = grid
+    check_shared(values, {name: keys[name][1] for name in values})
+    if not stream:
+        _put(module, {keys[name][0]: value for name, value in values.items()})
+    return grids
 
 
-def _check_shared(values: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, Tensor]]) -> None:
-    """Tensors that share memory in the module cannot take two different values."""
-    for name, source in shared_memory({name: t for name, (_, t) in tensors.items()}).items():
-        one, other = values[name], values[source]
-        if one is not other and not np.array_equal(patterns(one), patterns(other)):
-            raise CorruptArtifactError(
-                f"{name!r} and {source!r} are one tensor in the module and differ in the file"
-            )
+@torch.no_grad()
+def _put(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    module.load_state_dict(values, strict=False)  # the names have been compared
 
 
-def _attach(module: nn.Module, grids: Mapping[str, AffineGrid]) -> None:
+def _attach(
+    module: nn.Module, grids: Mapping[str, Grid], layers: Mapping[str, ActivationGrids]
+) -> None:
     for layer in module.modules():
+        set_activation_grids(layer, None)
         for name, _ in layer.named_parameters(recurse=False, remove_duplicate=False):
             clear_grid(layer, name)
     for key, grid in grids.items():
         owner, _, name = key.rpartition(".")
         set_grid(module.get_submodule(owner), name, grid)
+    for path, pair in layers.items():
+        set_activation_grids(module.get_submodule(path), pair)

@@ -12,27 +12,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
-import os
-import secrets
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lightning_compress.coding.values import inflate
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.files import atomic_file
 
-__all__ = ["MAX_HEADER", "Container", "container_parts", "read_container", "write_atomically"]
+__all__ = ["MAX_HEADER", "SMALLEST", "Container", "read_container", "write_container"]
 
 MAGIC = b"\x89LCZ\r\n\x1a\n"  # like PNG's: a transfer in text mode breaks it
-VERSION = 1
+VERSION = 2  # 1 was never published
 MAX_HEADER = 1 << 23  # bytes of JSON, some 80,000 tensors
 _PREFIX = struct.Struct("<8sHHIQQ")
 _DEFLATED = 1
 _DIGEST = hashlib.sha256().digest_size
+SMALLEST = _PREFIX.size + _DIGEST  # bytes of any file
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,38 @@ class Container:
         return _exactly(self.stream, length)
 
 
-def container_parts(header: dict[str, Any], payloads: Sequence[bytes]) -> list[bytes]:
-    """The pieces of a file, to be written one after the other.
+def write_container(path: Path, header: dict[str, Any], payloads: Iterable[bytes]) -> int:
+    """Write a file that is there as a whole or not at all.
+
+    Args:
+        path: of the file.
+        header: what JSON can hold.
+        payloads: pieces of bytes, which follow each other without gaps.
+
+    Returns:
+        The size of the file.
 
     Raises:
         ValueError: when the header is above `MAX_HEADER` bytes.
+        OSError: naming the path, when it cannot be written.
     """
+    digest = hashlib.sha256()
+    with atomic_file(path, what="the artifact") as stream:
+        for part in itertools.chain([_head(header)], payloads):
+            digest.update(part)
+            stream.write(part)
+        stream.write(digest.digest())
+        return stream.tell()
+
+
+def _head(header: dict[str, Any]) -> bytes:
     plain = json.dumps(header, separators=(",", ":")).encode()
     if len(plain) > MAX_HEADER:
         raise ValueError(f"the header takes {len(plain)} bytes, the format allows {MAX_HEADER}")
     deflated = zlib.compress(plain, 9)
     stored, flags = (deflated, _DEFLATED) if len(deflated) < len(plain) else (plain, 0)
     prefix = _PREFIX.pack(MAGIC, VERSION, flags, zlib.crc32(stored), len(stored), len(plain))
-    parts, digest = [prefix, stored, *payloads], hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return [*parts, digest.digest()]
+    return prefix + stored
 
 
 @contextlib.contextmanager
@@ -110,14 +127,14 @@ def _read_prefix(stream: BinaryIO, size: int) -> tuple[int, int, int, int]:
     start = stream.read(_PREFIX.size)
     if start[: len(MAGIC)] != MAGIC:
         raise CorruptArtifactError("this is not an .lcz file: its first bytes are others")
-    if size < _PREFIX.size + _DIGEST:
+    if size < SMALLEST:
         raise CorruptArtifactError(f"the file ends after {size} bytes, within its prefix")
     _, version, flags, crc, stored, plain = _PREFIX.unpack(start)
     if version != VERSION:
         raise CorruptArtifactError(f"format version {version}; this package reads {VERSION}")
     if flags not in (0, _DEFLATED):
         raise CorruptArtifactError(f"unknown flags {flags}")
-    if stored > size - _PREFIX.size - _DIGEST:
+    if stored > size - SMALLEST:
         raise CorruptArtifactError(f"a header of {stored} bytes in a file of {size}")
     if plain > MAX_HEADER or stored > plain or (not flags and stored != plain):
         raise CorruptArtifactError(f"a header of {plain} bytes, stored in {stored}")
@@ -158,34 +175,3 @@ def _parse(text: bytes) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CorruptArtifactError("the header is no JSON object")
     return header
-
-
-def write_atomically(path: Path, parts: Sequence[bytes]) -> None:
-    """Writes a file that is there as a whole or not at all: a temporary file, fsync, rename.
-
-    Raises:
-        OSError: naming the path, when its folder cannot be written; the old file stays.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        message = f"cannot write the artifact: {error.strerror or error}"
-        raise OSError(error.errno, message, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system opens folders; the rename itself is done
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

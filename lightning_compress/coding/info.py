@@ -103,7 +103,8 @@ def _tensor_info(record: TensorRecord, source: TensorRecord) -> TensorInfo:
 
 def _bits(record: TensorRecord) -> int:
     if record.grid:
-        return record.grid[0]
+        first, *others = record.grid
+        return first if others else (first - 1).bit_length()
     if record.kind == "codebook":
-        return max(record.aux_bytes // record.word - 1, 1).bit_length()
+        return max((record.aux_bytes - 1) // record.word - 1, 1).bit_length()
     return 8 * DTYPES[record.storage].itemsize

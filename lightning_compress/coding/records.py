@@ -12,7 +12,9 @@ from lightning_compress.coding.values import DTYPES, PACKINGS, word_size
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.quantization.quantizers import MAX_BITS, MIN_BITS
 
-__all__ = ["MAX_CODEBOOK", "MAX_EXPANSION", "TensorRecord", "read_records", "write_records"]
+__all__ = [
+    "MAX_CODEBOOK", "MAX_EXPANSION", "TensorRecord", "optional", "read_records", "write_records",
+]  # fmt: skip
 
 MAX_CODEBOOK = 256
 # Elements per byte of file. Only runs of one value come near: they cost nothing once begun.
@@ -34,11 +36,13 @@ class TensorRecord:
         shape: of the tensor.
         dtype: of the module's tensor.
         stored: the dtype that values were cast to for storage, if they were.
-        kind: "grid" (aux: zero points, scales), "codebook" (aux: values), "mask" (symbols tell
-            zeros from other values, aux: those), "plain" (aux: values), or "tied".
+        kind: "grid" (aux: zero points, scales; or centres), "codebook" (aux: which is symbol 0,
+            values), "mask" (symbols tell zeros from other values, aux: those), "plain" (aux:
+            values), or "tied".
         codec: of the symbols.
         packing: of the scales of "grid", and of the values of "mask" and "plain".
-        grid: (bits, symmetric) or (bits, symmetric, axis). On "tied": this name has it as well.
+        grid: (bits, symmetric), (bits, symmetric, axis), or of a codebook (centres,). On "tied":
+            this name has it as well.
         aux_bytes: length of the first part.
         symbol_bytes: length of the second part.
         entropy_bytes: zero-order entropy of the symbols, rounded up.
@@ -86,9 +90,16 @@ class TensorRecord:
         return self.grid[2] if len(self.grid) == 3 else None
 
     @property
-    def scales(self) -> int:
-        """How many scales the grid has."""
+    def grid_values(self) -> int:
+        """How many scales, or centres, the grid has."""
+        if len(self.grid) == 1:
+            return self.grid[0]
         return 1 if self.axis is None else self.shape[self.axis]
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """What the symbols are laid out as: the tensor's shape, if an element is one word."""
+        return self.shape if self.words == self.elements else (self.words,)
 
     @property
     def payload_bytes(self) -> int:
@@ -99,9 +110,9 @@ class TensorRecord:
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(TensorRecord)}
 
 
-def write_records(records: Sequence[TensorRecord]) -> dict[str, Any]:
-    """The header: one row a tensor, without what has its usual value."""
-    return {"tensors": [_row(record) for record in records]}
+def write_records(records: Sequence[TensorRecord]) -> list[dict[str, Any]]:
+    """The header's rows: one a tensor, without what has its usual value."""
+    return [_row(record) for record in records]
 
 
 def _row(record: TensorRecord) -> dict[str, Any]:
@@ -113,19 +124,18 @@ def _row(record: TensorRecord) -> dict[str, Any]:
     }
 
 
-def read_records(header: dict[str, Any], payload_bytes: int, size: int) -> list[TensorRecord]:
+def read_records(rows: object, payload_bytes: int, size: int) -> list[TensorRecord]:
     """The records of a header, each checked by itself and all against the file.
 
     Args:
-        header: as parsed from JSON.
+        rows: the header's list of tensors, as parsed from JSON.
         payload_bytes: what the payloads take in the file.
         size: of the file.
 
     Raises:
         CorruptArtifactError: naming the tensor and what is wrong with it.
     """
-    rows = header.get("tensors")
-    if set(header) != {"tensors"} or not isinstance(rows, list):
+    if not isinstance(rows, list):
         raise CorruptArtifactError("the header does not list its tensors")
     records = [_record(row) for row in rows]
     by_name = {record.name: record for record in records}
@@ -145,10 +155,21 @@ def read_records(header: dict[str, Any], payload_bytes: int, size: int) -> list[
 
 
 def _record(row: object) -> TensorRecord:
-    if not isinstance(row, dict) or not {"n", "s", "d"} <= set(row) <= set(_KEYS):
+    known = row.keys() & _KEYS.keys() if isinstance(row, dict) else set()
+    extra = (key for key in row if key not in known) if isinstance(row, dict) else ()
+    if not isinstance(row, dict) or not {"n", "s", "d"} <= known or not all(map(optional, extra)):
         raise CorruptArtifactError(f"the header holds no tensor: {str(row)[:80]!r}")
-    values = {_KEYS[key]: _typed(key, value) for key, value in row.items()}
+    values = {_KEYS[key]: _typed(key, row[key]) for key in known}
     return TensorRecord(**values)
+
+
+def optional(key: str) -> bool:
+    """Whether a reader that does not know a header's key may pass over it.
+
+    >>> optional("x-author"), optional("s")
+    (True, False)
+    """
+    return key.startswith("x-")
 
 
 def _typed(key: str, value: object) -> Any:
@@ -189,8 +210,11 @@ def _is_float(name: str) -> bool:
 def _grid_fault(record: TensorRecord) -> str | None:
     if not record.grid:
         return None
-    if len(record.grid) not in (2, 3) or not _is_float(record.dtype) or record.stored:
+    if not 1 <= len(record.grid) <= 3 or not _is_float(record.dtype) or record.stored:
         return f"grid {record.grid} of a {record.dtype} tensor"
+    if len(record.grid) == 1:
+        fits = 2 <= record.grid[0] <= MAX_CODEBOOK
+        return None if fits else f"a codebook of {record.grid[0]} centres"
     if not MIN_BITS <= record.grid[0] <= MAX_BITS or record.grid[1] > 1:
         return f"grid {record.grid}"
     if record.axis is not None and record.axis >= len(record.shape):
@@ -207,7 +231,7 @@ def _check_grid(record: TensorRecord) -> bool:
 
 
 def _check_codebook(record: TensorRecord) -> bool:
-    entries, rest = divmod(record.aux_bytes, record.word)
+    entries, rest = divmod(record.aux_bytes - 1, record.word)
     fits = not rest and 1 <= entries <= MAX_CODEBOOK and not record.grid
     return fits and _has_symbols(record) and not record.packing
 

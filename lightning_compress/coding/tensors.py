@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from lightning_compress.coding.grids import (
     MAX_SYMBOLS,
     from_symbols,
     grid_symbols,
+    grid_traits,
     pack_grid,
     unpack_grid,
 )
@@ -28,11 +30,14 @@ from lightning_compress.coding.values import (
     unpack_patterns,
 )
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.state import Grid
 
 __all__ = ["decode_tensor", "encode_on_grid", "encode_values"]
 
+Shape = tuple[int, ...]
+
 _ZERO, _VALUE, _MINUS_ZERO = 0, 1, 2  # the symbols of a mask; multiplying by a mask leaves -0.0
+_SLOW = ("auto", "context")  # who asks for these gets slowly coded values too
 _DENSE = 0.99  # with more values than this, a mask gains too little for the time it takes
 _SAMPLE = 4096  # with more distinct values than a codebook holds here, no need to look further
 
@@ -66,14 +71,19 @@ class _Form:
 
 
 def _coded(
-    kind: str, aux: bytes, symbols: NDArray[np.integer], codec: str, packing: str = ""
+    kind: str,
+    aux: bytes,
+    symbols: NDArray[np.integer],
+    codec: str,
+    shape: tuple[int, ...],
+    packing: str = "",
 ) -> _Form:
-    name, data = encode_symbols(symbols, codec)
+    name, data = encode_symbols(symbols, codec, shape)
     return _Form(kind, aux, data, name, packing, math.ceil(entropy_bits(symbols) / 8))
 
 
 def encode_on_grid(
-    record: TensorRecord, tensor: Tensor, grid: AffineGrid, codec: str
+    record: TensorRecord, tensor: Tensor, grid: Grid, codec: str
 ) -> tuple[TensorRecord, bytes] | None:
     """A tensor as symbols on its grid.
 
@@ -82,47 +92,68 @@ def encode_on_grid(
     """
     if (symbols := grid_symbols(tensor, grid)) is None:
         return None
-    axis = () if grid.axis is None else (grid.axis,)
-    record = replace(record, grid=(grid.bits, int(grid.symmetric), *axis))
-    packing, scales = pack_grid(grid)
-    return _coded("grid", scales, symbols, codec, packing).finish(record)
+    record = replace(record, grid=grid_traits(grid))
+    packing, values = pack_grid(grid)
+    return _coded("grid", values, symbols, codec, record.shape, packing).finish(record)
 
 
 def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[TensorRecord, bytes]:
     """A tensor bit by bit: the smallest of its plain values, a codebook, or a mask of zeros."""
     bits = patterns(tensor)
-    forms = [form for make in (_plain, _codebook, _mask) for form in make(bits, codec)]
+    shape = record.code_shape
+    dtype = DTYPES[record.storage]
+    forms = [
+        *_plain(bits, codec),
+        *_codebook(bits, codec, shape, dtype),
+        *_mask(bits, codec, shape),
+    ]
     return min(forms, key=lambda form: form.size).finish(record)
 
 
-def _plain(bits: Patterns, codec: str) -> Iterator[_Form]:  # noqa: ARG001
-    packing, data = pack_patterns(bits)
+def _plain(bits: Patterns, codec: str) -> Iterator[_Form]:
+    packing, data = pack_patterns(bits, coded=codec in _SLOW)
     yield _Form("plain", data, packing=packing)
 
 
-def _codebook(bits: Patterns, codec: str) -> Iterator[_Form]:
+def _sorted_book(
+    bits: Patterns, dtype: torch.dtype
+) -> tuple[Patterns, NDArray[np.intp], NDArray[np.intp]]:
+    """The values from the lowest to the highest, the place of each element's, and their counts."""
+    book, places, counts = np.unique(bits, return_inverse=True, return_counts=True)
+    if not dtype.is_signed:
+        return book, places, counts
+    negative = book >= _minus_zero(bits.itemsize)
+    downwards = dtype.is_floating_point or dtype.is_complex  # else two's complement
+    below = np.flatnonzero(negative)
+    order = np.concatenate([below[::-1] if downwards else below, np.flatnonzero(~negative)])
+    return book[order], np.argsort(order)[places], counts[order]
+
+
+def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: torch.dtype) -> Iterator[_Form]:
     if len(bits) and len(np.unique(bits[:_SAMPLE])) <= MAX_CODEBOOK:
-        book, places, counts = np.unique(bits, return_inverse=True, return_counts=True)
+        book, places, counts = _sorted_book(bits, dtype)
         if len(book) <= MAX_CODEBOOK:
-            common = np.argsort(-counts, kind="stable")  # the most common value becomes symbol 0
-            yield _coded("codebook", book[common].tobytes(), np.argsort(common)[places], codec)
+            middle = int(np.argmax((book == 0) * len(bits) + counts))
+            steps = places - middle
+            aux = bytes([middle]) + book.tobytes()
+            yield _coded("codebook", aux, 2 * np.abs(steps) - (steps < 0), codec, shape)
 
 
-def _mask(bits: Patterns, codec: str) -> Iterator[_Form]:
+def _mask(bits: Patterns, codec: str, shape: Shape) -> Iterator[_Form]:
     symbols = np.full(len(bits), _VALUE, np.uint16)
     symbols[bits == 0] = _ZERO
     symbols[bits == _minus_zero(bits.itemsize)] = _MINUS_ZERO
     kept = symbols == _VALUE
     if len(bits) and kept.mean() < _DENSE:
-        packing, values = pack_patterns(bits[kept])
-        yield _coded("mask", values, symbols, codec, packing)
+        packing, values = pack_patterns(bits[kept], coded=codec in _SLOW)
+        yield _coded("mask", values, symbols, codec, shape, packing)
 
 
 def _minus_zero(size: int) -> int:
     return 1 << 8 * size - 1
 
 
-def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, AffineGrid | None]:
+def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | None]:
     """The tensor of a record, in the module's dtype, and its grid if it has one.
 
     Raises:
@@ -139,9 +170,9 @@ def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, AffineG
     return stored.to(DTYPES[record.dtype]), None
 
 
-def _decode_grid(record: TensorRecord, aux: bytes, data: bytes) -> tuple[Tensor, AffineGrid]:
+def _decode_grid(record: TensorRecord, aux: bytes, data: bytes) -> tuple[Tensor, Grid]:
     grid = unpack_grid(aux, record)
-    symbols = decode_symbols(record.codec, data, record.elements, limit=MAX_SYMBOLS)
+    symbols = decode_symbols(record.codec, data, record.shape, limit=MAX_SYMBOLS)
     steps = from_symbols(symbols, grid, record)
     return grid.dequantize(steps, DTYPES[record.dtype]), grid
 
@@ -151,12 +182,17 @@ def _decode_plain(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:  #
 
 
 def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
-    book = np.frombuffer(aux, f"<u{record.word}")
-    return book[decode_symbols(record.codec, data, record.words, limit=len(book))]
+    book = np.frombuffer(aux[1:], f"<u{record.word}")
+    symbols = decode_symbols(record.codec, data, record.code_shape, limit=2 * MAX_CODEBOOK)
+    half = (symbols.astype(np.int64) + 1) >> 1
+    places = aux[0] + np.where(symbols & 1, -half, half)
+    if len(places) and not (places.min() >= 0 and places.max() < len(book)):
+        raise CorruptArtifactError(f"a symbol outside its codebook of {len(book)}")
+    return book[places]
 
 
 def _decode_mask(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
-    symbols = decode_symbols(record.codec, data, record.words, limit=_MINUS_ZERO + 1)
+    symbols = decode_symbols(record.codec, data, record.code_shape, limit=_MINUS_ZERO + 1)
     bits = np.zeros(record.words, f"<u{record.word}")
     bits[symbols == _MINUS_ZERO] = _minus_zero(record.word)
     kept = symbols == _VALUE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_compress.coding import context
+from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = [
@@ -21,7 +24,7 @@ _NAMES = (
     "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
 )
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES.split()}
-PACKINGS = ("bytes", "planes")
+PACKINGS = ("bytes", "planes", "coded")
 
 Patterns = NDArray[np.unsignedinteger]
 
@@ -63,14 +66,54 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
-def pack_patterns(bits: Patterns) -> tuple[str, bytes]:
-    """The smaller of the plain bytes and their deflated byte planes, and which it is.
+def pack_patterns(bits: Patterns, *, coded: bool = True) -> tuple[str, bytes]:
+    """The smallest of plain bytes, deflated byte planes and coded byte planes, and which it is.
 
     A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
+
+    Args:
+        bits: (N,) patterns.
+        coded: try coded planes too, which are slower.
     """
-    plain = bits.tobytes()
-    planes = zlib.compress(bits.view(np.uint8).reshape(-1, bits.itemsize).T.tobytes(), 6)
-    return ("planes", planes) if len(planes) < len(plain) else ("bytes", plain)
+    planes = bits.view(np.uint8).reshape(-1, bits.itemsize).T
+    forms = {"bytes": bits.tobytes(), "planes": zlib.compress(planes.tobytes(), 6)}
+    if coded and len(bits):
+        forms["coded"] = b"".join(_code_plane(plane) for plane in planes)
+    name = min(forms, key=lambda name: len(forms[name]))
+    return name, forms[name]
+
+
+def _code_plane(plane: NDArray[np.uint8]) -> bytes:
+    """The length of a context-coded plane and the stream, or 0 and the plain bytes.
+
+    A byte's top bit, which is the sign in the last plane of floats, is coded as a symbol's sign.
+    """
+    if _looks_random(plane):
+        return varint(0) + plane.tobytes()
+    low = (plane & 127).astype(np.uint16)
+    symbols = (2 * (low + 1) - (plane >> 7)).astype(np.uint16)
+    coded = context.encode(symbols, plane.shape)
+    if len(coded) < len(plane):
+        return varint(len(coded)) + coded
+    return varint(0) + plane.tobytes()
+
+
+def _looks_random(plane: NDArray[np.uint8]) -> bool:
+    """Whether learning how often each byte occurs costs what it saves; no need to try then."""
+    counts = np.bincount(plane)
+    counts = counts[counts > 0]
+    entropy = float(counts @ np.log2(len(plane) / counts))
+    return entropy + 0.5 * len(counts) * math.log2(len(plane) + 1) > 8 * len(plane)
+
+
+def _decode_plane(reader: ByteReader, count: int) -> NDArray[np.uint8]:
+    length = reader.varint(limit=count, what="the length of a coded plane")
+    if not length:
+        return np.frombuffer(reader.take(count, "a plane"), np.uint8)
+    symbols = context.decode(reader.take(length, "a coded plane"), (count,))
+    if symbols.min() < 1 or symbols.max() > 256:
+        raise CorruptArtifactError("a coded plane holds a symbol that is no byte")
+    return ((symbols - 1) // 2 | (symbols & 1) << 7).astype(np.uint8)
 
 
 def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Patterns:
@@ -81,6 +124,12 @@ def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Pattern
     """
     if packing == "planes":
         planes = np.frombuffer(inflate(data, count * size), np.uint8).reshape(size, count)
+        return planes.T.copy().reshape(-1).view(f"<u{size}")
+    if packing == "coded" and count:
+        reader = ByteReader(data)
+        planes = np.stack([_decode_plane(reader, count) for _ in range(size)])
+        if reader.rest():
+            raise CorruptArtifactError("bytes after the end of coded planes")
         return planes.T.copy().reshape(-1).view(f"<u{size}")
     if len(data) != count * size:
         raise CorruptArtifactError(f"{len(data)} bytes where {count * size} belong")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from lightning_compress.evaluation.feature_network import (
     train_classifier,
 )
 from lightning_compress.evaluation.likelihood import accuracy
+from lightning_compress.files import write_atomically
 
 __all__ = ["FeatureExtractor", "FrozenFeatures", "inception_extractor", "trained_feature_network"]
 
@@ -189,15 +188,6 @@ def _store(network: nn.Module, path: Path, recipe: Mapping[str, str], score: flo
     if (theirs := _load(network, path)) is not None:
         return theirs  # another process was faster: both go on with the same network
     record = {**recipe, "test_accuracy": repr(score)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(save(network.state_dict(), metadata=record))
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.replace(path)
+    content = save(network.state_dict(), metadata=record)
+    write_atomically(path, content, what="the feature network", parents=True)
     return score

@@ -19,7 +19,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_compress.report.files import write_atomic
+from lightning_compress.files import write_atomically
 
 __all__ = ["COMPRESSED", "DENSE", "INK", "Plot", "draw", "grid", "inline", "shorten", "to_svg"]
 
@@ -56,7 +56,8 @@ class Plot:
 
     def save(self, folder: Path) -> Path:
         """Write the figure as `<name>.svg` into a folder."""
-        return write_atomic(folder / f"{self.name}.svg", self.svg)
+        path = folder / f"{self.name}.svg"
+        return write_atomically(path, self.svg, what="the plot", parents=True)
 
 
 @contextmanager

@@ -1,13 +1,11 @@
-"""Writing without half-written files, and inlining pictures."""
+"""Inlining pictures."""
 
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from pathlib import Path
 
-__all__ = ["data_uri", "image_uri", "write_atomic"]
+__all__ = ["data_uri", "image_uri"]
 
 # Raster formats every browser shows; SVG is left out since it may carry scripts.
 MEDIA_TYPES = {
@@ -17,29 +15,6 @@ MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a whole file or nothing: temporary file in the same folder, fsync, rename.
-
-    Missing parent folders are made. Text is written as UTF-8.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes private files; a report is meant to be shared like any other file.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def data_uri(content: str | bytes, media_type: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_compress.report.files import write_atomic
+from lightning_compress.files import write_atomically
 
 __all__ = ["save_comparison", "save_grid"]
 
@@ -45,7 +45,7 @@ def _tiles(images: Tensor, name: str) -> list[Image.Image]:
 def _save(picture: Image.Image, path: str | Path) -> Path:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return write_atomic(Path(path), buffer.getvalue())
+    return write_atomically(Path(path), buffer.getvalue(), what="the picture", parents=True)
 
 
 def _paste_row(canvas: Image.Image, tiles: list[Image.Image], left: int, top: int) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lightning_compress.files import write_atomically
 from lightning_compress.report import drawing, overview, plots, rows, scatter, tables, wording
-from lightning_compress.report.files import data_uri, image_uri, write_atomic
+from lightning_compress.report.files import data_uri, image_uri
 from lightning_compress.report.formats import DASH, kilobytes, percent, scalar, times
 from lightning_compress.report.loading import Run, Unreadable, load_runs
 from lightning_compress.report.notes import notes
@@ -59,7 +60,8 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
     path = Path(out) if out is not None else root / FILE_NAME
     path = path / FILE_NAME if path.is_dir() else path
     names = [_name(run.folder, root) for run in runs]
-    return write_atomic(path, _render(runs, unreadable, names, path.parent))
+    content = _render(runs, unreadable, names, path.parent)
+    return write_atomically(path, content, what="the report", parents=True)
 
 
 def _name(folder: Path, root: Path) -> str:

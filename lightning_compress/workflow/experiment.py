@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.callbacks import CompressionSummary, ScoreMonitor
 from lightning_compress.data import SplitDataModule
+from lightning_compress.files import write_atomically
 from lightning_compress.quantization.activations import fake_quantized
-from lightning_compress.report.files import write_atomic
 from lightning_compress.report.grids import save_comparison, save_grid
 from lightning_compress.workflow.costs import (
     deployed_cost,
@@ -64,7 +64,7 @@ def run_experiment(
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
     results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
     text = json.dumps(results, indent=1, ensure_ascii=False, default=float)
-    write_atomic(folder / "results.json", text)
+    write_atomically(folder / "results.json", text, what="the results", parents=True)
     _write_curves(folder / "curves.csv", dense, compressed)
     return results
 

@@ -17,7 +17,7 @@ from lightning_compress.coding.artifact import (
     load_compressed,
     save_compressed,
 )
-from lightning_compress.coding.container import container_parts, read_container
+from lightning_compress.coding.container import read_container, write_container
 from lightning_compress.coding.values import patterns
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.quantization.quantizers import affine_grid
@@ -27,7 +27,7 @@ PREFIX = 32
 
 
 def build():
-    """A tensor of each kind: grid, codebook, mask, plain, deflated planes, tied."""
+    """A tensor of each kind: grid, codebook, mask, plain, coded planes, tied."""
     torch.manual_seed(0)
     model = nn.Module()
     model.lin = nn.Linear(8, 6)
@@ -49,7 +49,7 @@ def saved(tmp_path):
     info = save_compressed(model, path)
     kinds = [tensor.kind for tensor in info.per_tensor.values()]
     assert kinds == ["codebook", "mask", "plain", "grid", "plain", "tied", "tied"]
-    assert info.per_tensor["planes"].codec == "planes"
+    assert info.per_tensor["planes"].codec == "coded"
     return path, model, info
 
 
@@ -141,8 +141,7 @@ def rewrite(path, change, payload=None):
         header, payloads = container.header, container.read(0, container.payload_bytes)
     rows = {row["n"]: row for row in header["tensors"]}
     change(header, rows)
-    parts = container_parts(header, [payloads if payload is None else payload(payloads)])
-    path.write_bytes(b"".join(parts))
+    write_container(path, header, [payloads if payload is None else payload(payloads)])
 
 
 def field(name, **values):
@@ -163,7 +162,7 @@ def without(name, *keys):
 HUGE = 1 << 40
 HEADERS = {
     "no list": (lambda header, _: header.update(tensors={}), "does not list"),
-    "more keys": (lambda header, _: header.update(more=1), "does not list"),
+    "more keys": (lambda header, _: header.update(more=1), "unknown keys"),
     "row of text": (lambda header, _: header["tensors"].append("few"), "holds no tensor"),
     "unknown field": (field("few", x=1), "holds no tensor"),
     "no name": (without("few", "n"), "holds no tensor"),
@@ -289,8 +288,7 @@ def test_a_bool_is_0_or_1(tmp_path):
     model.register_buffer("flag", torch.tensor([True, False, True]))
     save_compressed(model, tmp_path / "a.lcz", "raw")
     row = {"n": "flag", "s": [3], "d": "bool", "p": "bytes", "a": 3}
-    parts = container_parts({"tensors": [row]}, [b"\1\2\0"])
-    (tmp_path / "a.lcz").write_bytes(b"".join(parts))
+    write_container(tmp_path / "a.lcz", {"tensors": [row]}, [b"\1\2\0"])
     assert "'flag': a bool of 2" in refuse(tmp_path / "a.lcz", model)
 
 
@@ -298,7 +296,7 @@ def test_a_bomb_in_a_payload_is_not_inflated(tmp_path):
     model = nn.Linear(30, 30, bias=False)
     bomb = zlib.compress(bytes(200 << 20))
     row = {"n": "weight", "s": [30, 30], "d": "float32", "p": "planes", "a": len(bomb)}
-    (tmp_path / "a.lcz").write_bytes(b"".join(container_parts({"tensors": [row]}, [bomb])))
+    write_container(tmp_path / "a.lcz", {"tensors": [row]}, [bomb])
     with bounded_memory():
         assert "do not hold just 3600 bytes" in refuse(tmp_path / "a.lcz", model)
 

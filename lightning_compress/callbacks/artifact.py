@@ -1,0 +1,150 @@
+"""ArtifactCallback: the `.lcz` file is there when training ends, and beside each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor, nn
+
+from lightning_compress.coding.artifact import save_compressed
+from lightning_compress.coding.codecs import check_codec
+from lightning_compress.coding.info import ArtifactInfo
+
+__all__ = ["ArtifactCallback"]
+
+
+class ArtifactCallback(Callback):
+    """Write the compressed file of a model when `fit` ends.
+
+    To get the weights back, in any program:
+
+        from lightning_compress import load_compressed
+        net = MyNetwork()
+        load_compressed("model.lcz", net)
+
+    List it last: callbacks that change the weights when `fit` ends come before it then.
+
+    Args:
+        path: of the file; a relative one lies in the trainer's log folder.
+        beside_checkpoints: also write `<checkpoint>.lcz` beside each checkpoint file, with the
+            weights that are in it, and remove it with the checkpoint. Strategies that write
+            checkpoints as folders have none.
+        submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
+            the whole LightningModule where it does not say.
+        codec: as in `save_compressed`.
+        options: other arguments of `save_compressed`, such as `float_dtype="fp16"`.
+
+    Attributes:
+        info: what the file holds, once it is written.
+
+    Raises:
+        ValueError: for an unknown codec.
+
+    >>> ArtifactCallback("model.lcz", codec="fast").path.name
+    'model.lcz'
+    """
+
+    def __init__(
+        self,
+        path: str | Path = "model.lcz",
+        *,
+        beside_checkpoints: bool = False,
+        submodule: str | None = None,
+        codec: str = "auto",
+        **options: Any,
+    ) -> None:
+        check_codec(codec)
+        self.path = Path(path)
+        self.beside_checkpoints = beside_checkpoints
+        self.submodule = submodule
+        self.options: dict[str, Any] = {"codec": codec, **options}
+        self.info: ArtifactInfo | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a wrong `submodule` before anything is trained; listen to checkpoints."""
+        self._shipped(pl_module)
+        if self.beside_checkpoints and trainer.is_global_zero:
+            inner = trainer.strategy.checkpoint_io
+            trainer.strategy.checkpoint_io = _Beside(
+                inner, lambda path, checkpoint: self._beside(pl_module, path, checkpoint)
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file: after averaging and quantization, which end with training."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.info = self._save(self._shipped(pl_module), folder / self.path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Stop listening."""
+        self._stop(trainer)
+
+    def on_exception(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Stop listening: there is no teardown then."""
+        self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        if isinstance(listener := trainer.strategy.checkpoint_io, _Beside):
+            trainer.strategy.checkpoint_io = listener.inner
+
+    def _beside(
+        self, pl_module: LightningModule, path: Path, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """What the checkpoint holds may be an average: it is not what the module holds now."""
+        shipped = self._shipped(pl_module)
+        own = {_place(tensor): key for key, tensor in pl_module.state_dict().items()}
+        stored: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+        keys = {name: own.get(_place(tensor), "") for name, tensor in shipped.state_dict().items()}
+        state = {name: stored[key] for name, key in keys.items() if key in stored}
+        self._save(shipped, path, state=state)
+
+    def _save(self, shipped: nn.Module, target: Path, **more: Any) -> ArtifactInfo:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return save_compressed(shipped, target, **self.options, **more)
+
+    def _shipped(self, pl_module: LightningModule) -> nn.Module:
+        if self.submodule is not None:
+            return pl_module.get_submodule(self.submodule)
+        deployed: Any = getattr(pl_module, "deployed_module", None)
+        return deployed() if callable(deployed) else pl_module
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What only the very same tensor has; scalars and empty ones have places of their own."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class _Beside(CheckpointIO):
+    """Writes and removes files together with those of another CheckpointIO."""
+
+    def __init__(
+        self, inner: CheckpointIO, write: Callable[[Path, Mapping[str, Any]], None]
+    ) -> None:
+        self.inner = inner
+        self._write = write
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        self._write(Path(path).with_suffix(".lcz"), checkpoint)
+
+    def load_checkpoint(self, *args: Any, **options: Any) -> Any:
+        return self.inner.load_checkpoint(*args, **options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.inner.remove_checkpoint(path)
+        Path(path).with_suffix(".lcz").unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        self.inner.teardown()

@@ -1,0 +1,157 @@
+"""Adaptive context models: each symbol as binary decisions, each with a learnt probability.
+
+Is it 0? Its sign. The exponent of its magnitude, in unary. The bits after the leading one. All
+decisions of one kind are a plane; what earlier waves hold of a position's row, column and kernel
+place, and of pairs of them, shifts the probability by weights that the encoder fits and stores. In
+the manner of DeepCABAC (Wiedemann et al. 2020, arXiv:1907.11900), by whole waves of positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_compress.coding.bits import ByteReader, varint
+from lightning_compress.coding.code_lengths import MAX_ALPHABET
+from lightning_compress.coding.passes import DecodingPass, EncodingPass, Weights
+from lightning_compress.coding.waves import View, best_view
+from lightning_compress.errors import CorruptArtifactError
+
+__all__ = ["decode", "encode"]
+
+_MAX_EXPONENT = (MAX_ALPHABET // 2).bit_length() - 1
+
+Ints = NDArray[np.int64]
+Symbols = NDArray[np.uint16]
+
+
+def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
+    """A stream of (N,) symbols below `MAX_ALPHABET` of a tensor; nothing at all for N = 0.
+
+    Args:
+        symbols: 0 for zero, 2m - 1 and 2m for the two signs of magnitude m.
+        shape: of the tensor, N elements.
+
+    >>> decode(encode(np.array([3, 3, 0], np.uint16), (3,)), (3,))
+    array([3, 3, 0], dtype=uint16)
+    """
+    if not len(symbols):
+        return b""
+    view = best_view(symbols, shape)
+    exponents = ((int(symbols.max()) + 1) >> 1 | 1).bit_length() - 1
+    coding = EncodingPass(view)
+    for start, stop in view.slabs():
+        coding.last = stop == len(symbols)
+        _code_slab(coding, *view.waves(start, stop), symbols, exponents)
+    head = varint(view.b) + varint(view.c) + bytes([exponents])
+    return head + _pack_weights(coding, exponents) + coding.finish()
+
+
+def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
+    """The symbols of a stream that `encode` made.
+
+    Raises:
+        CorruptArtifactError: when the stream is damaged or of another shape.
+    """
+    count = math.prod(shape)
+    symbols = np.zeros(count, np.uint16)
+    reader = ByteReader(data)
+    if count == 0:
+        if data:
+            raise CorruptArtifactError("bytes after the end of a context-coded stream")
+        return symbols
+    view = _read_view(reader, count)
+    exponents = reader.take(1, "the number of exponents")[0]
+    if exponents > _MAX_EXPONENT:
+        raise CorruptArtifactError(f"exponents up to {exponents}, above {_MAX_EXPONENT}")
+    weights = {name: _read_weights(reader, view) for name in _names(exponents)}
+    coding = DecodingPass(view, weights, reader.rest())
+    for start, stop in view.slabs():
+        coding.last = stop == len(symbols)
+        _code_slab(coding, *view.waves(start, stop), symbols, exponents)
+    coding.finish()
+    return symbols
+
+
+def _code_slab(
+    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, symbols: Symbols, exponents: int
+) -> None:
+    """Codes what `symbols` has at the positions `at`; a decoder puts it there.
+
+    Every plane's true bits are worked out from `symbols` for the encoder; the decoder, for which
+    they are still 0, gives back the bits that it read instead.
+    """
+    bits = coding.code("zero", at, ends, symbols[at] > 0)
+    at, ends = at[bits], _kept(ends, bits)
+    true = symbols[at].astype(np.int64)
+    size = (true + 1) >> 1
+    sign = coding.code("sign", at, ends, true & 1 == 1)
+    exponent = _code_exponents(coding, at, ends, np.frexp(size)[1] - 1, exponents)
+    magnitude = np.ones(len(at), np.int64)
+    for level in range(1, exponents + 1):
+        long = exponent >= level
+        nodes = (exponent << level | magnitude)[long]
+        bit = size[long] >> np.maximum(exponent[long] - level, 0) & 1 == 1
+        kind = (exponents + 1) << level
+        bit = coding.code(f"bit{level}", at[long], _kept(ends, long), bit, nodes, kind)
+        magnitude[long] = 2 * magnitude[long] + bit
+    symbols[at] = 2 * magnitude - sign
+
+
+def _code_exponents(
+    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, true: NDArray[np.int32], most: int
+) -> Ints:
+    exponent: Ints = np.zeros(len(at), np.int64)
+    alive = np.ones(len(at), np.bool_)
+    for level in range(most):
+        more = coding.code(f"exponent{level}", at[alive], _kept(ends, alive), true[alive] > level)
+        alive[alive] = more
+        exponent[alive] += 1
+    return exponent
+
+
+def _kept(ends: Ints, kept: NDArray[np.bool_]) -> Ints:
+    """Where waves end after positions have been left out."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])[ends]
+
+
+def _names(exponents: int) -> list[str]:
+    """The planes, in the order in which their weights are stored."""
+    levels = range(exponents)
+    bits = [f"bit{level + 1}" for level in levels]
+    return ["zero", "sign", *(f"exponent{level}" for level in levels), *bits]
+
+
+def _pack_weights(coding: EncodingPass, exponents: int) -> bytes:
+    """For each plane: which tables it uses, a bit each, then their weights, a byte each."""
+    out = bytearray()
+    if not coding.view.subsets:
+        return b""
+    for name in _names(exponents):
+        weights = coding.weights.get(name, {})
+        out.append(sum(1 << table for table in weights))
+        out += bytes(weight & 0xFF for weight in weights.values())
+    return bytes(out)
+
+
+def _read_weights(reader: ByteReader, view: View) -> Weights:
+    if not view.subsets:
+        return {}
+    mask = reader.take(1, "the tables of a plane")[0]
+    if mask >> len(view.subsets):
+        raise CorruptArtifactError(f"tables {mask:#b}, of {len(view.subsets)} there are")
+    tables = [table for table in range(len(view.subsets)) if mask >> table & 1]
+    stored = reader.take(len(tables), "the weights of a plane")
+    return {
+        table: weight - 256 * (weight > 127) for table, weight in zip(tables, stored, strict=True)
+    }
+
+
+def _read_view(reader: ByteReader, count: int) -> View:
+    second = reader.varint(limit=count, what="the second length of a view")
+    third = reader.varint(limit=count, what="the third length of a view")
+    if second * third == 0 or count % (second * third):
+        raise CorruptArtifactError(f"{count} symbols in rows of {second} x {third}")
+    return View(count // (second * third), second, third)

@@ -1,0 +1,141 @@
+"""Files to tensors: opened, checked against a module or a limit, decoded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from lightning_compress.coding.activations import read_activations
+from lightning_compress.coding.container import Container, read_container
+from lightning_compress.coding.contents import shared_memory
+from lightning_compress.coding.progress import shown
+from lightning_compress.coding.records import TensorRecord, optional, read_records
+from lightning_compress.coding.tensors import decode_tensor
+from lightning_compress.coding.values import DTYPES, dtype_name, patterns
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.state import ActivationGrids, Grid
+
+__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open file whose header has been checked."""
+
+    container: Container
+    records: list[TensorRecord]
+    activations: dict[str, ActivationGrids] = field(default_factory=dict)
+
+    def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
+        """Names, tensors and grids in the order of the file, each decoded when it is asked for.
+
+        A tied tensor is the very one that it is tied to.
+
+        Raises:
+            CorruptArtifactError: naming the tensor, when its payload does not fit its record.
+        """
+        kept: dict[str, tuple[Tensor, Grid | None]] = {}
+        sources = {record.tied for record in self.records if record.kind == "tied"}
+        sizes = [record.elements for record in self.records if record.kind != "tied"]
+        with ThreadPoolExecutor(workers) as pool:
+            run: Callable[..., Iterator[tuple[str, Tensor, Grid | None]]] = (
+                pool.map if workers > 1 else map
+            )
+            for name, tensor, grid in shown(run(_decode, self._payloads()), sizes, "decoding"):
+                if name in sources:
+                    kept[name] = tensor, grid
+                yield name, tensor, grid
+        for record in self.records:
+            if record.kind == "tied":
+                tensor, grid = kept[record.tied]
+                yield record.name, tensor, grid if record.grid else None
+
+    def _payloads(self) -> Iterator[tuple[TensorRecord, bytes]]:
+        offset = 0
+        for record in self.records:
+            if record.kind != "tied":
+                yield record, self.container.read(offset, record.payload_bytes)
+                offset += record.payload_bytes
+
+
+def _decode(job: tuple[TensorRecord, bytes]) -> tuple[str, Tensor, Grid | None]:
+    return job[0].name, *decode_tensor(*job)
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
+    """Opens a file and checks its header, and its checksum if `verify` is set.
+
+    Raises:
+        CorruptArtifactError: naming the file, here and for what is raised while it is open.
+        OSError: when it cannot be read.
+    """
+    try:
+        with read_container(path, verify=verify) as container:
+            header = container.header
+            extra = (key for key in header if key not in ("tensors", "activations"))
+            if not all(map(optional, extra)):
+                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
+            records = read_records(header.get("tensors"), container.payload_bytes, container.size)
+            activations = read_activations(header.get("activations", {}))
+            yield Artifact(container, records, activations)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{path}: {error}") from error
+
+
+def check_size(records: list[TensorRecord], most: int) -> None:
+    """Refuse a file whose tensors would take more than `most` bytes.
+
+    Raises:
+        CorruptArtifactError: when they would.
+    """
+    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
+    if plain > most:
+        raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+
+
+def check_fit(records: list[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
+    """Names, shapes and dtypes must be the same in the file and in the module.
+
+    Raises:
+        CorruptArtifactError: naming those that are not.
+    """
+    stored = {record.name: (record.dtype, record.shape) for record in records}
+    wanted = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    both = [name for name in wanted if name in stored and stored[name] != wanted[name]]
+    faults = {
+        "missing in the file": [repr(name) for name in wanted if name not in stored],
+        "unexpected in the file": [repr(name) for name in stored if name not in wanted],
+        "mismatched": [
+            f"{name!r} is {stored[name]} in the file and {wanted[name]} in the module"
+            for name in both
+        ],
+    }
+    found = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
+    if found:
+        raise CorruptArtifactError(f"does not fit the module: {'; '.join(found)}")
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_shared(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that share memory in the module cannot take two different values.
+
+    Raises:
+        CorruptArtifactError: when they would have to.
+    """
+    for name, source in shared_memory(tensors).items():
+        one, other = values[name], values[source]
+        if one is not other and not np.array_equal(patterns(one), patterns(other)):
+            raise CorruptArtifactError(
+                f"{name!r} and {source!r} are one tensor in the module and differ in the file"
+            )

@@ -1,0 +1,75 @@
+"""Logarithms and logistic functions in whole numbers, so that every machine gets the same ones.
+
+Logits are base 2, in units of 1/256: `256 * log2(p / (1 - p))`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ONE", "WEIGHT_ONE", "fit_weights", "log2_256", "probability"]
+
+ONE = 1 << 20  # probabilities are in units of 1 / ONE
+WEIGHT_ONE = 32  # a feature's weight is in units of 1 / WEIGHT_ONE
+_LIMIT = 16 * 256  # logits beyond it are cut
+_FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's table
+
+Ints = NDArray[np.int64]
+
+_LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION))) - 256
+_LOG_TABLE = _LOG_TABLE.astype(np.int64)
+_PROBABILITY = np.rint(ONE / (1 + np.exp2(-np.arange(-_LIMIT, _LIMIT + 1) / 256))) / ONE
+
+
+def log2_256(values: Ints) -> Ints:
+    """256 times the base-2 logarithm of whole numbers from 1 to 2^53, rounded.
+
+    The exponent, and the ten bits after the leading one by a table.
+
+    >>> log2_256(np.array([1, 2, 3, 1 << 40]))
+    array([    0,   256,   406, 10240])
+    """
+    mantissa, exponent = np.frexp(values)  # exact
+    place = (mantissa * (2 << _FRACTION)).astype(np.int64) - (1 << _FRACTION)
+    return 256 * exponent.astype(np.int64) + _LOG_TABLE[place]
+
+
+def probability(logits: Ints) -> NDArray[np.float64]:
+    """Probabilities of (N,) logits: exact multiples of 1 / ONE, from 2^-16 to 1 - 2^-16.
+
+    >>> probability(np.array([0, 256])).tolist()[0]
+    0.5
+    """
+    return _PROBABILITY[np.minimum(np.maximum(logits, -_LIMIT), _LIMIT) + _LIMIT]
+
+
+def fit_weights(
+    features: NDArray[np.int64], offset: Ints, bits: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], float]:
+    """Weights of least code length, by Newton's method, and how many bits they save.
+
+    Args:
+        features: (F, N) logits to be weighed.
+        offset: (N,) logits that they are added to.
+        bits: (N,) what is coded.
+
+    Returns:
+        (F,) whole numbers from -128 to 127, `WEIGHT_ONE` standing for 1.
+    """
+    unit = np.log(2) / 256
+    x, base, y = features * unit, offset * unit, bits.astype(np.float64)
+    weights = np.zeros(len(x))
+    ridge = np.eye(len(x))
+    for _ in range(8):
+        p = 1 / (1 + np.exp(-(base + weights @ x)))
+        gradient = x @ (p - y) + ridge @ weights
+        step = np.linalg.solve((x * (p * (1 - p))) @ x.T + ridge, gradient)
+        weights -= np.clip(step, -1, 1)
+        if np.abs(step).max() < 0.01:
+            break
+    whole = np.clip(np.rint(weights * WEIGHT_ONE), -128, 127).astype(np.int64)
+    before = np.logaddexp(0, np.where(bits, -base, base)).sum()
+    after = base + whole @ x / WEIGHT_ONE
+    saved = before - np.logaddexp(0, np.where(bits, -after, after)).sum()
+    return whole, float(saved / np.log(2))

@@ -1,0 +1,105 @@
+"""Range coding through `constriction`: bits with a probability each, symbols with one table.
+
+A stream is 32-bit words, least significant byte first, without the zero bytes at its end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_compress.errors import CorruptArtifactError
+
+__all__ = ["BitDecoder", "BitEncoder", "decode_static", "encode_static"]
+
+_STREAM: Any = vars(constriction)["stream"]  # a module that its stubs do not name
+RangeEncoder: Any = _STREAM.queue.RangeEncoder
+RangeDecoder: Any = _STREAM.queue.RangeDecoder
+_BERNOULLI: Any = _STREAM.model.Bernoulli(perfect=False)
+
+
+class BitEncoder:
+    """Bits to bytes."""
+
+    def __init__(self) -> None:
+        self._coder = RangeEncoder()
+
+    def encode(self, bits: NDArray[np.bool_], probabilities: NDArray[np.float64]) -> None:
+        """Append (N,) bits, given the (N,) probabilities that they are 1."""
+        if len(bits):
+            self._coder.encode(bits.astype(np.int32), _BERNOULLI, probabilities)
+
+    def finish(self) -> bytes:
+        """The whole stream."""
+        return _to_bytes(self._coder)
+
+
+class BitDecoder:
+    """Bytes to bits."""
+
+    def __init__(self, data: bytes) -> None:
+        self._coder = _from_bytes(data)
+
+    def decode(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The next (N,) bits, given the same probabilities as the encoder had.
+
+        Raises:
+            CorruptArtifactError: when no encoder made the stream.
+        """
+        if not len(probabilities):
+            return np.zeros(0, np.bool_)
+        return _decoded(self._coder, _BERNOULLI, probabilities).astype(np.bool_)
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            CorruptArtifactError: when bytes are.
+        """
+        if not self._coder.maybe_exhausted():
+            raise CorruptArtifactError("bytes after the end of a range-coded stream")
+
+
+def encode_static(symbols: NDArray[np.uint16], frequencies: NDArray[np.int64]) -> bytes:
+    """Symbols with one table of frequencies, which add up to a power of two."""
+    coder = RangeEncoder()
+    coder.encode(symbols.astype(np.int32), _categorical(frequencies))
+    return _to_bytes(coder)
+
+
+def decode_static(data: bytes, frequencies: NDArray[np.int64], count: int) -> NDArray[np.uint16]:
+    """The opposite of `encode_static`.
+
+    Raises:
+        CorruptArtifactError: when no encoder made the stream, or bytes are left over.
+    """
+    coder = _from_bytes(data)
+    symbols = _decoded(coder, _categorical(frequencies), count)
+    if not coder.maybe_exhausted():
+        raise CorruptArtifactError("bytes after the end of a range-coded stream")
+    return symbols.astype(np.uint16)
+
+
+def _categorical(frequencies: NDArray[np.int64]) -> Any:
+    return _STREAM.model.Categorical(frequencies / frequencies.sum(), perfect=False)
+
+
+def _decoded(coder: Any, *model: object) -> NDArray[np.int32]:
+    try:
+        return coder.decode(*model)
+    except AssertionError:
+        raise CorruptArtifactError("a range-coded stream is damaged") from None
+
+
+def _to_bytes(coder: Any) -> bytes:
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _from_bytes(data: bytes) -> Any:
+    if data[-1:] == b"\0":
+        raise CorruptArtifactError("a range-coded stream ends in a zero byte")
+    words = np.frombuffer(data + bytes(-len(data) % 4), "<u4")
+    return RangeDecoder(words.astype(np.uint32))

@@ -1,0 +1,68 @@
+"""Make the seeds of the fuzzer anew: a stream of each codec, files plain and signed.
+
+python tests/fuzz/make_corpus.py
+"""
+
+import json
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import target
+import torch
+
+from lightning_compress.coding.artifact import save_compressed
+from lightning_compress.coding.codecs import CODECS, encode_symbols
+from lightning_compress.quantization.codebooks import CodebookGrid
+from lightning_compress.quantization.quantizers import affine_grid
+from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def streams():
+    """By name: seeds of the codecs."""
+    rng = np.random.default_rng(0)
+    symbols = np.where(rng.random(20 * 5 * 2) < 0.7, 0, rng.integers(0, 15, 200))
+    for index, codec in enumerate(CODECS):
+        data = encode_symbols(symbols, codec, (20, 5, 2))[1]
+        yield codec, bytes([index, 20, 64 + 4]) + data
+
+
+def files():
+    """By name: seeds that are files, and their headers and payloads to be signed."""
+    torch.manual_seed(0)
+    model = target.tiny()
+    grids = {
+        "none": [None, None],
+        "affine": [affine_grid(model[0].weight, bits=3, axis=0), None],
+        "codebook": [None, CodebookGrid(torch.tensor([-0.3, 0.0, 0.1, 0.4]))],
+    }
+    for name, pair in grids.items():
+        for layer, grid in zip((model[0], model[3]), pair, strict=True):
+            if grid is not None:
+                layer.weight.data = grid.project(layer.weight.data)
+                set_grid(layer, "weight", grid)
+        if name == "affine":
+            grid = affine_grid(torch.tensor([-1.0, 2.0]), bits=8, symmetric=False)
+            set_activation_grids(model[3], ActivationGrids(input=grid))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "a.lcz")
+            save_compressed(model, path)
+            data = path.read_bytes()
+        yield f"file_{name}", bytes([len(CODECS) + 1]) + data
+        *_, stored, plain = target.PREFIX.unpack_from(data)
+        start = target.PREFIX.size + stored
+        header = data[target.PREFIX.size : start]
+        header = zlib.decompress(header) if stored < plain else header
+        assert json.loads(header)
+        size = len(header).to_bytes(2, "little")
+        yield f"signed_{name}", bytes([len(CODECS)]) + size + header + data[start:-32]
+
+
+if __name__ == "__main__":
+    CORPUS.mkdir(exist_ok=True)
+    for name, data in [*streams(), *files()]:
+        (CORPUS / name).write_bytes(data)
+        print(name, len(data))

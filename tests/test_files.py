@@ -1,0 +1,83 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_compress import files
+from lightning_compress.files import atomic_file, write_atomically
+
+
+def test_writing_replaces_the_old_file(tmp_path):
+    path = tmp_path / "a.lcz"
+    path.write_bytes(b"old")
+    assert write_atomically(path, b"new") == path
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt(), ValueError()])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, call, error):
+    def fail(*_):
+        raise error
+
+    path = tmp_path / "a.lcz"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "none" / "a.lcz", tmp_path / "file" / "a.lcz", tmp_path / "folder"):
+        with pytest.raises(OSError, match="cannot write the file") as caught:
+            write_atomically(path, b"new")
+        assert caught.value.filename == str(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_text_is_utf8_and_missing_folders_are_made_on_request(tmp_path):
+    path = tmp_path / "a" / "b" / "c.txt"
+    write_atomically(path, "ü", parents=True)
+    assert path.read_bytes() == "ü".encode()
+
+
+def test_a_block_that_raises_writes_nothing(tmp_path):
+    def half():
+        with atomic_file(tmp_path / "a") as stream:
+            stream.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert not list(tmp_path.iterdir())
+
+
+LOOP = """
+import sys, pathlib, runpy
+write_atomically = runpy.run_path(sys.argv[1])["write_atomically"]  # without the whole package
+path = pathlib.Path(sys.argv[2])
+print("ready", flush=True)
+while True:
+    for letter in b"ab":
+        write_atomically(path, bytes([letter]) * 5_000_000)
+"""
+
+
+def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"a" * 5_000_000)
+    for attempt in range(4):
+        command = [sys.executable, "-c", LOOP, files.__file__, path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout.readline() == b"ready\n"
+            time.sleep(0.03 + 0.017 * attempt)
+            child.send_signal(signal.SIGKILL)
+        assert path.read_bytes() in (b"a" * 5_000_000, b"b" * 5_000_000)
