@@ -1,6 +1,7 @@
 """Lightning callbacks: they decide when something happens, never how it is computed."""
 
 from lightning_compress.callbacks.averaging import ProjectedEMA
+from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
 from lightning_compress.callbacks.monitor import ScoreMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "GradualPruning",
     "Guard",
     "History",
+    "KnowledgeDistillation",
     "PlainProgress",
     "PostTrainingQuantization",
     "PosteriorGuard",
