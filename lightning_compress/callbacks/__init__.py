@@ -5,6 +5,7 @@ from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
 from lightning_compress.callbacks.monitor import ScoreMonitor
+from lightning_compress.callbacks.online import OnlineTeacher
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -21,6 +22,7 @@ __all__ = [
     "Guard",
     "History",
     "KnowledgeDistillation",
+    "OnlineTeacher",
     "PlainProgress",
     "PostTrainingQuantization",
     "PosteriorGuard",
