@@ -112,6 +112,8 @@ class KnowledgeDistillation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the student's modules and their optimizers."""
+        if any(hasattr(one, "_orig_mod") or one._compiled_call_impl for one in pl_module.modules()):
+            torch.compiler.reset()  # compiled code does not notice new hooks
         self.session = self._session(pl_module, rank=trainer.global_rank)
         if any(in_fractions(weight) for weight in self._weights()):
             check_run_ends(trainer)

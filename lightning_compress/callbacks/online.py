@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.distillation.graft import own_random_stream
+from lightning_compress.distillation.hooks import own_random_stream
 from lightning_compress.distillation.teachers import LiveTeacher, load_teacher
 from lightning_compress.errors import TargetError
 

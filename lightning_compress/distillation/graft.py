@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.forward import Forward, Term, check_output, detached
-from lightning_compress.distillation.hooks import Hook, Taps, without_running_statistics
+from lightning_compress.distillation.hooks import (
+    Hook,
+    Taps,
+    own_random_stream,
+    without_running_statistics,
+)
 from lightning_compress.distillation.weights import gradient_norm
 
-__all__ = ["Graft", "own_random_stream"]
+__all__ = ["Graft"]
 
 Evaluate = Callable[[Forward, Any, dict[str, Tensor]], Sequence[Term]]
 Prior = Callable[[tuple[Any, ...]], tuple[Any, ...]]
@@ -219,13 +224,6 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one + other
-
-
-def own_random_stream(module: nn.Module) -> Any:
-    """A block that draws without moving the streams that the student draws from."""
-    device = next(module.parameters(), torch.zeros(())).device
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices)
 
 
 def _autocast_state(module: nn.Module) -> tuple[str, bool, torch.dtype]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.terms import tensors_of
 
-__all__ = ["Hook", "Taps", "without_running_statistics"]
+__all__ = ["Hook", "Taps", "evaluating", "own_random_stream", "without_running_statistics"]
 
 
 class Hook:
@@ -117,3 +117,26 @@ def without_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in norms:
             layer.track_running_stats = True
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode without compiling it; each layer gets its own mode back.
+
+    What is compiled before there are hooks inside it would run without them for ever.
+    """
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
+
+
+def own_random_stream(module: nn.Module) -> Any:
+    """A block that draws without moving the streams that the student draws from."""
+    device = next(module.parameters(), torch.zeros(())).device
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices)

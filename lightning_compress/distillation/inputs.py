@@ -8,34 +8,51 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.distillation.hooks import evaluating, own_random_stream
+
 __all__ = ["sample_inputs"]
 
 
 def sample_inputs(student: nn.Module, path: str, module: nn.Module) -> tuple[Any, ...] | None:
-    """Two examples of what a module receives, or None when nothing tells.
+    """Some examples of what a module receives, or None when nothing tells.
 
-    Taken from `student.parts()`, from `example_input_array` for the student itself, or from the
-    first layer of a chain that begins with a linear one.
+    Taken from `student.parts()`; from a run of the student on its `example_input_array`; or from
+    the first layer of a chain that begins with a linear one.
 
     >>> sample_inputs(nn.Identity(), "net", nn.Sequential(nn.Linear(3, 4)))[0].shape
     torch.Size([2, 3])
     """
-    inputs = _given(student, path)
-    if inputs is None and (size := _linear_input(module)) is not None:
-        inputs = (torch.zeros(2, size),)
-    return None if inputs is None else tuple(_placed(inputs, module))
-
-
-def _given(student: nn.Module, path: str) -> tuple[Any, ...] | None:
-    if path == "":
-        example = getattr(student, "example_input_array", None)
-        return example if isinstance(example, tuple) or example is None else (example,)
     parts = getattr(student, "parts", None)
-    known = parts() if callable(parts) else {}
-    return known[path][1] if path in known else None  # type: ignore[index, operator]
+    known: Any = parts() if callable(parts) else {}
+    if path in known:
+        return tuple(_placed(known[path][1], module))
+    found = _by_running(student, module)
+    if found is None and (size := _linear_input(module)) is not None:
+        found = tuple(_placed((torch.zeros(2, size),), module))
+    return found
+
+
+def _by_running(student: nn.Module, module: nn.Module) -> tuple[Any, ...] | None:
+    example = getattr(student, "example_input_array", None)
+    if example is None:
+        return None
+    example = example if isinstance(example, tuple) else (example,)
+    seen: list[tuple[Any, ...]] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args)
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        with evaluating(student), torch.no_grad(), own_random_stream(student):
+            student(*_placed(example, student))
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
 
 
 def _linear_input(module: nn.Module) -> int | None:
+    module = getattr(module, "_orig_mod", module)
     while isinstance(module, nn.Sequential) and len(module):
         module = module[0]
     return module.in_features if isinstance(module, nn.Linear) else None

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import make_adapter
 from lightning_compress.distillation.forward import Forward, Term
-from lightning_compress.distillation.graft import own_random_stream
-from lightning_compress.distillation.hooks import Taps
+from lightning_compress.distillation.hooks import Taps, evaluating, own_random_stream
 from lightning_compress.distillation.pairs import Pair, find_module
 from lightning_compress.distillation.terms import Call, Loss, make_losses, tensors_of
 from lightning_compress.errors import TargetError
@@ -114,16 +113,16 @@ class Link:
         Raises:
             TargetError: when the teacher cannot take it, or the sizes do not match.
         """
-        modes = {module: module.training for module in self.student.modules()}
         taps = Taps(self.student, [ours for ours, _ in self.pair.features])
-        self.student.eval()
         try:
-            with own_random_stream(self.student), taps.catching() as features:
+            with (
+                evaluating(self.student),
+                own_random_stream(self.student),
+                taps.catching() as features,
+            ):
                 output = self.student(*inputs)
         finally:
             taps.remove()
-            for module, training in modes.items():
-                module.training = training
         theirs = self._probe_teacher(inputs)
         self._make_adapters((output, features), theirs)
         self._try(tuple(inputs), (_float(output), _float(features)), theirs)
