@@ -105,9 +105,9 @@ def make(kind=Student, seed=0, **arguments):
     return kind(**arguments)
 
 
-def fit(tmp_path, model, *callbacks, loader=None, **arguments):
+def fit(tmp_path, model, *callbacks, loader=None, ckpt=None, **arguments):
     trainer = quiet_trainer(tmp_path, *callbacks, **arguments)
-    trainer.fit(model, batches() if loader is None else loader)
+    trainer.fit(model, batches() if loader is None else loader, ckpt_path=ckpt)
     return trainer
 
 

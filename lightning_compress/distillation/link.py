@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.distillation.adapters import make_adapter
-from lightning_compress.distillation.forward import Forward, Term
+from lightning_compress.distillation.forward import Forward, Term, check_output
 from lightning_compress.distillation.hooks import Taps, evaluating, own_random_stream
 from lightning_compress.distillation.pairs import Pair, find_module
 from lightning_compress.distillation.terms import Call, Loss, make_losses, tensors_of
@@ -40,7 +40,8 @@ class Link:
         self.student = find_module(student, pair.student, side="student")
         self.teacher = find_module(teacher, path, side="teacher")
         self.losses = make_losses(pair.loss, temperature=temperature)
-        self.feature_losses = make_losses(pair.feature_loss, temperature=temperature)
+        feature_loss = pair.feature_loss if pair.features else None
+        self.feature_losses = make_losses(feature_loss, temperature=temperature)
         for ours, theirs in pair.features:
             find_module(self.student, ours, side=f"student's {pair.student!r}")
             find_module(self.teacher, theirs, side=f"teacher's {path!r}")
@@ -123,7 +124,9 @@ class Link:
                 output = self.student(*inputs)
         finally:
             taps.remove()
+        check_output(output, self.pair.student)
         theirs = self._probe_teacher(inputs)
+        check_output(theirs[0], f"{self.pair.teacher} (teacher)")
         self._make_adapters((output, features), theirs)
         self._try(tuple(inputs), (_float(output), _float(features)), theirs)
 
