@@ -37,7 +37,9 @@ def gan(loss: Any = "mse", **options: Any) -> dict[str, Any]:
     return {"pairs": [Pair("generator", loss=loss, **options)], "balance": "gradient_norm"}
 
 
-def vae(encoder: Any = "gaussian_kl", decoder: Any = "bernoulli_kl", **options: Any) -> dict[str, Any]:
+def vae(
+    encoder: Any = "gaussian_kl", decoder: Any = "bernoulli_kl", **options: Any
+) -> dict[str, Any]:
     """A VAE's two pairs, in nats as its own loss."""
     pairs = [Pair("decoder", loss=decoder, **options)]
     return {"pairs": [Pair("encoder", loss=encoder), *pairs] if encoder else pairs}
@@ -92,7 +94,7 @@ def fit(model: Any, data: IdxImages, steps: int, callbacks: list[Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {list(ARMS)}")

@@ -51,7 +51,9 @@ def main(folder: Path, kind: str, processes: int) -> None:
         devices=processes,
         use_distributed_sampler=False,
         # A GAN's losses leave one network out each, which Lightning wants to be told.
-        strategy="auto" if processes == 1 else f"ddp{'_find_unused_parameters_true' * (kind == 'gan')}",
+        strategy="auto"
+        if processes == 1
+        else f"ddp{'_find_unused_parameters_true' * (kind == 'gan')}",
     )
     trainer.fit(model, DataLoader(data, batch_size=8 // processes, sampler=sampler))
     saved["model"] = model.state_dict()

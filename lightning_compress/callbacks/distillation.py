@@ -1,5 +1,4 @@
-"""KnowledgeDistillation: when a teacher is asked. What is asked, and how its answer enters the
-student's backward pass, is in `distillation/`."""
+"""KnowledgeDistillation: when a teacher is asked. The losses are in `distillation/`."""
 
 from __future__ import annotations
 
@@ -129,11 +128,12 @@ class KnowledgeDistillation(Callback):
         rank_zero_info(f"{self.state_key}: {', '.join(pairs)}")
 
     def _session(self, student: LightningModule, *, rank: int) -> Session:
-        live = self.teacher if isinstance(self.teacher, LiveTeacher) else None
-        if live is not None:
-            teacher = live.start(student)
+        given, live = self.teacher, None
+        if isinstance(given, LiveTeacher):
+            live, teacher = given, given.start(student)
         else:
-            self._module = self._module or load_teacher(self.teacher, self.checkpoint, student)
+            if self._module is None:
+                self._module = load_teacher(given, self.checkpoint, student)
             teacher = self._module
         check_stranger(teacher, student)
         prepare_teacher(teacher, student)

@@ -75,7 +75,9 @@ class OnlineTeacher(LiveTeacher):
             torch.manual_seed(self.seed)
             twin = self._build(student)
         if not isinstance(twin, LightningModule):
-            raise TargetError(f"{type(twin).__name__} is no LightningModule: it cannot train itself")
+            raise TargetError(
+                f"{type(twin).__name__} is no LightningModule: it cannot train itself"
+            )
         self._twin, self._fabric = twin, None
         self._free = [one for one in twin.parameters() if one.requires_grad]
         return twin
@@ -96,14 +98,14 @@ class OnlineTeacher(LiveTeacher):
         """Train the twin on the batch."""
         twin, fabric = self._ready()
         for parameter in self._free:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad_(True)
         twin.train()
         with torch.enable_grad(), own_random_stream(twin):
             loss = twin.training_step(batch, index)
             if twin.automatic_optimization:
                 self._step(fabric, loss)
         fabric.global_step += 1 if twin.automatic_optimization else len(fabric.optimizers)
-        twin.eval().requires_grad_(requires_grad=False)
+        twin.eval().requires_grad_(False)
 
     @staticmethod
     def _step(fabric: _TwinFabric, loss: Any) -> None:

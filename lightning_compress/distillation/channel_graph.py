@@ -139,7 +139,8 @@ class ChannelGraph:
         return self._matmul(path, axis, where, transposed=isinstance(theirs, _TRANSPOSED))
 
     def _matmul(self, path: str, axis: Axis | None, where: str, *, transposed: bool) -> Axis:
-        sizes = [m.get_submodule(path).weight.shape for m in (self.teacher, self.student)]  # type: ignore[union-attr]
+        sides: list[Any] = [m.get_submodule(path) for m in (self.teacher, self.student)]
+        sizes = [one.weight.shape for one in sides]
         inside, outside = (0, 1) if transposed else (1, 0)
         segments = (axis or Axis([None])).resolve(sizes[0][inside], sizes[1][inside], where)
         self._use(path, "weight", inside, segments, scored=False)
@@ -151,26 +152,37 @@ class ChannelGraph:
     def _norm(self, path: str, axis: Axis | None, where: str) -> None:
         names = ("weight", "bias", "running_mean", "running_var")
         for name in names:
-            sides = [getattr(m.get_submodule(path), name, None) for m in (self.teacher, self.student)]
+            sides = [
+                getattr(m.get_submodule(path), name, None) for m in (self.teacher, self.student)
+            ]
             if sides[0] is not None and sides[1] is not None:
                 segments = (axis or Axis([None])).resolve(len(sides[0]), len(sides[1]), where)
                 self._use(path, name, 0, segments, scored=False)
 
     def _recurrent(self, path: str, axis: Axis | None, where: str) -> Axis:
         theirs, ours = self.teacher.get_submodule(path), self.student.get_submodule(path)
-        assert isinstance(theirs, nn.RNNBase) and isinstance(ours, nn.RNNBase)
+        assert isinstance(theirs, nn.RNNBase)
+        assert isinstance(ours, nn.RNNBase)
         if theirs.bidirectional or theirs.proj_size:
             raise TargetError(f"{where}: bidirectional or projected layers are not known here")
         gates, axis = _GATES[theirs.mode], axis or Axis([None])
         for layer in range(theirs.num_layers):
             sizes = [getattr(m, f"weight_ih_l{layer}").shape[1] for m in (theirs, ours)]
-            self._use(path, f"weight_ih_l{layer}", 1, axis.resolve(*sizes, where), scored=False)
+            self._use(
+                path,
+                f"weight_ih_l{layer}",
+                1,
+                axis.resolve(sizes[0], sizes[1], where),
+                scored=False,
+            )
             group = Group(theirs.hidden_size, ours.hidden_size, f"{where} (recurrent state)")
             self._use(path, f"weight_hh_l{layer}", 1, [[group, 1]], scored=False)
             for name in (f"weight_ih_l{layer}", f"weight_hh_l{layer}"):
                 # The gates lie one after the other along the first axis, each a whole state long.
                 self._use(path, name, 0, [[group, 1] for _ in range(gates)], scored=True)
-                self._use(path, name.replace("weight", "bias"), 0, [[group, 1] for _ in range(gates)])
+                self._use(
+                    path, name.replace("weight", "bias"), 0, [[group, 1] for _ in range(gates)]
+                )
             axis = Axis([(group, 1)])
         return axis
 

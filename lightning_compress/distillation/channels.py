@@ -54,7 +54,8 @@ class Use:
 def _pairs(segments: list[list[Group | int]]) -> list[tuple[Group, int]]:
     found = []
     for group, repeat in segments:
-        assert isinstance(group, Group) and isinstance(repeat, int)
+        assert isinstance(group, Group)
+        assert isinstance(repeat, int)
         found.append((group.root(), repeat))
     return found
 
@@ -175,10 +176,10 @@ class Axis:
             for block in (sizes[0] // lengths[0], lengths[0] // sizes[0]):
                 if block > 1 and sizes == (lengths[0] * block, lengths[1] * block):
                     return [[group, repeat * block]]
-                if block > 1 and tuple(lengths) == (sizes[0] * block, sizes[1] * block):
-                    if repeat == 1:
-                        group.split(block)
-                        return [[group, 1]]
+                shrinks = tuple(lengths) == (sizes[0] * block, sizes[1] * block)
+                if block > 1 and repeat == 1 and shrinks:
+                    group.split(block)
+                    return [[group, 1]]
         raise TargetError(
             f"{where} takes {sizes[1]} channels in the student and {sizes[0]} in the teacher, but "
             f"is given {lengths[1]} and {lengths[0]}: how they belong together is not known"

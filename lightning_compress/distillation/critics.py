@@ -71,7 +71,8 @@ class Perceptual(Loss):
         return torch.stack(distances).mean()
 
     def _features(self, output: object) -> dict[str, Tensor]:
-        assert self._network is not None and self._taps is not None
+        assert self._network is not None
+        assert self._taps is not None
         with self._taps.catching() as found:
             self._network(tensors_of(output)[0])
         return found

@@ -65,7 +65,9 @@ class Forward:
     _spec: Any = None
     _watched: list[tuple[str, Tensor, int]] = field(default_factory=list)
 
-    def keep(self, output: Any, features: dict[str, Tensor], carried: Sequence[Tensor]) -> list[Tensor]:
+    def keep(
+        self, output: Any, features: dict[str, Tensor], carried: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Keep what the losses are taken of; returns the edges beyond the tensors carried."""
         flat, self._spec = pytree.tree_flatten((output, features))
         places, edges = {id(tensor): index for index, tensor in enumerate(carried)}, []

@@ -161,9 +161,12 @@ class Graft:
     def _on_prior(self, module: nn.Module, call: Forward) -> tuple[Forward, Any, dict[str, Tensor]]:
         assert self.prior is not None
         call = Forward(self.prior(call.args), {}, call.autocast)
-        with own_random_stream(module), without_running_statistics(module):
-            with self._taps.catching() as features:
-                output = module.forward(*call.args)
+        with (
+            own_random_stream(module),
+            without_running_statistics(module),
+            self._taps.catching() as features,
+        ):
+            output = module.forward(*call.args)
         return call, output, features
 
     def added(
@@ -197,12 +200,16 @@ class Graft:
             total = torch.stack([term.weight * term.value for term in terms]).sum()
             found = self._one(total, leaves, 1.0)
             return [None if one is None else self._scale * one for one in found]
-        norm, sums = gradient_norm(list(arriving)), [None] * len(leaves)
+        norm = gradient_norm(list(arriving))
+        sums: list[Tensor | None] = [None] * len(leaves)
         for term in terms:
             found = self._one(term.value, leaves, term.weight, keep=term is not terms[-1])
             own = gradient_norm(found).clamp_min(torch.finfo(torch.float32).tiny)
             factor = term.weight * norm.to(own.device) / own
-            sums = [_plus(a, None if b is None else factor * b) for a, b in zip(sums, found, strict=True)]
+            sums = [
+                _plus(a, None if b is None else factor * b)
+                for a, b in zip(sums, found, strict=True)
+            ]
         return sums
 
     def _one(

@@ -45,7 +45,7 @@ def initialize_from_teacher(student: nn.Module, teacher: nn.Module) -> None:
         if target is None or target.shape != chosen.shape:
             shape = None if target is None else tuple(target.shape)
             raise TargetError(
-                f"{name.removeprefix('root.')}: the student has {shape}, the teacher's channels "
+                f"{shown(name)}: the student has {shape}, the teacher's channels "
                 f"give {tuple(chosen.shape)}"
             )
         copies[name] = chosen

@@ -12,7 +12,7 @@ from lightning_compress.distillation.adapters import make_adapter
 from lightning_compress.distillation.forward import Forward, Term, check_output
 from lightning_compress.distillation.hooks import Taps, evaluating, own_random_stream
 from lightning_compress.distillation.pairs import Pair, find_module
-from lightning_compress.distillation.terms import Call, Loss, make_losses, tensors_of
+from lightning_compress.distillation.terms import Call, make_losses, tensors_of
 from lightning_compress.errors import TargetError
 
 __all__ = ["Link"]
@@ -58,7 +58,9 @@ class Link:
         for loss, _ in [*self.losses, *self.feature_losses]:
             loss.release()
 
-    def ask_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    def ask_teacher(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
         """The teacher's output and features for what the student's module received."""
         adapt = self.pair.inputs or getattr(type(self.teacher), "distillation_inputs", None)
         if adapt is not None:

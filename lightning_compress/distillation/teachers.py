@@ -13,11 +13,17 @@ from torch import nn
 from lightning_compress.coding.artifact import load_compressed
 from lightning_compress.errors import TargetError
 
-__all__ = ["DENSE", "EMATeacher", "LiveTeacher", "check_stranger", "load_teacher", "prepare_teacher"]
+__all__ = [
+    "DENSE",
+    "EMATeacher",
+    "LiveTeacher",
+    "check_stranger",
+    "load_teacher",
+    "prepare_teacher",
+]
 
 DENSE = "dense"  # the dense run of an experiment, which alone can resolve it
 TeacherSpec = nn.Module | Mapping[str, Any] | Callable[[], nn.Module] | str | Path
-
 
 
 class LiveTeacher:
@@ -139,8 +145,8 @@ def _load(module: nn.Module, path: Path) -> None:
     if path.suffix == ".lcz":
         if not path.is_file():
             raise FileNotFoundError(f"there is no teacher {path}")
-        part = module.deployed_module() if hasattr(module, "deployed_module") else module
-        load_compressed(path, part)  # type: ignore[arg-type]
+        deployed: Any = getattr(module, "deployed_module", None)
+        load_compressed(path, module if deployed is None else deployed())
         return
     _fill(module, _read(path), path)
 
@@ -180,4 +186,4 @@ def prepare_teacher(teacher: nn.Module, student: nn.Module) -> None:
     like = next((one for one in student.parameters() if one.is_floating_point()), None)
     if like is not None:
         teacher.to(device=like.device, dtype=like.dtype)
-    teacher.eval().requires_grad_(requires_grad=False)
+    teacher.eval().requires_grad_(False)

@@ -136,7 +136,9 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
     "bernoulli_kl": lambda t: FunctionLoss(bernoulli_kl, temperature=t),
     "gaussian_kl": lambda _: FunctionLoss(gaussian_kl, each=False),
     "attention": lambda _: FunctionLoss(attention_transfer, name="attention", same_shape=False),
-    "similarity": lambda _: FunctionLoss(similarity_preserving, name="similarity", same_shape=False),
+    "similarity": lambda _: FunctionLoss(
+        similarity_preserving, name="similarity", same_shape=False
+    ),
     "cka": lambda _: FunctionLoss(linear_cka, name="cka", same_shape=False),
     "step_kl": lambda t: StepKL(temperature=t),
 }
@@ -174,7 +176,9 @@ def _one(spec: Any, temperature: float) -> Loss:
             raise ValueError(f"loss={spec!r}: valid are {list(LOSSES)}, a Loss or a function")
         return LOSSES[spec](temperature)
     if callable(spec):
-        takes = inspect.signature(spec).parameters
-        options = {"temperature": temperature} if "temperature" in takes else {}
-        return FunctionLoss(spec, each=False, same_shape=False, **options)
+        function: Callable[..., Any] = spec
+        options: dict[str, Any] = {"each": False, "same_shape": False}
+        if "temperature" in inspect.signature(function).parameters:
+            options["temperature"] = temperature
+        return FunctionLoss(function, **options)
     raise TargetError(f"loss={spec!r}: give a name in {list(LOSSES)}, a Loss or a function")

@@ -21,7 +21,7 @@ def both(tmp_path, *, kind=Student, path="decoder", trainer=None, weight=3.0, **
     theirs.teacher, theirs.weight = [copy.deepcopy(teacher).eval().to(dtype)], weight
     kd = KnowledgeDistillation(teacher, pairs=[path], weight=weight)
     watch = Watch(kd)
-    plugin = options.pop("plugin", lambda: [])
+    plugin = options.pop("plugin", list)
     fit(tmp_path, ours, kd, watch, plugins=plugin(), **options)
     fit(tmp_path, theirs, plugins=plugin(), **options)
     return ours, theirs, watch
@@ -79,7 +79,7 @@ def test_a_teacher_is_asked_once_a_generator_step_and_never_for_the_discriminato
 def test_a_toggled_discriminator_step_does_not_even_carry(tmp_path):
     class Toggled(TaughtGAN):
         def training_step(self, batch, index):
-            g, d = self.optimizers()
+            _, d = self.optimizers()
             self.toggle_optimizer(d)
             loss = self.discriminator(self.generator(batch[0][:, :3])).mean()
             self.manual_backward(loss)

@@ -24,7 +24,7 @@ def run(folder, kind, processes):
     return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "balanced"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path, kind):
     (alone,) = run(tmp_path, kind, 1)
     first, second = run(tmp_path, kind, 2)
@@ -35,6 +35,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path, kind):
             torch.testing.assert_close(value, first[part][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gan_on_two_processes_has_one_generator(tmp_path):
     first, second = run(tmp_path, "gan", 2)
     assert first["teacher_calls"] == second["teacher_calls"] == [16]

@@ -131,9 +131,7 @@ RUNS = {
     ],
     "average": lambda: [KnowledgeDistillation(EMATeacher(0.9), pairs=["decoder"], weight=3.0)],
     "online": lambda: [
-        KnowledgeDistillation(
-            OnlineTeacher(changes={"width": 9}), pairs=["decoder"], weight=3.0
-        )
+        KnowledgeDistillation(OnlineTeacher(changes={"width": 9}), pairs=["decoder"], weight=3.0)
     ],
     "pruned": lambda: [
         KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES]),

@@ -109,7 +109,10 @@ def test_features_of_unknown_size_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"latent_dim": 7}, r"'generator' receives, \[\(2, 64\)\]: are latent and image sizes equal"),
+        (
+            {"latent_dim": 7},
+            r"'generator' receives, \[\(2, 64\)\]: are latent and image sizes equal",
+        ),
         ({"image_size": 32}, r"the student gives \(2, 1, 16, 16\), the teacher \(2, 1, 32, 32\)"),
         ({"channels": 3}, r"the student gives \(2, 1, 16, 16\), the teacher \(2, 3, 16, 16\)"),
     ],
@@ -120,13 +123,21 @@ def test_a_gan_of_another_latent_or_image_size(tmp_path, teacher, message):
 
 def test_losses_that_do_not_fit_the_outputs(tmp_path):
     pair = Pair("decoder", loss="gaussian_kl")
-    refuse(tmp_path, r"\['gaussian_kl'\] do not fit what the modules give", make(seed=1), pairs=[pair])
+    refuse(
+        tmp_path, r"\['gaussian_kl'\] do not fit what the modules give", make(seed=1), pairs=[pair]
+    )
     pair = Pair("decoder", loss=Perceptual())
     refuse(tmp_path, "teacher has no module 'discriminator'", make(seed=1), pairs=[pair])
     pair = Pair("decoder", loss=TeacherScore())
     refuse(tmp_path, "teacher has no module 'discriminator'", make(seed=1), pairs=[pair])
     pair = Pair("generator", loss=Perceptual(layers=["down9"]))
-    refuse(tmp_path, "teacher's discriminator has no module 'down9'", small_gan(), small_gan(), pairs=[pair])
+    refuse(
+        tmp_path,
+        "teacher's discriminator has no module 'down9'",
+        small_gan(),
+        small_gan(),
+        pairs=[pair],
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +165,14 @@ def test_bad_values_are_named(make_it, message):
 
 
 def test_unknown_losses_are_named(tmp_path):
-    refuse(tmp_path, r"loss='mae': valid are \['mse', 'l1'", make(seed=1), losses="mae", pairs=["decoder"], error=ValueError)
+    refuse(
+        tmp_path,
+        r"loss='mae': valid are \['mse', 'l1'",
+        make(seed=1),
+        losses="mae",
+        pairs=["decoder"],
+        error=ValueError,
+    )
     refuse(tmp_path, "loss=3", make(seed=1), losses=3, pairs=["decoder"])
 
 
@@ -209,7 +227,13 @@ def test_a_teacher_from_files(tmp_path):
 
 def test_files_that_do_not_fit(tmp_path):
     torch.save(small_gan().state_dict(), tmp_path / "a.pt")
-    refuse(tmp_path, "a.pt does not fit DCGAN", small_gan(width=16), small_gan(), checkpoint=str(tmp_path / "a.pt"))
+    refuse(
+        tmp_path,
+        "a.pt does not fit DCGAN",
+        small_gan(width=16),
+        small_gan(),
+        checkpoint=str(tmp_path / "a.pt"),
+    )
     refuse(tmp_path, "does not say what model it holds", str(tmp_path / "a.pt"), small_gan())
     torch.save({"state_dict": {}}, tmp_path / "b.ckpt")
     refuse(tmp_path, "does not say what model it holds", str(tmp_path / "b.ckpt"), small_gan())
@@ -232,8 +256,12 @@ def test_a_vae_is_taught_at_its_own_noise(tmp_path):
     pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss="bernoulli_kl")]
     kd = KnowledgeDistillation(teacher, pairs=pairs)
     trainer = fit(tmp_path, model, kd, loader=images(4), max_epochs=1)
-    assert trainer.callback_metrics["distill/encoder/gaussian_kl"].item() == pytest.approx(0, abs=1e-5)
-    assert trainer.callback_metrics["distill/decoder/bernoulli_kl"].item() == pytest.approx(0, abs=1e-3)
+    assert trainer.callback_metrics["distill/encoder/gaussian_kl"].item() == pytest.approx(
+        0, abs=1e-5
+    )
+    assert trainer.callback_metrics["distill/decoder/bernoulli_kl"].item() == pytest.approx(
+        0, abs=1e-3
+    )
 
 
 def test_posteriors_of_other_sizes_meet_through_an_adapter(tmp_path):

@@ -1,5 +1,7 @@
 """Students that begin with their teacher's channels."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -158,7 +160,7 @@ class Branchy(nn.Linear):
 
 
 def linear(*sizes):
-    return nn.Sequential(*[nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)])
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(sizes)])
 
 
 @pytest.mark.parametrize(

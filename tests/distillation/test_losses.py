@@ -126,7 +126,9 @@ def test_linear_cka_by_centered_kernels():
     ours, theirs = draw(6, 3), draw(6, 2, 4, seed=1)
     center = np.eye(6) - np.full((6, 6), 1 / 6)
     kernels = [center @ (r @ r.T) @ center for r in (ours.numpy(), theirs.numpy().reshape(6, -1))]
-    hsic = [np.trace(a @ b) for a, b in ((0, 1), (0, 0), (1, 1)) for a, b in [(kernels[a], kernels[b])]]
+    hsic = [
+        np.trace(a @ b) for a, b in ((0, 1), (0, 0), (1, 1)) for a, b in [(kernels[a], kernels[b])]
+    ]
     expected = 1 - hsic[0] / math.sqrt(hsic[1] * hsic[2])
     assert relations.linear_cka(ours, theirs).item() == pytest.approx(expected)
 
