@@ -28,7 +28,8 @@ def initialize_from_teacher(student: nn.Module, teacher: nn.Module) -> None:
 
     >>> teacher = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
     >>> student = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
-    >>> _ = teacher[0].weight.copy_(torch.tensor([[1.0, 0], [0, 0.1], [0, 2]]))
+    >>> weight = teacher[0].weight.requires_grad_(False)
+    >>> _ = weight.copy_(torch.tensor([[1.0, 0], [0, 0.1], [0, 2]]))
     >>> initialize_from_teacher(student, teacher)
     >>> student[0].weight.tolist()
     [[1.0, 0.0], [0.0, 2.0]]
