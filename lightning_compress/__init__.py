@@ -6,6 +6,8 @@ from lightning_compress.callbacks import (
     CompressionSummary,
     GradualPruning,
     Guard,
+    KnowledgeDistillation,
+    OnlineTeacher,
     PosteriorGuard,
     PostTrainingQuantization,
     ProjectedEMA,
@@ -25,6 +27,12 @@ from lightning_compress.coding.artifact import (
 )
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
+from lightning_compress.distillation.critics import Perceptual, TeacherScore
+from lightning_compress.distillation.initialization import initialize_from_teacher
+from lightning_compress.distillation.pairs import Pair
+from lightning_compress.distillation.teachers import EMATeacher
+from lightning_compress.distillation.terms import StepKL
+from lightning_compress.distillation.weights import Ramp
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
@@ -46,27 +54,36 @@ __all__ = [
     "Constant",
     "CorruptArtifactError",
     "Cosine",
+    "EMATeacher",
     "GradualPruning",
     "Guard",
+    "KnowledgeDistillation",
     "Linear",
     "MissingExtraError",
+    "OnlineTeacher",
     "OnnxInfo",
+    "Pair",
+    "Perceptual",
     "Polynomial",
     "PostTrainingQuantization",
     "PosteriorGuard",
     "ProjectedEMA",
     "Projector",
     "QuantizationAwareTraining",
+    "Ramp",
     "RandomState",
     "Rewinding",
     "ScoreMonitor",
     "Staircase",
+    "StepKL",
     "StopOnNonFinite",
     "TargetError",
+    "TeacherScore",
     "ThresholdPruning",
     "compression_state",
     "export_onnx",
     "fake_quantized",
+    "initialize_from_teacher",
     "inspect_compressed",
     "load_compressed",
     "quantize_dynamic",

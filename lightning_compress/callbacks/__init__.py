@@ -2,9 +2,11 @@
 
 from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.averaging import ProjectedEMA
+from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
 from lightning_compress.callbacks.monitor import ScoreMonitor
+from lightning_compress.callbacks.online import OnlineTeacher
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -22,6 +24,8 @@ __all__ = [
     "GradualPruning",
     "Guard",
     "History",
+    "KnowledgeDistillation",
+    "OnlineTeacher",
     "PlainProgress",
     "PostTrainingQuantization",
     "PosteriorGuard",

@@ -101,6 +101,16 @@ class TokenDecoder(nn.Module):
         """The state before the first token, (N, hidden): zeros."""
         return z.new_zeros(z.shape[0], self.gru.hidden_size)
 
+    def distillation_inputs(
+        self, tokens: Tensor, state: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this decoder, as a teacher, is called with where a student was so called.
+
+        A student's state has another size; in training it is the initial one.
+        """
+        del state
+        return tokens, self.initial_state(z), z
+
     def forward(self, tokens: Tensor, state: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (N, T), state (N, hidden), z (N, latent_dim) -> logits (N, T, V), next state."""
         words = self.embedding(tokens)

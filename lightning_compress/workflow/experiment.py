@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.callbacks import CompressionSummary, ScoreMonitor
+from lightning_compress.callbacks import CompressionSummary, KnowledgeDistillation, ScoreMonitor
 from lightning_compress.data import SplitDataModule
 from lightning_compress.files import write_atomically
 from lightning_compress.quantization.activations import fake_quantized
@@ -58,8 +58,16 @@ def run_experiment(
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, seed, earlier) for seed in cfg.baseline_seeds]
+    for one in compressors:
+        if isinstance(one, KnowledgeDistillation):
+            one.take_dense(dense.model)
     compressed = _train(
-        cfg, data, folder / "compressed", [*compressors, CompressionSummary()], evaluator, earlier
+        _of_student(cfg),
+        data,
+        folder / "compressed",
+        [*compressors, CompressionSummary()],
+        evaluator,
+        earlier,
     )
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
     results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
@@ -67,6 +75,14 @@ def run_experiment(
     write_atomically(folder / "results.json", text, what="the results", parents=True)
     _write_curves(folder / "curves.csv", dense, compressed)
     return results
+
+
+def _of_student(cfg: DictConfig) -> DictConfig:
+    """The config of the compressed run: the model with the changes that `student` asks for."""
+    changes = {key: value for key, value in cfg.student.items() if value is not None}
+    student = cfg.copy()
+    OmegaConf.update(student, "model", changes, merge=True)
+    return student
 
 
 def _train(

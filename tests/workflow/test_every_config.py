@@ -152,12 +152,30 @@ def test_each_data_set(folders, cache, monkeypatch, data):
 @pytest.mark.parametrize("compression", names("compression"))
 def test_each_compression_alone(tmp_path, cache, compression):
     overrides = [f"compression=[{compression}]", "model.width_multiplier=0.25", "export.onnx=false"]
+    overrides.append(f"model={'dcgan' if compression == 'distill_gan' else 'vae'}")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         words = [one for one in QUICK if not one.startswith("compression.")]
         cfg = compose("train", overrides=[*words, f"evaluate.cache_dir={cache}", *overrides])
     assert len(cfg.compression) == 1  # each file holds one top key
     results = run_experiment(cfg, tmp_path)
     assert results["ratio"] > 1.0
+
+
+def test_the_dense_run_teaches_a_narrower_student_that_is_pruned_and_quantized(tmp_path, cache):
+    _, results = run(
+        tmp_path,
+        cache,
+        "compression=[distill_vae,prune,quantize]",
+        "compression.distill.initialize=true",
+        "model.width_multiplier=0.5",
+        "student.width_multiplier=0.25",
+        "export.onnx=false",
+    )
+    assert results["compressed"]["params"] < 0.6 * results["dense"]["params"]
+    assert results["compressed"]["nonzero_params"] < 0.3 * results["compressed"]["params"]
+    curves = (tmp_path / "curves.csv").read_text()
+    assert "compressed,2,distill/decoder/bernoulli_kl" in curves
+    assert results["ratio"] > 10
 
 
 @pytest.mark.parametrize("logger", names("logger"))

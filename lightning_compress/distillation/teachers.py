@@ -1,0 +1,189 @@
+"""Where a teacher comes from: a module, a config, a checkpoint, an artifact, or the student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.coding.artifact import load_compressed
+from lightning_compress.errors import TargetError
+
+__all__ = [
+    "DENSE",
+    "EMATeacher",
+    "LiveTeacher",
+    "check_stranger",
+    "load_teacher",
+    "prepare_teacher",
+]
+
+DENSE = "dense"  # the dense run of an experiment, which alone can resolve it
+TeacherSpec = nn.Module | Mapping[str, Any] | Callable[[], nn.Module] | str | Path
+
+
+class LiveTeacher:
+    """A teacher that changes while the student trains."""
+
+    def start(self, student: nn.Module) -> nn.Module:
+        """The teacher to begin with."""
+        raise NotImplementedError
+
+    def on_batch(self, batch: Any, index: int) -> None:
+        """React to a batch that the student is about to train on."""
+
+    def on_step(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """React to a step of the student's optimizer; (student module, teacher module) pairs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the teacher's weights."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put that back."""
+
+
+class EMATeacher(LiveTeacher):
+    """The student's own exponential moving average as its teacher.
+
+    Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780.
+
+    Args:
+        decay: share of the old average kept at each step of the student's optimizer.
+
+    Raises:
+        ValueError: for a decay outside [0, 1).
+
+    >>> EMATeacher(0.99).decay
+    0.99
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} must lie in [0, 1)")
+        self.decay = decay
+
+    def start(self, student: nn.Module) -> nn.Module:
+        """A copy of the student."""
+        return copy.deepcopy(student)
+
+    @torch.no_grad()
+    def on_step(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        """Move the average towards the student; buffers are copied."""
+        for student, teacher in pairs:
+            for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
+                mean.lerp_(value.detach(), 1 - self.decay)
+            for mean, value in zip(teacher.buffers(), student.buffers(), strict=True):
+                mean.copy_(value)
+
+
+def load_teacher(
+    teacher: TeacherSpec, checkpoint: str | Path | None, student: nn.Module
+) -> nn.Module:
+    """Build a teacher and load its weights; nothing in a file is executed.
+
+    Args:
+        teacher: a module; a config with `_target_` or a callable that builds one; or the path of
+            a checkpoint of the student's own class, whose hyperparameters it holds.
+        checkpoint: a Lightning checkpoint, a saved state_dict or an `.lcz` file to load into it.
+        student: the model in training.
+
+    Raises:
+        TargetError: for what builds no module, files that do not fit, or an unknown teacher.
+        FileNotFoundError: without such a file.
+    """
+    if isinstance(teacher, (str, Path)):
+        if teacher == DENSE:
+            raise TargetError(
+                "teacher='dense' is the dense run of the same experiment, which only "
+                "lightning-compress trains: elsewhere give a module, a config or a checkpoint"
+            )
+        if checkpoint is not None:
+            raise TargetError(f"teacher={str(teacher)!r} is a path: leave checkpoint out")
+        return _from_hyperparameters(Path(teacher), student)
+    module = _build(teacher)
+    if checkpoint is not None:
+        _load(module, Path(checkpoint))
+    return module
+
+
+def _build(teacher: Any) -> nn.Module:
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if isinstance(teacher, Mapping):
+        from hydra.utils import instantiate
+
+        module = instantiate(dict(teacher), _convert_="all")
+    else:
+        module = teacher() if callable(teacher) else teacher
+    if not isinstance(module, nn.Module):
+        raise TargetError(
+            f"teacher={teacher!r}: give a module, a config with _target_, a callable that builds "
+            "one, or a checkpoint's path"
+        )
+    return module
+
+
+def _from_hyperparameters(path: Path, student: nn.Module) -> nn.Module:
+    content = _read(path)
+    arguments = content.get("hyper_parameters")
+    if path.suffix == ".lcz" or arguments is None:
+        raise TargetError(
+            f"{path} does not say what model it holds: give teacher=<a module, or a config with "
+            f"_target_> and checkpoint={str(path)!r}"
+        )
+    module = type(student)(**dict(arguments))
+    _fill(module, content, path)
+    return module
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    if path.suffix == ".lcz":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no teacher {path}")
+        deployed: Any = getattr(module, "deployed_module", None)
+        load_compressed(path, module if deployed is None else deployed())
+        return
+    _fill(module, _read(path), path)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no teacher {path}")
+    if path.suffix == ".lcz":
+        return {}
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _fill(module: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    try:
+        module.load_state_dict(content.get("state_dict", content))
+    except RuntimeError as error:
+        raise TargetError(f"{path} does not fit {type(module).__name__}: {error}") from error
+
+
+def check_stranger(teacher: nn.Module, student: nn.Module) -> None:
+    """Check that the two share no parameter.
+
+    Raises:
+        TargetError: when they do.
+    """
+    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    shared = [own[id(one)] for one in teacher.parameters() if id(one) in own]
+    if teacher is student or shared:
+        raise TargetError(
+            f"the teacher is the student: they share {shared[:3] or 'everything'}; give a copy "
+            "(copy.deepcopy), or EMATeacher() for self-distillation"
+        )
+
+
+def prepare_teacher(teacher: nn.Module, student: nn.Module) -> None:
+    """Freeze it, in eval mode, where the student is and in the student's floating-point type."""
+    like = next((one for one in student.parameters() if one.is_floating_point()), None)
+    if like is not None:
+        teacher.to(device=like.device, dtype=like.dtype)
+    teacher.eval().requires_grad_(False)
