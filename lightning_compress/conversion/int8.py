@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_compress.conversion.calibration import calibrate
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.folding import fold_batch_norm, lift_elementwise, norm_behind
-from lightning_compress.conversion.integers import CodebookWeight, StoredWeight
+from lightning_compress.conversion.integers import CodebookWeight, IntegerWeight, StoredWeight
 from lightning_compress.conversion.quantizable import put_on_grids, weight_grids
 from lightning_compress.conversion.rounding import (
     is_rounded,
@@ -22,6 +23,7 @@ from lightning_compress.conversion.rounding import (
     round_output,
 )
 from lightning_compress.conversion.runtime import FOLD_WEIGHTS
+from lightning_compress.conversion.saturation import is_cut_off, seen_inputs
 from lightning_compress.conversion.sites import Site, attribute, find_sites, is_move, modules_of
 from lightning_compress.conversion.storing import place_bias, place_weight, rewrite_storage
 from lightning_compress.conversion.transposed import rewrite_transposed
@@ -47,7 +49,7 @@ class Int8Model:
         weights: parameter name -> what grid it is stored on.
         reasons: layer, parameter or operator -> why it stays float.
         rounds: whether any activation is rounded.
-        whole: whether any product multiplies whole numbers.
+        products: how many products multiply whole numbers.
     """
 
     model: Any
@@ -56,7 +58,7 @@ class Int8Model:
     weights: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     rounds: bool = False
-    whole: bool = False
+    products: int = 0
 
 
 def int8_model(
@@ -67,8 +69,12 @@ def int8_model(
     opset: int | None,
     calibration: Calibration | None,
     percentile: float,
+    shown: Sequence[tuple[Tensor, ...]],
 ) -> Int8Model:
-    """Build the model of a plain copy; the arguments are those of `export_onnx`."""
+    """Build the model of a plain copy; the arguments are those of `export_onnx`.
+
+    `shown` are the inputs on which sums may not be cut off, see `saturation`.
+    """
     grids = weight_grids(module, plain)
     stored, left = put_on_grids(plain, grids, everything=not grids or calibration is not None)
     model = onnx_program(plain, inputs, opset or OPSET, optimize=False).model
@@ -80,7 +86,8 @@ def int8_model(
     points = _give_grids(result, sites)
     result.rounds = bool(points) or any(site.input_grid or site.output_grid for site in sites)
     _rewrite(result, sites, points)
-    _store(result, sites, stored)
+    reading = {site.path for site in sites if site.whole}
+    _store(result, sites, stored, seen_inputs(plain, reading, shown))
     return result
 
 
@@ -164,18 +171,23 @@ def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:
     return reason is None
 
 
-def _store(result: Int8Model, sites: list[Site], stored: Mapping[str, StoredWeight]) -> None:
+def _store(
+    result: Int8Model,
+    sites: list[Site],
+    stored: Mapping[str, StoredWeight],
+    seen: Mapping[str, NDArray],
+) -> None:
     graph = result.model.graph
     result.steps = [_step_behind(value) for value in graph.outputs]
     placed: dict[str, StoredWeight] = {}
-    whole: set[str] = set()
+    whole: dict[str, bool] = {}
     for number, site in enumerate(sites):
         name = site.parameter if site.parameter not in placed else f"{site.parameter}.{number}"
         placed[name] = site.weight
         site.node.replace_input_with(1, place_weight(graph, name, site.weight))
         place_bias(graph, site)
-        if site.whole:
-            whole.add(name)
+        if site.whole and isinstance(site.weight, IntegerWeight):
+            whole[name] = is_cut_off(site.weight, site.node.op_type, seen, site.path)
     for name, weight in stored.items():
         value = graph.initializers.get(name)
         used = [] if value is None else [use.node for use in value.uses() if _is_alive(use.node)]
@@ -188,14 +200,16 @@ def _store(result: Int8Model, sites: list[Site], stored: Mapping[str, StoredWeig
     _finish(result, placed, whole)
 
 
-def _finish(result: Int8Model, placed: Mapping[str, StoredWeight], whole: set[str]) -> None:
+def _finish(
+    result: Int8Model, placed: Mapping[str, StoredWeight], whole: Mapping[str, bool]
+) -> None:
     optimizer = require("onnxscript.optimizer", extra="onnx")
     common = require("onnx_ir.passes.common", extra="onnx")
     graph = result.model.graph
     optimizer.optimize(result.model)
-    folded = set(placed) - whole
-    result.whole = bool(whole)
-    rewrite_storage(graph, placed, foldable=folded if whole else ())
+    folded = set(placed) - set(whole)
+    result.products = len(whole)
+    rewrite_storage(graph, placed, whole=whole)
     graph.sort()
     for cleaner in (common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()):
         cleaner(result.model)
@@ -204,8 +218,10 @@ def _finish(result: Int8Model, placed: Mapping[str, StoredWeight], whole: set[st
 
 
 def _is_alive(node: Any) -> bool:
-    """A Transpose that a product no longer reads is dead."""
-    return node.op_type != "Transpose" or any(list(out.uses()) for out in node.outputs)
+    """Whether a node needs the weight's numbers: not for a shape, nor to turn them for nothing."""
+    if node.op_type == "Transpose":
+        return any(list(out.uses()) for out in node.outputs)
+    return node.op_type != "Shape"
 
 
 def _why_alone(nodes: list[Any]) -> str:

@@ -95,6 +95,20 @@ class IntegerWeight:
         zero = self._fitting_zero(zero)
         return "uint8", (self.symbols + zero).astype(np.uint8), zero
 
+    def may_be_cut_off(self, op: str) -> bool:
+        """Whether uint8 inputs times two neighbouring weights may exceed 16 bits with their sum.
+
+        CPUs without VNNI add products in such pairs, and cut them off at 32,767. Neighbours are
+        those that a product of type `op` reads one after the other: along the input channels.
+        """
+        rows = self.symbols.T if op == "MatMul" else self.symbols
+        if rows.ndim > 2:
+            rows = np.moveaxis(rows, 1, -1)
+        rows = rows.reshape(rows.shape[0], -1)
+        rows = rows[:, : rows.shape[1] // 2 * 2].reshape(rows.shape[0], -1, 2)
+        positive = rows.clip(min=0).sum(-1).max(initial=0)
+        return 255 * int(max(positive, -rows.clip(max=0).sum(-1).min(initial=0))) > 32767
+
     @property
     def _rest(self) -> tuple[int, ...]:
         return tuple(axis for axis, size in enumerate(self.scale.shape) if size == 1)

@@ -13,7 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.conversion.checks import OnnxMismatchError, check_float, check_int8
+from lightning_compress.conversion.checks import (
+    OnnxMismatchError,
+    check_batches,
+    check_float,
+    check_int8,
+)
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.inputs import as_inputs
 from lightning_compress.conversion.int8 import int8_model
@@ -137,20 +142,25 @@ def _export_int8(
         batches = iter(calibration)
         first = list(islice(batches, CHECKED_BATCHES))
         shown, calibration = [as_inputs(one) for one in first], chain(first, batches)
+    shown = [*check_batches(inputs), *shown]
     built = int8_model(
-        module, plain, inputs, opset=opset, calibration=calibration, percentile=percentile
+        module,
+        plain,
+        inputs,
+        opset=opset,
+        calibration=calibration,
+        percentile=percentile,
+        shown=shown,
     )
     settings = session_options(built.model.metadata_props)
-    data = _proto(built.model, path).SerializeToString()
-    parity: dict[str, Parity] = {}
-    if built.rounds:
-        parity, settings = check_int8(built, data, settings, inputs, shown, path)
-        error = parity["onnxruntime"].max_abs_error
-    else:
-        error = check_float(plain, data, inputs, tolerance, path)
-    built.model.metadata_props.update(settings)
     proto = _proto(built.model, path)
     data = proto.SerializeToString()
+    parity: dict[str, Parity] = {}
+    if built.rounds:
+        parity = check_int8(built, data, settings, shown, path)
+        error = parity["onnxruntime"].max_abs_error
+    else:
+        error = check_float(plain, data, inputs, tolerance, path, settings)
     whole, floats = executed_ops(data, settings)
     _write(path, data)
     return OnnxInfo(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Parity", "compare"]
+__all__ = ["SAME", "Parity", "compare"]
 
 SAME = 0.02  # of a step: floats that differ in their last digits
 

@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 FOLD_WEIGHTS = "session.disable_quant_qdq"
-PRECISE = "session.x64quantprecision"
 
 INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
@@ -33,8 +32,7 @@ def onnx_session(path: str | Path, *, threads: int | None = None) -> Any:
     """An ONNX Runtime session on the CPU with the options that the file's metadata asks for.
 
     Weights that wait for a DequantizeLinear at every call make a file of whole numbers up to 3
-    times slower: `session.disable_quant_qdq` has them evaluated once. `session.x64quantprecision`
-    keeps CPUs without VNNI from cutting off sums of products.
+    times slower: `session.disable_quant_qdq` has them evaluated once.
 
     Args:
         path: of the file.
@@ -76,15 +74,6 @@ def make_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def measures_saturation() -> bool:
-    """Whether this CPU would show products that other CPUs cut off: x86 without VNNI."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx2" in flags and "vnni" not in flags
 
 
 def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:

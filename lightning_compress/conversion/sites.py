@@ -130,8 +130,9 @@ def find_sites(graph: Any, stored: Mapping[str, StoredWeight]) -> list[Site]:
             if node.op_type != "MatMul":
                 continue
             weight = weight.moved(np.transpose)
-        bias, output = _bias(node, weight.values.shape)
-        sites.append(Site(owner(value.name), node, value.name, weight, bias, output))
+        found = _bias(node, weight.values.shape)
+        if found is not None:
+            sites.append(Site(owner(value.name), node, value.name, weight, *found))
     return sites
 
 
@@ -144,15 +145,28 @@ def _is_plain(node: Any) -> bool:
     return factors == (1.0, 1.0) and turns == (0, 1)
 
 
-def _bias(node: Any, shape: tuple[int, ...]) -> tuple[NDArray | None, Any]:
-    """The bias of a product and the value that holds their sum."""
+def _bias(node: Any, shape: tuple[int, ...]) -> tuple[NDArray | None, Any] | None:
+    """The bias of a product and the value that holds their sum; None for a computed bias."""
     output = node.outputs[0]
     if node.op_type != "MatMul":
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return constant(bias), output
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = constant(value)
+        return (
+            None if value is not None and bias is None and not _is_zeros(value) else (bias, output)
+        )
     add = only_use(output)
-    if add is not None and add.op_type == "Add":
+    if add is not None and add.op_type == "Add" and add.inputs[1].is_initializer():
         bias = constant(add.inputs[1])
-        if bias is not None and bias.shape == shape[-1:] and add.inputs[1].is_initializer():
+        if bias is not None and bias.shape == shape[-1:]:
             return bias, add.outputs[0]
     return None, output
+
+
+def _is_zeros(value: Any) -> bool:
+    """The exporter writes a missing bias as a zero that it spreads over the channels."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Expand", "CastLike", "Cast"):
+        value = node.inputs[0]
+        node = value.producer()
+    found = constant(value)
+    return found is not None and not found.any()

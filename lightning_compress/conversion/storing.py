@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = ["place_bias", "place_weight", "rewrite_storage"]
 
 MARK = "lightning_compress.weight"
 LARGEST_INT32 = 2**31 - 1
+LONG = 1024
 
 
 def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
@@ -35,12 +36,13 @@ def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
     else:
         _, stored, zero = weight.encoded()
         scale, axis = weight.scale, weight.axis
-    point = np.zeros(scale.size, stored.dtype) if zero is None else zero.astype(stored.dtype)
     inputs = [
         initializer(graph, f"{name}.quantized", stored),
         initializer(graph, f"{name}.scale", _vector(scale, axis)),
-        initializer(graph, f"{name}.zero_point", _vector(point, axis)),
     ]
+    if zero is not None:
+        point = np.broadcast_to(zero, scale.shape).astype(stored.dtype)
+        inputs.append(initializer(graph, f"{name}.zero_point", _vector(point, axis)))
     attributes = {} if axis is None else {"axis": axis}
     node = ir.node("DequantizeLinear", inputs, attributes, metadata_props={MARK: name})
     node.outputs[0].name = f"{name}.dequantized"
@@ -69,7 +71,12 @@ def _bias_value(graph: Any, site: Site) -> Any:
     ir = require("onnx_ir", extra="onnx")
     assert site.bias is not None
     name = f"{site.path or 'module'}.{site.node.op_type}.bias"
-    if not site.whole or site.input_grid is None or not isinstance(site.weight, IntegerWeight):
+    if (
+        site.node.op_type == "Gemm"
+        or not site.whole
+        or site.input_grid is None
+        or not isinstance(site.weight, IntegerWeight)
+    ):
         return initializer(graph, name, site.bias.astype(np.float32))
     step = grid_key(site.input_grid)[0]
     scale = (np.float32(step) * site.weight.scale.reshape(-1)).astype(np.float32)
@@ -94,16 +101,45 @@ def _add_bias(graph: Any, site: Site) -> None:
         add.replace_input_with(1, initializer(graph, name, site.bias.astype(np.float32)))
 
 
-def rewrite_storage(
-    graph: Any, weights: Mapping[str, StoredWeight], *, foldable: Iterable[str]
-) -> None:
-    """Pack 2 to 4 bits into int4, look codebooks up, and keep `foldable` weights from running.
+def repeated(graph: Any, before: Any, name: str, vector: NDArray) -> Any:
+    """A long vector whose entries come in runs of equal length, stored once a run.
 
-    Casts and products of constants are evaluated when a session starts; a DequantizeLinear is not
-    (unless `session.disable_quant_qdq` is set), since int8 kernels are made of them.
+    A Linear layer that feeds pictures has one step and bias a pixel, equal within a channel.
     """
-    foldable = set(foldable)
+    run = _run_length(vector)
+    if vector.size < LONG or run == 1:
+        return initializer(graph, name, vector)
+    ir = require("onnx_ir", extra="onnx")
+    short = initializer(graph, f"{name}.runs", vector[::run].reshape(-1, 1).copy())
+    shape = initializer(graph, f"{name}.shape", np.asarray([vector.size // run, run], np.int64))
+    flat = initializer(graph, "flat", np.asarray([-1], np.int64))
+    spread = ir.node("Expand", [short, shape])
+    result = ir.node("Reshape", [spread.outputs[0], flat])
+    graph.insert_before(before, [spread, result])
+    return result.outputs[0]
+
+
+def _run_length(vector: NDArray) -> int:
+    changes = np.flatnonzero(vector[1:] != vector[:-1]) + 1 if vector.ndim else np.arange(0)
+    return int(np.gcd.reduce([*changes, vector.size]))
+
+
+def rewrite_storage(
+    graph: Any, weights: Mapping[str, StoredWeight], *, whole: Mapping[str, bool]
+) -> None:
+    """Give weights the form that runs: the optimizer is through and can evaluate nothing of it.
+
+    Weights of 2 to 4 bits are packed into int4, codebooks looked up. Beside products of whole
+    numbers, weights that multiply as floats stand behind casts and products of constants: these
+    are evaluated when a session starts, a DequantizeLinear is not.
+
+    Args:
+        graph: holds the nodes that `place_weight` made.
+        weights: by the name they were placed under.
+        whole: those that multiply as whole numbers -> whether as uint8 around 128.
+    """
     for node in list(graph):
+        _shorten_bias(graph, node)
         name = node.metadata_props.get(MARK)
         if name is None:
             continue
@@ -113,8 +149,42 @@ def rewrite_storage(
             continue
         if weight.encoded()[0] == "int4":
             _pack(graph, node, name, weight)
-        if name in foldable:
+        if name in whole:
+            _give_zero_point(graph, node, name, weight, around_128=whole[name])
+        elif whole:
             _multiply_out(graph, node, name, weight)
+
+
+def _shorten_bias(graph: Any, node: Any) -> None:
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2].is_initializer():
+        old = node.inputs[2]
+        _drop_input(
+            graph, node, 2, repeated(graph, node, f"{old.name}.short", old.const_value.numpy())
+        )
+
+
+def _give_zero_point(
+    graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_128: bool
+) -> None:
+    """A zero point of the weight's own: ONNX Runtime fails where two weights share one."""
+    if len(node.inputs) > 2:
+        return
+    kind, point = np.int8, 0
+    if around_128:
+        kind, point = np.uint8, 128
+        stored = initializer(graph, f"{name}.around_128", (weight.symbols + 128).astype(np.uint8))
+        _drop_input(graph, node, 0, stored)
+    points = np.full(weight.scale.size, point, kind)
+    node.resize_inputs(3)
+    value = repeated(graph, node, f"{name}.zero_point", _vector(points, weight.axis))
+    node.replace_input_with(2, value)
+
+
+def _drop_input(graph: Any, node: Any, index: int, new: Any) -> None:
+    old = node.inputs[index]
+    node.replace_input_with(index, new)
+    if old.is_initializer() and not list(old.uses()):
+        del graph.initializers[old.name]
 
 
 def _int4(graph: Any, name: str, array: NDArray, kind: str) -> Any:
@@ -132,10 +202,7 @@ def _cast(graph: Any, before: Any, value: Any, kind: str) -> Any:
 
 def _pack(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
     packed = _int4(graph, f"{name}.int4", weight.symbols, "int4")
-    old = node.inputs[0]
-    node.replace_input_with(0, _cast(graph, node, packed, "INT8"))
-    if not list(old.uses()):
-        del graph.initializers[old.name]
+    _drop_input(graph, node, 0, _cast(graph, node, packed, "INT8"))
 
 
 def _multiply_out(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
