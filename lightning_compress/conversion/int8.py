@@ -213,8 +213,19 @@ def _finish(
     graph.sort()
     for cleaner in (common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()):
         cleaner(result.model)
+    _drop_notes(graph)
     if folded and not whole:
         result.model.metadata_props[FOLD_WEIGHTS] = "1"
+
+
+def _drop_notes(graph: Any) -> None:
+    """Names of nodes and shapes of values in between: a tenth of a small model's file."""
+    kept = set(graph.outputs)
+    for node in graph:
+        node.name = None
+        for value in node.outputs:
+            if value not in kept:
+                value.shape = value.type = None
 
 
 def _is_alive(node: Any) -> bool:

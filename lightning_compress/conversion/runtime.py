@@ -28,7 +28,7 @@ MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "
 MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "Identity", "Expand"}
 
 
-def onnx_session(path: str | Path, *, threads: int | None = None) -> Any:
+def onnx_session(path: str | Path, *, threads: int | None = None, spinning: bool = True) -> Any:
     """An ONNX Runtime session on the CPU with the options that the file's metadata asks for.
 
     Weights that wait for a DequantizeLinear at every call make a file of whole numbers up to 3
@@ -37,12 +37,15 @@ def onnx_session(path: str | Path, *, threads: int | None = None) -> Any:
     Args:
         path: of the file.
         threads: for one call; None takes what ONNX Runtime takes.
+        spinning: whether threads wait for the next call by spinning, as is ONNX Runtime's way.
 
     Raises:
         MissingExtraError: when onnx or onnxruntime is not installed.
     """
     proto = require("onnx", extra="onnx").load(str(path))
     settings = session_options({entry.key: entry.value for entry in proto.metadata_props})
+    if not spinning:
+        settings["session.intra_op.allow_spinning"] = "0"
     return make_session(str(path), settings, threads=threads)
 
 
