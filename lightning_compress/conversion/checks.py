@@ -25,6 +25,7 @@ MOST_ROWS = 64
 DRAWN_ROWS = 32
 PRODUCTS_PER_STEP = 4
 MOST_BEYOND = 0.1
+MOST_CUT_OFF = 0.001
 LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
 
 
@@ -104,16 +105,19 @@ def check_batches(inputs: Inputs) -> list[Inputs]:
 
 def check_int8(
     built: Int8Model,
-    data: bytes,
+    files: Sequence[bytes],
     settings: Mapping[str, str],
     batches: Sequence[Inputs],
     path: Path,
-) -> dict[str, Parity]:
-    """How a file differs from the fake-quantized module, by runtime.
+) -> tuple[bytes, dict[str, Parity]]:
+    """The file to write, and how it differs from the fake-quantized module, by runtime.
+
+    The first file is taken unless cut-off sums put more than 1 in 1,000 numbers off by more than
+    a step.
 
     Args:
         built: the model and its module.
-        data: the file.
+        files: the file, and the more careful one if there is one.
         settings: session options that the file asks for.
         batches: inputs, of which up to 64 rows each are checked.
         path: for the message.
@@ -130,7 +134,10 @@ def check_int8(
         step or _range(one[index] for one in expected) / LEVELS
         for index, step in enumerate(built.steps)
     ]
-    found = compare(_onnx_runner(data, settings), batches, expected, steps)
+    for data in files:
+        found = compare(_onnx_runner(data, settings), batches, expected, steps)
+        if found.more <= MOST_CUT_OFF:
+            break
     allowed = 1 + -(-built.products // PRODUCTS_PER_STEP)
     if found.more > MOST_BEYOND or found.largest > allowed + SAME:
         raise OnnxMismatchError(
@@ -140,8 +147,11 @@ def check_int8(
         )
     runner = _openvino_runner(data)
     if runner is None:
-        return {"onnxruntime": found}
-    return {"onnxruntime": found, "openvino": compare(runner, batches, expected, steps)}
+        return data, {"onnxruntime": found}
+    return data, {
+        "onnxruntime": found,
+        "openvino": compare(runner, batches, expected, steps),
+    }
 
 
 def _range(outputs: Any) -> float:

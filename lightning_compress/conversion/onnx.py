@@ -152,19 +152,20 @@ def _export_int8(
         percentile=percentile,
         shown=shown,
     )
-    settings = session_options(built.model.metadata_props)
-    proto = _proto(built.model, path)
-    data = proto.SerializeToString()
+    protos = [_proto(model, path) for model in built.models]
+    settings = session_options({entry.key: entry.value for entry in protos[0].metadata_props})
+    files = [proto.SerializeToString() for proto in protos]
     parity: dict[str, Parity] = {}
+    data = files[0]
     if built.rounds:
-        parity = check_int8(built, data, settings, shown, path)
+        data, parity = check_int8(built, files, settings, shown, path)
         error = parity["onnxruntime"].max_abs_error
     else:
         error = check_float(plain, data, inputs, tolerance, path, settings)
     whole, floats = executed_ops(data, settings)
     _write(path, data)
     return OnnxInfo(
-        **_facts(proto, path, data),
+        **_facts(protos[0], path, data),
         max_abs_error=error,
         float_ops=floats,
         int8_ops=whole,
