@@ -21,6 +21,8 @@ from lightning_compress.coding.artifact import (
 )
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
+from lightning_compress.conversion.parity import Parity
+from lightning_compress.conversion.runtime import onnx_session
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
@@ -41,6 +43,7 @@ __all__ = [
     "Linear",
     "MissingExtraError",
     "OnnxInfo",
+    "Parity",
     "Polynomial",
     "PostTrainingQuantization",
     "PosteriorGuard",
@@ -57,6 +60,7 @@ __all__ = [
     "export_onnx",
     "inspect_compressed",
     "load_compressed",
+    "onnx_session",
     "quantize_weights",
     "save_compressed",
     "sparsity",

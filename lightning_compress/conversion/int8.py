@@ -110,20 +110,29 @@ def _rewrite(result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid]
             if obstacle is not None:
                 site.whole, result.reasons[site.path] = False, obstacle
     for site in sites:
-        norm = norm_behind(site)
-        old = None if norm is None else norm[0].outputs[0]
-        new = fold_batch_norm(graph, site)
-        if new is not None and old in points:
-            points[new] = points.pop(old)
+        _fold(graph, site, points)
     for site in sites:
         lift_elementwise(graph, site, points)
+    _round(graph, sites, points)
+    graph.sort()
+
+
+def _fold(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
+    """Fold the norm behind a product; where its output is rounded, the product's is now."""
+    norm = norm_behind(site)
+    old = None if norm is None else norm[0].outputs[0]
+    new = fold_batch_norm(graph, site)
+    if new is not None and old in points:
+        points[new] = points.pop(old)
+
+
+def _round(graph: Any, sites: list[Site], points: dict[Any, AffineGrid]) -> None:
     for site in sites:
         if site.output_grid is not None:
             round_output(graph, site.output, site.output_grid)
     for value, grid in points.items():
         round_output(graph, value, grid)
     round_inputs(graph, sites)
-    graph.sort()
 
 
 def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:

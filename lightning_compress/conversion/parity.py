@@ -62,4 +62,5 @@ def compare(
             largest = max(largest, float(away.max(initial=0)))
             error = max(error, float(apart.max(initial=0)))
     shares = counts / max(1, counts.sum())
-    return Parity(*(float(share) for share in shares), largest, error, int(counts.sum()))
+    equal, one, more = (float(share) for share in shares)
+    return Parity(equal, one, more, largest, error, int(counts.sum()))

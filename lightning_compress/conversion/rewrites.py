@@ -61,10 +61,10 @@ def transposed_as_conv(
         output_padding: of (height, width), less than the stride.
         groups: of the convolution.
 
-    >>> x, weight = torch.randn(2, 3, 5, 5), torch.randn(3, 4, 4, 4)
+    >>> x, weight = torch.rand(2, 3, 5, 5), torch.rand(3, 4, 4, 4)
     >>> rewritten = transposed_as_conv(weight, stride=2, padding=(1, 1))
     >>> expected = functional.conv_transpose2d(x, weight, stride=2, padding=1)
-    >>> torch.allclose(rewritten(x), expected, atol=1e-5)
+    >>> torch.allclose(rewritten(x), expected, atol=1e-4)
     True
     """
     taps, crops, fills = [], [], []

@@ -55,8 +55,9 @@ def is_rounded(
         uses = list(value.uses())
         grid = points.get(value) or _common_grid(readers, uses, value.is_graph_output())
         node = only_use(value)
-        passing = is_move(node) or (node is not None and node.op_type in ("Relu", "LeakyRelu"))
-        if grid is not None or not passing:
+        if grid is not None or node is None:
+            break
+        if not is_move(node) and node.op_type not in ("Relu", "LeakyRelu"):
             break
         if node.op_type == "LeakyRelu":
             slope = attribute(node, "alpha", 0.01) if leaky else 0.0
@@ -66,8 +67,9 @@ def is_rounded(
 
 def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
     """The grid on which all readers round a value; None when they do not agree or do not round."""
-    grids = [readers.get(use.node) if use.idx == 0 else None for use in uses]
-    if is_output or not grids or None in grids:
+    found = [readers.get(use.node) if use.idx == 0 else None for use in uses]
+    grids = [grid for grid in found if grid is not None]
+    if is_output or not grids or len(grids) < len(found):
         return None
     return grids[0] if len({grid_key(grid) for grid in grids}) == 1 else None
 
@@ -174,7 +176,7 @@ def _round_before_leaky(graph: Any, node: Any, grid: AffineGrid) -> None:
 
 
 def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:
-    """QuantizeLinear to uint8, at most `2^bits - 1`, and back; right behind the value's producer."""
+    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value."""
     ir = require("onnx_ir", extra="onnx")
     step, zero, bits = grid_key(grid)
     scale = initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32))

@@ -10,15 +10,7 @@ from typing import Any
 
 from lightning_compress.errors import require
 
-__all__ = [
-    "FOLD_WEIGHTS",
-    "PRECISE",
-    "executed_ops",
-    "make_session",
-    "measures_saturation",
-    "onnx_session",
-    "session_options",
-]
+__all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "session_options"]
 
 FOLD_WEIGHTS = "session.disable_quant_qdq"
 
@@ -93,7 +85,8 @@ def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, in
     constants = {entry.name: entry.data_type for entry in graph.initializer}
     bytes_of = {name for name, kind in constants.items() if kind in (kinds.INT8, kinds.UINT8)}
     shapes = {name for name, kind in constants.items() if kind == kinds.INT64}
-    whole, floats = Counter(), Counter()
+    whole: Counter[str] = Counter()
+    floats: Counter[str] = Counter()
     for node in graph.node:
         inputs = [name for name in node.input if name]
         if node.op_type.startswith(INT8_PRODUCTS) or (

@@ -54,7 +54,8 @@ def seen_inputs(
 
 def _keep(rows: list[NDArray[np.int32]], layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     grids = activation_grids(layer)
-    assert grids is not None and isinstance(grids.input, AffineGrid)
+    assert grids is not None
+    assert isinstance(grids.input, AffineGrid)
     scale, zero = (
         float(grids.input.scale.reshape(-1)[0]),
         int(grids.input.zero_point.reshape(-1)[0]),

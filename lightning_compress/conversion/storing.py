@@ -55,7 +55,7 @@ def _vector(values: NDArray, axis: int | None) -> NDArray:
 
 
 def place_bias(graph: Any, site: Site) -> None:
-    """Give a product its bias: int32 in steps of input times weight where those exist, else float."""
+    """Give a product its bias: int32 in steps of input times weight, or as floats."""
     if site.bias is None:
         return
     if site.node.op_type == "MatMul":
@@ -121,7 +121,7 @@ def repeated(graph: Any, before: Any, name: str, vector: NDArray) -> Any:
 
 def _run_length(vector: NDArray) -> int:
     changes = np.flatnonzero(vector[1:] != vector[:-1]) + 1 if vector.ndim else np.arange(0)
-    return int(np.gcd.reduce([*changes, vector.size]))
+    return int(np.gcd.reduce(np.append(changes, vector.size)))
 
 
 def rewrite_storage(
@@ -188,9 +188,8 @@ def _drop_input(graph: Any, node: Any, index: int, new: Any) -> None:
 
 
 def _int4(graph: Any, name: str, array: NDArray, kind: str) -> Any:
-    import ml_dtypes  # noqa: PLC0415
-
-    return initializer(graph, name, array.astype(getattr(ml_dtypes, kind)))
+    types = require("ml_dtypes", extra="onnx")
+    return initializer(graph, name, array.astype(getattr(types, kind)))
 
 
 def _cast(graph: Any, before: Any, value: Any, kind: str) -> Any:
