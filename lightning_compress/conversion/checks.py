@@ -23,7 +23,7 @@ __all__ = ["OnnxMismatchError", "check_batches", "check_float", "check_int8"]
 Inputs = tuple[Tensor, ...]
 MOST_ROWS = 64
 DRAWN_ROWS = 32
-PRODUCTS_PER_STEP = 4
+PRODUCTS_PER_STEP = 2
 MOST_BEYOND = 0.1
 MOST_CUT_OFF = 0.001
 LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
@@ -124,7 +124,7 @@ def check_int8(
 
     Raises:
         OnnxMismatchError: when more than 1 in 10 numbers differ by more than a step under ONNX
-            Runtime, or one by more than 1 + products / 4 steps: a rounding that falls the other
+            Runtime, or one by more than 1 + products / 2 steps: a rounding that falls the other
             way early on reaches many numbers later.
     """
     batches = [take_rows(batch, min(len(batch[0]), MOST_ROWS)) for batch in batches]
