@@ -32,9 +32,9 @@ def norm_behind(site: Site) -> tuple[Any, int] | None:
     if node is None or node.op_type != "BatchNormalization":
         return None
     gamma, outputs = constant(node.inputs[1]), site.weight.values.shape[site.channel_axis]
-    if site.node.op_type == "ConvTranspose" and attribute(site.node, "group", 1) > 1:
-        return None
-    if gamma is None or value.shape is None or outputs % gamma.size:
+    if site.node.op_type == "ConvTranspose":
+        outputs *= attribute(site.node, "group", 1)
+    if gamma is None or outputs % gamma.size:
         return None
     if site.node.op_type == "MatMul" and value is not site.output:
         return None
@@ -50,6 +50,8 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
     found = norm_behind(site)
     if found is None or not isinstance(site.weight, IntegerWeight):
         return None
+    if site.node.op_type == "ConvTranspose" and attribute(site.node, "group", 1) > 1:
+        return None  # its steps run along the channels of a group, a norm's factors along all
     norm, repeats = found
     gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))

@@ -35,7 +35,7 @@ def calibrate_sites(
     planned = _with_planned_inputs(sites)
     places: dict[str, tuple[bool, bool]] = {}
     for site, plan in zip(sites, planned, strict=True):
-        gives = not is_rounded(plan, planned, points, leaky=False)
+        gives = not is_rounded(plan, planned, points)
         norm = norm_behind(site)
         places[site.path] = (site.input_grid is None, gives and norm is None)
         if gives and norm is not None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from lightning_compress.conversion.folding import norm_behind
-from lightning_compress.conversion.sites import Site, attribute, is_move, modules_of, only_use
+from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use
 from lightning_compress.errors import require
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids
@@ -36,33 +35,29 @@ def grid_key(grid: AffineGrid) -> tuple[float, int, int]:
     return float(grid.scale.reshape(-1)[0]), int(grid.zero_point.reshape(-1)[0]), grid.bits
 
 
-def is_rounded(
-    site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGrid], *, leaky: bool = True
-) -> bool:
-    """Whether what a product gives is rounded before anything but its activation reads it.
+def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGrid]) -> bool:
+    """Whether what a product gives is rounded before anything but moves and a ReLU reads it.
+
+    A LeakyReLU in between needs a rounding of its own in front: int8 kernels have no other way,
+    and a rounding that the module does not have would not be the module's result.
 
     Args:
         site: the product.
         sites: all products; one that reads the value rounds it first, if it has an input grid.
         points: values that are rounded by themselves.
-        leaky: whether a LeakyReLU may stand between; see `_step_before_leaky`.
     """
     norm = norm_behind(site)
     value = site.output if norm is None else norm[0].outputs[0]
     readers = {one.node: one.input_grid for one in sites}
-    slope, grid = 1.0, site.output_grid
+    grid = site.output_grid
     while grid is None:
         uses = list(value.uses())
         grid = points.get(value) or _common_grid(readers, uses, value.is_graph_output())
         node = only_use(value)
-        if grid is not None or node is None:
+        if grid is not None or node is None or not (is_move(node) or node.op_type == "Relu"):
             break
-        if not is_move(node) and node.op_type not in ("Relu", "LeakyRelu"):
-            break
-        if node.op_type == "LeakyRelu":
-            slope = attribute(node, "alpha", 0.01) if leaky else 0.0
         value = node.outputs[0]
-    return grid is not None and (slope == 1.0 or _step_before_leaky(slope, grid) is not None)
+    return grid is not None
 
 
 def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
@@ -72,19 +67,6 @@ def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: boo
     if is_output or not grids or len(grids) < len(found):
         return None
     return grids[0] if len({grid_key(grid) for grid in grids}) == 1 else None
-
-
-def _step_before_leaky(slope: float, grid: AffineGrid) -> float | None:
-    """The step on which to round in front of a LeakyReLU whose result is rounded on `grid`.
-
-    int8 kernels round before it too. Over the range that ends on `grid` that moves the result by
-    less than one of its steps, as long as the steps in front are less than twice as wide.
-    """
-    step, zero, bits = grid_key(grid)
-    if not 0 < slope <= 1:
-        return None
-    wide = step * (zero / slope + 2**bits - 1 - zero) / 255
-    return wide if wide < 2 * step else None
 
 
 def output_points(
@@ -150,8 +132,6 @@ def _round(
             break
         node.replace_input_with(0, _pair(graph, source, grid))
         node = source.producer()
-    if all_read and node is not None and node.op_type == "LeakyRelu":
-        _round_before_leaky(graph, node, grid)
 
 
 def _become_output(graph: Any, old: Any, new: Any) -> None:
@@ -160,19 +140,6 @@ def _become_output(graph: Any, old: Any, new: Any) -> None:
             graph.outputs[index] = new
     new.name, old.name = old.name, None
     new.type, new.shape = old.type, old.shape
-
-
-def _round_before_leaky(graph: Any, node: Any, grid: AffineGrid) -> None:
-    source, slope = node.inputs[0], attribute(node, "alpha", 0.01)
-    wide = _step_before_leaky(slope, grid)
-    if wide is None or source.producer() is None or len(list(source.uses())) != 1:
-        return
-    if source.producer().op_type == "DequantizeLinear":  # rounded by itself
-        return
-    step, zero, _ = grid_key(grid)
-    point = torch.tensor([round(zero * step / slope / wide)], dtype=torch.int32)
-    inner = AffineGrid(torch.tensor([wide]), point, 8, False, None)
-    node.replace_input_with(0, _pair(graph, source, inner))
 
 
 def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:

@@ -1,15 +1,22 @@
 """int8 files beside a fake-quantized module that this file evaluates by itself."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from lightning_compress import CompressionState, compression_state, onnx_session, quantize_weights
+from lightning_compress.conversion import finishing
+from lightning_compress.conversion.integers import IntegerWeight
 from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
+from lightning_compress.conversion.saturation import is_cut_off
 from lightning_compress.models import (
     DCGAN,
     VAE,
@@ -91,20 +98,24 @@ class Rounded:
             handle.remove()
 
 
-def train_grids(module, inputs, bits=8, tail=None):
-    """What quantization-aware training leaves: input grids, an output grid at the last product."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
+def train_grids(module, inputs, bits=8):
+    """What training leaves: input grids, output grids at the end and before a LeakyReLU."""
+    layers = [layer for layer in module if isinstance(layer, LAYERS)]
+    before_leaky = [norm for norm, after in pairwise(module) if isinstance(after, nn.LeakyReLU)]
     seen = {}
     handles = [
         layer.register_forward_hook(lambda one, x, y: seen.update({one: (x[0], y)}))
-        for layer in layers
+        for layer in (*layers, *before_leaky)
     ]
     with torch.no_grad():
         module(*inputs(64))
     for handle in handles:
         handle.remove()
     for layer, (x, y) in seen.items():
-        ends = layer is (tail or layers[-1])
+        if layer in before_leaky:
+            set_activation_grids(layer, ActivationGrids(None, affine_grid(y, symmetric=False)))
+            continue
+        ends = layer is layers[-1]
         set_activation_grids(
             layer,
             ActivationGrids(
@@ -150,6 +161,18 @@ def test_trained_grids_give_the_fake_quantized_module(weights, activation_bits, 
         assert (away > 1.01).mean() < 0.002
         assert away.max() <= 2.01
         assert (away < 0.02).mean() > 0.9
+
+
+def test_a_product_whose_output_is_not_rounded_stays_float_and_exact(tmp_path):
+    torch.manual_seed(0)
+    module = settled(generator(), lambda n: (torch.randn(n, 6),))
+    quantize_weights(module, 8)
+    train_grids(module, lambda n: (torch.randn(n, 6),))
+    set_activation_grids(module[5], None)  # in front of the LeakyReLU
+    info = export_onnx(module, tmp_path / "m.onnx", torch.randn(4, 6), int8=True)
+    assert info.float_ops["ConvTranspose"] == 1
+    assert set(info.reasons) == {"4"}
+    assert info.parity["onnxruntime"].more < 0.002
 
 
 ZOO = {
@@ -289,28 +312,33 @@ def test_the_module_and_its_grids_stay_as_they_are(tmp_path):
 
 
 def test_a_wrong_file_is_refused(tmp_path, monkeypatch):
-    """The check sees what a rewrite that drops the norm's shift would do."""
-    from lightning_compress.conversion import finishing
-
-    def forget(graph, site):
-        site.bias = None if site.bias is None else site.bias * 0
-
-    monkeypatch.setattr(
-        finishing, "place_bias", lambda graph, site: (forget(graph, site), place(graph, site))
-    )
-    from lightning_compress.conversion.storing import place_bias as place
-
-    module = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
-    nn.init.constant_(module[0].bias, 3.0)
+    monkeypatch.setattr(finishing, "place_bias", lambda graph, site: forgotten.append(site))
+    forgotten = []
+    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))  # the norm's shift is a new bias
+    nn.init.constant_(module[1].bias, 3.0)
+    calibration = [torch.randn(8, 6)]
     with pytest.raises(OnnxMismatchError, match=r"differ from the fake-quantized module"):
         export_onnx(
-            module,
-            tmp_path / "m.onnx",
-            torch.randn(4, 6),
-            int8=True,
-            calibration=[torch.randn(8, 6)],
+            module, tmp_path / "m.onnx", torch.randn(4, 6), int8=True, calibration=calibration
         )
+    assert forgotten
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.data())
+def test_sums_that_may_be_cut_off_are_found(data):
+    symbols = data.draw(arrays(np.int32, (3, 4), elements=st.integers(-127, 127)))
+    values = data.draw(arrays(np.int32, (5, 4), elements=st.integers(0, 255)))
+    one = np.ones((1, 1), np.float32)
+    weight = IntegerWeight(symbols, one, np.zeros((1, 1), np.int32), "")
+    pairs = [values[:, at : at + 2] @ symbols[:, at : at + 2].T for at in (0, 2)]
+    cut = np.abs(pairs).max() > 0.9 * 32767
+    found = is_cut_off(weight, "Gemm", {"layer": values}, "layer")
+    assert found or not cut or not weight.may_be_cut_off("Gemm")
+    assert cut or not found
+    if np.abs(pairs).max() > 32767:
+        assert weight.may_be_cut_off("Gemm")
+        assert found
 
 
 def test_info_is_frozen(tmp_path):
