@@ -27,6 +27,8 @@ from lightning_compress.coding.artifact import (
 )
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
+from lightning_compress.conversion.parity import Parity
+from lightning_compress.conversion.runtime import onnx_session
 from lightning_compress.distillation.critics import Perceptual, TeacherScore
 from lightning_compress.distillation.initialization import initialize_from_teacher
 from lightning_compress.distillation.pairs import Pair
@@ -63,6 +65,7 @@ __all__ = [
     "OnlineTeacher",
     "OnnxInfo",
     "Pair",
+    "Parity",
     "Perceptual",
     "Polynomial",
     "PostTrainingQuantization",
@@ -86,6 +89,7 @@ __all__ = [
     "initialize_from_teacher",
     "inspect_compressed",
     "load_compressed",
+    "onnx_session",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lightning_compress.conversion.inputs import as_inputs, take_rows
+from lightning_compress.conversion.checks import (
+    OnnxMismatchError,
+    check_batches,
+    check_float,
+    check_int8,
+)
+from lightning_compress.conversion.exporter import onnx_program
+from lightning_compress.conversion.inputs import as_inputs
+from lightning_compress.conversion.int8 import int8_model
+from lightning_compress.conversion.parity import Parity
 from lightning_compress.conversion.plain import plain_copy
+from lightning_compress.conversion.runtime import executed_ops, session_options
 from lightning_compress.errors import require
 
 __all__ = ["OnnxInfo", "OnnxMismatchError", "export_onnx"]
 
 PROTOBUF_LIMIT = 2**31 - 1
-
-# What the exporter says of its own workings; everything else still reaches the user.
-EXPORTER_WARNINGS = (
-    ".*_check_is_size will be removed",  # its own use of an old check
-    r"The tensor attributes? .*_flat_weights",  # recurrent layers list their weights anew
-    "# The axis name: batch.* will not be used",  # all inputs share one batch axis, as meant
-)
-
-
-class OnnxMismatchError(ValueError):
-    """An exported file that does not compute what the PyTorch module computes."""
+CHECKED_BATCHES = 4  # of the calibration inputs
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,17 @@ class OnnxInfo:
     Args:
         path: where it lies.
         bytes: its size.
-        max_abs_error: largest difference from PyTorch over all outputs and checked batch sizes.
+        max_abs_error: largest difference from PyTorch over all outputs and checked inputs; for an
+            int8 file, from the fake-quantized module.
         inputs: their names, in order.
         outputs: their names, in order.
-        float_ops: operators that return floats, type -> count.
-        int8_ops: operators that run on int8, type -> count.
+        float_ops: operators that return floats, type -> count; for an int8 file, after ONNX
+            Runtime's own rewriting.
+        int8_ops: operators that run on whole numbers in ONNX Runtime, type -> count.
+        reasons: layer or parameter -> why it stays float or multiplies as float.
+        weights: parameter -> the grid it is stored on.
+        parity: runtime -> how the differences from the fake-quantized module are distributed.
+        session: options that `onnx_session` reads from the file's metadata.
     """
 
     path: Path
@@ -57,6 +60,10 @@ class OnnxInfo:
     outputs: tuple[str, ...]
     float_ops: Mapping[str, int]
     int8_ops: Mapping[str, int] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    parity: Mapping[str, Parity] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -64,123 +71,132 @@ def export_onnx(
     path: str | Path,
     sample: Tensor | tuple[Tensor, ...],
     *,
+    int8: bool = False,
+    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
+    percentile: float = 100.0,
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> OnnxInfo:
-    """Write a module as one fp32 ONNX file and check it against PyTorch.
+    """Write a module as one ONNX file and check it against PyTorch.
 
     The module is exported in eval mode from a copy and stays as it is. BatchNorm right behind a
     layer is folded into it, parametrizations (spectral_norm, weight_norm) into their weights.
+
+    With `int8`, weights are stored as whole numbers on the grids that training left; a weight
+    without one gets 8 bits over its min/max range, unless other weights have grids and there is no
+    calibration. Layers with an input grid, trained or calibrated, multiply in int8 (a transposed
+    convolution as a convolution); others store whole numbers and multiply as floats, see
+    `OnnxInfo.reasons`. Open such a file with `onnx_session`.
 
     Args:
         module: takes the sample as positional arguments; returns tensors, possibly nested.
         path: of the file; it appears only when the check has passed.
         sample: inputs; axis 0 is the batch and is dynamic in the file.
-        opset: ONNX operator set version; None leaves the choice to the exporter.
+        int8: store and multiply whole numbers where that can be.
+        calibration: for `int8`, inputs that show the range of activations without a grid.
+        percentile: share of those activations, in percent, that a range holds at either end.
+        opset: ONNX operator set version; None leaves the choice to the exporter (int8: 21).
         tolerance: largest absolute difference from PyTorch, at the sample's and at other batch
-            sizes.
+            sizes. Where activations are rounded, the measure is one step of the output's grid.
 
     Raises:
-        OnnxMismatchError: when the file's outputs differ by more than `tolerance`.
+        OnnxMismatchError: when the file's outputs differ by more than `tolerance`, or by more than
+            a step.
         ValueError: when the inputs do not share a batch size or the module fixes it, the opset
-            cannot be reached, or the file would exceed 2 GiB.
+            cannot be reached, the calibration is empty, not finite or given without `int8`, or the
+            file would exceed 2 GiB.
         MissingExtraError: when onnx, onnxscript or onnxruntime is not installed.
     """
-    onnx = require("onnx", extra="onnx")
-    require("onnxscript", extra="onnx")
-    require("onnxruntime", extra="onnx")
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        require(name, extra="onnx")
+    if calibration is not None and not int8:
+        raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
     inputs = tuple(part.detach().cpu() for part in as_inputs(sample))
     plain = plain_copy(module)
-    proto = _export(plain, take_rows(inputs, max(2, len(inputs[0]))), opset)
-    if proto.ByteSize() > PROTOBUF_LIMIT:
-        raise ValueError(f"{path} would take {proto.ByteSize()} bytes; a single file ends at 2 GiB")
-    onnx.checker.check_model(proto, full_check=True)
+    if int8:
+        return _export_int8(
+            module, plain, Path(path), inputs, opset, calibration, percentile, tolerance
+        )
+    model = onnx_program(plain, inputs, opset).model
+    proto = _proto(model, Path(path))
     data = proto.SerializeToString()
-    error = _check(plain, data, inputs, tolerance, Path(path))
+    error = check_float(plain, data, inputs, tolerance, Path(path))
     _write(Path(path), data)
     return OnnxInfo(
-        path=Path(path),
-        bytes=len(data),
-        max_abs_error=error,
-        inputs=tuple(entry.name for entry in proto.graph.input),
-        outputs=tuple(entry.name for entry in proto.graph.output),
-        float_ops=_float_ops(proto),
+        **_facts(proto, Path(path), data), max_abs_error=error, float_ops=_float_ops(proto)
     )
 
 
-@contextmanager
-def _exporter_warnings_ignored() -> Iterator[None]:
-    with warnings.catch_warnings():
-        for message in EXPORTER_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        yield
+def _export_int8(
+    module: nn.Module,
+    plain: nn.Module,
+    path: Path,
+    inputs: tuple[Tensor, ...],
+    opset: int | None,
+    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None,
+    percentile: float,
+    tolerance: float,
+) -> OnnxInfo:
+    shown: list[tuple[Tensor, ...]] = []
+    if calibration is not None:
+        batches = iter(calibration)
+        first = list(islice(batches, CHECKED_BATCHES))
+        shown, calibration = [as_inputs(one) for one in first], chain(first, batches)
+    shown = [*check_batches(inputs), *shown]
+    built = int8_model(
+        module,
+        plain,
+        inputs,
+        opset=opset,
+        calibration=calibration,
+        percentile=percentile,
+        shown=shown,
+    )
+    protos = [_proto(model, path) for model in built.models]
+    settings = session_options({entry.key: entry.value for entry in protos[0].metadata_props})
+    files = [proto.SerializeToString() for proto in protos]
+    parity: dict[str, Parity] = {}
+    data = files[0]
+    if built.rounds:
+        data, parity = check_int8(built, files, settings, shown, path)
+        error = parity["onnxruntime"].max_abs_error
+    else:
+        error = check_float(plain, data, inputs, tolerance, path, settings)
+    whole, floats = executed_ops(data, settings)
+    _write(path, data)
+    return OnnxInfo(
+        **_facts(protos[0], path, data),
+        max_abs_error=error,
+        float_ops=floats,
+        int8_ops=whole,
+        reasons=built.reasons,
+        weights=built.weights,
+        parity=parity,
+        session=settings,
+    )
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -> Any:
-    """The ONNX model; the exporter would bake in a batch size of 1, so it gets 2 or more."""
-    batch = torch.export.Dim("batch", min=1)
-    with _exporter_warnings_ignored(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            inputs,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-        )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
-    _check_request(program.model_proto, opset)
-    return program.model_proto
+def _proto(model: Any, path: Path) -> Any:
+    """The model as it is written: checked, small enough, without traces of where it was made."""
+    onnx, ir = require("onnx", extra="onnx"), require("onnx_ir", extra="onnx")
+    common = require("onnx_ir.passes.common", extra="onnx")
+    options = dict(model.metadata_props)
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.update({k: v for k, v in options.items() if k.startswith("session.")})
+    proto = ir.to_proto(model)
+    if proto.ByteSize() > PROTOBUF_LIMIT:
+        raise ValueError(f"{path} would take {proto.ByteSize()} bytes; a single file ends at 2 GiB")
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
 
 
-def _check_request(proto: Any, opset: int | None) -> None:
-    """The exporter may give another opset or a fixed batch size without an error."""
-    actual = next(entry.version for entry in proto.opset_import if entry.domain == "")
-    if opset not in (None, actual):
-        raise ValueError(f"opset {opset} cannot be reached, the exporter stays at opset {actual}")
-    for entry in proto.graph.input:
-        first = entry.type.tensor_type.shape.dim[0]
-        if not first.dim_param:
-            raise ValueError(
-                f"input {entry.name!r} has its batch size fixed at {first.dim_value} by the "
-                "module's forward: use x.shape[0] there, not len(x) or a number"
-            )
-
-
-def _check(
-    module: nn.Module, data: bytes, inputs: tuple[Tensor, ...], tolerance: float, path: Path
-) -> float:
-    """Largest difference from PyTorch at the sample's batch size, one more, and one."""
-    runtime = require("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    worst, size = 0.0, len(inputs[0])
-    for count in sorted({size, size + 1, 1}):
-        batch = take_rows(inputs, count)
-        feed = {name: part.numpy() for name, part in zip(names, batch, strict=True)}
-        with torch.no_grad():
-            expected = [leaf for leaf in pytree.tree_leaves(module(*batch)) if leaf is not None]
-        results = [torch.from_numpy(value) for value in session.run(None, feed)]
-        for name, got, want in zip(session.get_outputs(), results, expected, strict=True):
-            error = _difference(got, want)
-            if not error <= tolerance:  # also catches NaN
-                raise OnnxMismatchError(
-                    f"{path}: output {name.name!r} differs from PyTorch by {error:g} at batch "
-                    f"size {count}, above the tolerance {tolerance:g}; no file was written"
-                )
-            worst = max(worst, error)
-    return worst
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return float("inf")
-    got, want = got.double(), want.double()
-    same = (got == want) | (got.isnan() & want.isnan())  # equal infinities would give NaN
-    return float((got - want).abs().masked_fill(same, 0.0).max()) if got.numel() else 0.0
+def _facts(proto: Any, path: Path, data: bytes) -> dict[str, Any]:
+    return {
+        "path": path,
+        "bytes": len(data),
+        "inputs": tuple(entry.name for entry in proto.graph.input),
+        "outputs": tuple(entry.name for entry in proto.graph.output),
+    }
 
 
 def _float_ops(proto: Any) -> dict[str, int]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.conversion.inputs import as_inputs, take_rows
+from lightning_compress.conversion.runtime import onnx_session
 from lightning_compress.errors import require
 
-__all__ = ["Latency", "latency", "latency_grid", "onnx_runner", "torch_runner"]
+__all__ = ["Latency", "latency", "latency_grid", "onnx_runner", "openvino_runner", "torch_runner"]
 
 Runner = Callable[[], Any]
 RunnerFactory = Callable[[tuple[Tensor, ...], "int | None"], Runner]
@@ -135,20 +136,32 @@ def onnx_runner(
         MissingExtraError: when onnxruntime is not installed.
         ValueError: when the number of inputs differs from the file's.
     """
-    runtime = require("onnxruntime", extra="onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = _threads(threads)
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    require("onnxruntime", extra="onnx")
     # threads that spin between calls would take the cores from the other candidates
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path, threads=_threads(threads), spinning=False)
     names = [entry.name for entry in session.get_inputs()]
     batch = as_inputs(inputs)
     if len(names) != len(batch):
         raise ValueError(f"{path} takes {len(names)} inputs {names}, got {len(batch)}")
     feed = {name: part.numpy(force=True) for name, part in zip(names, batch, strict=True)}
     return lambda: session.run(None, feed)
+
+
+def openvino_runner(
+    path: str | Path, inputs: Tensor | tuple[Tensor, ...], threads: int | None = 1
+) -> Runner:
+    """One call of an ONNX file under OpenVINO on the CPU with that many threads (None: all).
+
+    Raises:
+        MissingExtraError: when openvino is not installed.
+    """
+    core = require("openvino", extra="openvino").Core()
+    hints = {"INFERENCE_NUM_THREADS": _threads(threads), "NUM_STREAMS": 1}
+    # bfloat16, where a CPU has it, would not be the arithmetic of the other candidates
+    settings = {**hints, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(str(path), "CPU", settings).create_infer_request()
+    batch = [part.numpy(force=True) for part in as_inputs(inputs)]
+    return lambda: request.infer(batch)
 
 
 def _threads(threads: int | None) -> int:

@@ -13,6 +13,7 @@ from lightning_compress.coding.artifact import ArtifactInfo, save_compressed
 from lightning_compress.conversion.onnx import export_onnx
 from lightning_compress.evaluation.cost import file_sizes, macs, parameter_counts
 from lightning_compress.evaluation.latency import latency_grid, onnx_runner, torch_runner
+from lightning_compress.workflow.int8 import int8_path
 
 __all__ = ["deployed_cost", "layer_rows", "side_by_side_latency", "write_files"]
 
@@ -48,9 +49,17 @@ def onnx_path(folder: Path, part: str) -> Path:
 
 
 def side_by_side_latency(
-    dense: Any, compressed: Any, folders: tuple[Path, Path], settings: DictConfig, *, onnx: bool
+    dense: Any,
+    compressed: Any,
+    folders: tuple[Path, Path],
+    settings: DictConfig,
+    *,
+    onnx: bool,
+    int8: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Milliseconds of the part that draws (or classifies), dense and compressed in turn.
+
+    With `int8`, the compressed side's int8 file also runs beside the dense side's fp32 file.
 
     Returns:
         One dict a side: `"torch, 1 thread, batch 1"` -> median, p10, p90, and for the compressed
@@ -60,6 +69,9 @@ def side_by_side_latency(
     pairs = {"torch": [partial(torch_runner, one.parts()[name][0]) for one in (dense, compressed)]}
     if onnx:
         pairs["onnxruntime"] = [partial(onnx_runner, onnx_path(one, name)) for one in folders]
+    if onnx and int8:
+        files = (onnx_path(folders[0], name), int8_path(folders[1], name))
+        pairs["onnxruntime int8"] = [partial(onnx_runner, file) for file in files]
     sides: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     threads = sorted({1, os.cpu_count() or 1})
     for runtime, (one, other) in pairs.items():

@@ -24,6 +24,7 @@ from lightning_compress.workflow.costs import (
     side_by_side_latency,
     write_files,
 )
+from lightning_compress.workflow.int8 import int8_rows, write_int8_files
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
 from lightning_compress.workflow.resume import Earlier
 from lightning_compress.workflow.training import Trained, build_model, load_trained, train
@@ -132,18 +133,25 @@ def _measure(
     dense, compressed = (one.model.cpu().eval() for one in pair)
     folders = (folder / "dense", folder / "compressed")
     sides, artifacts = [], []
+    int8 = bool(cfg.export.onnx and cfg.export.int8)
     for one, home, quality in (
         (pair[0], folders[0], dense_qualities[0]),
         (pair[1], folders[1], evaluator.quality(compressed)),
     ):
         home.mkdir(exist_ok=True)
         sizes, artifact = write_files(one.model, home, cfg.export)
+        infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
+        if int8:
+            sizes["onnx_int8"] = sum(info.bytes for info in infos.values())
         cost = deployed_cost(one.model)
-        sides.append({"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds})
+        side = {"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds}
+        sides.append({**side, "int8_ops": int8_rows(infos)})
         artifacts.append(artifact)
     for side, times in zip(
         sides,
-        side_by_side_latency(dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx),
+        side_by_side_latency(
+            dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx, int8=int8
+        ),
         strict=True,
     ):
         side["latency_ms"] = times

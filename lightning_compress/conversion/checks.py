@@ -1,0 +1,182 @@
+"""Whether an ONNX file computes what its module computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.conversion.calibration import fake_quantizing
+from lightning_compress.conversion.inputs import take_rows
+from lightning_compress.conversion.int8 import Int8Model
+from lightning_compress.conversion.parity import SAME, Parity, compare
+from lightning_compress.conversion.runtime import make_session
+from lightning_compress.errors import require
+
+__all__ = ["OnnxMismatchError", "check_batches", "check_float", "check_int8"]
+
+Inputs = tuple[Tensor, ...]
+MOST_ROWS = 64
+DRAWN_ROWS = 32
+PRODUCTS_PER_STEP = 2
+MOST_BEYOND = 0.1
+MOST_CUT_OFF = 0.001
+LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
+
+
+class OnnxMismatchError(ValueError):
+    """An exported file that does not compute what the PyTorch module computes."""
+
+
+def outputs_of(module: nn.Module, batch: Inputs) -> list[Tensor]:
+    """A module's output tensors, in the order that a file lists them."""
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(module(*batch)) if leaf is not None]
+
+
+def _sizes(inputs: Inputs) -> list[int]:
+    return sorted({len(inputs[0]), len(inputs[0]) + 1, 1})
+
+
+def check_float(
+    module: nn.Module,
+    data: bytes,
+    inputs: Inputs,
+    tolerance: float,
+    path: Path,
+    settings: Mapping[str, str] | None = None,
+) -> float:
+    """Largest difference from PyTorch at the sample's batch size, one more, and one.
+
+    Raises:
+        OnnxMismatchError: when it is above `tolerance`, or a shape differs.
+    """
+    session = make_session(data, settings or {})
+    worst = 0.0
+    for count in _sizes(inputs):
+        batch = take_rows(inputs, count)
+        results = [torch.from_numpy(value) for value in session.run(None, _feed(session, batch))]
+        expected = outputs_of(module, batch)
+        for name, got, want in zip(session.get_outputs(), results, expected, strict=True):
+            error = _difference(got, want)
+            if not error <= tolerance:  # also catches NaN
+                raise OnnxMismatchError(
+                    f"{path}: output {name.name!r} differs from PyTorch by {error:g} at batch "
+                    f"size {count}, above the tolerance {tolerance:g}; no file was written"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.double(), want.double()
+    same = (got == want) | (got.isnan() & want.isnan())  # equal infinities would give NaN
+    return float((got - want).abs().masked_fill(same, 0.0).max()) if got.numel() else 0.0
+
+
+def _feed(session: Any, batch: Inputs) -> dict[str, NDArray]:
+    names = [entry.name for entry in session.get_inputs()]
+    return {name: part.numpy() for name, part in zip(names, batch, strict=True)}
+
+
+def check_batches(inputs: Inputs) -> list[Inputs]:
+    """The sample at its batch size, one more and one, and rows of noise like it.
+
+    A sample is often two rows, too few to meet the larger values: floats are drawn anew from a
+    normal distribution of their own mean and spread, other inputs repeat.
+    """
+    noise = torch.Generator().manual_seed(0)
+    drawn = [
+        part.float().mean() + part.float().std() * torch.randn(part.shape, generator=noise)
+        if part.is_floating_point() and part.numel() > 1
+        else part
+        for part in take_rows(inputs, DRAWN_ROWS)
+    ]
+    typed = tuple(new.to(old.dtype) for new, old in zip(drawn, inputs, strict=True))
+    return [*(take_rows(inputs, count) for count in _sizes(inputs)), typed]
+
+
+def check_int8(
+    built: Int8Model,
+    files: Sequence[bytes],
+    settings: Mapping[str, str],
+    batches: Sequence[Inputs],
+    path: Path,
+) -> tuple[bytes, dict[str, Parity]]:
+    """The file to write, and how it differs from the fake-quantized module, by runtime.
+
+    The first file is taken unless cut-off sums put more than 1 in 1,000 numbers off by more than
+    a step.
+
+    Args:
+        built: the model and its module.
+        files: the file, and the more careful one if there is one.
+        settings: session options that the file asks for.
+        batches: inputs, of which up to 64 rows each are checked.
+        path: for the message.
+
+    Raises:
+        OnnxMismatchError: when more than 1 in 10 numbers differ by more than a step under ONNX
+            Runtime, or one by more than 1 + products / 2 steps: a rounding that falls the other
+            way early on reaches many numbers later.
+    """
+    batches = [take_rows(batch, min(len(batch[0]), MOST_ROWS)) for batch in batches]
+    with fake_quantizing(built.plain):
+        expected = [outputs_of(built.plain, batch) for batch in batches]
+    steps = [
+        step or _range(one[index] for one in expected) / LEVELS
+        for index, step in enumerate(built.steps)
+    ]
+    allowed = 1 + -(-built.products // PRODUCTS_PER_STEP)
+    data = files[0]
+    found = compare(_onnx_runner(data, settings), batches, expected, steps)
+    if found.more > MOST_CUT_OFF or found.largest > allowed + SAME:
+        data = files[-1]
+        found = compare(_onnx_runner(data, settings), batches, expected, steps)
+    if found.more > MOST_BEYOND or found.largest > allowed + SAME:
+        raise OnnxMismatchError(
+            f"{path}: {found.more:.2%} of {found.elements} numbers differ from the fake-quantized "
+            f"module by more than one step ({MOST_BEYOND:.0%} allowed), at most by "
+            f"{found.largest:.1f} steps ({allowed} allowed); no file was written"
+        )
+    runner = _openvino_runner(data)
+    if runner is None:
+        return data, {"onnxruntime": found}
+    return data, {
+        "onnxruntime": found,
+        "openvino": compare(runner, batches, expected, steps),
+    }
+
+
+def _range(outputs: Any) -> float:
+    values = torch.cat([output.flatten().float() for output in outputs])
+    return max(float(values.max() - values.min()), 1e-6)
+
+
+def _onnx_runner(data: bytes, settings: Mapping[str, str]) -> Callable[[Inputs], Sequence[NDArray]]:
+    session = make_session(data, settings)
+    return lambda batch: session.run(None, _feed(session, batch))
+
+
+def _openvino_runner(data: bytes) -> Callable[[Inputs], Sequence[NDArray]] | None:
+    """The file under OpenVINO; None where that is not installed."""
+    try:
+        openvino = require("openvino", extra="openvino")
+    except ImportError:
+        return None
+    core = openvino.Core()
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}  # bfloat16 would differ by itself
+    compiled = core.compile_model(core.read_model(data), "CPU", hints)
+
+    def run(batch: Inputs) -> Sequence[NDArray]:
+        results = compiled(tuple(part.numpy() for part in batch))
+        return [results[output] for output in compiled.outputs]
+
+    return run

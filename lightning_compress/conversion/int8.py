@@ -1,0 +1,158 @@
+"""An ONNX model on whole numbers: QuantizeLinear and DequantizeLinear around exact rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.conversion.exporter import onnx_program
+from lightning_compress.conversion.finishing import finished_models
+from lightning_compress.conversion.folding import fold_batch_norm, lift_elementwise, norm_behind
+from lightning_compress.conversion.integers import CodebookWeight
+from lightning_compress.conversion.planning import calibrate_sites
+from lightning_compress.conversion.quantizable import put_on_grids, weight_grids
+from lightning_compress.conversion.rounding import (
+    is_rounded,
+    output_points,
+    round_inputs,
+    round_output,
+)
+from lightning_compress.conversion.saturation import seen_inputs
+from lightning_compress.conversion.sites import Site, find_sites, is_move
+from lightning_compress.conversion.transposed import rewrite_transposed
+from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.state import ActivationGrids, compression_state
+
+__all__ = ["Int8Model", "int8_model"]
+
+OPSET = 21  # the first with 4-bit whole numbers
+
+Calibration = Iterable[Tensor | tuple[Tensor, ...]]
+
+
+@dataclass
+class Int8Model:
+    """What is to be written, and what it must agree with.
+
+    Args:
+        models: the `onnx_ir` model, and a more careful one if there is one.
+        plain: the module with its weights and activations on their grids.
+        steps: the step of each output; None where nothing behind it is rounded.
+        weights: parameter name -> what grid it is stored on.
+        reasons: layer, parameter or operator -> why it stays float.
+        rounds: whether any activation is rounded.
+        products: how many products multiply whole numbers.
+    """
+
+    models: list[Any]
+    plain: nn.Module
+    steps: list[float | None] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    rounds: bool = False
+    products: int = 0
+
+
+def int8_model(
+    module: nn.Module,
+    plain: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    opset: int | None,
+    calibration: Calibration | None,
+    percentile: float,
+    shown: Sequence[tuple[Tensor, ...]],
+) -> Int8Model:
+    """Build the model of a plain copy; the arguments are those of `export_onnx`.
+
+    `shown` are the inputs on which sums may not be cut off, see `saturation`.
+    """
+    grids = weight_grids(module, plain)
+    stored, left = put_on_grids(plain, grids, everything=not grids or calibration is not None)
+    model = onnx_program(plain, inputs, opset or OPSET, optimize=False).model
+    sites = find_sites(model.graph, stored)
+    if calibration is not None:
+        calibrate_sites(model.graph, plain, sites, calibration, percentile)
+    result = Int8Model([model], plain, reasons=left)
+    result.weights = {name: weight.source for name, weight in stored.items()}
+    points = _give_grids(result, sites)
+    result.rounds = bool(points) or any(site.input_grid or site.output_grid for site in sites)
+    _rewrite(result, sites, points)
+    result.steps = [_step_behind(value) for value in model.graph.outputs]
+    reading = [site.path for site in sites if site.whole]
+    result.products = len(reading)
+    seen = seen_inputs(plain, reading, shown)
+    result.models, reasons = finished_models(model, sites, stored, seen)
+    result.reasons = reasons | result.reasons
+    return result
+
+
+def _give_grids(result: Int8Model, sites: list[Site]) -> dict[Any, AffineGrid]:
+    activations = compression_state(result.plain).activations
+    for site in sites:
+        found = activations.get(site.path, ActivationGrids())
+        site.input_grid, site.output_grid = found.input, found.output
+    points, missing = output_points(result.models[0].graph, activations, sites)
+    result.reasons.update(missing)
+    return points
+
+
+def _rewrite(result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid]) -> None:
+    graph = result.models[0].graph
+    for site in sites:
+        site.whole = _can_run(result, site, is_rounded(site, sites, points))
+    for site in sites:
+        if site.whole and site.node.op_type == "ConvTranspose":
+            obstacle = rewrite_transposed(graph, site)
+            if obstacle is not None:
+                site.whole, result.reasons[site.path] = False, obstacle
+    for site in sites:
+        _fold(graph, site, points)
+    for site in sites:
+        lift_elementwise(graph, site, points)
+    _round(graph, sites, points)
+    graph.sort()
+
+
+def _fold(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
+    """Fold the norm behind a product; where its output is rounded, the product's is now."""
+    norm = norm_behind(site)
+    old = None if norm is None else norm[0].outputs[0]
+    new = fold_batch_norm(graph, site)
+    if new is not None and old in points:
+        points[new] = points.pop(old)
+
+
+def _round(graph: Any, sites: list[Site], points: dict[Any, AffineGrid]) -> None:
+    for site in sites:
+        if site.output_grid is not None:
+            round_output(graph, site.output, site.output_grid)
+    for value, grid in points.items():
+        round_output(graph, value, grid)
+    round_inputs(graph, sites)
+
+
+def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:
+    reason = None
+    if isinstance(site.weight, CodebookWeight):
+        reason = "its weights are centres of a codebook, not multiples of a step"
+    elif site.input_grid is None:
+        reason = "its input has no grid: weights alone are whole numbers (give calibration inputs)"
+    elif not rounded and site.node.op_type not in ("Gemm", "MatMul"):
+        reason = "its output is not rounded before it is used (give calibration inputs)"
+    if reason is not None:
+        result.reasons[site.path] = reason
+    return reason is None
+
+
+def _step_behind(value: Any) -> float | None:
+    """The step of the rounding that an output comes from, through activations and moves."""
+    node = value.producer()
+    while node is not None and (is_move(node) or node.op_type in ("Tanh", "Sigmoid", "Relu")):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return float(node.inputs[1].const_value.numpy())

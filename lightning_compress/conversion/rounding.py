@@ -1,0 +1,162 @@
+"""Where an exported graph rounds its activations: QuantizeLinear and DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_compress.conversion.folding import norm_behind
+from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use
+from lightning_compress.errors import require
+from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.state import ActivationGrids
+
+__all__ = ["grid_key", "initializer", "is_rounded", "output_points", "round_inputs", "round_output"]
+
+Uses = list[tuple[Any, int]]
+
+
+def initializer(graph: Any, name: str, array: np.ndarray) -> Any:
+    """A new named constant of the graph; an existing one of that name is used again."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    ir = require("onnx_ir", extra="onnx")
+    tensor = ir.tensor(array, name=name)
+    value = ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def grid_key(grid: AffineGrid) -> tuple[float, int, int]:
+    """Equal for grids of equal numbers."""
+    return float(grid.scale.reshape(-1)[0]), int(grid.zero_point.reshape(-1)[0]), grid.bits
+
+
+def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGrid]) -> bool:
+    """Whether what a product gives is rounded before anything but moves and a ReLU reads it.
+
+    A LeakyReLU in between needs a rounding of its own in front: int8 kernels have no other way,
+    and a rounding that the module does not have would not be the module's result.
+
+    Args:
+        site: the product.
+        sites: all products; one that reads the value rounds it first, if it has an input grid.
+        points: values that are rounded by themselves.
+    """
+    norm = norm_behind(site)
+    value = site.output if norm is None else norm[0].outputs[0]
+    readers = {one.node: one.input_grid for one in sites}
+    grid = site.output_grid
+    while grid is None:
+        uses = list(value.uses())
+        grid = points.get(value) or _common_grid(readers, uses, value.is_graph_output())
+        node = only_use(value)
+        if grid is not None or node is None or not (is_move(node) or node.op_type == "Relu"):
+            break
+        value = node.outputs[0]
+    return grid is not None
+
+
+def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
+    """The grid on which all readers round a value; None when they do not agree or do not round."""
+    found = [readers.get(use.node) if use.idx == 0 else None for use in uses]
+    grids = [grid for grid in found if grid is not None]
+    if is_output or not grids or len(grids) < len(found):
+        return None
+    return grids[0] if len({grid_key(grid) for grid in grids}) == 1 else None
+
+
+def output_points(
+    graph: Any, activations: Mapping[str, ActivationGrids], sites: Sequence[Site]
+) -> tuple[dict[Any, AffineGrid], dict[str, str]]:
+    """Values that modules without a product of their own round, and why others were not found."""
+    own, points, missing = {site.path for site in sites}, {}, {}
+    for path, grids in activations.items():
+        if path in own:
+            continue
+        inside = [node for node in graph if path in modules_of(node)]
+        given = [
+            value
+            for node in inside
+            for value in node.outputs
+            if value.is_graph_output() or any(use.node not in inside for use in value.uses())
+        ]
+        if grids.output is not None and len(given) == 1:
+            points[given[0]] = grids.output
+        if (grids.output is not None and len(given) != 1) or grids.input is not None:
+            missing[path] = "its activation grids belong to no product or single output"
+    return points, missing
+
+
+def round_output(graph: Any, value: Any, grid: AffineGrid) -> None:
+    """Round a value for all its readers, at the end of the moves behind it."""
+    while is_move(node := only_use(value)):
+        value = node.outputs[0]
+    uses = [(use.node, use.idx) for use in value.uses()]
+    _round(graph, value, uses, grid, is_output=value.is_graph_output())
+
+
+def round_inputs(graph: Any, sites: Sequence[Site]) -> None:
+    """Round what products read, as early as the same rounding serves all readers."""
+    groups: dict[tuple[Any, Any], Uses] = defaultdict(list)
+    grids: dict[Any, AffineGrid] = {}
+    for site in sites:
+        if site.input_grid is not None:
+            key = grid_key(site.input_grid)
+            groups[site.node.inputs[0], key].append((site.node, 0))
+            grids[key] = site.input_grid
+    for (value, key), uses in groups.items():
+        _round(graph, value, uses, grids[key])
+
+
+def _round(
+    graph: Any, value: Any, uses: Uses, grid: AffineGrid, *, is_output: bool = False
+) -> None:
+    """Put rounding between a value and some readers, and again before the moves it came through.
+
+    Rounding twice on one grid is rounding once: runtimes then run the moves between on integers.
+    """
+    all_read = len(uses) == len(list(value.uses())) and (is_output or not value.is_graph_output())
+    result = _pair(graph, value, grid)
+    for node, index in uses:
+        node.replace_input_with(index, result)
+    if is_output:
+        _become_output(graph, value, result)
+    node = value.producer()
+    while all_read and is_move(node) and len(list(node.inputs[0].uses())) == 1:
+        source = node.inputs[0]
+        if source.is_graph_output() or source.producer() is None:
+            break
+        node.replace_input_with(0, _pair(graph, source, grid))
+        node = source.producer()
+
+
+def _become_output(graph: Any, old: Any, new: Any) -> None:
+    for index, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[index] = new
+    new.name, old.name = old.name, None
+    new.type, new.shape = old.type, old.shape
+
+
+def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:
+    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value."""
+    ir = require("onnx_ir", extra="onnx")
+    step, zero, bits = grid_key(grid)
+    scale = initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32))
+    point = initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8))
+    down = ir.node("QuantizeLinear", [value, scale, point])
+    nodes = [down]
+    if bits < 8:
+        top = initializer(graph, f"top_{bits}", np.asarray(2**bits - 1, np.uint8))
+        nodes.append(ir.node("Min", [down.outputs[0], top]))
+    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, point]))
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+    return nodes[-1].outputs[0]

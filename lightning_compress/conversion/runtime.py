@@ -1,0 +1,103 @@
+"""ONNX Runtime sessions, opened as the file asks, and what runs inside them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_compress.errors import require
+
+__all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "session_options"]
+
+FOLD_WEIGHTS = "session.disable_quant_qdq"
+
+INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
+CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
+MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "Concat", "Flatten"}
+MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "Identity", "Expand"}
+
+
+def onnx_session(path: str | Path, *, threads: int | None = None, spinning: bool = True) -> Any:
+    """An ONNX Runtime session on the CPU with the options that the file's metadata asks for.
+
+    Weights that wait for a DequantizeLinear at every call make a file of whole numbers up to 3
+    times slower: `session.disable_quant_qdq` has them evaluated once.
+
+    Args:
+        path: of the file.
+        threads: for one call; None takes what ONNX Runtime takes.
+        spinning: whether threads wait for the next call by spinning, as is ONNX Runtime's way.
+
+    Raises:
+        MissingExtraError: when onnx or onnxruntime is not installed.
+    """
+    proto = require("onnx", extra="onnx").load(str(path))
+    settings = session_options({entry.key: entry.value for entry in proto.metadata_props})
+    if not spinning:
+        settings["session.intra_op.allow_spinning"] = "0"
+    return make_session(str(path), settings, threads=threads)
+
+
+def session_options(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a model's metadata that are options of a session.
+
+    >>> session_options({"session.disable_quant_qdq": "1", "author": "me"})
+    {'session.disable_quant_qdq': '1'}
+    """
+    return {key: value for key, value in metadata.items() if key.startswith("session.")}
+
+
+def make_session(
+    model: str | bytes,
+    settings: Mapping[str, str],
+    *,
+    threads: int | None = None,
+    optimized: Path | None = None,
+) -> Any:
+    """A quiet session on the CPU; `optimized` is where it leaves the graph that it runs."""
+    runtime = require("onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """What ONNX Runtime runs after its own rewriting: (on whole numbers, on floats), by type.
+
+    Conversions between the two are listed with the floats; arithmetic on shapes is in neither.
+    """
+    onnx = require("onnx", extra="onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        make_session(data, settings, optimized=path)
+        graph = onnx.load(path).graph
+    kinds = onnx.TensorProto
+    constants = {entry.name: entry.data_type for entry in graph.initializer}
+    bytes_of = {name for name, kind in constants.items() if kind in (kinds.INT8, kinds.UINT8)}
+    shapes = {name for name, kind in constants.items() if kind == kinds.INT64}
+    whole: Counter[str] = Counter()
+    floats: Counter[str] = Counter()
+    for node in graph.node:
+        inputs = [name for name in node.input if name]
+        if node.op_type.startswith(INT8_PRODUCTS) or (
+            node.op_type in MOVED and bytes_of.intersection(inputs)
+        ):
+            whole[node.op_type] += 1
+            bytes_of.update(node.output)
+        elif node.op_type == "Shape" or (inputs and shapes.issuperset(inputs)):
+            shapes.update(node.output)
+        else:
+            floats[node.op_type] += 1
+            if node.op_type == "QuantizeLinear":
+                bytes_of.update(node.output)
+    return dict(sorted(whole.items())), dict(sorted(floats.items()))

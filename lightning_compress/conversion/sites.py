@@ -1,0 +1,172 @@
+"""Where an exported graph multiplies by a module's weights."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_compress.conversion.integers import StoredWeight
+from lightning_compress.quantization.quantizers import AffineGrid
+
+__all__ = [
+    "MOVES",
+    "Site",
+    "attribute",
+    "constant",
+    "find_sites",
+    "is_move",
+    "modules_of",
+    "only_use",
+    "owner",
+]
+
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operators that hand values on as they are: rounding before them or after them is the same.
+MOVES = ("DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze")
+MOVES += ("Transpose", "Unsqueeze", "Expand")
+
+
+@dataclass(eq=False)
+class Site:
+    """One product with a stored weight.
+
+    Args:
+        path: the layer's path.
+        node: Conv, ConvTranspose, Gemm or MatMul.
+        parameter: the weight's name.
+        weight: as it will be stored; laid out as the node reads it.
+        bias: float32 of shape (out,), None without one.
+        output: the product's value, with the bias added.
+        input_grid: of what the layer reads.
+        output_grid: of `output`, when the layer rounds it itself.
+        whole: whether it multiplies whole numbers, in a runtime that has the kernels.
+    """
+
+    path: str
+    node: Any
+    parameter: str
+    weight: StoredWeight
+    bias: NDArray[np.float32] | None
+    output: Any
+    input_grid: AffineGrid | None = None
+    output_grid: AffineGrid | None = None
+    whole: bool = False
+
+    @property
+    def channel_axis(self) -> int:
+        """The weight's axis of output channels."""
+        return {"ConvTranspose": 1, "MatMul": 1}.get(self.node.op_type, 0)
+
+
+def owner(parameter: str) -> str:
+    """The path of the layer that holds a parameter."""
+    return parameter.rpartition(".")[0]
+
+
+def constant(value: Any) -> NDArray | None:
+    """The number array behind an initializer or a Constant node; None for computed values."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is None or node.op_type != "Constant":
+        return None
+    found = node.attributes.get("value") or next(iter(node.attributes.values()))
+    return found.value.numpy() if hasattr(found.value, "numpy") else np.asarray(found.value)
+
+
+def attribute(node: Any, name: str, default: Any) -> Any:
+    """The value of a node's attribute."""
+    return node.attributes[name].value if name in node.attributes else default
+
+
+def only_use(value: Any) -> Any:
+    """The single node that reads a value as its first input; None if there is none or more."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].idx != 0:
+        return None
+    return uses[0].node
+
+
+def is_move(node: Any) -> bool:
+    """Whether a node hands its first input's values on unchanged."""
+    if node is None:
+        return False
+    nearest = node.op_type == "Resize" and attribute(node, "mode", "nearest") == "nearest"
+    plain_pool = node.op_type == "MaxPool" and len(node.outputs) == 1
+    return nearest or plain_pool or (node.op_type in MOVES and node.op_type != "MaxPool")
+
+
+def modules_of(node: Any) -> list[str]:
+    """Paths of the modules whose forward made a node, from the outermost to the innermost."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return scopes[:-1]
+
+
+def find_sites(graph: Any, stored: Mapping[str, StoredWeight]) -> list[Site]:
+    """Products with a weight of `stored`; a transposed weight is laid out as its product reads it.
+
+    Args:
+        graph: an `onnx_ir` graph as the exporter gives it, not optimized.
+        stored: parameter name -> weight.
+    """
+    sites = []
+    for node in graph:
+        if node.op_type not in PRODUCTS or not _is_plain(node):
+            continue
+        value, turned = node.inputs[1], False
+        if value.producer() is not None and value.producer().op_type == "Transpose":
+            value, turned = value.producer().inputs[0], True
+        if value.name not in stored or not value.is_initializer():
+            continue
+        weight = stored[value.name]
+        if turned:
+            if node.op_type != "MatMul":
+                continue
+            weight = weight.moved(np.transpose)
+        found = _bias(node, weight.values.shape)
+        if found is not None:
+            sites.append(Site(owner(value.name), node, value.name, weight, *found))
+    return sites
+
+
+def _is_plain(node: Any) -> bool:
+    """A Gemm as a Linear layer has it."""
+    if node.op_type != "Gemm":
+        return True
+    factors = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+    turns = (attribute(node, "transA", 0), attribute(node, "transB", 0))
+    return factors == (1.0, 1.0) and turns == (0, 1)
+
+
+def _bias(node: Any, shape: tuple[int, ...]) -> tuple[NDArray | None, Any] | None:
+    """The bias of a product and the value that holds their sum; None for a computed bias."""
+    output = node.outputs[0]
+    if node.op_type != "MatMul":
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = constant(value)
+        return (
+            None if value is not None and bias is None and not _is_zeros(value) else (bias, output)
+        )
+    add = only_use(output)
+    if add is not None and add.op_type == "Add" and add.inputs[1].is_initializer():
+        bias = constant(add.inputs[1])
+        if bias is not None and bias.shape == shape[-1:]:
+            return bias, add.outputs[0]
+    return None, output
+
+
+def _is_zeros(value: Any) -> bool:
+    """The exporter writes a missing bias as a zero that it spreads over the channels."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Expand", "CastLike", "Cast"):
+        value = node.inputs[0]
+        node = value.producer()
+    found = constant(value)
+    return found is not None and not found.any()

@@ -1,0 +1,116 @@
+"""ConvTranspose in an exported graph, replaced by what has an int8 kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_compress.conversion.integers import IntegerWeight
+from lightning_compress.conversion.rewrites import TransposedAsConv, transposed_as_conv
+from lightning_compress.conversion.sites import Site, attribute
+from lightning_compress.errors import require
+
+__all__ = ["rewrite_transposed"]
+
+TO_THE_END = np.iinfo(np.int64).max
+
+
+def rewrite_transposed(graph: Any, site: Site) -> str | None:
+    """Replace a ConvTranspose by Conv, DepthToSpace and Slice; returns why not, if it cannot."""
+    node = site.node
+    if (obstacle := _obstacle(site)) is not None:
+        return obstacle
+    groups, block = attribute(node, "group", 1), attribute(node, "strides", [1])[0]
+    assert isinstance(site.weight, IntegerWeight)
+    as_conv = transposed_as_conv(
+        torch.from_numpy(site.weight.symbols),
+        stride=block,
+        padding=tuple(attribute(node, "pads", [0, 0])[:2]),
+        output_padding=tuple(attribute(node, "output_padding", [0, 0])),
+        groups=groups,
+    )
+    site.weight = _as_conv_weight(site.weight, as_conv, groups)
+    if site.bias is not None:
+        site.bias = site.bias.repeat(block**2)
+    site.node = _replace(graph, node, as_conv, groups)
+    site.output = site.node.outputs[0]
+    return None
+
+
+def _obstacle(site: Site) -> str | None:
+    node = site.node
+    strides = list(attribute(node, "strides", [1, 1]))
+    dilations = list(attribute(node, "dilations", [1, 1]))
+    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
+    if not isinstance(site.weight, IntegerWeight):
+        return "a codebook has no int8 kernel"
+    if len(site.weight.symbols.shape) != 4:
+        return f"ConvTranspose over {len(strides)} axes has no int8 kernel"
+    if len(set(strides)) > 1 or set(dilations) != {1} or pads[:2] != pads[2:]:
+        return (
+            f"ConvTranspose with strides {strides}, dilations {dilations} has no int8 kernel: "
+            "only equal strides and dilation 1 can be rewritten"
+        )
+    if site.weight.axis not in (None, 1):
+        return "its grid runs along the input channels, not the output channels"
+    return None
+
+
+def _as_conv_weight(weight: IntegerWeight, as_conv: TransposedAsConv, groups: int) -> IntegerWeight:
+    """Channel `(group, out, i, j)` of the convolution has the step of `out`."""
+
+    def spread(part: np.ndarray) -> np.ndarray:
+        if part.size == 1:
+            return part
+        return np.tile(part.reshape(-1).repeat(as_conv.block**2), groups).reshape(-1, 1, 1, 1)
+
+    return replace(
+        weight,
+        symbols=as_conv.weight.numpy(),
+        scale=spread(weight.scale),
+        zero=spread(weight.zero),
+    )
+
+
+def _replace(graph: Any, node: Any, as_conv: TransposedAsConv, groups: int) -> Any:
+    """Put the three nodes in place of one; returns the convolution."""
+    ir = require("onnx_ir", extra="onnx")
+    scopes = dict(node.metadata_props)
+    attributes = {
+        "group": groups,
+        "kernel_shape": list(as_conv.weight.shape[2:]),
+        "pads": [*as_conv.padding, *as_conv.padding],
+    }
+    conv = ir.node("Conv", list(node.inputs), attributes, metadata_props=scopes)
+    nodes = [conv]
+    if as_conv.block > 1:
+        shuffle = {"blocksize": as_conv.block, "mode": "CRD"}
+        nodes.append(
+            ir.node("DepthToSpace", [nodes[-1].outputs[0]], shuffle, metadata_props=scopes)
+        )
+    if any(as_conv.crop):
+        bounds = _crop_bounds(graph, node.outputs[0].name, as_conv.crop)
+        nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *bounds], metadata_props=scopes))
+    graph.insert_before(node, nodes)
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    new.shape, new.type = old.shape, old.type
+    new.name, old.name = old.name, None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return conv
+
+
+def _crop_bounds(graph: Any, name: str, crop: tuple[int, int, int, int]) -> list[Any]:
+    ir = require("onnx_ir", extra="onnx")
+    top, bottom, left, right = crop
+    ends = [-bottom if bottom else TO_THE_END, -right if right else TO_THE_END]
+    bounds = []
+    for part, numbers in (("starts", [top, left]), ("ends", ends), ("axes", [2, 3])):
+        tensor = ir.tensor(np.asarray(numbers, np.int64), name=f"{name}.crop_{part}")
+        value = ir.val(tensor.name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
+        graph.register_initializer(value)
+        bounds.append(value)
+    return bounds

@@ -1,0 +1,83 @@
+"""int8 files of a trained model: calibrated by the model's own use, and what runs in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
+from lightning_compress.data import SplitDataModule
+from lightning_compress.state import compression_state
+
+__all__ = ["int8_path", "int8_rows", "write_int8_files"]
+
+DRAWN = 64
+BATCHES = 4
+
+
+def int8_path(folder: Path, part: str) -> Path:
+    """Where a part's int8 file lies."""
+    return folder / f"{part}.int8.onnx"
+
+
+def write_int8_files(model: Any, folder: Path, data: SplitDataModule) -> dict[str, OnnxInfo]:
+    """One int8 ONNX file for each part of a model.
+
+    A part whose activations were quantized in training keeps those grids. Otherwise training data
+    and latents from the prior show their ranges: what the part is given when the model is used.
+    """
+    infos = {}
+    for name, (part, sample) in model.parts().items():
+        trained = bool(compression_state(part).activations)
+        calibration = None if trained else _inputs_in_use(model, part, data)
+        infos[name] = export_onnx(
+            part, int8_path(folder, name), sample, int8=True, calibration=calibration
+        )
+    return infos
+
+
+def int8_rows(infos: dict[str, OnnxInfo]) -> dict[str, Any]:
+    """What `results.json` says of the files: operators, reasons, differences."""
+    return {
+        name: {
+            "int8_ops": dict(info.int8_ops),
+            "float_ops": dict(info.float_ops),
+            "reasons": dict(info.reasons),
+            "parity": {runtime: vars(parity) for runtime, parity in info.parity.items()},
+            "session": dict(info.session),
+        }
+        for name, info in infos.items()
+    }
+
+
+def _inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tuple[Tensor, ...]]:
+    """What a part is given while the model draws, and encodes or classifies training data."""
+    seen: list[tuple[Tensor, ...]] = []
+    model = model.cpu().eval()
+    handle = part.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(one.detach().clone() for one in inputs))
+    )
+    try:
+        with torch.no_grad():
+            for use in _uses(model, data):
+                use()
+    finally:
+        handle.remove()
+    return seen
+
+
+def _uses(model: Any, data: SplitDataModule) -> Iterable[Callable[[], Any]]:
+    batches = [batch[0] for batch in islice(data.train_dataloader(), BATCHES)]
+    if not hasattr(model, "latents"):
+        return [lambda x=x: model(x) for x in batches]
+    draw = model.sequences if getattr(model, "discrete", False) else model.images
+    latents = [model.latents(DRAWN, seed=seed) for seed in range(BATCHES)]
+    uses: list[Callable[[], Any]] = [lambda z=z: draw(z) for z in latents]
+    if hasattr(model, "posterior"):
+        uses += [lambda x=x: model.posterior(x) for x in batches]
+    return uses

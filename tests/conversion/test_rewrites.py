@@ -1,0 +1,31 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from lightning_compress.conversion.rewrites import transposed_as_conv
+
+SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
+
+
+@given(kernel=SIZES, stride=st.integers(1, 4), groups=st.sampled_from([1, 2, 4]), data=st.data())
+def test_a_transposed_convolution_is_a_convolution_moved_apart(kernel, stride, groups, data):
+    padding = tuple(data.draw(st.integers(0, side - 1)) for side in kernel)
+    extra = tuple(data.draw(st.integers(0, stride - 1)) for _ in kernel)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.rand(2, 4, 7, 8, generator=generator)
+    weight = torch.rand(4, 3, *kernel, generator=generator) - 0.5
+    bias = torch.rand(3 * groups, generator=generator)
+    settings = {"stride": stride, "padding": padding, "output_padding": extra, "groups": groups}
+    expected = functional.conv_transpose2d(x, weight, bias, **settings)
+    got = transposed_as_conv(weight, **settings)(x, bias, groups)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_whole_numbers_stay_whole():
+    weight = torch.randint(-127, 128, (2, 3, 3, 3), dtype=torch.int32)
+    rewritten = transposed_as_conv(weight, stride=2, padding=(1, 1), output_padding=(1, 1))
+    assert rewritten.weight.dtype == torch.int32
+    assert rewritten.weight.shape == (12, 2, 2, 2)  # the 3 x 3 kernel is filled up to 4 x 4
+    assert rewritten.weight.abs().sum() == weight.abs().sum()
