@@ -116,7 +116,7 @@ class ArtifactCallback(Callback):
         if self.submodule is not None:
             return pl_module.get_submodule(self.submodule)
         deployed: Any = getattr(pl_module, "deployed_module", None)
-        return deployed() if callable(deployed) else pl_module
+        return pl_module if deployed is None else deployed()
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -78,8 +78,9 @@ def _chain(layers: list[tuple[str, nn.Module]], uses: Counter[int]) -> Chain:
 
 
 def _is_layer(layer: nn.Module) -> bool:
-    convolution = isinstance(layer, CONVOLUTIONS) and type(layer) in CONVOLUTIONS
-    return type(layer) is nn.Linear or (convolution and layer.groups == 1)
+    if type(layer) in CONVOLUTIONS:
+        return vars(layer)["groups"] == 1
+    return type(layer) is nn.Linear
 
 
 def _alone(layer: nn.Module, uses: Counter[int]) -> bool:

@@ -114,7 +114,7 @@ def _code_exponents(
 
 def _kept(ends: Ints, kept: NDArray[np.bool_]) -> Ints:
     """Where waves end after positions have been left out."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])[ends]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(kept, dtype=np.int64)])[ends]
 
 
 def _names(exponents: int) -> list[str]:
