@@ -147,18 +147,22 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:
-    """Markdown: the mean over seeds, its spread, and the share of the gap that is closed."""
-    values: dict[str, list[float]] = defaultdict(list)
+    """Markdown: mean and spread over seeds, and the share of the gap closed over equal seeds."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["steps"] == steps or row["seed"] == TEACHER_SEED:
-            values[row["arm"]].append(row["quality"][METRIC[row["arm"].split("/")[0]]])
+            value = row["quality"][METRIC[row["arm"].split("/")[0]]]
+            values[row["arm"]][row["seed"]] = value
     lines = ["| run | metric | mean | spread | seeds | gap closed |", "|---|---|---|---|---|---|"]
-    for arm, found in sorted(values.items(), key=lambda pair: (pair[0][:3], mean(pair[1]))):
-        kind = arm.split("/")[0]
-        alone, teacher = mean(values[f"{kind}/alone"]), mean(values[f"{kind}/teacher"])
-        closed = (alone - mean(found)) / (alone - teacher)
-        spread = f"{stdev(found):.2f}" if len(found) > 1 else "-"
-        cells = [arm, METRIC[kind], f"{mean(found):.2f}", spread, str(len(found)), f"{closed:.0%}"]
+    for arm, found in sorted(
+        values.items(), key=lambda pair: (pair[0][:3], mean(pair[1].values()))
+    ):
+        kind, mine = arm.split("/")[0], list(found.values())
+        teacher = mean(values[f"{kind}/teacher"].values())
+        alone = [values[f"{kind}/alone"][seed] for seed in found if seed in values[f"{kind}/alone"]]
+        closed = (mean(alone) - mean(mine)) / (mean(alone) - teacher) if alone else 1.0
+        spread = f"{stdev(mine):.2f}" if len(mine) > 1 else "-"
+        cells = [arm, METRIC[kind], f"{mean(mine):.2f}", spread, str(len(mine)), f"{closed:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
