@@ -26,7 +26,12 @@ from lightning_compress.pruning.criteria import CRITERIA, Hutchinson
 
 SPARSITIES, SEEDS = (0.9, 0.95, 0.8, 0.98), (0, 1, 2)
 # magnitude_l2 has the order of magnitude.
-VARIANTS = [*sorted(set(CRITERIA) - {"magnitude_l2"}), "hutchinson", "magnitude, guarded"]
+VARIANTS = [
+    *sorted(set(CRITERIA) - {"magnitude_l2"}),
+    "hutchinson",
+    "magnitude, guarded at 0.5",
+    "magnitude, guarded at 0.95",
+]
 
 
 def main(path: Path) -> None:
@@ -60,8 +65,8 @@ def row(start: Start, variant: str, sparsity: float) -> dict[str, float]:
 
 def pruning(start: Start, variant: str, sparsity: float, model: Any) -> list[Callback]:
     """The callbacks of a row."""
-    guard = BalanceGuard() if start.name == "dcgan" else PosteriorGuard()
-    criterion, *guarded = variant.split(", ")
+    criterion, _, factor = variant.partition(", guarded at ")
+    guard = BalanceGuard if start.name == "dcgan" else PosteriorGuard
     chosen = Hutchinson(fixed_loss(start, model)) if criterion == "hutchinson" else criterion
     callback = GradualPruning(
         final_sparsity=sparsity,
@@ -71,7 +76,7 @@ def pruning(start: Start, variant: str, sparsity: float, model: Any) -> list[Cal
         scope="layer",
         exclude=start.spared,
     )
-    return [callback, *([guard] if guarded else [])]
+    return [callback, *([guard(factor=float(factor))] if factor else [])]
 
 
 def fixed_loss(start: Start, model: Any) -> Callable[[], Tensor]:

@@ -16,17 +16,21 @@ from bench_rows import read_rows
 
 METRICS = {"vae": ("neg_elbo", "−ELBO, nats"), "dcgan": ("fid", "Fréchet distance")}
 TITLES = {"vae": "VAE, Fashion-MNIST", "dcgan": "DCGAN, Fashion-MNIST"}
+MARK, END = "<!-- figures -->", "<!-- /figures -->"
 Cells = dict[tuple[str, str, float], list[dict[str, Any]]]
 
 
 def main(path: Path, folder: Path) -> None:
-    """Writes pruning_quality.md and pruning_quality.png."""
+    """Writes pruning_quality.png, and the tables into pruning.md."""
     cells: Cells = defaultdict(list)
     for row in read_rows(path):
         cells[row["model"], row["variant"], row["sparsity"]].append(row)
     models = [name for name in METRICS if any(key[0] == name for key in cells)]
     text = "\n\n".join(table(cells, name) for name in models)
-    (folder / "pruning_quality.md").write_text(text + "\n", encoding="utf-8")
+    page = folder / "pruning.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{MARK}\n{text}\n{END}{after}", encoding="utf-8")
     plot(cells, models, folder / "pruning_quality.png")
 
 
