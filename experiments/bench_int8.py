@@ -1,6 +1,6 @@
 """Size and speed of int8 files beside the dense model's fp32 file: one thread, calls in turn.
 
-python experiments/bench_int8.py [rounds]
+python experiments/bench_int8.py [rounds [model]...]
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def bench(name: str, part: Part, folder: Path, rounds: int) -> None:
     module, sample = part
     settle(module, sample)
     dense = export_onnx(module, folder / "dense.onnx", sample)
-    calibration = [like(sample, 64) for _ in range(4)]
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    calibration = None if recurrent else [like(sample, 64) for _ in range(4)]  # weights alone
     small = export_onnx(module, folder / "int8.onnx", sample, int8=True, calibration=calibration)
     smaller = dense.bytes / small.bytes
     print(f"\n{name}: {dense.bytes} -> {small.bytes} bytes, {smaller:.2f}x smaller")
@@ -101,10 +102,12 @@ def main(rounds: int) -> None:
     torch.set_num_threads(1)
     cpu = Path("/proc/cpuinfo")
     known = cpu.is_file() and "vnni" in cpu.read_text(encoding="utf-8")
+    only = sys.argv[2:]
     print(f"VNNI: {'yes' if known else 'no'}")
     with tempfile.TemporaryDirectory() as folder:
         for name, part in models().items():
-            bench(name, part, Path(folder), rounds)
+            if not only or name in only:
+                bench(name, part, Path(folder), rounds)
 
 
 if __name__ == "__main__":

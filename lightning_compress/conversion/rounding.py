@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_compress.conversion.folding import norm_behind
-from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use
+from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use, readers
 from lightning_compress.errors import require
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids
@@ -48,11 +48,10 @@ def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGri
     """
     norm = norm_behind(site)
     value = site.output if norm is None else norm[0].outputs[0]
-    readers = {one.node: one.input_grid for one in sites}
+    grids = {one.node: one.input_grid for one in sites}
     grid = site.output_grid
     while grid is None:
-        uses = list(value.uses())
-        grid = points.get(value) or _common_grid(readers, uses, value.is_graph_output())
+        grid = points.get(value) or _common_grid(grids, readers(value), value.is_graph_output())
         node = only_use(value)
         if grid is not None or node is None or not (is_move(node) or node.op_type == "Relu"):
             break
@@ -60,9 +59,9 @@ def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGri
     return grid is not None
 
 
-def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
+def _common_grid(rounded: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
     """The grid on which all readers round a value; None when they do not agree or do not round."""
-    found = [readers.get(use.node) if use.idx == 0 else None for use in uses]
+    found = [rounded.get(use.node) if use.idx == 0 else None for use in uses]
     grids = [grid for grid in found if grid is not None]
     if is_output or not grids or len(grids) < len(found):
         return None
@@ -95,7 +94,7 @@ def round_output(graph: Any, value: Any, grid: AffineGrid) -> None:
     """Round a value for all its readers, at the end of the moves behind it."""
     while is_move(node := only_use(value)):
         value = node.outputs[0]
-    uses = [(use.node, use.idx) for use in value.uses()]
+    uses = [(use.node, use.idx) for use in readers(value)]
     _round(graph, value, uses, grid, is_output=value.is_graph_output())
 
 
@@ -119,14 +118,14 @@ def _round(
 
     Rounding twice on one grid is rounding once: runtimes then run the moves between on integers.
     """
-    all_read = len(uses) == len(list(value.uses())) and (is_output or not value.is_graph_output())
+    all_read = len(uses) == len(readers(value)) and (is_output or not value.is_graph_output())
     result = _pair(graph, value, grid)
     for node, index in uses:
         node.replace_input_with(index, result)
     if is_output:
         _become_output(graph, value, result)
     node = value.producer()
-    while all_read and is_move(node) and len(list(node.inputs[0].uses())) == 1:
+    while all_read and is_move(node) and len(readers(node.inputs[0])) == 1:
         source = node.inputs[0]
         if source.is_graph_output() or source.producer() is None:
             break
