@@ -27,6 +27,7 @@ format: $(READY)
 bench: $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_pruning.py
 	$(BIN)/python experiments/bench_coding.py
+	$(BIN)/python experiments/bench_int8.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lightning_compress.conversion.onnx import export_onnx
 from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
 from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE
+from lightning_compress.models.networks import initialize_dcgan
 
 Part = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 def upsampling_generator(width: int = 64) -> nn.Module:
     """Latents (N, 64) -> pictures (N, 1, 28, 28): nearest upsampling before each convolution."""
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.Linear(64, 4 * width * 49, bias=False),
         nn.BatchNorm1d(4 * width * 49),
         nn.ReLU(),
@@ -40,6 +41,8 @@ def upsampling_generator(width: int = 64) -> nn.Module:
         nn.Conv2d(width, 1, 3, padding=1),
         nn.Tanh(),
     )
+    initialize_dcgan(network)
+    return network
 
 
 def models() -> dict[str, Part]:

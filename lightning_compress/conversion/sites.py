@@ -88,8 +88,9 @@ def attribute(node: Any, name: str, default: Any) -> Any:
 
 
 def readers(value: Any) -> list[Any]:
-    """Uses of a value's numbers: not of its shape, which no rounding changes."""
-    return [use for use in value.uses() if use.node.op_type != "Shape"]
+    """Uses of a value's numbers: not of its shape or type, which no rounding changes."""
+    kinds = (("Shape", 0), ("CastLike", 1))
+    return [use for use in value.uses() if (use.node.op_type, use.idx) not in kinds]
 
 
 def only_use(value: Any) -> Any:
