@@ -157,6 +157,8 @@ def _step_behind(value: Any) -> float | None:
     node = value.producer()
     while node is not None and (is_move(node) or node.op_type in ("Tanh", "Sigmoid", "Relu")):
         node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear":
+    while node is not None and node.op_type in ("DequantizeLinear", "BitShift", "Min"):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "QuantizeLinear":
         return None
     return float(node.inputs[1].const_value.numpy())

@@ -142,20 +142,34 @@ def _become_output(graph: Any, old: Any, new: Any) -> None:
 
 
 def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:
-    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value."""
+    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value.
+
+    Fewer bits are shifted to the top of the byte, exactly: the steps of sums, and of the biases
+    that are rounded to them, become as fine as those of 8 bits.
+    """
     ir = require("onnx_ir", extra="onnx")
     step, zero, bits = grid_key(grid)
-    scale = initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32))
-    point = initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8))
-    down = ir.node("QuantizeLinear", [value, scale, point])
+    down = ir.node("QuantizeLinear", [value, *_scale_and_zero(graph, step, zero)])
     nodes = [down]
     if bits < 8:
         top = initializer(graph, f"top_{bits}", np.asarray(2**bits - 1, np.uint8))
+        places = initializer(graph, f"places_{8 - bits}", np.asarray(8 - bits, np.uint8))
         nodes.append(ir.node("Min", [down.outputs[0], top]))
-    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, point]))
+        left = {"direction": "LEFT"}
+        nodes.append(ir.node("BitShift", [nodes[-1].outputs[0], places], left))
+    finer = 2 ** (8 - bits)
+    back = _scale_and_zero(graph, step / finer, zero * finer)
+    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], *back]))
     producer = value.producer()
     if producer is None:
         graph.insert_before(graph[0], nodes)
     else:
         graph.insert_after(producer, nodes)
     return nodes[-1].outputs[0]
+
+
+def _scale_and_zero(graph: Any, step: float, zero: int) -> list[Any]:
+    return [
+        initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32)),
+        initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8)),
+    ]

@@ -78,7 +78,8 @@ def _bias_value(graph: Any, site: Site) -> Any:
         or not isinstance(site.weight, IntegerWeight)
     ):
         return initializer(graph, name, site.bias.astype(np.float32))
-    step = grid_key(site.input_grid)[0]
+    step, _, bits = grid_key(site.input_grid)
+    step /= 2 ** (8 - bits)  # see `_pair`
     scale = (np.float32(step) * site.weight.scale.reshape(-1)).astype(np.float32)
     scale = np.broadcast_to(scale, site.bias.shape).copy()
     whole = np.rint(site.bias / scale.astype(np.float64))
