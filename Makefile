@@ -30,6 +30,7 @@ bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz 
 
 bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_coding.py
+	$(BIN)/python experiments/bench_int8.py
 
 bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
 	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl

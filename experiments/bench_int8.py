@@ -1,6 +1,6 @@
 """Size and speed of int8 files beside the dense model's fp32 file: one thread, calls in turn.
 
-python experiments/bench_int8.py [rounds]
+python experiments/bench_int8.py [rounds [model]...]
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from lightning_compress.conversion.onnx import export_onnx
 from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
 from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE
+from lightning_compress.models.networks import initialize_dcgan
 
 Part = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 def upsampling_generator(width: int = 64) -> nn.Module:
     """Latents (N, 64) -> pictures (N, 1, 28, 28): nearest upsampling before each convolution."""
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.Linear(64, 4 * width * 49, bias=False),
         nn.BatchNorm1d(4 * width * 49),
         nn.ReLU(),
@@ -40,6 +41,8 @@ def upsampling_generator(width: int = 64) -> nn.Module:
         nn.Conv2d(width, 1, 3, padding=1),
         nn.Tanh(),
     )
+    initialize_dcgan(network)
+    return network
 
 
 def models() -> dict[str, Part]:
@@ -75,7 +78,8 @@ def bench(name: str, part: Part, folder: Path, rounds: int) -> None:
     module, sample = part
     settle(module, sample)
     dense = export_onnx(module, folder / "dense.onnx", sample)
-    calibration = [like(sample, 64) for _ in range(4)]
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    calibration = None if recurrent else [like(sample, 64) for _ in range(4)]  # weights alone
     small = export_onnx(module, folder / "int8.onnx", sample, int8=True, calibration=calibration)
     smaller = dense.bytes / small.bytes
     print(f"\n{name}: {dense.bytes} -> {small.bytes} bytes, {smaller:.2f}x smaller")
@@ -101,10 +105,12 @@ def main(rounds: int) -> None:
     torch.set_num_threads(1)
     cpu = Path("/proc/cpuinfo")
     known = cpu.is_file() and "vnni" in cpu.read_text(encoding="utf-8")
+    only = sys.argv[2:]
     print(f"VNNI: {'yes' if known else 'no'}")
     with tempfile.TemporaryDirectory() as folder:
         for name, part in models().items():
-            bench(name, part, Path(folder), rounds)
+            if not only or name in only:
+                bench(name, part, Path(folder), rounds)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def finished_models(
     shifted: set[str] = set()
     for number, site in enumerate(sites):
         name = site.parameter if site.parameter not in placed else f"{site.parameter}.{number}"
+        if site.whole and isinstance(site.weight, IntegerWeight):
+            site.weight = site.weight.stretched()
         placed[name] = site.weight
         site.node.replace_input_with(1, place_weight(graph, name, site.weight))
         place_bias(graph, site)

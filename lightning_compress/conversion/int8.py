@@ -45,6 +45,7 @@ class Int8Model:
         reasons: layer, parameter or operator -> why it stays float.
         rounds: whether any activation is rounded.
         products: how many products multiply whole numbers.
+        coarsest: a step of 8 bits goes into one of the coarsest activation this often.
     """
 
     models: list[Any]
@@ -54,6 +55,7 @@ class Int8Model:
     reasons: dict[str, str] = field(default_factory=dict)
     rounds: bool = False
     products: int = 0
+    coarsest: int = 1
 
 
 def int8_model(
@@ -84,6 +86,8 @@ def int8_model(
     result.steps = [_step_behind(value) for value in model.graph.outputs]
     reading = [site.path for site in sites if site.whole]
     result.products = len(reading)
+    bits = [site.input_grid.bits for site in sites if site.input_grid is not None]
+    result.coarsest = 2 ** (8 - min(bits, default=8))
     seen = seen_inputs(plain, reading, shown)
     result.models, reasons = finished_models(model, sites, stored, seen)
     result.reasons = reasons | result.reasons
@@ -153,6 +157,8 @@ def _step_behind(value: Any) -> float | None:
     node = value.producer()
     while node is not None and (is_move(node) or node.op_type in ("Tanh", "Sigmoid", "Relu")):
         node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear":
+    while node is not None and node.op_type in ("DequantizeLinear", "BitShift", "Min"):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "QuantizeLinear":
         return None
     return float(node.inputs[1].const_value.numpy())

@@ -15,7 +15,8 @@ from lightning_compress.state import Grid
 
 __all__ = ["CodebookWeight", "IntegerWeight", "StoredWeight", "stored_weight"]
 
-INT4, INT8, UINT8 = (-8, 7), (-128, 127), (0, 255)
+SEVEN_BITS = 63
+INT4, UINT4, INT8, UINT8 = (-8, 7), (0, 15), (-128, 127), (0, 255)
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class IntegerWeight:
         scale: float32, broadcasts against `symbols`; the same rank.
         zero: the grid's zero point, int32, of the scale's shape.
         source: where the grid comes from, in words.
+        stretch: what `symbols` were multiplied with, and `scale` divided by; a power of 2.
     """
 
     symbols: NDArray[np.int32]
     scale: NDArray[np.float32]
     zero: NDArray[np.int32]
     source: str
+    stretch: int = 1
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -83,17 +86,38 @@ class IntegerWeight:
                 return replace(self, symbols=symbols, scale=scale[short], zero=zero[short])
         raise ValueError("the moved scale runs along several axes")
 
+    def nibbles(self) -> tuple[str, NDArray[np.int32], NDArray[np.int32] | None] | None:
+        """4-bit storage of the unstretched symbols, as `encoded` says; None for more bits."""
+        small = self.symbols // self.stretch
+        if INT4[0] <= small.min(initial=0) and small.max(initial=0) <= INT4[1]:
+            return "int4", small, None
+        low = small.min(self._rest, keepdims=True, initial=0)
+        if (small.max(self._rest, keepdims=True, initial=0) - low > UINT4[1]).any():
+            return None
+        return "uint4", small - low, -low
+
     def encoded(self) -> tuple[str, NDArray[np.integer], NDArray[np.int32] | None]:
-        """Storage type ("int4", "int8" or "uint8"), what is stored, zero points (None: all 0).
+        """Storage type ("int8" or "uint8"), what is stored, zero points (None: all 0).
 
         Symbols that fit into signed integers need no zero point: runtimes are fastest so.
         """
-        for kind, (low, high) in (("int4", INT4), ("int8", INT8)):
-            if low <= self.symbols.min(initial=0) and self.symbols.max(initial=0) <= high:
-                return kind, self.symbols.astype(np.int8), None
+        if INT8[0] <= self.symbols.min(initial=0) and self.symbols.max(initial=0) <= INT8[1]:
+            return "int8", self.symbols.astype(np.int8), None
         zero = np.where((self.symbols < 0).any(self._rest, keepdims=True), self.zero, 0)
         zero = self._fitting_zero(zero)
         return "uint8", (self.symbols + zero).astype(np.uint8), zero
+
+    def stretched(self) -> IntegerWeight:
+        """The same weight with few bits spread over 7, exactly: others stay as they are.
+
+        Biases are stored in steps of input times weight, too coarse where both have few bits.
+        """
+        room = SEVEN_BITS // max(1, int(np.abs(self.symbols).max(initial=0)))
+        if room < 2:
+            return self
+        factor = 1 << room.bit_length() - 1
+        scale = (self.scale / factor).astype(np.float32)
+        return replace(self, symbols=self.symbols * factor, scale=scale, stretch=factor)
 
     def may_be_cut_off(self, op: str) -> bool:
         """Whether uint8 inputs times two neighbouring weights may exceed 16 bits with their sum.

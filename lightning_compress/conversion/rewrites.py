@@ -61,6 +61,7 @@ def transposed_as_conv(
         output_padding: of (height, width), less than the stride.
         groups: of the convolution.
 
+    >>> import torch
     >>> x, weight = torch.rand(2, 3, 5, 5), torch.rand(3, 4, 4, 4)
     >>> rewritten = transposed_as_conv(weight, stride=2, padding=(1, 1))
     >>> expected = functional.conv_transpose2d(x, weight, stride=2, padding=1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_compress.conversion.folding import norm_behind
-from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use
+from lightning_compress.conversion.sites import Site, is_move, modules_of, only_use, readers
 from lightning_compress.errors import require
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids
@@ -48,11 +48,10 @@ def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGri
     """
     norm = norm_behind(site)
     value = site.output if norm is None else norm[0].outputs[0]
-    readers = {one.node: one.input_grid for one in sites}
+    grids = {one.node: one.input_grid for one in sites}
     grid = site.output_grid
     while grid is None:
-        uses = list(value.uses())
-        grid = points.get(value) or _common_grid(readers, uses, value.is_graph_output())
+        grid = points.get(value) or _common_grid(grids, readers(value), value.is_graph_output())
         node = only_use(value)
         if grid is not None or node is None or not (is_move(node) or node.op_type == "Relu"):
             break
@@ -60,9 +59,9 @@ def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGri
     return grid is not None
 
 
-def _common_grid(readers: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
+def _common_grid(rounded: Mapping[Any, Any], uses: Sequence[Any], is_output: bool) -> Any:
     """The grid on which all readers round a value; None when they do not agree or do not round."""
-    found = [readers.get(use.node) if use.idx == 0 else None for use in uses]
+    found = [rounded.get(use.node) if use.idx == 0 else None for use in uses]
     grids = [grid for grid in found if grid is not None]
     if is_output or not grids or len(grids) < len(found):
         return None
@@ -95,7 +94,7 @@ def round_output(graph: Any, value: Any, grid: AffineGrid) -> None:
     """Round a value for all its readers, at the end of the moves behind it."""
     while is_move(node := only_use(value)):
         value = node.outputs[0]
-    uses = [(use.node, use.idx) for use in value.uses()]
+    uses = [(use.node, use.idx) for use in readers(value)]
     _round(graph, value, uses, grid, is_output=value.is_graph_output())
 
 
@@ -119,14 +118,14 @@ def _round(
 
     Rounding twice on one grid is rounding once: runtimes then run the moves between on integers.
     """
-    all_read = len(uses) == len(list(value.uses())) and (is_output or not value.is_graph_output())
+    all_read = len(uses) == len(readers(value)) and (is_output or not value.is_graph_output())
     result = _pair(graph, value, grid)
     for node, index in uses:
         node.replace_input_with(index, result)
     if is_output:
         _become_output(graph, value, result)
     node = value.producer()
-    while all_read and is_move(node) and len(list(node.inputs[0].uses())) == 1:
+    while all_read and is_move(node) and len(readers(node.inputs[0])) == 1:
         source = node.inputs[0]
         if source.is_graph_output() or source.producer() is None:
             break
@@ -143,20 +142,34 @@ def _become_output(graph: Any, old: Any, new: Any) -> None:
 
 
 def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:
-    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value."""
+    """QuantizeLinear to uint8, at most `2^bits - 1`, and back, right behind the value.
+
+    Fewer bits are shifted to the top of the byte, exactly: the steps of sums, and of the biases
+    that are rounded to them, become as fine as those of 8 bits.
+    """
     ir = require("onnx_ir", extra="onnx")
     step, zero, bits = grid_key(grid)
-    scale = initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32))
-    point = initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8))
-    down = ir.node("QuantizeLinear", [value, scale, point])
+    down = ir.node("QuantizeLinear", [value, *_scale_and_zero(graph, step, zero)])
     nodes = [down]
     if bits < 8:
         top = initializer(graph, f"top_{bits}", np.asarray(2**bits - 1, np.uint8))
+        places = initializer(graph, f"places_{8 - bits}", np.asarray(8 - bits, np.uint8))
         nodes.append(ir.node("Min", [down.outputs[0], top]))
-    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], scale, point]))
+        left = {"direction": "LEFT"}
+        nodes.append(ir.node("BitShift", [nodes[-1].outputs[0], places], left))
+    finer = 2 ** (8 - bits)
+    back = _scale_and_zero(graph, step / finer, zero * finer)
+    nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], *back]))
     producer = value.producer()
     if producer is None:
         graph.insert_before(graph[0], nodes)
     else:
         graph.insert_after(producer, nodes)
     return nodes[-1].outputs[0]
+
+
+def _scale_and_zero(graph: Any, step: float, zero: int) -> list[Any]:
+    return [
+        initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32)),
+        initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8)),
+    ]

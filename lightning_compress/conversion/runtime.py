@@ -17,7 +17,7 @@ FOLD_WEIGHTS = "session.disable_quant_qdq"
 INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "Concat", "Flatten"}
-MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "Identity", "Expand"}
+MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "BitShift", "Identity", "Expand"}
 
 
 def onnx_session(path: str | Path, *, threads: int | None = None, spinning: bool = True) -> Any:

@@ -32,7 +32,7 @@ KEPT_ROWS = 8192
 def seen_inputs(
     module: nn.Module, paths: Iterable[str], batches: Sequence[tuple[Tensor, ...]]
 ) -> dict[str, NDArray[np.int32]]:
-    """What layers read, as the whole numbers of their grids: path -> (rows, channels).
+    """What layers read, as the uint8 of the file: path -> (rows, channels).
 
     Args:
         module: its layers carry activation grids.
@@ -60,7 +60,7 @@ def _keep(rows: list[NDArray[np.int32]], layer: nn.Module, inputs: tuple[Tensor,
         float(grids.input.scale.reshape(-1)[0]),
         int(grids.input.zero_point.reshape(-1)[0]),
     )
-    values = (inputs[0] / scale).round().int() + zero
+    values = ((inputs[0] / scale).round().int() + zero) * 2 ** (8 - grids.input.bits)
     linear = isinstance(layer, nn.Linear)
     flat = values.reshape(-1, values.shape[-1]) if linear else values.movedim(1, -1).flatten(0, -2)
     rows.append(flat[:: -(-len(flat) // KEPT_ROWS)].numpy())

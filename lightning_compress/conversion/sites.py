@@ -23,6 +23,7 @@ __all__ = [
     "modules_of",
     "only_use",
     "owner",
+    "readers",
 ]
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -86,9 +87,15 @@ def attribute(node: Any, name: str, default: Any) -> Any:
     return node.attributes[name].value if name in node.attributes else default
 
 
+def readers(value: Any) -> list[Any]:
+    """Uses of a value's numbers: not of its shape or type, which no rounding changes."""
+    kinds = (("Shape", 0), ("CastLike", 1))
+    return [use for use in value.uses() if (use.node.op_type, use.idx) not in kinds]
+
+
 def only_use(value: Any) -> Any:
     """The single node that reads a value as its first input; None if there is none or more."""
-    uses = list(value.uses())
+    uses = readers(value)
     if len(uses) != 1 or value.is_graph_output() or uses[0].idx != 0:
         return None
     return uses[0].node

@@ -78,7 +78,8 @@ def _bias_value(graph: Any, site: Site) -> Any:
         or not isinstance(site.weight, IntegerWeight)
     ):
         return initializer(graph, name, site.bias.astype(np.float32))
-    step = grid_key(site.input_grid)[0]
+    step, _, bits = grid_key(site.input_grid)
+    step /= 2 ** (8 - bits)  # see `_pair`
     scale = (np.float32(step) * site.weight.scale.reshape(-1)).astype(np.float32)
     scale = np.broadcast_to(scale, site.bias.shape).copy()
     whole = np.rint(site.bias / scale.astype(np.float64))
@@ -147,8 +148,7 @@ def rewrite_storage(
         if isinstance(weight, CodebookWeight):
             _look_up(graph, node, name, weight)
             continue
-        if weight.encoded()[0] == "int4":
-            _pack(graph, node, name, weight)
+        _pack(graph, node, name, weight)
         if name in whole:
             _give_zero_point(graph, node, name, weight, around_128=whole[name])
         elif whole:
@@ -200,8 +200,26 @@ def _cast(graph: Any, before: Any, value: Any, kind: str) -> Any:
 
 
 def _pack(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
-    packed = _int4(graph, f"{name}.int4", weight.symbols, "int4")
-    _drop_input(graph, node, 0, _cast(graph, node, packed, "INT8"))
+    """Store 2 to 4 bits in half a byte, and have them spread over a byte when a session starts."""
+    packed = weight.nibbles()
+    if packed is None:
+        return
+    ir = require("onnx_ir", extra="onnx")
+    kind, small, zero = packed
+    value = _int4(graph, f"{name}.{kind}", small, kind)
+    steps = []
+    if zero is not None:
+        steps.append(("Sub", initializer(graph, f"{name}.{kind}_zero", zero.astype(np.int32))))
+    if weight.stretch > 1:
+        factor = np.asarray(weight.stretch, np.int32)
+        steps.append(("Mul", initializer(graph, f"stretch_{weight.stretch}", factor)))
+    if steps:
+        value = _cast(graph, node, value, "INT32")
+    for op, other in steps:
+        step = ir.node(op, [value, other])
+        graph.insert_before(node, step)
+        value = step.outputs[0]
+    _drop_input(graph, node, 0, _cast(graph, node, value, "INT8"))
 
 
 def _multiply_out(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:

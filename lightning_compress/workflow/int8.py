@@ -30,15 +30,21 @@ def write_int8_files(model: Any, folder: Path, data: SplitDataModule) -> dict[st
 
     A part whose activations were quantized in training keeps those grids. Otherwise training data
     and latents from the prior show their ranges: what the part is given when the model is used.
+    A recurrent part is left without ranges: beside its float recurrence, rounding what one small
+    layer reads costs more time than that layer's int8 product saves.
     """
     infos = {}
     for name, (part, sample) in model.parts().items():
-        trained = bool(compression_state(part).activations)
-        calibration = None if trained else _inputs_in_use(model, part, data)
+        known = compression_state(part).activations or any(map(_recurs, part.modules()))
+        calibration = None if known else _inputs_in_use(model, part, data)
         infos[name] = export_onnx(
             part, int8_path(folder, name), sample, int8=True, calibration=calibration
         )
     return infos
+
+
+def _recurs(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
 
 
 def int8_rows(infos: dict[str, OnnxInfo]) -> dict[str, Any]:

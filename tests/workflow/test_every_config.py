@@ -58,10 +58,14 @@ def test_each_model(tmp_path, cache, model):
     assert json.loads((tmp_path / "results.json").read_text())["ratio"] == results["ratio"]
     for side in ("dense", "compressed"):
         sizes = results[side]["bytes"]
-        assert all(sizes[key] > 0 for key in ("torch", "safetensors", "lcz", "onnx"))
+        assert all(sizes[key] > 0 for key in ("torch", "safetensors", "lcz", "onnx", "onnx_int8"))
         assert all(math.isfinite(value) for value in results[side]["quality"].values())
         assert results[side]["macs"] > 0
         assert results[side]["latency_ms"]
+        assert sizes["onnx_int8"] < 0.6 * sizes["onnx"]
+        assert all(
+            part["int8_ops"] or part["session"] for part in results[side]["int8_ops"].values()
+        )
     assert results["steps"]["dense"] == results["steps"]["compressed"] > 0
     dense, compressed = results["dense"], results["compressed"]
     assert compressed["nonzero_params"] < 0.3 * dense["nonzero_params"]
