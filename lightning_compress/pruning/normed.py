@@ -37,6 +37,7 @@ def row_leaders(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
         axis: -1: of the whole tensor.
         closed: True where a weight is pruned and must not return; or None.
 
+    >>> import torch
     >>> row_leaders(torch.tensor([[1.0, -3.0], [0.0, 0.0]]), 0, None)
     tensor([[False,  True],
             [ True, False]])

@@ -55,11 +55,10 @@ def side_by_side_latency(
     settings: DictConfig,
     *,
     onnx: bool,
-    int8: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Milliseconds of the part that draws (or classifies), dense and compressed in turn.
 
-    With `int8`, the compressed side's int8 file also runs beside the dense side's fp32 file.
+    The compressed side's int8 file, if there is one, runs beside the dense side's fp32 file.
 
     Returns:
         One dict a side: `"torch, 1 thread, batch 1"` -> median, p10, p90, and for the compressed
@@ -69,7 +68,7 @@ def side_by_side_latency(
     pairs = {"torch": [partial(torch_runner, one.parts()[name][0]) for one in (dense, compressed)]}
     if onnx:
         pairs["onnxruntime"] = [partial(onnx_runner, onnx_path(one, name)) for one in folders]
-    if onnx and int8:
+    if onnx and int8_path(folders[1], name).exists():
         files = (onnx_path(folders[0], name), int8_path(folders[1], name))
         pairs["onnxruntime int8"] = [partial(onnx_runner, file) for file in files]
     sides: tuple[dict[str, Any], dict[str, Any]] = ({}, {})

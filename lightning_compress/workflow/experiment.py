@@ -24,7 +24,7 @@ from lightning_compress.workflow.costs import (
     side_by_side_latency,
     write_files,
 )
-from lightning_compress.workflow.int8 import int8_rows, write_int8_files
+from lightning_compress.workflow.int8 import int8_bytes, int8_rows, write_int8_files
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
 from lightning_compress.workflow.resume import Earlier
 from lightning_compress.workflow.training import Trained, build_model, load_trained, train
@@ -142,16 +142,14 @@ def _measure(
         sizes, artifact = write_files(one.model, home, cfg.export)
         infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
         if int8:
-            sizes["onnx_int8"] = sum(info.bytes for info in infos.values())
+            sizes["onnx_int8"] = int8_bytes(infos)
         cost = deployed_cost(one.model)
         side = {"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds}
         sides.append({**side, "int8_ops": int8_rows(infos)})
         artifacts.append(artifact)
     for side, times in zip(
         sides,
-        side_by_side_latency(
-            dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx, int8=int8
-        ),
+        side_by_side_latency(dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx),
         strict=True,
     ):
         side["latency_ms"] = times
