@@ -88,7 +88,8 @@ def plot(cells: Cells, models: list[str], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(models), figsize=(5.6 * len(models), 4.2), squeeze=False)
     order = sorted({v for model in models for v in variants(cells, model)})
-    styles = {v: (f"C{i % 10}", "os^vD<>pXd"[i % 10]) for i, v in enumerate(order)}
+    colors = [*mpl.color_sequences["tab10"], "black", "tan"]
+    styles = {v: (colors[i], "os^vD<>pXdP*"[i]) for i, v in enumerate(order)}
     for axis, model in zip(axes[0], models, strict=True):
         metric, label = METRICS[model]
         for variant in variants(cells, model):
@@ -96,7 +97,7 @@ def plot(cells: Cells, models: list[str], path: Path) -> None:
             values = [mean(row[metric] for row in cells[model, variant, one]) for one in columns]
             color, marker = styles[variant]
             axis.plot(
-                range(len(columns)),
+                [sparsities(cells).index(one) for one in columns],
                 values,
                 marker=marker,
                 color=color,
