@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from lightning_compress.conversion.parity import Parity
 from lightning_compress.conversion.plain import plain_copy
 from lightning_compress.conversion.runtime import executed_ops, session_options
 from lightning_compress.errors import require
+from lightning_compress.files import write_atomically
 
 __all__ = ["OnnxInfo", "OnnxMismatchError", "export_onnx"]
 
@@ -121,7 +120,7 @@ def export_onnx(
     proto = _proto(model, Path(path))
     data = proto.SerializeToString()
     error = check_float(plain, data, inputs, tolerance, Path(path))
-    _write(Path(path), data)
+    write_atomically(Path(path), data, what="the ONNX file", parents=True)
     return OnnxInfo(
         **_facts(proto, Path(path), data), max_abs_error=error, float_ops=_float_ops(proto)
     )
@@ -163,7 +162,7 @@ def _export_int8(
     else:
         error = check_float(plain, data, inputs, tolerance, path, settings)
     whole, floats = executed_ops(data, settings)
-    _write(path, data)
+    write_atomically(path, data, what="the ONNX file", parents=True)
     return OnnxInfo(
         **_facts(protos[0], path, data),
         max_abs_error=error,
@@ -215,18 +214,3 @@ def _float_ops(proto: Any) -> dict[str, int]:
         if any(types.get(name, kinds.FLOAT) in floats for name in node.output if name)
     )
     return dict(sorted(counts.items()))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, so that no half file ever shows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    temporary.replace(path)
