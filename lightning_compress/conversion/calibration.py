@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.conversion.inputs import as_inputs
+from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.quantization.quantizers import AffineGrid, affine_grid
 from lightning_compress.state import ActivationGrids, activation_grids, set_activation_grids
 
-__all__ = ["calibrate", "fake_quantizing"]
+__all__ = ["calibrate"]
 
 KEPT_VALUES = 2**18  # of one batch at one place, for percentiles
 
@@ -80,7 +81,7 @@ def calibrate(
             found = ranges[path, side] = _Range(percentile)
             handles.append(_watch(layer, side, partial(_see, found, f"the {side} of {path!r}")))
     try:
-        with fake_quantizing(module):
+        with fake_quantized(module):
             _run(module, calibration)
     finally:
         for handle in handles:
@@ -120,42 +121,3 @@ def _give(layer: nn.Module, side: str, grid: AffineGrid) -> None:
     known = activation_grids(layer) or ActivationGrids()
     sides = {"input": known.input, "output": known.output, side: grid}
     set_activation_grids(layer, ActivationGrids(**sides))
-
-
-class fake_quantizing:  # noqa: N801
-    """While active, a module's layers round their inputs and outputs to the grids they carry.
-
-    The graph that `export_onnx(int8=True)` writes is compared with the module in this state.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.handles = module, []
-
-    def __enter__(self) -> nn.Module:
-        for layer in self.module.modules():
-            grids = activation_grids(layer)
-            if grids is not None and grids.input is not None:
-                hook = partial(_round_input, grids.input)
-                self.handles.append(layer.register_forward_pre_hook(hook))
-            if grids is not None and grids.output is not None:
-                hook = partial(_round_output, grids.output)
-                self.handles.append(layer.register_forward_hook(hook))
-        return self.module
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-
-def _fake(grid: AffineGrid, values: Tensor) -> Tensor:
-    scale, zero = float(grid.scale.reshape(-1)[0]), int(grid.zero_point.reshape(-1)[0])
-    return torch.fake_quantize_per_tensor_affine(values, scale, zero, grid.qmin, grid.qmax)
-
-
-def _round_input(grid: AffineGrid, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return (_fake(grid, inputs[0]), *inputs[1:])
-
-
-def _round_output(grid: AffineGrid, _: nn.Module, __: object, output: Tensor) -> Tensor:
-    return _fake(grid, output)

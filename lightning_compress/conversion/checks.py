@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_compress.conversion.calibration import fake_quantizing
 from lightning_compress.conversion.inputs import take_rows
 from lightning_compress.conversion.int8 import Int8Model
 from lightning_compress.conversion.parity import SAME, Parity, compare
 from lightning_compress.conversion.runtime import make_session
 from lightning_compress.errors import require
+from lightning_compress.quantization.activations import fake_quantized
 
 __all__ = ["OnnxMismatchError", "check_batches", "check_float", "check_int8"]
 
@@ -130,7 +130,7 @@ def check_int8(
             a step counts as many times more.
     """
     batches = [take_rows(batch, min(len(batch[0]), MOST_ROWS)) for batch in batches]
-    with fake_quantizing(built.plain):
+    with fake_quantized(built.plain):
         expected = [outputs_of(built.plain, batch) for batch in batches]
     steps = [
         step or _range(one[index] for one in expected) / LEVELS

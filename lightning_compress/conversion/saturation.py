@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_compress.conversion.calibration import fake_quantizing
 from lightning_compress.conversion.integers import IntegerWeight
+from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import activation_grids
 
@@ -40,7 +40,7 @@ def seen_inputs(
         batches: inputs of the module.
     """
     found: dict[str, list[NDArray[np.int32]]] = {path: [] for path in paths}
-    with fake_quantizing(module):
+    with fake_quantized(module):
         handles = [
             module.get_submodule(path).register_forward_pre_hook(partial(_keep, rows))
             for path, rows in found.items()
