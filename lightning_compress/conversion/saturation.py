@@ -90,7 +90,9 @@ def is_cut_off(weight: IntegerWeight, op: str, seen: Mapping[str, Any], path: st
 
 def _pair_is_cut_off(values: NDArray[np.int32], weights: NDArray[np.int32]) -> bool:
     limit = CAUTION * LARGEST
-    strong = np.unique(weights[np.abs(weights.sum(1)) * 255 > limit], axis=0)
+    # Inputs are never below 0: of a pair with both signs, one may stand alone.
+    most = np.maximum(weights.clip(min=0).sum(1), -weights.clip(max=0).sum(1))
+    strong = np.unique(weights[most * 255 > limit], axis=0)
     large = np.unique(values[values.sum(1) * 127 > limit], axis=0)
     if not len(strong) or not len(large):
         return False

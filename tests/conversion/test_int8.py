@@ -333,6 +333,16 @@ def test_sums_that_may_be_cut_off_are_found(data):
     values = data.draw(arrays(np.int32, (5, 4), elements=st.integers(0, 255)))
     one = np.ones((1, 1), np.float32)
     weight = IntegerWeight(symbols, one, np.zeros((1, 1), np.int32), "")
+    check_cut_off(weight, symbols, values)
+
+
+def test_one_strong_weight_beside_a_weak_one_of_the_other_sign_is_found():
+    symbols = np.array([[0, 0, -2, -127], [127, -12, 0, 0]], np.int32)
+    weight = IntegerWeight(symbols, np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32), "")
+    check_cut_off(weight, symbols, np.array([[233, 0, 0, 0]], np.int32))
+
+
+def check_cut_off(weight, symbols, values):
     pairs = [values[:, at : at + 2] @ symbols[:, at : at + 2].T for at in (0, 2)]
     cut = np.abs(pairs).max() > 0.9 * 32767
     found = is_cut_off(weight, "Gemm", {"layer": values}, "layer")
