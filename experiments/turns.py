@@ -7,9 +7,11 @@ with the others', and the spread of the copies stands beside the result as the n
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from statistics import mean, median, stdev
@@ -28,8 +30,10 @@ class Turns(Callback):
     def __init__(self, me: int, turns: list[threading.Semaphore]) -> None:
         self.mine, self.next = turns[me], turns[(me + 1) % len(turns)]
         self.times: list[float] = []
+        self.arrived = threading.Event()
 
     def on_train_batch_start(self, *_: object) -> None:  # pyright: ignore
+        self.arrived.set()
         self.mine.acquire()
         self.start = time.perf_counter()
 
@@ -54,13 +58,15 @@ def measure_steps(setups: dict[str, SetUp], *, steps: int, copies: int) -> None:
     batches = [(torch.rand(64, 1, 28, 28), torch.zeros(64)) for _ in range(steps)]
     runs = [name for name in setups for _ in range(copies)]
     random.Random(0).shuffle(runs)
-    turns = [threading.Semaphore(int(index == 0)) for index in range(len(runs))]
+    turns = [threading.Semaphore(0) for _ in runs]
     clocks = [Turns(index, turns) for index in range(len(runs))]
     threads = [
         _thread(setups[name], clock, batches) for name, clock in zip(runs, clocks, strict=True)
     ]
-    for thread in threads:
+    for thread, clock in zip(threads, clocks, strict=True):
         thread.start()
+        clock.arrived.wait()  # setting up may trace modules, which nobody may run meanwhile
+    turns[0].release()
     for thread in threads:
         thread.join()
     found = {name: [] for name in setups}
@@ -82,7 +88,15 @@ def _thread(setup: SetUp, clock: Turns, batches: list) -> threading.Thread:
         callbacks=[*callbacks, clock],
     )
     loader = torch.utils.data.DataLoader(batches, batch_size=None)  # pyright: ignore
-    return threading.Thread(target=trainer.fit, args=(model, loader))
+    return threading.Thread(target=_fit, args=(trainer, model, loader))
+
+
+def _fit(trainer: Trainer, model: LightningModule, loader: object) -> None:
+    try:
+        trainer.fit(model, loader)
+    except BaseException:  # the others would wait for this one's turn for ever
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _show(found: dict[str, list[float]]) -> None:
