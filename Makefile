@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -23,6 +23,10 @@ check: $(READY)  ## what must hold before a commit
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## the pages of docs/ as a site in outputs/site
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --quiet
 
 bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz ..." NNCODEC=<python>
 	$(BIN)/python experiments/bench_coding.py --scale 1,10,100 \
