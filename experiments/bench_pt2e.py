@@ -44,9 +44,10 @@ def by_pt2e(generator: nn.Module) -> nn.Module:
 
 def fresh(arm: str) -> tuple[DCGAN, list[Callback]]:
     model = DCGAN(image_size=28, latent_dim=64)
-    model.generator = upsampling_generator()
+    generator = upsampling_generator()
     if arm == "pt2e":
-        model.generator = by_pt2e(model.generator)
+        generator = by_pt2e(generator)
+    model.generator = nn.Sequential(generator)
     return model, [QuantizationAwareTraining(freeze=1.0)] if arm == "ours" else []
 
 
