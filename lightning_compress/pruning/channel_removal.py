@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,31 +15,57 @@ from lightning_compress.pruning.channel_surgery import check_sizes, select_entri
 from lightning_compress.pruning.channel_trace import bare, tensors_in
 from lightning_compress.pruning.channels import ChannelGraph, Flags
 
-__all__ = ["compare", "mask_values", "masked", "outputs_of", "removed", "sizes_after"]
+__all__ = ["compare", "masked", "masked_values", "outputs_of", "removed", "sizes_after"]
 
 TOLERANCE = 1e-5
 
 
-def mask_values(values: Tensor, graph: ChannelGraph, path: str, gone: Flags) -> Tensor:
+def _mask_one(values: Tensor, graph: ChannelGraph, path: str, gone: Flags) -> Tensor:
     """A tensor with 0 wherever a unit that goes is made, scaled or read."""
     values = values.clone()
+    magnitudes = path.removesuffix("1") + "0" if path.endswith(".original1") else ""
     for dim in range(values.dim()):
         units = graph.axes.get((path, dim))
-        if units is None or not gone[units].any():
-            continue
-        if path.endswith("weight.original1") and graph.roles[path, dim] == "out":
-            continue  # weight_norm would divide 0 by 0: its magnitude is 0 already
+        if units is None or not gone[units].any() or (magnitudes, dim) in graph.axes:
+            continue  # of weight_norm, the magnitudes are set to 0: directions would divide 0 by 0
         index = torch.from_numpy(gone[units].nonzero()[0]).to(values.device)
         values.index_fill_(dim, index, 0.0)
     return values
+
+
+def masked_values(
+    tensors: Mapping[str, Tensor], graph: ChannelGraph, gone: Flags
+) -> dict[str, Tensor]:
+    """All tensors that change when units are set to 0, by path.
+
+    Under weight_norm the length of a direction changes when inputs go: the magnitude follows, so
+    that what stays of the weight is as it was.
+    """
+    paths = {path for (path, _), units in graph.axes.items() if gone[units].any()}
+    found = {
+        path: _mask_one(tensors[path], graph, path, gone)
+        for path in sorted(paths)
+        if path in tensors
+    }
+    for path in [one for one in found if one.endswith(".original1")]:
+        name = path.removesuffix("1") + "0"
+        magnitude = found.get(name, tensors[name])
+        dims = [dim for dim in range(magnitude.dim()) if magnitude.shape[dim] == 1]
+        after, before = (
+            torch.linalg.vector_norm(one, dim=dims, keepdim=True)
+            for one in (found[path], tensors[path])
+        )
+        found[name] = magnitude * after / before
+    return found
 
 
 @torch.no_grad()
 def masked(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module with the units that go set to 0."""
     twin = copy.deepcopy(module)
-    for path, parameter in twin.named_parameters():
-        parameter.copy_(mask_values(parameter, graph, path, gone))
+    parameters = dict(twin.named_parameters())
+    for path, values in masked_values(parameters, graph, gone).items():
+        parameters[path].copy_(values)
     return twin
 
 
