@@ -9,8 +9,9 @@ all channels that it reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class Trace(TorchFunctionMode):
         channelwise: functions and layer classes that treat each channel by itself.
         layers: `layers(trace, path, layer, args, output)` labels the output of a layer that it
             knows and returns True; called first, it says by `output=None` whether it does.
+        tapped: paths of modules whose outputs keep their sizes, and why.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class Trace(TorchFunctionMode):
         root: nn.Module,
         layers: Callable[..., bool],
         channelwise: Sequence[Any] = (),
+        tapped: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self.tapped = tapped or {}
         self.root, self.ledger = root, Ledger()
         self.layers, self.channelwise = layers, tuple(channelwise)
         self._known: dict[int, tuple[Tensor, Axes]] = {}
@@ -137,24 +141,31 @@ class Trace(TorchFunctionMode):
     def _hooked(self) -> Iterator[None]:
         handles = []
         for path, layer in self.root.named_modules():
-            if not self._is_leaf(path, layer):
-                continue
-
-            def enter(_layer: nn.Module, _args: Any) -> None:
-                self._inside += 1
-
-            def leave(layer: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
-                if self._inside == 1:  # rules look at weights, which parametrizations compute
-                    self._layer(path, layer, (*args, *kwargs.values()), out)
-                self._inside -= 1
-
-            handles.append(layer.register_forward_pre_hook(enter))
-            handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+            if self._is_leaf(path, layer):
+                handles.append(layer.register_forward_pre_hook(self._enter))
+                leave = partial(self._leave, path)
+                handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+        for path, reason in self.tapped.items():
+            tap = partial(self._tap, reason)
+            handles.append(self.root.get_submodule(path).register_forward_hook(tap))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _enter(self, _layer: nn.Module, _args: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, path: str, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._inside == 1:  # rules look at weights, which parametrizations compute
+            self._layer(path, layer, (*args, *kwargs.values()), out)
+        self._inside -= 1
+
+    def _tap(self, reason: str, _layer: nn.Module, _args: Any, out: Any) -> None:
+        for one in tensors_in(out):
+            for labels in self.axes(one):
+                self.ledger.fix(labels, reason)
 
     def _is_leaf(self, path: str, layer: nn.Module) -> bool:
         classes = tuple(one for one in self.channelwise if isinstance(one, type))

@@ -18,7 +18,7 @@ from lightning_compress.pruning.channel_labels import Labels, Ledger
 from lightning_compress.pruning.channel_layers import label_layer
 from lightning_compress.pruning.channel_trace import Trace, bare
 
-__all__ = ["ChannelGraph", "ChannelGroup", "Kept", "channel_graph", "free_reshapes"]
+__all__ = ["ChannelGraph", "ChannelGroup", "Kept", "channel_graph", "combine", "free_reshapes"]
 
 Kept = dict[str, dict[int, Tensor]]  # path -> axis -> entries that stay
 Flags = NDArray[np.bool_]
@@ -114,15 +114,16 @@ class ChannelGraph:
         return found
 
 
-Protect = Callable[[str], str]  # from the path of a weight to why it keeps its channels, or ""
+Protect = Callable[[str, str], str]  # (path of a tensor, role) to why it keeps its channels, or ""
 
 
 def channel_graph(
     module: nn.Module,
     inputs: Sequence[Any],
     *,
-    protect: Protect = lambda _: "",
+    protect: Protect = lambda _path, _role: "",
     channelwise: Sequence[Any] = (),
+    tapped: Mapping[str, str] | None = None,
 ) -> ChannelGraph:
     """Find the channels of a module by one run on sample inputs, in eval mode.
 
@@ -130,8 +131,10 @@ def channel_graph(
         module: any; inputs and outputs keep their sizes, so latent size, image channels and heads
             are kept.
         inputs: positional, of two or more examples.
-        protect: says of a weight, by its path, why what it makes is kept; "" if it may go.
+        protect: says of a tensor, by its path and its role ("out" where it makes channels, "in"
+            where it reads them, else "through"), why these channels stay; "" if they may go.
         channelwise: functions and layer classes that treat each channel by itself.
+        tapped: modules, by path, whose outputs keep their sizes, and why.
 
     Raises:
         TargetError: when the module does not run on the inputs.
@@ -142,7 +145,7 @@ def channel_graph(
     [('0', 8), ('2', 0)]
     """
     free_reshapes(module)
-    trace = Trace(module, label_layer, channelwise)
+    trace = Trace(module, label_layer, channelwise, tapped)
     try:
         with evaluating(module), bare(module), torch.random.fork_rng(devices=[]):
             trace.run(inputs)
@@ -172,7 +175,7 @@ def free_reshapes(module: nn.Module) -> None:
 def _read(trace: Trace, protect: Protect) -> ChannelGraph:
     ledger = trace.ledger
     for (path, _), use in ledger.uses.items():
-        if use.role == "out" and (reason := protect(path)):
+        if reason := protect(path, use.role):
             ledger.fix(use.labels, reason)
     classes = ledger.classes()
     held = ledger.held(classes)
@@ -215,6 +218,30 @@ def _groups(
         layers = (*groups[number].layers, _owner(path))
         groups[number].layers = tuple(dict.fromkeys(layers))
     return list(groups.values())
+
+
+def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
+    """The graphs of several parts of a module as one, with the paths of the module.
+
+    Args:
+        parts: by the path of the part. Units are numbered part after part.
+    """
+    whole = ChannelGraph([], {}, {}, {}, {})
+    for root, one in parts.items():
+        prefix, offset = f"{root}." if root else "", whole.count
+        for group in one.groups:
+            layers = tuple(prefix + name for name in group.layers)
+            units, free = group.units + offset, group.free + offset
+            whole.groups.append(
+                ChannelGroup(prefix + group.name, layers, units, free, group.reasons)
+            )
+        whole.axes |= {(prefix + path, dim): u + offset for (path, dim), u in one.axes.items()}
+        whole.roles |= {(prefix + path, dim): role for (path, dim), role in one.roles.items()}
+        whole.work |= {prefix + path: work for path, work in one.work.items()}
+        whole.shapes |= {prefix + path: shape for path, shape in one.shapes.items()}
+        whole.sized |= {prefix + path: units + offset for path, units in one.sized.items()}
+        whole.count += one.count
+    return whole
 
 
 def _ends(ends: Sequence[Any], classes: Labels) -> dict[tuple[int, int], Labels]:
