@@ -39,6 +39,7 @@ from lightning_compress.distillation.weights import Ramp
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
+from lightning_compress.pruning.channel_files import rebuild_channels
 from lightning_compress.pruning.channel_surgery import match_channels
 from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.quantization.post_training import (
@@ -98,6 +99,7 @@ __all__ = [
     "quantize_static",
     "quantize_weights",
     "read_tensors",
+    "rebuild_channels",
     "save_compressed",
     "sparsity",
     "write_tensors",

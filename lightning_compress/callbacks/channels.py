@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from lightning_compress.pruning.channel_budget import (
     cut_to,
     floor_of,
 )
+from lightning_compress.pruning.channel_files import CHANNELS
 from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
 from lightning_compress.pruning.channel_scores import (
     ABSOLUTE,
@@ -47,11 +49,11 @@ from lightning_compress.pruning.events import Events
 from lightning_compress.pruning.gathering import Gathering, Gatherings
 from lightning_compress.pruning.parts import make_schedules
 from lightning_compress.schedules import Schedule
+from lightning_compress.state import RemovedChannels, note_removed, removed_channels
 from lightning_compress.targets import Pattern
 
 __all__ = ["ChannelPruning"]
 
-CHANNELS = "channels_kept"  # key of the kept entries in a checkpoint
 _EVENTS = 20
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
@@ -151,7 +153,7 @@ class ChannelPruning(MaskCallback):
             [Gathering(make_criterion("magnitude" if by_norms else criterion))]
         )
         self.plan: ChannelPlan | None = None
-        self.kept: dict[str, dict[int, list[int]]] = {}  # entries of the first model that stay
+        self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.dense: dict[str, int] = {}  # units of each group at first
         self.total = 0.0  # cost at first
         self.refused: dict[str, str] = {}
@@ -397,8 +399,9 @@ class ChannelPruning(MaskCallback):
         for parameter, dims in by_parameter.items():
             if (slot := self._slot_of(parameter)) is not None:
                 slot.select(dims)
-        self._remember(kept, pl_module)
+        lost = self._lost(gone, kept, sized)
         shrink(pl_module, kept, sized=sized)
+        note_removed(pl_module, lost)
         tell_others(self, trainer, pl_module, kept, sized)
         self.plan.check(expected, gone)
         self.plan.after(gone)
@@ -406,13 +409,21 @@ class ChannelPruning(MaskCallback):
         self._gatherings.stop()
         self.sparsity = self._count()
 
-    def _remember(self, kept: Kept, module: nn.Module) -> None:
-        shapes = dict(module.named_parameters()) | dict(module.named_buffers())
-        for path, dims in kept.items():
-            for dim, index in dims.items():
-                size = shapes[path].shape[dim]
-                before = self.kept.setdefault(path, {}).get(dim, list(range(size)))
-                self.kept[path][dim] = [before[one] for one in index.tolist()]
+    def _lost(self, gone: Flags, kept: Kept, sized: Mapping[str, int]) -> RemovedChannels:
+        assert self.plan is not None
+        module = self.plan.module
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        for group in self.plan.graph.groups:
+            before = self.kept.get(group.name, list(range(len(group.units))))
+            pairs = zip(before, gone[group.units].tolist(), strict=True)
+            self.kept[group.name] = [one for one, goes in pairs if not goes]
+        cut = {
+            one.name: tuple(self.kept[one.name])
+            for one in self.plan.graph.groups
+            if len(self.kept[one.name]) < self.dense[one.name]
+        }
+        shapes = {path: tuple(tensors[path].shape) for path in kept}
+        return RemovedChannels(shapes, dict(sized), cut)
 
     def project(self) -> None:
         """Nothing of this callback shows between events."""
@@ -457,12 +468,12 @@ class ChannelPruning(MaskCallback):
     def on_save_checkpoint(
         self,
         trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
+        pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
         """Say which entries stay, so that the full model can be cut before it is loaded."""
-        if self.kept:
-            checkpoint[CHANNELS] = {path: dict(dims) for path, dims in self.kept.items()}
+        if lost := removed_channels(pl_module):
+            checkpoint[CHANNELS] = asdict(lost)
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, what stays, what fades, what the first model cost, statistics."""
@@ -474,7 +485,7 @@ class ChannelPruning(MaskCallback):
             "asked": self.part.asked,
             "cost": (self.kind, self.total, 1 - self.part.target(self.events.end)),
             "dense": dict(self.dense),
-            "kept": {path: dict(dims) for path, dims in self.kept.items()},
+            "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
             "gathering": self._gatherings.state_dict(),
@@ -491,7 +502,7 @@ class ChannelPruning(MaskCallback):
                 0
             ].curve
         self.dense, self.refused = dict(state["dense"]), dict(state["refused"])
-        self.kept = {path: dict(dims) for path, dims in state["kept"].items()}
+        self.kept = dict(state["kept"])
         self._resumed = state["leaving"]
         step = self.projector.clock(self.paths())
         self._gatherings.restore(self.slots, step, state["gathering"])

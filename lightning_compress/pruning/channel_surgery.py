@@ -84,6 +84,12 @@ def _ids(module: nn.Module, paths: Iterable[str]) -> set[int]:
     return {id(named[path]) for path in paths if path in named}
 
 
+_BIASED: dict[type[nn.Module], str] = {
+    nn.Linear: "out_features",
+    _CONVS: "out_channels",
+    nn.modules.batchnorm._NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
 _NAMES = (
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
     "num_channels", "num_groups", "embedding_dim", "input_size", "hidden_size", "proj_size",
@@ -173,6 +179,24 @@ def check_sizes(module: nn.Module) -> list[str]:
             if known.get(name, value) != value:
                 place = path or "(root)"
                 faults.append(f"{place}: {name} is {known[name]}, the tensors say {value}")
+        faults += [f"{path or '(root)'}: {fault}" for fault in _odd_tensors(layer)]
+    return faults
+
+
+def _odd_tensors(layer: Any) -> list[str]:
+    """Tensors of a layer that do not fit each other."""
+    faults = []
+    if isinstance(layer, nn.RNNBase):
+        rows = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1) * layer.hidden_size
+        for name, one in layer.named_parameters(recurse=False):
+            if not name.startswith("weight_hr") and len(one) != rows:
+                faults.append(f"{name} has {len(one)} rows, not {rows}")
+        return faults
+    size = _BIASED.get(next((kind for kind in _BIASED if isinstance(layer, kind)), nn.Module))
+    for name in ("bias", "running_mean", "running_var") if size else ():
+        one, wanted = getattr(layer, name, None), getattr(layer, str(size))
+        if isinstance(one, Tensor) and len(one) != wanted:
+            faults.append(f"{name} has {len(one)} entries, not {wanted}")
     return faults
 
 
