@@ -443,6 +443,11 @@ class ChannelPruning(MaskCallback):
         """Remove what still fades, print what each layer got, and check that enough is gone."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
+        waits = self.events.over and self.needed(self.events.position)
+        if waits and self.ready(self.projector.clock(self.paths())):
+            self.event(trainer)
+            if self._leaving is not None:
+                self.remove(trainer, pl_module)
         if self.plan is None:
             rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
             return
