@@ -337,7 +337,9 @@ class Projector:
 
 
 def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
-    for dim, index in kept.items() if values is not None else ():
+    if values is None:
+        return None
+    for dim, index in kept.items():
         values = values.index_select(dim, index.to(values.device))
     return values
 

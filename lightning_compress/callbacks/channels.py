@@ -21,35 +21,25 @@ from lightning_compress.callbacks.channel_carry import (
     tell_others,
 )
 from lightning_compress.callbacks.masking import MaskCallback
-from lightning_compress.projection import Slot
 from lightning_compress.pruning.channel_budget import (
-    Costs,
     Rounding,
     Scores,
     check_budget,
-    cut_to,
     floor_of,
 )
 from lightning_compress.pruning.channel_files import CHANNELS
 from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
-from lightning_compress.pruning.channel_scores import (
-    ABSOLUTE,
-    even_out,
-    norm_scales,
-    sum_over_units,
-)
 from lightning_compress.pruning.channel_surgery import (
     match_channels,
-    select_optimizer_state,
-    shrink,
 )
-from lightning_compress.pruning.channels import Flags, Kept
+from lightning_compress.pruning.channel_training import Cutter
+from lightning_compress.pruning.channels import Flags
 from lightning_compress.pruning.criteria import CRITERIA, Criterion, make_criterion
 from lightning_compress.pruning.events import Events
 from lightning_compress.pruning.gathering import Gathering, Gatherings
 from lightning_compress.pruning.parts import make_schedules
 from lightning_compress.schedules import Schedule
-from lightning_compress.state import RemovedChannels, note_removed, removed_channels
+from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
 __all__ = ["ChannelPruning"]
@@ -153,6 +143,7 @@ class ChannelPruning(MaskCallback):
             [Gathering(make_criterion("magnitude" if by_norms else criterion))]
         )
         self.plan: ChannelPlan | None = None
+        self.cutter: Cutter | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.dense: dict[str, int] = {}  # units of each group at first
         self.total = 0.0  # cost at first
@@ -181,7 +172,7 @@ class ChannelPruning(MaskCallback):
         claim_run(self, trainer)
         roots = roots_of(pl_module, [slot.target for slot in self.slots])
         self._samples = Samples(pl_module, roots)
-        self.plan, self._leaving, self._fading = None, None, 0
+        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
 
     def _claim(self) -> None:
         """Channels are no masks: another callback may mask what stays."""
@@ -207,11 +198,16 @@ class ChannelPruning(MaskCallback):
             tapped=tapped_features(trainer),
             refused=self.refused,
         )
-        if not self.dense:
+        first = not self.dense
+        if first:
             self.dense = {one.name: len(one.units) for one in self.plan.graph.groups}
-            if self.kind == "latency":
-                self._measure_latency()
-            self.total = Costs(self.plan.graph, self.kind).total()
+        cutter = self.cutter = Cutter(
+            self.plan, self.projector, rounding=self.rounding, dense=self.dense, kept=self.kept
+        )
+        if first and self.kind == "latency":
+            self._measure_latency()
+        if first:
+            self.total = cutter.cost(self.kind)
         self._check_reachable()
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
@@ -229,23 +225,21 @@ class ChannelPruning(MaskCallback):
 
     def _measure_latency(self) -> None:
         """Turn a latency into MACs: the largest part of them that is fast enough."""
-        assert self.plan is not None
+        assert self.cutter is not None
         assert self.left is not None
-        scores, low, high = self._scores(), 0.0, 1.0
-        for _ in range(6):
-            middle = (low + high) / 2
-            gone = self._cut(scores, "macs", middle * Costs(self.plan.graph, "macs").total())
-            fast = self.plan.latency_ratio(gone) <= self.left
-            low, high = (middle, high) if fast else (low, middle)
-        if low == 0.0:
+        part, ratio = self.cutter.fast_enough(self._scores(), self.left)
+        if not part:
             raise ValueError(
                 f"budget={{'latency': {self.left}}} cannot be met: with as few channels as "
                 f"round_to={self.rounding.to} and min_keep={self.rounding.least} allow, the time "
-                f"is {self.plan.latency_ratio(gone):.3f} of now"
+                f"is {ratio:.3f} of now"
             )
-        rank_zero_info(f"{self.state_key}: {self.left} of the latency is {low:.3f} of the MACs")
+        rank_zero_info(f"{self.state_key}: {self.left} of the latency is {part:.3f} of the MACs")
+        self._go_by_macs(1 - part)
+
+    def _go_by_macs(self, gone: float) -> None:
         self.kind = "macs"
-        self.part = make_schedules(1 - low, None, self.events.begin, self.events.end)[0]
+        self.part.curve = make_schedules(gone, None, self.events.begin, self.events.end)[0].curve
 
     def _check_reachable(self) -> None:
         assert self.plan is not None
@@ -279,87 +273,35 @@ class ChannelPruning(MaskCallback):
             self.slots, self.events, step, pending=self._pending, needed=self.needed
         )
 
-    @torch.no_grad()
     def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
         """Let chosen channels fade, and scales of norms shrink."""
+        if self.cutter is None:
+            return
         if self._leaving is not None and self._fading < self.fade:
             self._fading += 1
-            self._scale_readers((self.fade - self._fading) / (self.fade - self._fading + 1))
+            left = self.fade - self._fading
+            self.cutter.fade(self._leaving, left / (left + 1))
         if self.push and not self.events.over:
-            for scale in self._norm_scales().values():
-                scale.copy_(scale.sign() * (scale.abs() - self.push).clamp(min=0))
-
-    def _norm_scales(self) -> dict[str, Tensor]:
-        if self.plan is None:
-            return {}
-        found = {}
-        for root in self.plan.inputs:
-            for path, layer in self.plan.module.get_submodule(root).named_modules():
-                if isinstance(layer, _NORMS) and layer.weight is not None:
-                    name = ".".join(filter(None, (root, path, "weight")))
-                    found[name] = layer.weight
-        return found
-
-    def _scale_readers(self, factor: float) -> None:
-        assert self.plan is not None
-        assert self._leaving is not None
-        graph, tensors = self.plan.graph, dict(self.plan.module.named_parameters())
-        for (path, dim), units in graph.axes.items():
-            leaving = self._leaving[units]
-            if graph.roles[path, dim] != "in" or ".original" in path or not leaving.any():
-                continue
-            shape = [1] * tensors[path].dim()
-            shape[dim] = -1
-            scale = torch.from_numpy(np.where(leaving, factor, 1.0)).reshape(shape)
-            self._write(tensors[path], partial(torch.mul, scale.to(tensors[path])))
-
-    def _write(self, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the values that are trained, and what shows of them."""
-        slot = self._slot_of(parameter)
-        if slot is None:
-            parameter.copy_(change(parameter.detach()))
-        else:
-            slot.set_values(change(slot.values()))
-            slot.project()
-
-    def _slot_of(self, parameter: Tensor) -> Slot | None:
-        slots = {id(slot.parameter): slot for slot in self.projector.slots.values()}
-        return slots.get(id(parameter))
+            self.cutter.push(self.push)
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
-        assert self.plan is not None
-        wanted = 1 - self.part.ask(self.events.position)
-        gone = self._cut(self._scores(), self.kind, wanted * self.total, overshoot=self.events.over)
+        assert self.cutter is not None
+        target = (1 - self.part.ask(self.events.position)) * self.total
+        over = self.events.over
+        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
 
-    def _cut(self, scores: Scores, kind: str, target: float, *, overshoot: bool = True) -> Flags:
-        assert self.plan is not None
-        graph = self.plan.graph
-        costs = Costs(graph, kind)
-        return cut_to(
-            graph, scores, costs, target, rounding=self.rounding, dense=self.dense,
-            overshoot=overshoot,
-        )  # fmt: skip
-
     def _scores(self) -> Scores:
-        assert self.plan is not None
-        graph = self.plan.graph
+        assert self.cutter is not None
         if self.criterion in ("magnitude", "batchnorm"):
-            values = dict(self.plan.module.named_parameters())
-            values |= {slot.target.path: slot.values() for slot in self.projector.slots.values()}
-            squares = {path: one.detach().square() for path, one in values.items()}
-            scores = sum_over_units(graph, squares)
-            if self.criterion == "batchnorm":
-                return norm_scales(graph, self._norm_scales(), scores)
-            return even_out(graph, np.sqrt(scores))
+            return self.cutter.own_scores(str(self.criterion))
         wanted = self._gatherings[0].scores(self.slots, self.slots)
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
-        scores = sum_over_units(graph, given, ("out",))
-        return scores if self.criterion in ABSOLUTE else even_out(graph, scores)
+        return self.cutter.given_scores(self.criterion, given)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -370,60 +312,24 @@ class ChannelPruning(MaskCallback):
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.plan is not None:
-            left = Costs(self.plan.graph, self.kind).total() / self.total
+        if self.cutter is not None:
+            left = self.cutter.cost(self.kind) / self.total
             pl_module.log(f"{self.name}/{self.kind}_left", left)
 
-    @torch.no_grad()
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the chosen channels from everything that has them.
 
         Raises:
             RuntimeError: when the smaller model is not the masked one.
         """
-        assert self.plan is not None
+        assert self.cutter is not None
         assert self._leaving is not None
-        gone, parameters = self._leaving, dict(pl_module.named_parameters())
-        hidden = {slot.target.path: slot for slot in self.projector.slots.values()}
-        values = {
-            path: hidden[path].values() if path in hidden else one.detach()
-            for path, one in parameters.items()
-        }
-        for path, zeroed in self.plan.masked_values(values, gone).items():
-            self._write(parameters[path], lambda _, zeroed=zeroed: zeroed)
-        expected = self.plan.outputs()
-        kept, sized = self.plan.kept(gone)
-        by_parameter = {parameters[path]: dims for path, dims in kept.items() if path in parameters}
-        for note in select_optimizer_state(trainer.optimizers, by_parameter):
+        tell = partial(tell_others, self, trainer, pl_module)
+        for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
-        for parameter, dims in by_parameter.items():
-            if (slot := self._slot_of(parameter)) is not None:
-                slot.select(dims)
-        lost = self._lost(gone, kept, sized)
-        shrink(pl_module, kept, sized=sized)
-        note_removed(pl_module, lost)
-        tell_others(self, trainer, pl_module, kept, sized)
-        self.plan.check(expected, gone)
-        self.plan.after(gone)
         self._leaving, self._fading = None, 0
         self._gatherings.stop()
         self.sparsity = self._count()
-
-    def _lost(self, gone: Flags, kept: Kept, sized: Mapping[str, int]) -> RemovedChannels:
-        assert self.plan is not None
-        module = self.plan.module
-        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        for group in self.plan.graph.groups:
-            before = self.kept.get(group.name, list(range(len(group.units))))
-            pairs = zip(before, gone[group.units].tolist(), strict=True)
-            self.kept[group.name] = [one for one, goes in pairs if not goes]
-        cut = {
-            one.name: tuple(self.kept[one.name])
-            for one in self.plan.graph.groups
-            if len(self.kept[one.name]) < self.dense[one.name]
-        }
-        shapes = {path: tuple(tensors[path].shape) for path in kept}
-        return RemovedChannels(shapes, dict(sized), cut)
 
     def project(self) -> None:
         """Nothing of this callback shows between events."""
@@ -448,12 +354,12 @@ class ChannelPruning(MaskCallback):
             self.event(trainer)
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
-        if self.plan is None:
+        if self.cutter is None:
             rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
             return
         report_table(self)
         wanted = 1 - self.part.target(self.events.end)
-        left = Costs(self.plan.graph, self.kind).total() / self.total
+        left = self.cutter.cost(self.kind) / self.total
         if left > wanted * (1 + 1e-9):
             message = (
                 f"{self.state_key} ended at {left:.4f} of the {self.kind} in place of "
@@ -502,10 +408,7 @@ class ChannelPruning(MaskCallback):
         self.part.asked = state["asked"]
         kind, self.total, wanted = state["cost"]
         if kind != self.kind:  # a latency that was measured
-            self.kind = kind
-            self.part.curve = make_schedules(1 - wanted, None, self.events.begin, self.events.end)[
-                0
-            ].curve
+            self._go_by_macs(1 - wanted)
         self.dense, self.refused = dict(state["dense"]), dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]

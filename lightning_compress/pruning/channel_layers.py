@@ -67,8 +67,7 @@ def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None
     if weight is None or _why_unknown(layer, extra):
         reason = _why_unknown(layer, extra) or "a weight that is computed"
         trace.ledger.fix(axes[channel], f"read by {path}, which has {reason}")
-        axes = [None] * out.dim()
-        trace.label(out, axes)
+        trace.unlabel(out)
         return
     groups = getattr(layer, "groups", 1)
     size = out.shape[channel]
@@ -139,6 +138,8 @@ def _parametrization(
     if kind == "norm":  # magnitudes, one for each entry of one axis
         tensor = layer.parametrizations.weight.original0
         axis = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
+        if axis is None:
+            return
         if axis == dims[1]:
             trace.ledger.use(name, axis, made, "through")
         elif axis == dims[0] and read is not None:

@@ -152,7 +152,7 @@ def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
     return {"in_channels": inputs * groups, "out_channels": outputs}
 
 
-def _recurrent_sizes(layer: nn.RNNBase) -> dict[str, int]:
+def _recurrent_sizes(layer: Any) -> dict[str, int]:
     shown = layer.weight_hh_l0.shape[1]
     sizes = {"input_size": layer.weight_ih_l0.shape[1]}
     if layer.proj_size:
@@ -163,7 +163,7 @@ def _recurrent_sizes(layer: nn.RNNBase) -> dict[str, int]:
 def check_sizes(module: nn.Module) -> list[str]:
     """What layers say of their sizes and their tensors do not; empty when all is well.
 
-    >>> layer = nn.Linear(2, 3)
+    >>> layer = nn.Linear(2, 3, bias=False)
     >>> layer.out_features = 4
     >>> check_sizes(layer)
     ['(root): out_features is 4, the tensors say 3']

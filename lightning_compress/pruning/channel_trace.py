@@ -199,6 +199,10 @@ class Trace(TorchFunctionMode):
         """Note the labels of a tensor's axes."""
         self._known[id(tensor)] = tensor, axes  # the tensor is kept, so that its id stays its own
 
+    def unlabel(self, tensor: Tensor) -> None:
+        """Note that nothing of a tensor could be removed."""
+        self.label(tensor, [None] * tensor.dim())
+
     def path_of(self, tensor: Tensor | None) -> str | None:
         """The path of a parameter or buffer of the module; the first one, if it has several."""
         return None if tensor is None else self._own.get(id(tensor))

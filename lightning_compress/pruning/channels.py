@@ -166,10 +166,11 @@ def free_reshapes(module: nn.Module) -> None:
     (-1, 2, 2)
     """
     for layer in module.modules():
-        sizes = getattr(layer, "unflattened_size", None)
-        plain = isinstance(layer, nn.Unflatten) and all(isinstance(one, int) for one in sizes)
-        if plain and -1 not in sizes:
-            layer.unflattened_size = (-1, *tuple(sizes)[1:])
+        if not isinstance(layer, nn.Unflatten):
+            continue
+        sizes: Any = layer.unflattened_size
+        if all(isinstance(one, int) for one in sizes) and -1 not in sizes:
+            layer.unflattened_size = (-1, *tuple(sizes)[1:])  # type: ignore[assignment]
 
 
 def _read(trace: Trace, protect: Protect) -> ChannelGraph:

@@ -263,7 +263,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path):
 
 
 def test_a_wrong_removal_stops_the_run(tmp_path, monkeypatch):
-    from lightning_compress.callbacks import channels as home
+    from lightning_compress.pruning import channel_training as home
 
     real = home.shrink
 
