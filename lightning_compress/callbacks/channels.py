@@ -29,6 +29,7 @@ from lightning_compress.pruning.channel_budget import (
 )
 from lightning_compress.pruning.channel_files import CHANNELS
 from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
+from lightning_compress.pruning.channel_scores import ABSOLUTE
 from lightning_compress.pruning.channel_surgery import (
     match_channels,
 )
@@ -290,7 +291,10 @@ class ChannelPruning(MaskCallback):
         assert self.cutter is not None
         target = (1 - self.part.ask(self.events.position)) * self.total
         over = self.events.over
-        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
+        relative = self.criterion not in ABSOLUTE
+        gone = self.cutter.choose(
+            self._scores(), self.kind, target, overshoot=over, relative=relative
+        )
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())

@@ -143,8 +143,14 @@ def cut_to(
     rounding: Rounding,
     dense: Mapping[str, int],
     overshoot: bool,
+    relative: bool = True,
 ) -> Flags:
-    """Units to remove, greedily: always the block that costs most for what it is worth.
+    """Units to remove, greedily: always the block that is worth least for what it saves.
+
+    Scores that are relative say what a unit is worth among the units of its group. A block is then
+    worth its share of what the group has left, and more the less of the first group that is: the
+    price of a group grows as first size / size, so that groups that cost as a product of their
+    sizes shrink alike, and none is stripped because its channels are costly.
 
     Args:
         graph: of the module of now.
@@ -154,7 +160,9 @@ def cut_to(
         rounding: in which steps, and to which floor.
         dense: units of each group at first, by name.
         overshoot: whether the last block may bring the cost below the target.
+        relative: whether scores compare within groups alone; else they are changes of the loss.
     """
+    left = [float(scores[group.units].sum()) for group in graph.groups]
     order = [group.free[np.argsort(scores[group.free], kind="stable")] for group in graph.groups]
     taken = [0] * len(graph.groups)
     gone = np.zeros(graph.count, dtype=bool)
@@ -170,7 +178,13 @@ def cut_to(
                 continue
             block = order[index][taken[index] : taken[index] + size]
             saved = costs.saving(index, block)
-            worth = float(scores[block].sum()) / max(saved, 1e-30)
+            worth = float(scores[block].sum())
+            if relative:
+                first = dense.get(group.name, len(group.units))
+                worth *= first / kept / max(left[index], 1e-30)
+                if costs.kind == "channels":  # equal fractions of all groups
+                    worth *= first
+            worth /= max(min(saved, cost - target), 1e-30)  # what is saved beyond is no gain
             if best is None or worth < best[0]:
                 best = worth, index, saved, block
         if best is None:
@@ -180,6 +194,7 @@ def cut_to(
             closed.add(index)  # a smaller block of another group may still fit
             continue
         costs.take(index, block)
+        left[index] -= float(scores[block].sum())
         gone[block] = True
         taken[index] += len(block)
         cost -= saved

@@ -60,8 +60,16 @@ class Cutter:
         """What the module costs now."""
         return Costs(self.plan.graph, kind).total()
 
-    def choose(self, scores: Scores, kind: str, target: float, *, overshoot: bool = True) -> Flags:
-        """Units to remove, so that the cost comes down to a target."""
+    def choose(
+        self,
+        scores: Scores,
+        kind: str,
+        target: float,
+        *,
+        overshoot: bool = True,
+        relative: bool = True,
+    ) -> Flags:
+        """Units to remove, so that the cost comes down to a target; see `cut_to`."""
         graph = self.plan.graph
         return cut_to(
             graph,
@@ -71,6 +79,7 @@ class Cutter:
             rounding=self.rounding,
             dense=self.dense,
             overshoot=overshoot,
+            relative=relative,
         )
 
     def own_scores(self, criterion: str) -> Scores:
