@@ -16,6 +16,7 @@ from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.distillation.inputs import sample_inputs
 from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channels import Kept
+from lightning_compress.targets import clean_path
 
 __all__ = ["Samples", "claim_run", "report_table", "tapped_features", "tell_others"]
 
@@ -36,7 +37,7 @@ class Samples:
         self.roots = list(roots)
         for root in self.roots:
             part = module.get_submodule(root)
-            known = sample_inputs(module, root, part)
+            known = sample_inputs(module, clean_path(root), part)
             if known is not None:
                 self._found[root] = known
                 continue

@@ -45,7 +45,10 @@ def roots_of(module: nn.Module, targets: Sequence[Target]) -> list[str]:
     for target in targets:
         path = clean_path(target.path)
         part = next((one for one in parts if not one or path.startswith(f"{one}.")), None)
-        found.append(path.partition(".")[0] if part is None and "." in path else part or "")
+        root = path.partition(".")[0] if part is None and "." in path else part or ""
+        compiled = hasattr(module.get_submodule(root), "_orig_mod")
+        # What torch.compile wraps is plain Python inside, which can be followed.
+        found.append(".".join(filter(None, (root, "_orig_mod"))) if compiled else root)
     return list(dict.fromkeys(found))
 
 

@@ -247,14 +247,6 @@ def test_a_size_that_is_written_into_the_code_stays(tmp_path):
     assert "does not run" in channels.refused["decoder.first"]
 
 
-def test_the_sizes_of_hidden_inputs_are_found_in_the_first_batch(tmp_path):
-    torch.manual_seed(0)
-    model = Wide()
-    model.encoder = nn.Sequential(nn.Identity(), *model.encoder)
-    run(tmp_path, model, ChannelPruning(**FAST))
-    assert model.encoder[1].out_features + model.decoder[0].out_features == 16
-
-
 def test_a_run_that_is_too_short_says_so(tmp_path):
     with pytest.warns(UserWarning, match=r"ended at .* of the channels in place of 0.5"):
         run(tmp_path, Wide(), ChannelPruning(round_to=2, begin=100, end=200))
