@@ -332,7 +332,7 @@ class ChannelPruning(MaskCallback):
         for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0
-        self._gatherings.stop()
+        self._gatherings.reset()  # what is known of larger weights is of no use
         self.sparsity = self._count()
 
     def project(self) -> None:

@@ -221,7 +221,7 @@ class GradualPruning(MaskCallback):
         """Look at the smaller weights anew; statistics of the larger ones are of no use."""
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
-        self._gatherings.stop()
+        self._gatherings.reset()
         self.sparsity = self._count()
 
     def _correct(self, trainer: Trainer) -> None:

@@ -262,8 +262,7 @@ def _states(trace: Trace, given: Any, states: Any, labels: tuple[Labels, Labels]
                 continue
             trace.ledger.join(known, own)
             if known.max() < trace.from_inputs:
-                # A state that the module is given is made by its caller, in this layer's size.
-                trace.ledger.release(own)
+                trace.given_states.append(own)
 
 
 def _pair(states: Any) -> tuple[Tensor, ...]:

@@ -115,6 +115,7 @@ class Trace(TorchFunctionMode):
         self.from_inputs = 0  # labels below are those of inputs
         self.input_axes: list[Axes] = []
         self.output_axes: list[Axes] = []
+        self.given_states: list[Labels] = []  # of recurrent layers, where the module is given them
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """Run the module; inputs and outputs keep their sizes."""
@@ -135,7 +136,14 @@ class Trace(TorchFunctionMode):
             self.output_axes.append(self.axes(one))
             for labels in self.axes(one):
                 self.ledger.fix(labels, "output of the module")
+                self._release(labels)
         return output
+
+    def _release(self, labels: Labels | None) -> None:
+        """A state that goes in and comes out is the caller's, who makes it in the layer's size."""
+        for state in self.given_states if labels is not None else ():
+            if np.array_equal(state, labels):
+                self.ledger.release(state)
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from lightning_compress import (
     Pair,
     ProjectedEMA,
     TargetError,
+    sparsity,
 )
 
 
@@ -124,6 +125,15 @@ def test_a_guard_holds_it(tmp_path):
     assert hidden(model) == 16
 
 
+@pytest.mark.parametrize("criterion", ["movement", "obs", "fisher"])
+def test_statistics_of_masks_begin_anew(tmp_path, criterion):
+    model = Wide()
+    masks = GradualPruning(final_sparsity=0.5, criterion=criterion, frequency=10, end=0.9)
+    run(tmp_path, model, masks, ChannelPruning(**FAST, end=0.4), epochs=8)
+    assert hidden(model) == 16
+    assert sparsity(model) == pytest.approx(0.5, abs=0.03)
+
+
 def test_rewinding_is_refused(tmp_path):
     with pytest.raises(TargetError, match="leave rewind out"):
         run(tmp_path, Wide(), ChannelPruning(**FAST), GradualPruning(rewind=0.0))
@@ -156,7 +166,7 @@ def test_a_weight_that_two_parts_share_keeps_its_channels(tmp_path):
     assert model.decoder[3].out_features == 14
 
 
-# When it compiles anew, for a parameter of another size, torch 2.14 looks at the gradient of a copy.
+# Compiling anew for a parameter of another size, torch 2.14 looks at the gradient of a copy.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_part(tmp_path, backend):

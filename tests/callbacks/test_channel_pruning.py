@@ -117,7 +117,8 @@ def test_every_grid_follows(tmp_path, scheme):
 
 
 @pytest.mark.parametrize(
-    "criterion", ["magnitude", "batchnorm", "taylor", "fisher", "activation", "output_activation"]
+    "criterion",
+    ["magnitude", "batchnorm", "taylor", "fisher", "activation", "output_activation", "movement"],
 )
 def test_each_criterion(tmp_path, criterion):
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """Channels are found and removed exactly, in all our models and in odd modules."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
-from lightning_compress.pruning.channel_removal import masked, removed
+from lightning_compress.pruning.channel_removal import compare, masked, outputs_of, removed
 from lightning_compress.pruning.channel_surgery import check_sizes
 from lightning_compress.pruning.channels import channel_graph
 
@@ -259,6 +261,76 @@ def test_odd_modules(name):
     if name != "parametrized":
         randomize(module)
     check_exact(module, inputs())
+
+
+class Latent(nn.Module):
+    """A decoder whose latent is the first state of its layer: it must stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x, z):
+        return self.head(self.gru(x, z[None])[0])
+
+
+class Stateful(Latent):
+    """The same, and the state is handed back to the caller, who makes it to measure."""
+
+    def forward(self, x, z):
+        states, last = self.gru(x, z[None])
+        return self.head(states), last[0]
+
+
+class Summary(Latent):
+    """An encoder that gives its last state away."""
+
+    def forward(self, x, z):
+        return self.gru(x)[1][0] + self.head.bias.sum() + z.sum()
+
+
+@pytest.mark.parametrize(("kind", "free"), [(Latent, 0), (Stateful, 8), (Summary, 0)])
+def test_states_that_are_latents_stay(kind, free):
+    graph = channel_graph(kind(), (torch.rand(2, 4, 3), torch.rand(2, 8)))
+    assert [len(one.free) for one in graph.groups if one.name == "gru"] == [free]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.softmax(1), "softmax"),
+        (lambda x: functional.layer_norm(x, x.shape[1:]), "layer_norm"),
+        (lambda x: x - x.mean(1, keepdim=True), "mean"),
+        (lambda x: x @ torch.ones(8, 8), "matmul|__matmul__"),
+        (lambda x: x + torch.arange(8.0), "fixed size"),
+        (lambda x: x * x.amax(1)[:, None], "amax"),
+        (lambda x: torch.fft.fft(x).real, "fft"),
+    ],
+)
+def test_what_mixes_channels_keeps_them(function, reason):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(function(self.first(x)))
+
+    group = channel_graph(Mixed(), (torch.rand(2, 3),)).groups[0]
+    assert len(group.free) == 0
+    assert re.search(reason, " ".join(group.reasons))
+
+
+def test_half_precision_is_compared_in_its_own_steps():
+    module = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8)).bfloat16()
+    inputs = (torch.rand(2, 64, dtype=torch.bfloat16),)
+    graph = channel_graph(module, inputs)
+    gone = every_other(graph)
+    zeroed = masked(module, graph, gone)
+    assert (
+        compare(removed(zeroed, graph, gone), inputs, outputs_of(zeroed, inputs), graph, gone) == ""
+    )
 
 
 def test_a_weight_norm_keeps_what_stays_of_a_weight():
