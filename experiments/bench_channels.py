@@ -142,17 +142,16 @@ class Bench:
     def torch_pruning(self, variant: str, left: float) -> Row:
         """Torch-Pruning's high-level pruner at once, its groups and its sizes, then the steps."""
         model = self.start.model()
-        before = deployed_cost(model)["macs"]
-        low, high = 0.0, 1.0
-        for _ in range(8):  # the ratio that gives these MACs, or as few as it can
-            middle = (low + high) / 2
-            twin = copy.deepcopy(model)
-            self._cut(twin, middle)
-            enough = deployed_cost(twin)["macs"] <= left * before
-            low, high = (low, middle) if enough else (middle, high)
-        self._cut(model, high)
-        self.fit(model, [])
-        return self.measured(model, variant) | {"ratio": round(high, 3)}
+        target, found = left * deployed_cost(model)["macs"], {}
+        low, high = 3, 15  # sixteenths: the least that gives these MACs, or the most there is
+        while low < high or high not in found:
+            middle = (low + high) // 2
+            found[middle] = copy.deepcopy(model)
+            self._cut(found[middle], middle / 16)
+            enough = deployed_cost(found[middle])["macs"] <= target
+            low, high = (low, middle) if enough else (min(middle + 1, high), high)
+        self.fit(found[high], [])
+        return self.measured(found[high], variant) | {"ratio": high / 16}
 
     def _cut(self, model: Any, ratio: float) -> None:
         import torch_pruning as tp
@@ -164,11 +163,8 @@ class Bench:
                 part,
                 inputs[0],
                 importance=tp.importance.GroupMagnitudeImportance(p=2),
-                global_pruning=True,
-                pruning_ratio=ratio,
-                max_pruning_ratio=0.95,
+                pruning_ratio=ratio,  # of each layer: with global_pruning it left the DCGAN whole
                 ignored_layers=[one for path, one in part.named_modules() if path in ENDS],
-                root_module_types=[nn.modules.conv._ConvNd, nn.Linear],
                 round_to=8,
             ).step()
         model.train()

@@ -141,8 +141,8 @@ class Trace(TorchFunctionMode):
 
     def _release(self, labels: Labels | None) -> None:
         """A state that goes in and comes out is the caller's, who makes it in the layer's size."""
-        for state in self.given_states if labels is not None else ():
-            if np.array_equal(state, labels):
+        for state in self.given_states:
+            if labels is not None and np.array_equal(state, labels):
                 self.ledger.release(state)
 
     @contextmanager
