@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -39,6 +39,10 @@ bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interl
 bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
 	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl
 	$(BIN)/python experiments/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
+
+bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (hours; resumes)
+	$(BIN)/python -m pip install --quiet "torch-pruning>=1.6,<1.7"
+	$(BIN)/python experiments/bench_channels.py
 
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
 	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl

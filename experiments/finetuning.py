@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,17 @@ class Start:
         name: in `MODELS`.
         seed: of weights, noise and order.
         folder: where the dense weights are kept.
+        models: overrides, epochs and small layers by name.
     """
 
-    def __init__(self, name: str, seed: int, folder: Path) -> None:
-        overrides, self.epochs, self.spared = MODELS[name]
+    def __init__(
+        self,
+        name: str,
+        seed: int,
+        folder: Path,
+        models: Mapping[str, tuple[list[str], int, list[str]]] = MODELS,
+    ) -> None:
+        overrides, self.epochs, self.spared = models[name]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             self.cfg = compose("train", [*overrides, "data=fashion_mnist", f"seed={seed}"])
         self.name, self.seed = name, seed

@@ -3,6 +3,7 @@
 from lightning_compress.callbacks import (
     ArtifactCallback,
     BalanceGuard,
+    ChannelPruning,
     CompressionSummary,
     GradualPruning,
     Guard,
@@ -38,6 +39,8 @@ from lightning_compress.distillation.weights import Ramp
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
 from lightning_compress.measures import sparsity
 from lightning_compress.projection import Projector
+from lightning_compress.pruning.channel_files import rebuild_channels
+from lightning_compress.pruning.channel_surgery import match_channels
 from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.quantization.post_training import (
     quantize_dynamic,
@@ -51,6 +54,7 @@ __all__ = [
     "ArtifactCallback",
     "ArtifactInfo",
     "BalanceGuard",
+    "ChannelPruning",
     "CompressionState",
     "CompressionSummary",
     "Constant",
@@ -89,11 +93,13 @@ __all__ = [
     "initialize_from_teacher",
     "inspect_compressed",
     "load_compressed",
+    "match_channels",
     "onnx_session",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
     "read_tensors",
+    "rebuild_channels",
     "save_compressed",
     "sparsity",
     "write_tensors",

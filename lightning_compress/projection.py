@@ -11,7 +11,7 @@ Nothing here knows Lightning: `Projector.of(module)`, `add`, `attach(optimizers)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
+from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.sharding import Shards, is_sharded, local_part, shards_of
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
@@ -94,6 +95,13 @@ class Slot:
             shapes = f"{tuple(mask.shape)}, the weight {tuple(self.data.shape)}"
             raise TargetError(f"mask of {self.path} has shape {shapes}")
         self.pruned = ~mask.to(self.parameter.device)
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """Keep some entries along axes, as the parameter is about to: mask, latent values, grid."""
+        self.pruned, self.latent = _select(self.pruned, kept), _select(self.latent, kept)
+        if isinstance(self.grid, AffineGrid):
+            self.grid = self.grid.select(kept)
+            set_grid(self.target.layer, self.target.name, self.grid)
 
     def set_quantizer(self, quantizer: Quantizer | None) -> None:
         """Replace what makes the grid; it shows after the next `project`."""
@@ -326,6 +334,14 @@ class Projector:
             handler()
         for slot in self._owned(index):
             slot.project()
+
+
+def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
+    if values is None:
+        return None
+    for dim, index in kept.items():
+        values = values.index_select(dim, index.to(values.device))
+    return values
 
 
 def _hook_gradient(slot: Slot) -> RemovableHandle:

@@ -13,9 +13,12 @@ __all__ = [
     "ActivationGrids",
     "CompressionState",
     "Grid",
+    "RemovedChannels",
     "activation_grids",
     "clear_grid",
     "compression_state",
+    "note_removed",
+    "removed_channels",
     "set_activation_grids",
     "set_grid",
 ]
@@ -25,6 +28,7 @@ Grid = AffineGrid | CodebookGrid
 # Plain attributes of the owning layer: they follow deepcopy and pickle, never enter state_dict.
 _ATTRIBUTE = "_compression_grids"
 _ACTIVATIONS = "_compression_activations"
+_CHANNELS = "_compression_channels"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,24 @@ class ActivationGrids:
 
 
 @dataclass(frozen=True)
+class RemovedChannels:
+    """What a module lost.
+
+    Args:
+        shapes: of tensors before channels were removed, by path.
+        sizes: of layers that know a size and hold no tensors, as it is now, by path.
+        kept: of the channels that a layer made at first, those that stay, by path.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.shapes or self.sizes)
+
+
+@dataclass(frozen=True)
 class CompressionState:
     """What a module carries.
 
@@ -43,11 +65,38 @@ class CompressionState:
         masks: True where a weight is not 0, by parameter name as `named_parameters` spells it.
         grids: where weights lie, by parameter name.
         activations: where inputs and outputs of layers lie, by module path.
+        channels: what was removed.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     activations: dict[str, ActivationGrids] = field(default_factory=dict)
+    channels: RemovedChannels = field(default_factory=RemovedChannels)
+
+
+def note_removed(module: nn.Module, lost: RemovedChannels) -> None:
+    """Remember at its layers what a module lost; shapes that are known already stay."""
+    for path, shape in lost.shapes.items():
+        owner, _, name = path.rpartition(".")
+        known = module.get_submodule(owner).__dict__.setdefault(_CHANNELS, {})
+        known.setdefault("shapes", {}).setdefault(name, tuple(shape))
+    for key, values in (("size", lost.sizes), ("kept", lost.kept)):
+        for path, value in values.items():
+            module.get_submodule(path).__dict__.setdefault(_CHANNELS, {})[key] = value
+
+
+def removed_channels(module: nn.Module) -> RemovedChannels:
+    """What a module lost, as its layers remember it."""
+    found = RemovedChannels()
+    for path, layer in module.named_modules():
+        known = layer.__dict__.get(_CHANNELS, {})
+        prefix = f"{path}." if path else ""
+        found.shapes.update({prefix + name: one for name, one in known.get("shapes", {}).items()})
+        if "size" in known:
+            found.sizes[path] = known["size"]
+        if "kept" in known:
+            found.kept[path] = tuple(known["kept"])
+    return found
 
 
 def set_grid(layer: nn.Module, name: str, grid: Grid) -> None:
@@ -94,4 +143,4 @@ def compression_state(module: nn.Module) -> CompressionState:
                 grids[path] = known[name]
             if parameter.dim() > 1 and not (mask := parameter.detach() != 0).all():
                 masks[path] = mask
-    return CompressionState(masks, grids, activations)
+    return CompressionState(masks, grids, activations, removed_channels(module))

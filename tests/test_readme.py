@@ -17,7 +17,7 @@ def test_the_readme_shows_the_callback_first():
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
 def test_python_blocks_run_on_a_project_of_ones_own(index, tmp_path, monkeypatch):
-    from tiny import TinyAutoencoder, batches, quiet_trainer
+    from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 
     monkeypatch.chdir(tmp_path)
 
@@ -28,6 +28,7 @@ def test_python_blocks_run_on_a_project_of_ones_own(index, tmp_path, monkeypatch
     names = {
         "MyVAE": Fresh,
         "model": model,
+        "gan": TinyGAN(),
         "train_loader": batches(),
         "sample": __import__("torch").randn(2, 6),
     }
@@ -35,6 +36,8 @@ def test_python_blocks_run_on_a_project_of_ones_own(index, tmp_path, monkeypatch
     for block in BLOCKS[:index]:  # a reader goes from top to bottom
         exec(block, names)
     exec(BLOCKS[index], names)
+    if "ChannelPruning" in BLOCKS[index]:
+        assert names["gan"].generator[0].out_features == 4
     if index == 0:
         from lightning_compress import sparsity
 

@@ -2,6 +2,7 @@
 
 from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.averaging import ProjectedEMA
+from lightning_compress.callbacks.channels import ChannelPruning
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
@@ -19,6 +20,7 @@ from lightning_compress.callbacks.threshold import ThresholdPruning
 __all__ = [
     "ArtifactCallback",
     "BalanceGuard",
+    "ChannelPruning",
     "CompressionSummary",
     "EpochCheckpoint",
     "GradualPruning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from lightning_compress.projection import Projector
+from lightning_compress.pruning.channel_surgery import match_channels, shrink
+from lightning_compress.pruning.channels import Kept
 from lightning_compress.state import set_grid
 
 __all__ = ["ProjectedEMA"]
@@ -82,12 +85,19 @@ class ProjectedEMA(EMAWeightAveraging):
     ) -> None:
         """Load the module's own weights and the raw average."""
         raw = checkpoint.get("averaging_state", {}).pop(_RAW, {})
+        if self._average_model is not None:
+            match_channels(self._average_model.module, checkpoint["state_dict"])
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._average_model is not None:
             average = dict(self._average_model.module.named_parameters())
             with torch.no_grad():
                 for path, value in raw.items():
                     average[path].copy_(value)
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Remove the same channels from the average."""
+        if self._average_model is not None:
+            shrink(self._average_model.module, kept, sized=sized)
 
     @torch.no_grad()
     def _project(self, module: nn.Module, *, remember: bool = False) -> dict[str, Tensor]:

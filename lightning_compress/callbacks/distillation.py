@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from lightning_compress.distillation.pairs import Pair, make_pairs
 from lightning_compress.distillation.session import Session
 from lightning_compress.distillation.teachers import (
     DENSE,
+    EMATeacher,
     LiveTeacher,
     check_stranger,
     load_teacher,
     prepare_teacher,
 )
 from lightning_compress.distillation.weights import Weight, check_weight, in_fractions, weight_at
+from lightning_compress.pruning.channel_surgery import shrink
+from lightning_compress.pruning.channels import Kept
 
 __all__ = ["KnowledgeDistillation"]
 
@@ -216,6 +219,11 @@ class KnowledgeDistillation(Callback):
             if path not in self._warned:
                 self._warned.add(path)
                 rank_zero_warn(f"{self.state_key}: nothing was distilled into {path!r}: {reason}")
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Let a teacher that is an average of the student follow."""
+        if self.session is not None and isinstance(self.session.live, EMATeacher):
+            shrink(self.session.teacher, kept, sized=sized)
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, adapters and their optimizers, a teacher that changes; no frozen teacher."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.callbacks.rewinding import Rewinder, Rewinding
+from lightning_compress.pruning.channels import Kept
 from lightning_compress.pruning.criteria import Criterion, make_criterion
 from lightning_compress.pruning.gathering import Gathering, Gatherings
 from lightning_compress.pruning.granularity import make_granularity
@@ -215,6 +216,13 @@ class GradualPruning(MaskCallback):
             self._rewinder.rewind()
         self._events += 1
         self._gatherings.after_event(self.events.ahead())
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Look at the smaller weights anew; statistics of the larger ones are of no use."""
+        self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
+        self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
+        self._gatherings.reset()
+        self.sparsity = self._count()
 
     def _correct(self, trainer: Trainer) -> None:
         for slot in self.slots:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
+from lightning_compress.pruning.channels import Kept
 from lightning_compress.pruning.events import Events
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.activations import activation_layers
@@ -22,7 +23,7 @@ from lightning_compress.quantization.arguments import check_entropy, check_sides
 from lightning_compress.quantization.makers import GridMaker, make_maker
 from lightning_compress.quantization.quantizers import channel_axis
 from lightning_compress.quantization.weights import WeightQuantizer
-from lightning_compress.targets import Coverage, Pattern, deployed_part
+from lightning_compress.targets import Coverage, Pattern, clean_path, deployed_part
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -334,6 +335,13 @@ class QuantizationAwareTraining(WeightCallback):
         """Leave visible weights and no hooks, whatever happened inside a step."""
         self._stop()
         super().on_exception(trainer, pl_module, exception)
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Keep the ranges and steps of the channels that stay."""
+        makers = {} if self.weights is None else self.weights.makers
+        for path, dims in kept.items():
+            if (maker := makers.get(clean_path(path))) is not None:
+                maker.select(dims)
 
     def _stop(self) -> None:
         if self.activations is not None:

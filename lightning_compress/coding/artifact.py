@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.coding.channels import fit_channels, sizes_in
 from lightning_compress.coding.contents import (
     Contents,
     check_tensor,
@@ -163,7 +165,8 @@ def load_compressed(
 ) -> nn.Module:
     """Puts a file's tensors and grids into a module, in place.
 
-    Names, shapes and dtypes must be the same on both sides.
+    Names, shapes and dtypes must be the same on both sides; only where the file says that channels
+    were removed from layers of the module's very sizes are these layers cut to fit first.
 
     Args:
         path: of the file.
@@ -185,9 +188,13 @@ def load_compressed(
     keys = module_tensors(module)
     with opened(Path(path), verify=True) as artifact:
         tensors = {name: tensor for name, (_, tensor) in keys.items()}
-        check_fit(artifact.records, tensors)
+        smaller = sizes_in(artifact.records, artifact.channels, tensors)
+        check_fit(artifact.records, tensors, smaller)
         layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
-        grids = _filled(artifact, module, keys, stream=stream, workers=workers)
+        paths = {name: key for name, (key, _) in keys.items()}
+        paths |= {stored_name(path): path for path, _ in module.named_modules()}
+        prepare = partial(fit_channels, module, smaller, artifact.channels, paths)
+        grids = _filled(artifact, module, keys, prepare, stream=stream, workers=workers)
     _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)
     return module
 
@@ -211,10 +218,13 @@ def _filled(
     artifact: Artifact,
     module: nn.Module,
     keys: Mapping[str, tuple[str, Tensor]],
+    prepare: Callable[[], None],
     *,
     stream: bool,
     workers: int,
 ) -> dict[str, Grid]:
+    if stream:
+        prepare()
     grids: dict[str, Grid] = {}
     values: dict[str, Tensor] = {}
     shared = shared_memory({name: tensor for name, (_, tensor) in keys.items()})
@@ -228,6 +238,7 @@ def _filled(
             grids[name] = grid
     check_shared(values, {name: keys[name][1] for name in values})
     if not stream:
+        prepare()
         _put(module, {keys[name][0]: value for name, value in values.items()})
     return grids
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.coding.values import DTYPES, dtype_name
 from lightning_compress.quantization.codebooks import CodebookGrid
-from lightning_compress.state import ActivationGrids, Grid, compression_state
+from lightning_compress.state import ActivationGrids, Grid, RemovedChannels, compression_state
 
 __all__ = ["Contents", "check_tensor", "module_contents", "module_tensors", "shared_memory"]
 
@@ -23,11 +23,13 @@ class Contents:
         tensors: by stored name, in the order of the file.
         grids: of those tensors that lie on one.
         activations: grids of inputs and outputs, by the stored path of the layer.
+        channels: what was removed, by stored paths.
     """
 
     tensors: Mapping[str, Tensor]
     grids: Mapping[str, Grid]
     activations: Mapping[str, ActivationGrids]
+    channels: RemovedChannels = field(default_factory=RemovedChannels)
 
 
 def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> Contents:
@@ -54,7 +56,16 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
         if (name := stored_name(path)) in tensors:
             grids[name] = _from_the_front(grid, tensors[name].dim())
     activations = {stored_name(path): pair for path, pair in known.activations.items()}
-    return Contents(tensors, grids, activations)
+    return Contents(tensors, grids, activations, _lost(known.channels, tensors))
+
+
+def _lost(channels: RemovedChannels, tensors: Mapping[str, Tensor]) -> RemovedChannels:
+    shapes = {stored_name(path): shape for path, shape in channels.shapes.items()}
+    return RemovedChannels(
+        {path: shape for path, shape in shapes.items() if path in tensors},
+        {stored_name(path): size for path, size in channels.sizes.items()},
+        {stored_name(path): kept for path, kept in channels.kept.items()},
+    )
 
 
 def _from_the_front(grid: Grid, dims: int) -> Grid:

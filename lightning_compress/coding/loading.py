@@ -12,6 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from lightning_compress.coding.activations import read_activations
+from lightning_compress.coding.channels import KEY as CHANNELS
+from lightning_compress.coding.channels import read_channels
 from lightning_compress.coding.container import Container, read_container
 from lightning_compress.coding.contents import shared_memory
 from lightning_compress.coding.progress import shown
@@ -19,7 +21,7 @@ from lightning_compress.coding.records import TensorRecord, optional, read_recor
 from lightning_compress.coding.tensors import decode_tensor
 from lightning_compress.coding.values import DTYPES, dtype_name, patterns
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.state import ActivationGrids, Grid
+from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
 
 __all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
 
@@ -31,6 +33,7 @@ class Artifact:
     container: Container
     records: list[TensorRecord]
     activations: dict[str, ActivationGrids] = field(default_factory=dict)
+    channels: RemovedChannels = field(default_factory=RemovedChannels)
 
     def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
         """Names, tensors and grids in the order of the file, each decoded when it is asked for.
@@ -84,7 +87,8 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
                 raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
             records = read_records(header.get("tensors"), container.payload_bytes, container.size)
             activations = read_activations(header.get("activations", {}))
-            yield Artifact(container, records, activations)
+            channels = read_channels(header.get(CHANNELS))
+            yield Artifact(container, records, activations, channels)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
 
@@ -100,14 +104,24 @@ def check_size(records: list[TensorRecord], most: int) -> None:
         raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
 
 
-def check_fit(records: list[TensorRecord], tensors: Mapping[str, Tensor]) -> None:
+def check_fit(
+    records: list[TensorRecord],
+    tensors: Mapping[str, Tensor],
+    smaller: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Names, shapes and dtypes must be the same in the file and in the module.
+
+    Args:
+        records: of the file.
+        tensors: of the module.
+        smaller: shapes that tensors of the module will be cut to.
 
     Raises:
         CorruptArtifactError: naming those that are not.
     """
     stored = {record.name: (record.dtype, record.shape) for record in records}
-    wanted = {name: (dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()} | dict(smaller or {})
+    wanted = {name: (dtype_name(t.dtype), shapes[name]) for name, t in tensors.items()}
     both = [name for name in wanted if name in stored and stored[name] != wanted[name]]
     faults = {
         "missing in the file": [repr(name) for name in wanted if name not in stored],

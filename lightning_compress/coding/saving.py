@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress.coding.activations import write_activations
+from lightning_compress.coding.channels import KEY as CHANNELS
+from lightning_compress.coding.channels import write_channels
 from lightning_compress.coding.codecs import check_codec
 from lightning_compress.coding.container import SMALLEST, write_container
 from lightning_compress.coding.contents import Contents, shared_memory
@@ -76,6 +78,8 @@ def write_contents(contents: Contents, path: Path, encoding: Encoding) -> Artifa
     header: dict[str, Any] = {}
     if contents.activations:
         header["activations"] = write_activations(contents.activations)
+    if contents.channels:
+        header[CHANNELS] = write_channels(contents.channels)
     with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
         found: dict[str, TensorRecord] = {}
         for coded in _encoded(contents, set(contents.tensors) - set(tied), encoding):

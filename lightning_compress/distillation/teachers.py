@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_compress.coding.artifact import load_compressed
 from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channel_files import rebuild_channels
 
 __all__ = [
     "DENSE",
@@ -161,6 +162,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _fill(module: nn.Module, content: Mapping[str, Any], path: Path) -> None:
     try:
+        rebuild_channels(module, content)
         module.load_state_dict(content.get("state_dict", content))
     except RuntimeError as error:
         raise TargetError(f"{path} does not fit {type(module).__name__}: {error}") from error

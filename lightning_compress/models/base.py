@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+from lightning_compress.pruning.channel_files import rebuild_channels
 
 __all__ = [
     "BaseModel",
@@ -56,6 +58,10 @@ class BaseModel(LightningModule):
 
     deployed: ClassVar[tuple[str, ...]]
     kind: ClassVar[Kind]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cut the layers to the sizes of a checkpoint with removed channels, before it loads."""
+        rebuild_channels(self, checkpoint)
 
     def deployed_module(self) -> nn.Module:
         """The single module whose `state_dict` is shipped: shared with this model, never copied.

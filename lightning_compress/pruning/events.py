@@ -21,7 +21,8 @@ class Events:
     Args:
         begin: first position.
         end: last position.
-        frequency: steps between events; None: about 100 events.
+        frequency: steps between events; None: about `count` events.
+        count: of events, where no frequency is given.
 
     Raises:
         ValueError: for an empty window or a frequency below 1.
@@ -31,7 +32,10 @@ class Events:
     [4, 8, 10, 11, 12]
     """
 
-    def __init__(self, begin: float, end: float, frequency: int | None) -> None:
+    def __init__(
+        self, begin: float, end: float, frequency: int | None, *, count: int = _EVENTS
+    ) -> None:
+        self.count = count
         self.begin, self.end, self.in_fractions = begin, end, check_window(begin, end)
         if frequency is not None and (not isinstance(frequency, int) or frequency < 1):
             raise ValueError(f"frequency={frequency!r} must be a whole number of steps, 1 or more")
@@ -96,7 +100,7 @@ class Events:
             return unfinished
         if self.frequency is not None:
             return (self.step - self._first_step) % self.frequency == 0
-        bucket = math.floor(_EVENTS * (self.position - self.begin) / (self.end - self.begin))
+        bucket = math.floor(self.count * (self.position - self.begin) / (self.end - self.begin))
         fresh, self._last_bucket = bucket != self._last_bucket, bucket
         return fresh
 
@@ -129,7 +133,7 @@ class Events:
             return self.begin
         if self.frequency is not None:
             return self.end
-        edge = self.begin + (self._last_bucket + 1) * (self.end - self.begin) / _EVENTS
+        edge = self.begin + (self._last_bucket + 1) * (self.end - self.begin) / self.count
         return min(edge, self.end)
 
     def state_dict(self) -> dict[str, Any]:

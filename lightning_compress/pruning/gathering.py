@@ -100,6 +100,13 @@ class Gathering:
         self.criterion.end()
         self.since = None
 
+    def reset(self) -> None:
+        """End gathering and forget what a criterion keeps of the whole run."""
+        self.stop()
+        forget = getattr(self.criterion, "reset", None)
+        if forget is not None:
+            forget()
+
     def state_dict(self) -> dict[str, Any]:
         """Since when, and the criterion's own state if it has one."""
         own = getattr(self.criterion, "state_dict", None)
@@ -140,6 +147,11 @@ class Gatherings(list[Gathering]):
         """End all."""
         for one in self:
             one.stop()
+
+    def reset(self) -> None:
+        """End all and forget."""
+        for one in self:
+            one.reset()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The state of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -109,6 +110,9 @@ class CodebookGrids:
         """Cluster again."""
         self.frozen = False
         self._adam = Adam()
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """One grid serves the whole weight: nothing changes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Centres and moments."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,9 @@ class EntropyGrids:
     def thaw(self) -> None:
         """Follow the weights again."""
         self.held = None
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """One grid serves the whole weight: nothing changes."""
 
     def state_dict(self) -> dict[str, Any]:
         """The steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -117,6 +118,12 @@ class LearnedStepGrids:
     def thaw(self) -> None:
         """Learn again."""
         self.frozen = False
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """Keep the steps of what stays."""
+        index = None if self.axis is None else kept.get(self.axis)
+        if index is not None and self.learned is not None:
+            self.learned.select(index)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and its moments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -44,6 +45,9 @@ class GridMaker(Protocol):
 
     def thaw(self) -> None:
         """Go on finding, in a new fit."""
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """Go on with a weight that keeps some entries along axes."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -113,6 +117,13 @@ class RangeGrids:
     def thaw(self) -> None:
         """Follow again."""
         self.frozen = False
+
+    def select(self, kept: Mapping[int, Tensor]) -> None:
+        """Keep the ranges of what stays."""
+        index = None if self.axis is None else kept.get(self.axis)
+        if index is not None and self.range is not None:
+            low, high = (one[index.to(one.device)] for one in self.range)
+            self.range = low, high
 
     def state_dict(self) -> dict[str, Any]:
         """The range."""

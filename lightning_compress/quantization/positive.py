@@ -37,6 +37,12 @@ class Adam:
         square = self.square / (1 - 0.999**self.count)
         return mean / (square.sqrt() + 1e-12)
 
+    def select(self, index: Tensor) -> None:
+        """Keep the moments of some entries."""
+        if self.mean is not None and self.square is not None:
+            index = index.to(self.mean.device)
+            self.mean, self.square = self.mean[index], self.square[index]
+
     def state_dict(self) -> dict[str, Any]:
         """The moments."""
         return {"count": self.count, "mean": self.mean, "square": self.square}
@@ -69,6 +75,11 @@ class LearnedPositive:
         gradient = gradient.to(self.value.device, torch.float32)
         against = self._adam.direction(gradient * self.value)
         self.value = self.value * torch.exp(-self.lr * against)
+
+    def select(self, index: Tensor) -> None:
+        """Keep some of the numbers."""
+        self.value = self.value[index.to(self.value.device)]
+        self._adam.select(index)
 
     def state_dict(self) -> dict[str, Any]:
         """Value and moments."""

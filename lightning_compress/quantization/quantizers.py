@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +64,13 @@ class AffineGrid:
         shape = [1] * weight.dim()
         shape[self.axis] = -1
         return values.reshape(shape)
+
+    def select(self, kept: Mapping[int, Tensor]) -> AffineGrid:
+        """The grid of a weight that keeps some entries along axes."""
+        if self.axis is None or (index := kept.get(self.axis)) is None:
+            return self
+        scale, zero = (one[index.to(one.device)] for one in (self.scale, self.zero_point))
+        return replace(self, scale=scale, zero_point=zero)
 
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest grid points of a weight, as q minus the zero point: int32, 0 means value 0."""

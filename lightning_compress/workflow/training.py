@@ -22,6 +22,8 @@ from lightning_compress.callbacks import (
     progress_callback,
 )
 from lightning_compress.data import SplitDataModule
+from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channel_files import rebuild_channels
 
 __all__ = ["InterruptedRunError", "Trained", "build_model", "load_trained", "train"]
 
@@ -122,8 +124,9 @@ def load_trained(cfg: DictConfig, data: SplitDataModule, path: Path) -> Trained:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(cfg, data, seed=cfg.seed)
     try:
+        rebuild_channels(model, checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, TargetError) as error:
         raise ValueError(f"{path} does not fit the model {cfg.model._target_}: {error}") from error
     rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
     return Trained(model, [tuple(row) for row in rows], checkpoint["global_step"], 0.0)

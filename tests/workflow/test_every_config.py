@@ -187,6 +187,29 @@ def test_the_dense_run_teaches_a_narrower_student_that_is_pruned_and_quantized(t
     assert results["ratio"] > 10
 
 
+def test_fewer_channels_masks_and_grids_ship_together(tmp_path, cache):
+    """The dense twin teaches; what comes out is smaller in every file, and in MACs."""
+    _, results = run(
+        tmp_path,
+        cache,
+        "model=dcgan",
+        "compression=[distill_gan,channels,prune,quantize]",
+        "compression.channels.budget={macs: 0.5}",
+        "compression.channels.fade=0",
+        "model.width=16",
+        "model.discriminator_width=8",
+        "compression.prune.final_sparsity=0.5",
+        "trainer.limit_train_batches=4",
+        "export.onnx=true",
+    )
+    dense, compressed = results["dense"], results["compressed"]
+    assert 0.3 * dense["macs"] < compressed["macs"] <= 0.5 * dense["macs"]
+    assert compressed["params"] < 0.7 * dense["params"]
+    for kind in ("torch", "safetensors", "onnx", "onnx_int8"):
+        assert compressed["bytes"][kind] < 0.8 * dense["bytes"][kind]
+    assert all(part["int8_ops"] for part in compressed["int8_ops"].values())
+
+
 @pytest.mark.parametrize("logger", names("logger"))
 def test_each_logger(tmp_path, cache, logger):
     run(tmp_path, cache, f"logger=[{logger}]", "model.width_multiplier=0.25", "export.onnx=false")

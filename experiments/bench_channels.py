@@ -1,0 +1,285 @@
+"""Channel pruning on Fashion-MNIST: a DCGAN's generator and a VAE at a fraction of their MACs.
+
+Each pruned row starts from the same dense model, loses channels and trains on for equal steps; the
+dense row trains on for the same steps; "from scratch" is the same-size model, trained for the steps
+of both together. Finished rows are kept. Then the latency of "pruned, taught" under ONNX Runtime,
+fp32 and int8, beside the dense fp32 file, in turn.
+
+python experiments/bench_channels.py [--steps 1800] [--seeds 0 1 2] [--out outputs/channels]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench_rows import Rows, read_rows
+from finetuning import Start
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+
+from lightning_compress import (
+    ChannelPruning,
+    KnowledgeDistillation,
+    Pair,
+    Perceptual,
+    match_channels,
+    save_compressed,
+)
+from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.evaluation.latency import latency_grid, onnx_runner
+from lightning_compress.models.networks import initialize_dcgan
+from lightning_compress.workflow.costs import deployed_cost
+from lightning_compress.workflow.int8 import int8_path, write_int8_files
+
+EPOCH = 300  # batches: the schedules see a run of so many steps an epoch
+MODELS: dict[str, tuple[list[str], int, list[str]]] = {
+    "vae": (["model=vae"], 2, []),
+    "dcgan": (
+        [
+            "model=dcgan",
+            "model.width=32",
+            "model.discriminator_width=16",
+            "evaluate.metric=fid",
+        ],
+        2,
+        [],
+    ),
+}
+METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
+PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
+ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
+
+
+def teacher(name: str, dense: nn.Module) -> KnowledgeDistillation:
+    """The dense twin, as `docs/distillation.md` found it best."""
+    if name == "dcgan":
+        pair = Pair("generator", loss=Perceptual())
+        return KnowledgeDistillation(dense, pairs=[pair], balance="gradient_norm")
+    pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss="bernoulli_kl")]
+    return KnowledgeDistillation(dense, pairs=pairs)
+
+
+def pruning(left: float, **more: Any) -> ChannelPruning:
+    """What is measured."""
+    return ChannelPruning(budget={"macs": left}, end=0.4, **more)
+
+
+Row = dict[str, Any]
+
+
+class Bench:
+    """One model and seed.
+
+    Args:
+        start: its dense start.
+        steps: that all train on for.
+        folder: of the weights that are kept.
+    """
+
+    def __init__(self, start: Start, steps: int, folder: Path) -> None:
+        self.start, self.steps, self.folder = start, steps, folder
+
+    def fit(self, model: Any, callbacks: list[Any], *, more: int = 0) -> None:
+        batches = min(EPOCH, self.steps)
+        epochs = (self.steps + more) // batches
+        self.start.fit(model, callbacks, epochs=epochs, steps=batches)
+
+    def weights(self, variant: str) -> Path:
+        name = "".join(one if one.isalnum() else "-" for one in variant)
+        return self.folder / f"{self.start.name}-{self.start.seed}-{name}.pt"
+
+    def measured(self, model: Any, variant: str) -> Row:
+        model = model.cpu().eval()
+        torch.save(model.state_dict(), self.weights(variant))
+        cost, dense = deployed_cost(model), deployed_cost(self.start.model())
+        with TemporaryDirectory() as folder:
+            info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+        return self.start.quality(model) | {
+            "macs": round(dense["macs"] / cost["macs"], 2),
+            "params": round(dense["params"] / cost["params"], 2),
+            "lcz": info.bytes,
+        }
+
+    def dense(self, variant: str) -> Row:
+        model = self.start.model()
+        self.fit(model, [])
+        return self.measured(model, variant)
+
+    def pruned(self, variant: str, left: float, *, taught: bool = False, **more: Any) -> Row:
+        model = self.start.model()
+        callbacks: list[Any] = [pruning(left, **more)]
+        if taught:
+            callbacks.append(teacher(self.start.name, self.start.model()))
+        self.fit(model, callbacks)
+        return self.measured(model, variant)
+
+    def scratch(self, variant: str, left: float) -> Row:
+        """The same sizes as the pruned model has, other weights, and all the steps."""
+        model = self.start.model()
+        small = torch.load(self.weights(f"pruned {left}"), weights_only=True)
+        match_channels(model, small)
+        torch.manual_seed(1000 + self.start.seed)
+        for layer in model.modules():
+            if isinstance(
+                layer, (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+            ):
+                layer.reset_parameters()
+        if self.start.name == "dcgan":
+            initialize_dcgan(model)
+        epoch = len(self.start.data.train_dataloader())
+        self.fit(model, [], more=self.start.epochs * epoch)
+        return self.measured(model, variant)
+
+    def torch_pruning(self, variant: str, left: float) -> Row:
+        """Torch-Pruning's high-level pruner at once, its groups and its sizes, then the steps."""
+        model = self.start.model()
+        target, found = left * deployed_cost(model)["macs"], {}
+        low, high = 3, 15  # sixteenths: the least that gives these MACs, or the most there is
+        while low < high or high not in found:
+            middle = (low + high) // 2
+            found[middle] = copy.deepcopy(model)
+            self._cut(found[middle], middle / 16)
+            enough = deployed_cost(found[middle])["macs"] <= target
+            low, high = (low, middle) if enough else (min(middle + 1, high), high)
+        self.fit(found[high], [])
+        return self.measured(found[high], variant) | {"ratio": high / 16}
+
+    def _cut(self, model: Any, ratio: float) -> None:
+        import torch_pruning as tp
+
+        for name in PARTS[self.start.name]:
+            part, inputs = model.parts()[name]
+            part.eval().requires_grad_(True)
+            tp.pruner.GroupNormPruner(
+                part,
+                inputs[0],
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=ratio,  # of each layer: with global_pruning it left the DCGAN whole
+                ignored_layers=[one for path, one in part.named_modules() if path in ENDS],
+                round_to=8,
+            ).step()
+        model.train()
+
+    def ln_structured(self, variant: str, left: float) -> Row:
+        """Lightning's own: channels as masks, whose layers keep their sizes."""
+        model = self.start.model()
+        share = 1 - left**0.5
+        callbacks = [
+            ModelPruning(
+                "ln_structured",
+                parameters_to_prune=[(layer, "weight")],
+                amount=lambda epoch: share if epoch == 0 else 0,
+                use_lottery_ticket_hypothesis=False,
+                use_global_unstructured=False,
+                pruning_dim=int(isinstance(layer, nn.modules.conv._ConvTransposeNd)),
+                pruning_norm=2,
+            )
+            for path, layer in model.deployed_module().named_modules()
+            if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+            and path.rpartition(".")[2] not in ENDS
+        ]
+        self.fit(model, list(callbacks))
+        return self.measured(model, variant)
+
+
+def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
+    """What is measured at a fraction of the MACs, in the order in which one needs the other."""
+    return {
+        f"pruned {left}": lambda b, v: b.pruned(v, left),
+        f"pruned {left}, taught": lambda b, v: b.pruned(v, left, taught=True),
+        f"pruned {left}, taught, taylor": lambda b, v: b.pruned(
+            v, left, taught=True, criterion="taylor"
+        ),
+        f"from scratch {left}": lambda b, v: b.scratch(v, left),
+        f"torch-pruning {left}": lambda b, v: b.torch_pruning(v, left),
+        f"ln_structured {left}": lambda b, v: b.ln_structured(v, left),
+    }
+
+
+def timed(bench: Bench, left: float, rounds: int) -> Row:
+    """Milliseconds of the part that draws: dense fp32, pruned fp32 and int8, in turn."""
+    dense, small = bench.start.model(), bench.start.model()
+    dense.load_state_dict(torch.load(bench.weights("dense"), weights_only=True))
+    state = torch.load(bench.weights(f"pruned {left}, taught"), weights_only=True)
+    match_channels(small, state).load_state_dict(state)
+    name, (_, inputs) = next(iter(dense.parts().items()))
+    with TemporaryDirectory() as folder:
+        home = Path(folder)
+        export_onnx(dense.eval().parts()[name][0], home / "dense.onnx", inputs)
+        export_onnx(small.eval().parts()[name][0], home / "small.onnx", inputs)
+        write_int8_files(small, home, bench.start.data)
+        files = {"dense": home / "dense.onnx", "fp32": home / "small.onnx"}
+        if int8_path(home, name).exists():
+            files["int8"] = int8_path(home, name)
+        runners: dict[str, Callable[..., Any]] = {
+            key: partial(onnx_runner, file) for key, file in files.items()
+        }
+        grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
+    return {
+        f"{key} {kind}": {"ms": round(at.median_ms, 3), "faster": round(1 / at.ratio, 2)}
+        for kind, times in grid.items()
+        for key, at in times.items()
+    }
+
+
+def main() -> None:
+    """Makes the missing rows, seed after seed, and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--left", type=float, nargs="+", default=[0.25, 0.0625])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--epochs", type=int, help="of the dense start")
+    parser.add_argument("--out", type=Path, default=Path("outputs/channels"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = Rows(args.out / "rows.jsonl", keys=("model", "seed", "steps", "variant"))
+    times = Rows(args.out / "latency.jsonl", keys=("model", "seed", "steps", "left"))
+    for seed in args.seeds:
+        for name in args.models:
+            overrides, epochs, spared = MODELS[name]
+            models = {name: (overrides, args.epochs or epochs, spared)}
+            bench = Bench(Start(name, seed, args.out, models), args.steps, args.out)
+            made = {"dense": lambda b, v: b.dense(v)}
+            for left in args.left:
+                made |= variants(left)
+            key = {"model": name, "seed": seed, "steps": args.steps}
+            for variant, make in made.items():
+                rows.make(partial(make, bench, variant), **key, variant=variant)
+            for left in args.left:
+                times.make(partial(timed, bench, left, args.rounds), **key, left=left)
+    print(table(read_rows(args.out / "rows.jsonl"), args.steps))
+
+
+def table(rows: list[Row], steps: int) -> str:
+    """Means and spreads over seeds."""
+    lines = [
+        "| model | variant | MACs | parameters | quality | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    wanted = [row for row in rows if row["steps"] == steps]
+    for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in wanted):
+        own = [row for row in wanted if (row["model"], row["variant"]) == (model, variant)]
+        values = [row[METRIC[model]] for row in own]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        macs, params = (mean(row[one] for row in own) for one in ("macs", "params"))
+        lines.append(
+            f"| {model} | {variant} | {macs:.1f}x fewer | {params:.1f}x fewer "
+            f"| {METRIC[model]} {mean(values):.2f}{spread} | {len(own)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Grids for the entropy coder on a whole VAE: trained at their step against found afterwards.
+
+A VAE of 0.87 million weights learns Fashion-MNIST; then its copies go on for equal steps: dense,
+pruned to 90 %, pruned and trained at the step. The pruned one is also put on the same grids when
+its training has ended. Finished rows are kept. python experiments/bench_entropy.py [rows.jsonl]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench_rows import Rows
+from finetuning import MODELS, Start
+
+from lightning_compress import (
+    GradualPruning,
+    QuantizationAwareTraining,
+    quantize_weights,
+    save_compressed,
+)
+
+EPOCHS, MORE = 3, 2  # of the dense model, and of each copy
+STEPS = (0.7, 1.0)  # of the grids, in units of the rms of the non-zero weights
+PRUNED = "pruned, float"
+
+
+def callbacks(start: Start, step: float | None, rate: float) -> list[Any]:
+    """Pruning, and the grid if it is trained at."""
+    pruning = GradualPruning(
+        final_sparsity=0.91,  # of the large layers, which is 90 % of all
+        end=0.5,
+        criterion="taylor",
+        scope="layer",
+        exclude=start.spared,
+    )
+    if step is None:
+        return [pruning]
+    grid = QuantizationAwareTraining(
+        activation_bits=None, scheme="entropy", step=step, rate=rate, begin=0.4
+    )
+    return [pruning, grid]
+
+
+def measured(start: Start, model: Any) -> dict[str, float]:
+    with TemporaryDirectory() as folder:
+        info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+    dense = sum(4 * one.numel() for one in model.deployed_module().state_dict().values())
+    return {**start.quality(model), "lcz": info.bytes, "ratio": dense / info.bytes}
+
+
+def row(start: Start, made: list[Any], path: Path | None = None) -> dict[str, float]:
+    """One copy, trained on and measured; kept at `path` for the rows that go on from it."""
+    model = start.model()
+    start.fit(model, made, epochs=MORE, steps=None)
+    if path is not None:
+        torch.save(model.state_dict(), path)
+    return measured(start, model)
+
+
+def afterwards(start: Start, path: Path, step: float) -> dict[str, float]:
+    """The pruned copy on a grid that it was not trained at."""
+    model = start.model()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    quantize_weights(model, 8, scheme="entropy", step=step, per_channel=False)
+    return measured(start, model)
+
+
+def main(path: Path) -> None:
+    """Makes the missing rows."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    MODELS["vae-whole"] = (["model=vae"], EPOCHS, MODELS["vae"][2])
+    rows = Rows(path, keys=("variant", "step", "rate"))
+    start = Start("vae-whole", 0, path.parent)
+    pruned = path.parent / "vae-whole-pruned.pt"
+    plain = {"step": None, "rate": 0.0}
+    rows.make(partial(row, start, callbacks(start, None, 0.0), pruned), variant=PRUNED, **plain)
+    for step in STEPS:
+        one = {"step": step, "rate": 0.0}
+        rows.make(partial(afterwards, start, pruned, step), variant="afterwards", **one)
+    for step, rate in ((STEPS[0], 0.0), (STEPS[0], 20.0), (STEPS[1], 20.0)):
+        made = callbacks(start, step, rate)
+        rows.make(partial(row, start, made), variant="trained", step=step, rate=rate)
+    rows.make(partial(row, start, []), variant="dense", **plain)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench/entropy.jsonl"))

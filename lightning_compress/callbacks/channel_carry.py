@@ -1,0 +1,141 @@
+"""What ChannelPruning needs of a run: sample inputs, and the others that must follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.callbacks.distillation import KnowledgeDistillation
+from lightning_compress.distillation.inputs import sample_inputs
+from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channels import Kept
+from lightning_compress.targets import clean_path
+
+__all__ = ["Samples", "claim_run", "report_table", "tapped_features", "tell_others"]
+
+_ROWS = 2  # examples that are kept of a batch
+
+
+class Samples:
+    """Sample inputs of some modules: known, or taken from the first batch.
+
+    Args:
+        module: the whole.
+        roots: paths of the modules.
+    """
+
+    def __init__(self, module: nn.Module, roots: Sequence[str]) -> None:
+        self._found: dict[str, tuple[Any, ...]] = {}
+        self._handles: list[Any] = []
+        self.roots = list(roots)
+        for root in self.roots:
+            part = module.get_submodule(root)
+            known = sample_inputs(module, clean_path(root), part)
+            if known is not None:
+                self._found[root] = known
+                continue
+
+            def look(_module: nn.Module, args: Any, root: str = root) -> None:
+                self._found.setdefault(root, _few(args))
+
+            self._handles.append(part.register_forward_pre_hook(look))
+
+    @property
+    def complete(self) -> bool:
+        """Whether inputs of all modules are known."""
+        return all(root in self._found for root in self.roots)
+
+    def take(self) -> dict[str, tuple[Any, ...]]:
+        """The inputs, by path; looking ends."""
+        self.stop()
+        return {root: self._found[root] for root in self.roots}
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __str__(self) -> str:
+        return str([root for root in self.roots if root not in self._found])
+
+
+def _few(args: Any) -> Any:
+    tensors = [one for one in pytree.tree_leaves(args) if isinstance(one, Tensor)]
+    batch = len(tensors[0]) if tensors and tensors[0].dim() else 0
+
+    def cut(one: Any) -> Any:
+        if not isinstance(one, Tensor):
+            return one
+        rows = one[:_ROWS] if one.dim() and len(one) == batch else one
+        return rows.detach().clone()
+
+    return pytree.tree_map(cut, args)
+
+
+def claim_run(owner: Any, trainer: Trainer) -> None:
+    """Refuse what cannot follow when layers get smaller.
+
+    Raises:
+        TargetError: naming it.
+    """
+    key = owner.state_key
+    if trainer.world_size > 1:
+        raise TargetError(
+            f"{key} works in one process: the wrapper of several (DDP, FSDP) keeps the sizes of "
+            "the first step. Prune with one process, and train the smaller model on with several"
+        )
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(one, "rewind", None) is not None:
+            raise TargetError(
+                f"{key} and {one.state_key}: weights cannot go back to what they were before "
+                "channels were removed; leave rewind out"
+            )
+
+
+def tapped_features(trainer: Trainer) -> dict[str, str]:
+    """Modules whose outputs a distillation compares through adapters: they keep their sizes."""
+    found = {}
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, KnowledgeDistillation) and one.session is not None:
+            for link in one.session.links:
+                for ours, _ in link.pair.features:
+                    path = ".".join(filter(None, (link.pair.student, ours)))
+                    found[path] = f"a feature that {one.state_key} compares"
+    return found
+
+
+def tell_others(
+    owner: Any,
+    trainer: Trainer,
+    module: LightningModule,
+    kept: Kept,
+    sized: Mapping[str, int],
+) -> None:
+    """Let all callbacks follow that hold something of the sizes of the module."""
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        follow = getattr(one, "on_channels_removed", None)
+        if follow is not None and one is not owner:
+            follow(module, kept, sized)
+
+
+@rank_zero_only
+def report_table(owner: Any) -> None:
+    """Print what was asked for, and what each layer got."""
+    graph, dense = owner.plan.graph, owner.dense
+    wanted = 1 - owner.part.target(owner.events.end)
+    table = Table(title=f"Channels: {wanted:.4g} of the {owner.kind} were to stay")
+    for heading in ("layers", "before", "now", "why not fewer"):
+        table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
+    for group in graph.groups:
+        why = ", ".join(group.reasons) if len(group.free) < len(group.units) else ""
+        before = dense.get(group.name, len(group.units))
+        table.add_row(", ".join(group.layers), str(before), str(len(group.units)), why)
+    Console(soft_wrap=False).print(table)
