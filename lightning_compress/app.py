@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -23,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
+from lightning_compress.sweeps import Outcome, run_sweep_job, sweep_folder
+from lightning_compress.sweeps.watching import stop_with_launcher
 
 __all__ = ["main"]
 
@@ -37,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if argv and argv[0] in COMMANDS:
         sys.exit(run_command(argv))
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
-    sys.argv = [sys.argv[0], *sweep[:1], *(word for word in argv if word not in sweep)]
+    words = [word for word in argv if word not in sweep]
+    if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
+        words.append(f"hydra.sweep.dir={sweep_folder(words)}")
+    sys.argv = [sys.argv[0], *sweep[:1], *words]
+    stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
     try:
         _experiment()
@@ -50,7 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
-def _experiment(cfg: DictConfig) -> None:
+def _experiment(cfg: DictConfig) -> Outcome | None:
+    runtime = HydraConfig.get()
+    if runtime.mode == RunMode.MULTIRUN:
+        return run_sweep_job(cfg, runtime)
+    _run(cfg, runtime)
+    return None
+
+
+def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.report.page import write_report
     from lightning_compress.report.tables import print_summary
     from lightning_compress.workflow.experiment import run_experiment
@@ -58,7 +73,6 @@ def _experiment(cfg: DictConfig) -> None:
     from lightning_compress.workflow.training import InterruptedRunError
 
     _quiet()
-    runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
@@ -69,7 +83,7 @@ def _experiment(cfg: DictConfig) -> None:
         print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from None
     except _EXPECTED as error:
-        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK") or runtime.mode == RunMode.MULTIRUN:
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
             raise
         _fail(_message(error))
     print_summary(results)
