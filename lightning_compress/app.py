@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
 from lightning_compress.sweeps import Outcome, run_sweep_job, sweep_folder
+from lightning_compress.sweeps.outcomes import HOPELESS
 from lightning_compress.sweeps.watching import stop_with_launcher
 
 __all__ = ["main"]
@@ -66,6 +67,7 @@ def _experiment(cfg: DictConfig) -> Outcome | None:
 
 
 def _run(cfg: DictConfig, runtime: HydraConf) -> None:
+    from lightning_compress.callbacks import HopelessRunError
     from lightning_compress.report.page import write_report
     from lightning_compress.report.tables import print_summary
     from lightning_compress.workflow.experiment import run_experiment
@@ -82,6 +84,9 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
         command = resume_command(_shown(folder), list(runtime.overrides.task))
         print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from None
+    except HopelessRunError as stop:
+        print(f"pruned: {stop}", file=sys.stderr)
+        sys.exit(HOPELESS)
     except _EXPECTED as error:
         if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
             raise

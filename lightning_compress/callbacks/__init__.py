@@ -5,6 +5,7 @@ from lightning_compress.callbacks.averaging import ProjectedEMA
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
+from lightning_compress.callbacks.hopeless import GiveUp, HopelessRunError
 from lightning_compress.callbacks.monitor import ScoreMonitor
 from lightning_compress.callbacks.online import OnlineTeacher
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
@@ -21,9 +22,11 @@ __all__ = [
     "BalanceGuard",
     "CompressionSummary",
     "EpochCheckpoint",
+    "GiveUp",
     "GradualPruning",
     "Guard",
     "History",
+    "HopelessRunError",
     "KnowledgeDistillation",
     "OnlineTeacher",
     "PlainProgress",

@@ -142,7 +142,6 @@ def _reason(path: Path, begin: int) -> str:
 
 
 def _line(job: Outcome) -> str:
-    """One line on a job, for the terminal."""
+    """One line on a job, for the terminal; what it runs, Hydra has said."""
     how = f"{job.state} before, not run again" if job.again else f"{job.state}, {job.seconds:.0f} s"
-    words = " ".join(job.overrides)
-    return f"#{job.number} {words}: {how}" + (f": {job.message}" if job.message else "")
+    return f"#{job.number}: {how}" + (f": {job.message}" if job.message else "")

@@ -39,17 +39,20 @@ class SweepSummary(Callback):
 def sweep_lines(jobs: Sequence[Outcome], folder: Path) -> list[str]:
     """The sums of a sweep, a line for each job that was not done, and how to see the others.
 
-    >>> job = Outcome(0, ["seed=1"], "m/0", "f3", state="killed", message="killed by SIGKILL")
-    >>> for line in sweep_lines([job], Path("m")):
+    >>> killed = Outcome(1, ["seed=1"], "m/1", "f3", state="killed", message="killed by SIGKILL")
+    >>> done = Outcome(0, ["seed=0"], "m/0", "e0", state="done")
+    >>> for line in sweep_lines([done, killed], Path("m")):
     ...     print(line)
-    1 job: 1 killed
-    #0 seed=1: killed by SIGKILL (m/0/job.log)
+    2 jobs: 1 done, 1 killed
+    #1 seed=1: killed by SIGKILL (m/1/job.log)
+    lightning-compress report m
     """
     counts = Counter(job.state for job in jobs)
     sums = ", ".join(f"{count} {state}" for state, count in counts.items())
     lines = [f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}: {sums}"]
+    common = set.intersection(*(set(job.overrides) for job in jobs))
     for job in jobs:
         if job.state != "done":
-            words = " ".join(job.overrides)
+            words = " ".join(word for word in job.overrides if word not in common)
             lines.append(f"#{job.number} {words}: {job.message} ({job.folder}/job.log)")
     return [*lines, f"lightning-compress report {folder}"] if counts["done"] else lines

@@ -14,7 +14,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.callbacks import CompressionSummary, KnowledgeDistillation, ScoreMonitor
+from lightning_compress.callbacks import (
+    CompressionSummary,
+    GiveUp,
+    KnowledgeDistillation,
+    ScoreMonitor,
+)
 from lightning_compress.data import SplitDataModule
 from lightning_compress.files import write_atomically
 from lightning_compress.quantization.activations import fake_quantized
@@ -35,6 +40,12 @@ from lightning_compress.workflow.training import Trained, build_model, load_trai
 __all__ = ["run_experiment"]
 
 SHOWN_SAMPLES = 32
+WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
+    "gan": ("val/kid", "min", 4.0),
+    "vae": ("val/elbo", "max", 0.25),
+    "recurrent_vae": ("val/elbo", "max", 0.25),
+    "classifier": ("val/accuracy", "max", 0.25),
+}
 
 
 def run_experiment(
@@ -69,7 +80,7 @@ def run_experiment(
         _of_student(cfg),
         data,
         folder / "compressed",
-        [*compressors, CompressionSummary()],
+        [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()],
         evaluator,
         earlier,
     )
@@ -87,6 +98,20 @@ def _of_student(cfg: DictConfig) -> DictConfig:
     student = cfg.copy()
     OmegaConf.update(student, "model", changes, merge=True)
     return student
+
+
+def _give_up(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[Callback]:
+    """The callback that ends a hopeless run, if the config asks for it."""
+    most = cfg.hopeless.max_loss
+    if most is None:
+        return []
+    name, mode, usual = WATCHED[evaluator.kind]
+    most = usual if most == "auto" else float(most)
+    after, patience = cfg.hopeless.after, cfg.hopeless.patience
+    give_up = GiveUp(
+        dense.rows, monitor=name, mode=mode, max_loss=most, after=after, patience=patience
+    )
+    return [give_up]
 
 
 def _train(
