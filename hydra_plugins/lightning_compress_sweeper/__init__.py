@@ -29,6 +29,7 @@ class ParetoSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         self.hydra_context, self.config = hydra_context, config
+        self.folder = str(config.hydra.sweep.dir)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -37,10 +38,12 @@ class ParetoSweeper(Sweeper):
         """Run trials until there are as many as asked for."""
         from lightning_compress.sweeps.study import StudyOptions, run_study
 
+        launcher = self.launcher
+        assert launcher is not None, "Hydra calls setup first"
+
         def launch(jobs: Sequence[Sequence[str]], first: int) -> list[Any]:
             self.validate_batch_is_legal(jobs)
-            runs = self.launcher.launch(jobs, initial_job_idx=first)
+            runs = launcher.launch(jobs, initial_job_idx=first)
             return [run.return_value for run in runs]
 
-        folder = str(self.config.hydra.sweep.dir)
-        return run_study(StudyOptions.of(self.options), arguments, folder, launch)
+        return run_study(StudyOptions.of(self.options), arguments, self.folder, launch)

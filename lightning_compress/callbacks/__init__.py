@@ -8,6 +8,7 @@ from lightning_compress.callbacks.history import History
 from lightning_compress.callbacks.hopeless import GiveUp, HopelessRunError
 from lightning_compress.callbacks.monitor import ScoreMonitor
 from lightning_compress.callbacks.online import OnlineTeacher
+from lightning_compress.callbacks.pictures import LoggedPictures
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -28,6 +29,7 @@ __all__ = [
     "History",
     "HopelessRunError",
     "KnowledgeDistillation",
+    "LoggedPictures",
     "OnlineTeacher",
     "PlainProgress",
     "PostTrainingQuantization",

@@ -19,7 +19,7 @@ def sweep_folder(words: Sequence[str], root: str = "multirun") -> Path:
     What only says how jobs are run (`hydra...`) does not count.
 
     >>> sweep_folder(["model=dcgan", "compression.prune.final_sparsity=0.5,0.8"])
-    PosixPath('multirun/final_sparsity-7ad8d77a')
+    PosixPath('multirun/final_sparsity-320fdac1')
     >>> sweep_folder(["sweep=pareto", "hydra/launcher=joblib"]) == sweep_folder(["sweep=pareto"])
     True
     """

@@ -49,7 +49,7 @@ class StudyOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> StudyOptions:
         """From Hydra's config of the sweeper."""
-        given = {
+        given: dict[str, Any] = {
             key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             for key, value in options.items()
         }

@@ -17,11 +17,13 @@ from omegaconf import DictConfig
 from lightning_compress.callbacks import (
     EpochCheckpoint,
     History,
+    LoggedPictures,
     RandomState,
     StopOnNonFinite,
     progress_callback,
 )
 from lightning_compress.data import SplitDataModule
+from lightning_compress.workflow.loggers import close_loggers
 
 __all__ = ["InterruptedRunError", "Trained", "build_model", "load_trained", "train"]
 
@@ -99,12 +101,16 @@ def train(
             StopOnNonFinite(),
             RandomState(),
             history,
+            LoggedPictures(),
             progress_callback(folder.name),
             EpochCheckpoint(folder / LAST, folder / INTERRUPTED),
         ],
         _convert_="all",
     )
-    _fit(trainer, model, data, ckpt_path)
+    try:
+        _fit(trainer, model, data, ckpt_path)
+    finally:
+        close_loggers(trainer.loggers)
     trainer.save_checkpoint(folder / FINAL)
     (folder / INTERRUPTED).unlink(missing_ok=True)
     return Trained(model, history.rows, trainer.global_step, time.monotonic() - start)
