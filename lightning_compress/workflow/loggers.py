@@ -56,4 +56,4 @@ def close_loggers(loggers: Iterable[Any]) -> None:
 
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish(quiet=True)
+            logger.experiment.finish()
