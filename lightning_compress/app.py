@@ -30,6 +30,7 @@ from lightning_compress.sweeps.watching import stop_with_launcher
 
 __all__ = ["main"]
 
+OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
@@ -96,16 +97,20 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
 
 
 def _report(argv: list[str]) -> int:
+    from lightning_compress.report.exports import EXPORTS, write_export
     from lightning_compress.report.page import write_report
 
     parser = argparse.ArgumentParser(
         prog="lightning-compress report", description="Make one HTML page of any number of runs."
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run, multirun or parent folders")
-    parser.add_argument("--out", type=Path, help="default: report.html in their common parent")
+    parser.add_argument("--out", type=Path, help=OUT_HELP)
     chosen = parser.parse_args(argv)
     try:
-        page = write_report(chosen.folders, chosen.out)
+        if chosen.out is not None and chosen.out.suffix in EXPORTS:
+            page = write_export(chosen.folders, chosen.out)
+        else:
+            page = write_report(chosen.folders, chosen.out)
     except (OSError, ValueError) as error:
         _fail(_message(error))
     print(f"report: {_shown(page)}")
