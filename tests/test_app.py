@@ -67,7 +67,7 @@ def test_a_run_leaves_all_files_and_a_second_one_another_folder(cli, tmp_path):
 
 
 def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
-    code, _, err = cli("-m", "compression.prune.final_sparsity=0.5,0.8")
+    code, _, err = cli("-m", "compression.prune.final_sparsity=0.5,0.8", "threads=1")
     assert code == 0, err
     jobs = sorted((tmp_path / "multirun").glob("*/*/results.json"))
     asked = [
