@@ -234,6 +234,7 @@ def test_the_wheel_carries_the_configs(tmp_path):
         check=True,
     )
     assert "lightning_compress.models.DCGAN" in done.stdout
+    assert (tmp_path / "site" / "hydra_plugins" / "lightning_compress_sweeper").is_dir()
     shipped = {path.relative_to(root / "conf") for path in (root / "conf").rglob("*.yaml")}
     inside = tmp_path / "site" / "lightning_compress" / "conf"
     assert {path.relative_to(inside) for path in inside.rglob("*.yaml")} == shipped

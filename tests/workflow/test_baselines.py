@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hydra import compose, initialize_config_dir
 
+from lightning_compress.callbacks import HopelessRunError
 from lightning_compress.config import config_dir
 from lightning_compress.workflow.baselines import shared_checkpoint
+from lightning_compress.workflow.experiment import run_experiment
 from lightning_compress.workflow.identity import config_hash, dense_recipe, recipe_hash
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -97,3 +99,42 @@ def test_a_results_hash_is_of_all_settings_but_those_of_the_way_there():
     assert config_hash(_composed("ckpt_path=a", "dense_cache=b", "evaluate.cache_dir=c")) == plain
     for change in ("seed=1", "export.onnx=false", "compression.prune.final_sparsity=0.1"):
         assert config_hash(_composed(change)) != plain
+
+
+SMALL = [
+    "model.width_multiplier=0.25",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.accelerator=cpu",
+    "evaluate.latency_repeats=1",
+    "evaluate.samples=32",
+    "export.onnx=false",
+    "compression=[prune]",
+]
+
+
+def test_runs_share_a_dense_model_bit_for_bit_and_a_hopeless_one_is_ended(
+    tmp_path, tmp_path_factory
+):
+    cache = tmp_path_factory.getbasetemp() / "features"
+    words = [*SMALL, f"evaluate.cache_dir={cache}"]
+    shared = [*words, f"dense_cache={tmp_path / 'store'}", "baseline_seeds=[1]"]
+    alone = run_experiment(_composed(*words, "baseline_seeds=[1]"), tmp_path / "alone")
+    first = run_experiment(_composed(*shared), tmp_path / "first")
+    stored = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/*/dense/final.ckpt")}
+    assert len(stored) == 2  # seeds 0 and 1
+    second = run_experiment(_composed(*shared), tmp_path / "second")
+    assert all(path.stat().st_mtime_ns == at for path, at in stored.items())
+    for results in (first, second):
+        assert results["dense"]["quality"] == alone["dense"]["quality"]
+        assert results["baseline_spread"] == alone["baseline_spread"]
+        assert results["compressed"]["quality"] == alone["compressed"]["quality"]
+        assert results["dense"]["train_seconds"] > 0
+        assert results["config_hash"] == alone["config_hash"]
+    curves = [(tmp_path / name / "curves.csv").read_text() for name in ("alone", "second")]
+    assert curves[0] == curves[1]
+
+    hopeless = ["hopeless.max_loss=1e-6", "hopeless.patience=1"]
+    with pytest.raises(HopelessRunError, match=r"val/elbo is .* worse than the dense model"):
+        run_experiment(_composed(*shared, *hopeless), tmp_path / "hopeless")
