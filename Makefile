@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -35,6 +35,9 @@ bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz 
 bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interleaved ratios
 	$(BIN)/python experiments/bench_coding.py
 	$(BIN)/python experiments/bench_int8.py
+
+bench-sweep: $(READY)  ## twelve small runs, one after another and two at a time
+	$(BIN)/python experiments/bench_sweep.py
 
 bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
 	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl

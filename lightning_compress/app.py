@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -23,9 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
+from lightning_compress.sweeps import Outcome, run_sweep_job, sweep_folder
+from lightning_compress.sweeps.outcomes import HOPELESS
+from lightning_compress.sweeps.watching import stop_with_launcher
 
 __all__ = ["main"]
 
+OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
@@ -37,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if argv and argv[0] in COMMANDS:
         sys.exit(run_command(argv))
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
-    sys.argv = [sys.argv[0], *sweep[:1], *(word for word in argv if word not in sweep)]
+    words = [word for word in argv if word not in sweep]
+    if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
+        words.append(f"hydra.sweep.dir={sweep_folder(words)}")
+    sys.argv = [sys.argv[0], *sweep[:1], *words]
+    stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
     try:
         _experiment()
@@ -50,7 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
-def _experiment(cfg: DictConfig) -> None:
+def _experiment(cfg: DictConfig) -> Outcome | None:
+    runtime = HydraConfig.get()
+    if runtime.mode == RunMode.MULTIRUN:
+        return run_sweep_job(cfg, runtime)
+    _run(cfg, runtime)
+    return None
+
+
+def _run(cfg: DictConfig, runtime: HydraConf) -> None:
+    from lightning_compress.callbacks import HopelessRunError
     from lightning_compress.report.page import write_report
     from lightning_compress.report.tables import print_summary
     from lightning_compress.workflow.experiment import run_experiment
@@ -58,7 +76,6 @@ def _experiment(cfg: DictConfig) -> None:
     from lightning_compress.workflow.training import InterruptedRunError
 
     _quiet()
-    runtime = HydraConfig.get()
     folder = Path(runtime.runtime.output_dir)
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
@@ -68,8 +85,11 @@ def _experiment(cfg: DictConfig) -> None:
         command = resume_command(_shown(folder), list(runtime.overrides.task))
         print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from None
+    except HopelessRunError as stop:
+        print(f"pruned: {stop}", file=sys.stderr)
+        sys.exit(HOPELESS)
     except _EXPECTED as error:
-        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK") or runtime.mode == RunMode.MULTIRUN:
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
             raise
         _fail(_message(error))
     print_summary(results)
@@ -77,16 +97,20 @@ def _experiment(cfg: DictConfig) -> None:
 
 
 def _report(argv: list[str]) -> int:
+    from lightning_compress.report.exports import EXPORTS, write_export
     from lightning_compress.report.page import write_report
 
     parser = argparse.ArgumentParser(
         prog="lightning-compress report", description="Make one HTML page of any number of runs."
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run, multirun or parent folders")
-    parser.add_argument("--out", type=Path, help="default: report.html in their common parent")
+    parser.add_argument("--out", type=Path, help=OUT_HELP)
     chosen = parser.parse_args(argv)
     try:
-        page = write_report(chosen.folders, chosen.out)
+        if chosen.out is not None and chosen.out.suffix in EXPORTS:
+            page = write_export(chosen.folders, chosen.out)
+        else:
+            page = write_report(chosen.folders, chosen.out)
     except (OSError, ValueError) as error:
         _fail(_message(error))
     print(f"report: {_shown(page)}")

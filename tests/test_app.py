@@ -67,7 +67,7 @@ def test_a_run_leaves_all_files_and_a_second_one_another_folder(cli, tmp_path):
 
 
 def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
-    code, _, err = cli("-m", "compression.prune.final_sparsity=0.5,0.8")
+    code, _, err = cli("-m", "compression.prune.final_sparsity=0.5,0.8", "threads=1")
     assert code == 0, err
     jobs = sorted((tmp_path / "multirun").glob("*/*/results.json"))
     asked = [
@@ -234,6 +234,7 @@ def test_the_wheel_carries_the_configs(tmp_path):
         check=True,
     )
     assert "lightning_compress.models.DCGAN" in done.stdout
+    assert (tmp_path / "site" / "hydra_plugins" / "lightning_compress_sweeper").is_dir()
     shipped = {path.relative_to(root / "conf") for path in (root / "conf").rglob("*.yaml")}
     inside = tmp_path / "site" / "lightning_compress" / "conf"
     assert {path.relative_to(inside) for path in inside.rglob("*.yaml")} == shipped

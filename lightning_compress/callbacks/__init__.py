@@ -6,8 +6,10 @@ from lightning_compress.callbacks.channels import ChannelPruning
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.history import History
+from lightning_compress.callbacks.hopeless import GiveUp, HopelessRunError
 from lightning_compress.callbacks.monitor import ScoreMonitor
 from lightning_compress.callbacks.online import OnlineTeacher
+from lightning_compress.callbacks.pictures import LoggedPictures
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.progress import PlainProgress, progress_callback
 from lightning_compress.callbacks.pruning import GradualPruning
@@ -23,10 +25,13 @@ __all__ = [
     "ChannelPruning",
     "CompressionSummary",
     "EpochCheckpoint",
+    "GiveUp",
     "GradualPruning",
     "Guard",
     "History",
+    "HopelessRunError",
     "KnowledgeDistillation",
+    "LoggedPictures",
     "OnlineTeacher",
     "PlainProgress",
     "PostTrainingQuantization",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_compress.files import write_atomically
-from lightning_compress.report import drawing, overview, plots, rows, scatter, tables, wording
+from lightning_compress.report import (
+    drawing,
+    engines,
+    overview,
+    plots,
+    rows,
+    scatter,
+    tables,
+    wording,
+)
 from lightning_compress.report.files import data_uri, image_uri
 from lightning_compress.report.formats import DASH, kilobytes, percent, scalar, times
 from lightning_compress.report.loading import Run, Unreadable, load_runs
+from lightning_compress.report.names import common_root, run_name
 from lightning_compress.report.notes import notes
 from lightning_compress.report.wording import section
 
@@ -56,18 +65,12 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
             the page names it under "Could not be read".
     """
     runs, unreadable = load_runs(run_dirs)
-    root = Path(os.path.commonpath([Path(folder).absolute() for folder in run_dirs]))
+    root = common_root(run_dirs)
     path = Path(out) if out is not None else root / FILE_NAME
     path = path / FILE_NAME if path.is_dir() else path
-    names = [_name(run.folder, root) for run in runs]
+    names = [run_name(run.folder, root) for run in runs]
     content = _render(runs, unreadable, names, path.parent)
     return write_atomically(path, content, what="the report", parents=True)
-
-
-def _name(folder: Path, root: Path) -> str:
-    """Return the folder as the reader knows it: relative to what was asked for."""
-    relative = os.path.relpath(folder.absolute(), root)
-    return folder.absolute().name if relative == "." else Path(relative).as_posix()
 
 
 def _render(
@@ -96,6 +99,7 @@ def _render(
         csv_uri=data_uri(tables.csv_table([run.results for run in runs]), "text/csv"),
         main_header=rows.HEADER,
         layer_header=rows.LAYER_HEADER,
+        int8_header=engines.INT8_HEADER,
     )
 
 
@@ -147,6 +151,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
         "curves": _inlined(plots.curve_plots(run.curves, results), folder, prefix),
         "details": _inlined([plot for plot in details if plot is not None], folder, prefix),
         "layers": rows.layer_rows(results),
+        "int8": engines.int8_rows(results),
         "notes": notes(results),
         "missing": [*run.notes, *picture_notes, *_missing(run)],
         "command": run.command,

@@ -17,7 +17,7 @@ from lightning_compress.report import wording
 from lightning_compress.report.rows import HEADER, main_groups
 from lightning_compress.report.wording import Results
 
-__all__ = ["csv_table", "flatten", "markdown_table", "print_summary"]
+__all__ = ["csv_table", "flatten", "markdown_lines", "markdown_table", "print_summary"]
 
 
 def print_summary(results: Results, console: Console | None = None) -> None:
@@ -55,6 +55,16 @@ def markdown_table(results: Results) -> str:
         lines.append(f"| **{_markdown_cell(group.title)}** | | | {group.change} | | |")
         lines.extend(_markdown_line(row.cells()) for row in group.rows)
     return "\n".join(lines) + "\n"
+
+
+def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    r"""Return the lines of a GitHub Markdown table; cells are escaped.
+
+    >>> markdown_lines(["a"], [["x|y"]])
+    ['| a |', '|:--|', '| x\\|y |']
+    """
+    lines = [_markdown_line(header), "|" + ":--|" * len(header)]
+    return [*lines, *map(_markdown_line, rows)]
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

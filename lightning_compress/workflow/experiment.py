@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,24 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.callbacks import CompressionSummary, KnowledgeDistillation, ScoreMonitor
+from lightning_compress.callbacks import (
+    CompressionSummary,
+    GiveUp,
+    KnowledgeDistillation,
+    ScoreMonitor,
+)
 from lightning_compress.data import SplitDataModule
 from lightning_compress.files import write_atomically
 from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.report.grids import save_comparison, save_grid
+from lightning_compress.workflow.baselines import shared_checkpoint
 from lightning_compress.workflow.costs import (
     deployed_cost,
     layer_rows,
     side_by_side_latency,
     write_files,
 )
+from lightning_compress.workflow.identity import config_hash, dense_recipe
 from lightning_compress.workflow.int8 import int8_bytes, int8_rows, write_int8_files
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
 from lightning_compress.workflow.resume import Earlier
@@ -32,6 +40,12 @@ from lightning_compress.workflow.training import Trained, build_model, load_trai
 __all__ = ["run_experiment"]
 
 SHOWN_SAMPLES = 32
+WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
+    "gan": ("val/kid", "min", 4.0),
+    "vae": ("val/elbo", "max", 0.25),
+    "recurrent_vae": ("val/elbo", "max", 0.25),
+    "classifier": ("val/accuracy", "max", 0.25),
+}
 
 
 def run_experiment(
@@ -58,7 +72,7 @@ def run_experiment(
     earlier = Earlier.at(cfg.ckpt_path)
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
-    others = [_other_seed(cfg, data, folder, seed, earlier) for seed in cfg.baseline_seeds]
+    others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
     for one in compressors:
         if isinstance(one, KnowledgeDistillation):
             one.take_dense(dense.model)
@@ -66,7 +80,7 @@ def run_experiment(
         _of_student(cfg),
         data,
         folder / "compressed",
-        [*compressors, CompressionSummary()],
+        [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()],
         evaluator,
         earlier,
     )
@@ -84,6 +98,20 @@ def _of_student(cfg: DictConfig) -> DictConfig:
     student = cfg.copy()
     OmegaConf.update(student, "model", changes, merge=True)
     return student
+
+
+def _give_up(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[Callback]:
+    """The callback that ends a hopeless run, if the config asks for it."""
+    most = cfg.hopeless.max_loss
+    if most is None:
+        return []
+    name, mode, usual = WATCHED[evaluator.kind]
+    most = usual if most == "auto" else float(most)
+    after, patience = cfg.hopeless.after, cfg.hopeless.patience
+    give_up = GiveUp(
+        dense.rows, monitor=name, mode=mode, max_loss=most, after=after, patience=patience
+    )
+    return [give_up]
 
 
 def _train(
@@ -108,17 +136,40 @@ def _dense(
         return load_trained(cfg, data, Path(cfg.baseline))
     if (final := earlier.finished("dense")) is not None:
         return load_trained(cfg, data, final)
+    if cfg.dense_cache is not None:
+        return _shared(cfg, data, evaluator)
     return _train(cfg, data, folder / "dense", [], evaluator, earlier)
 
 
+def _shared(cfg: DictConfig, data: SplitDataModule, evaluator: Evaluator) -> Trained:
+    """The dense model that all runs with the same dense settings and seed share."""
+
+    def dense(folder: Path, ckpt_path: Path | None) -> Trained:
+        monitor = ScoreMonitor(evaluator.monitor, every=cfg.evaluate.monitor_every)
+        callbacks = [monitor]
+        return train(cfg, data, folder, seed=cfg.seed, callbacks=callbacks, ckpt_path=ckpt_path)
+
+    recipe = dense_recipe(cfg, seed=cfg.seed, dims=data.dims, content=data.fingerprint)
+    final, seconds = shared_checkpoint(Path(cfg.dense_cache), recipe, dense)
+    return replace(load_trained(cfg, data, final), seconds=seconds)
+
+
 def _other_seed(
-    cfg: DictConfig, data: SplitDataModule, folder: Path, seed: int, earlier: Earlier
+    cfg: DictConfig,
+    data: SplitDataModule,
+    folder: Path,
+    seed: int,
+    evaluator: Evaluator,
+    earlier: Earlier,
 ) -> LightningModule:
-    phase = f"dense-seed{seed}"
+    phase, other = f"dense-seed{seed}", cfg.copy()
     if seed == cfg.seed:
         raise ValueError(f"baseline_seeds={list(cfg.baseline_seeds)} holds the run's own seed")
+    other.seed = seed
     if (final := earlier.finished(phase)) is not None:
         return load_trained(cfg, data, final).model
+    if cfg.dense_cache is not None:
+        return _shared(other, data, evaluator).model
     unfinished = earlier.unfinished(phase)
     return train(cfg, data, folder / phase, seed=seed, ckpt_path=unfinished).model
 
@@ -155,6 +206,7 @@ def _measure(
         side["latency_ms"] = times
     spread = spread_of(dense_qualities)
     return {
+        "config_hash": config_hash(cfg),
         "seed": cfg.seed,
         "compression": OmegaConf.to_container(cfg.compression, resolve=True),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

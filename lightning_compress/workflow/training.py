@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from lightning_compress.callbacks import (
     EpochCheckpoint,
     History,
+    LoggedPictures,
     RandomState,
     StopOnNonFinite,
     progress_callback,
@@ -24,6 +25,7 @@ from lightning_compress.callbacks import (
 from lightning_compress.data import SplitDataModule
 from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channel_files import rebuild_channels
+from lightning_compress.workflow.loggers import close_loggers
 
 __all__ = ["InterruptedRunError", "Trained", "build_model", "load_trained", "train"]
 
@@ -101,12 +103,16 @@ def train(
             StopOnNonFinite(),
             RandomState(),
             history,
+            LoggedPictures(),
             progress_callback(folder.name),
             EpochCheckpoint(folder / LAST, folder / INTERRUPTED),
         ],
         _convert_="all",
     )
-    _fit(trainer, model, data, ckpt_path)
+    try:
+        _fit(trainer, model, data, ckpt_path)
+    finally:
+        close_loggers(trainer.loggers)
     trainer.save_checkpoint(folder / FINAL)
     (folder / INTERRUPTED).unlink(missing_ok=True)
     return Trained(model, history.rows, trainer.global_step, time.monotonic() - start)

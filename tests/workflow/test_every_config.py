@@ -212,8 +212,57 @@ def test_fewer_channels_masks_and_grids_ship_together(tmp_path, cache):
 
 @pytest.mark.parametrize("logger", names("logger"))
 def test_each_logger(tmp_path, cache, logger):
-    run(tmp_path, cache, f"logger=[{logger}]", "model.width_multiplier=0.25", "export.onnx=false")
-    assert any((tmp_path / "compressed" / logger).iterdir())
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
+    small = ["model.width_multiplier=0.25", "export.onnx=false", "trainer.log_every_n_steps=1"]
+    run(tmp_path, cache, f"logger=[{logger}]", *small)
+    for side in ("dense", "compressed"):
+        assert any((tmp_path / side / logger).iterdir())
+    metrics, pictures, histograms = READERS[logger](tmp_path / "compressed")
+    assert {"train/loss", "val/elbo", "prune/sparsity"} <= set(metrics)
+    assert pictures == (logger != "csv")
+    assert histograms == (logger in ("tensorboard", "wandb"))
+
+
+def _read_csv(folder):
+    return (folder / "csv" / "metrics.csv").read_text().splitlines()[0].split(","), False, False
+
+
+def _read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    tags = events.Reload().Tags()
+    histograms = [tag for tag in tags["histograms"] if tag.startswith("weights/decoder.")]
+    return tags["scalars"], tags["images"] == ["samples"], bool(histograms)
+
+
+def _read_mlflow(folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "lightning_compress"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    images = [one.path for one in client.list_artifacts(found.info.run_id, "images")]
+    assert found.info.status == "FINISHED"
+    return found.data.metrics, any(path.endswith(".png") for path in images), False
+
+
+def _read_wandb(folder):
+    """An offline run's record, whose strings stand in it as they are, and its pictures."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    record = path.read_bytes()
+    keys = [key for key in ("train/loss", "val/elbo", "prune/sparsity") if key.encode() in record]
+    pictures = list(path.parent.glob("files/media/images/samples_*.png"))
+    return keys, bool(pictures), b"weights/decoder." in record
+
+
+READERS = {
+    "csv": _read_csv,
+    "tensorboard": _read_tensorboard,
+    "mlflow": _read_mlflow,
+    "wandb": _read_wandb,
+}
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))

@@ -1,0 +1,58 @@
+"""What is said when a sweep ends, and its exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_compress.sweeps.outcomes import RECORD, Outcome, read_outcome
+
+__all__ = ["SweepSummary", "sweep_lines"]
+
+
+class SweepSummary(Callback):
+    """Hydra's callback that counts a sweep's jobs and names those that went wrong."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Print the sums.
+
+        Raises:
+            SystemExit: with code 1 when a job failed or was killed.
+        """
+        folder = Path(str(config.hydra.sweep.dir))
+        found = [read_outcome(path.parent) for path in folder.glob(f"*/{RECORD}")]
+        jobs = sorted((job for job in found if job is not None), key=lambda job: job.number)
+        if not jobs:
+            return
+        print("\n".join(sweep_lines(jobs, folder)), flush=True)
+        if not all(job.final for job in jobs):
+            print("The same command again runs what is not done.", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def sweep_lines(jobs: Sequence[Outcome], folder: Path) -> list[str]:
+    """The sums of a sweep, a line for each job that was not done, and how to see the others.
+
+    >>> killed = Outcome(1, ["seed=1"], "m/1", "f3", state="killed", message="killed by SIGKILL")
+    >>> done = Outcome(0, ["seed=0"], "m/0", "e0", state="done")
+    >>> for line in sweep_lines([done, killed], Path("m")):
+    ...     print(line)
+    2 jobs: 1 done, 1 killed
+    #1 seed=1: killed by SIGKILL (m/1/job.log)
+    lightning-compress report m
+    """
+    counts = Counter(job.state for job in jobs)
+    sums = ", ".join(f"{count} {state}" for state, count in counts.items())
+    lines = [f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}: {sums}"]
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    for job in jobs:
+        if job.state != "done":
+            words = " ".join(word for word in job.overrides if word not in common)
+            lines.append(f"#{job.number} {words}: {job.message} ({job.folder}/job.log)")
+    return [*lines, f"lightning-compress report {folder}"] if counts["done"] else lines
