@@ -1,0 +1,423 @@
+"""QualityBudget: when to compress further, and when to go back. How is in `adaptive/`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
+
+from lightning_compress.adaptive.levers import Lever, Limits
+from lightning_compress.adaptive.readings import estimated_spread, recent
+from lightning_compress.adaptive.search import Decision, QualitySearch, Reading, Rules, Trial
+from lightning_compress.adaptive.sizes import predicted_bytes
+from lightning_compress.adaptive.sizing import SizeSearch
+from lightning_compress.adaptive.snapshots import restore_snapshot, take_snapshot
+from lightning_compress.adaptive.table import trial_table
+from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
+from lightning_compress.callbacks.masking import MaskCallback
+from lightning_compress.callbacks.post_training import PostTrainingQuantization
+from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.threshold import ThresholdPruning
+from lightning_compress.errors import TargetError
+
+__all__ = ["QualityBudget"]
+
+DENSE = "dense"
+
+
+class QualityBudget(Callback):
+    """Compress as far as a measured quality allows, or to a size at the best quality.
+
+    Takes over the sparsity of each `GradualPruning`, and the step or the bits of each
+    `QuantizationAwareTraining`, in the same Trainer. After each reading of the metric it decides:
+    further, wait, or back to the last good model (weights, masks, grids and optimizer states, from
+    a copy in memory that a checkpoint holds too; learning rates and clocks go on). What changes
+    does so at the beginning of the next batch, so that a checkpoint's score is of its weights.
+
+    Args:
+        monitor: a logged metric. One that begins with "val" is read after each validation that
+            logs it, any other after each training epoch.
+        max_degradation: how much worse it may be, as a fraction of the reference.
+        max_bytes: in its place: predicted bytes that the part that ships must fit, at the best
+            quality. The zero-order entropy of its weights: the file is a little smaller.
+        mode: "min" or "max": which way the metric is better.
+        reference: its value of the dense model. A number, "dense" for the dense run that the
+            command line trains beside, or None: the readings before `begin`.
+        spread: standard deviation of one reading; None: from the readings before `begin`.
+        begin: fraction of the run when compression begins.
+        end: fraction of the run after which nothing is tried any more: what was found trains on.
+        patience: readings after which a trial must be decided; clear ones are decided earlier.
+        confidence: standard errors by which a case is clear.
+        stride: of a level (see `Limits`) at first, and the smallest that is tried.
+        limits: how far the levers go.
+        on_miss: "warn" or "raise" when no model was within the budget.
+        name: prefix of what is logged, and the key of the state.
+
+    Attributes:
+        history: what was tried, one `Trial` each.
+
+    Raises:
+        ValueError: for values outside their range, and in training when nothing logs the metric.
+        TargetError: when there is nothing to steer.
+
+    >>> QualityBudget("val/loss", 0.02).state_key
+    'QualityBudget[budget]'
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        max_degradation: float | None = None,
+        *,
+        max_bytes: float | None = None,
+        mode: str = "min",
+        reference: float | str | None = None,
+        spread: float | None = None,
+        begin: float = 0.2,
+        end: float = 0.85,
+        patience: int = 4,
+        confidence: float = 1.0,
+        stride: tuple[float, float] = (0.2, 0.025),
+        limits: Limits | Mapping[str, Any] | None = None,
+        on_miss: str = "warn",
+        name: str = "budget",
+    ) -> None:
+        _check_goal(max_degradation, max_bytes)
+        for what, given, valid in (
+            ("mode", mode, ("min", "max")),
+            ("on_miss", on_miss, ("warn", "raise")),
+        ):
+            if given not in valid:
+                raise ValueError(f"{what}={given!r}: valid are {list(valid)}")
+        if isinstance(reference, str) and reference != DENSE:
+            raise ValueError(f"reference={reference!r}: give a number, {DENSE!r} or None")
+        if not 0 <= begin < end <= 1:
+            raise ValueError(
+                f"begin={begin!r}, end={end!r}: fractions of the run, 0 <= begin < end"
+            )
+        if not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience!r} must be a whole number of readings, 1 or more")
+        if len(stride) != 2 or not 0 < stride[1] <= stride[0] <= 1:
+            raise ValueError(f"stride={stride!r}: give the first and the smallest, both in (0, 1]")
+        for what, value in (("spread", spread), ("confidence", confidence)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{what}={value!r} must be 0 or more")
+        self.monitor, self.max_degradation, self.max_bytes = monitor, max_degradation, max_bytes
+        self.mode, self.reference, self.spread = mode, reference, spread
+        self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
+        self.stride, self.on_miss, self.name = tuple(stride), on_miss, name
+        self.limits = limits if isinstance(limits, Limits) else Limits(**dict(limits or {}))
+        self.levers: list[Lever] = []
+        self._reset()
+        self._loaded: dict[str, Any] | None = None
+
+    def _reset(self) -> None:
+        self.search: QualitySearch | SizeSearch | None = None
+        self.readings: list[float] = []  # of the metric, before the search
+        self._pending = Decision()
+        self._snapshot: dict[str, Any] | None = None
+        self._seen = False
+        self._stale: object = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint."""
+        return f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def history(self) -> list[Trial]:
+        """What was tried so far."""
+        return [] if self.search is None else self.search.history
+
+    def take_dense(self, rows: Sequence[tuple[int, str, float]]) -> None:
+        """Take the reference from a dense run's readings, `(step, metric, value)` as `History` has.
+
+        Raises:
+            ValueError: when they hold none of the metric.
+        """
+        values = [value for _, metric, value in rows if metric == self.monitor]
+        if not values:
+            known = sorted({metric for _, metric, _ in rows})
+            raise ValueError(f"{self.state_key}: the dense run logged no {self.monitor!r}: {known}")
+        self.reference = recent(values[-self.patience :])
+        if self.spread is None and len(values) > 2:
+            self.spread = estimated_spread(values[-3 * self.patience :])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find mistakes before anything trains."""
+        self._loaded = None  # what validate or test may have left here
+        if stage != "fit":
+            return
+        check_run_ends(trainer)
+        if self.reference == DENSE and self.max_bytes is None:
+            raise ValueError(
+                f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
+                "dense model first: give a number, or None to measure it before begin"
+            )
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if refused := [one.state_key for one in others if isinstance(one, ThresholdPruning)]:
+            raise TargetError(f"{self.state_key} cannot steer {refused}: use GradualPruning")
+        averaging = [one for one in others if isinstance(one, WeightAveraging)]
+        if averaging and others.index(averaging[0]) < others.index(self):
+            kind = type(averaging[0]).__name__
+            raise TargetError(f"list {self.state_key} before {kind}, which ends a run with its own")
+        if not any(hasattr(one, "lever") for one in others):
+            raise TargetError(
+                f"{self.state_key} has nothing to steer: add a GradualPruning or a "
+                "QuantizationAwareTraining to the Trainer"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Take the levers; a run that goes on finds them where they were."""
+        resumed, self._loaded = self._loaded, None
+        self._reset()
+        if resumed is not None:
+            self._restore_state(resumed, self._take_levers(trainer))
+            return
+        for lever in self._take_levers(trainer):
+            lever.move(0.0)
+
+    def _take_levers(self, trainer: Trainer) -> list[Lever]:
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [one.lever(self.limits) for one in others if hasattr(one, "lever")]
+        self.levers = [one for one in found if one is not None]
+        if not self.levers:
+            raise TargetError(f"{self.state_key}: no callback quantizes weights or prunes")
+        if self.max_bytes is None and self.limits.share is not None:
+            rank_zero_info(f"{self.state_key}: layers share the sparsity by their sensitivity")
+        return self.levers
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Do what the last reading decided."""
+        pending, self._pending = self._pending, Decision()
+        if pending.restore:
+            self._go_back(trainer, pl_module)
+        if pending.levels is not None:
+            for lever, level in zip(self.levers, pending.levels, strict=True):
+                lever.move(level)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the levels."""
+        levels = self.search.levels if self.search is not None else (0.0,) * len(self.levers)
+        for lever, level in zip(self.levers, levels, strict=True):
+            pl_module.log(f"{self.name}/{lever.name}", float(level))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Remember the metric of the validation before: not each one logs it."""
+        self._stale = trainer.callback_metrics.get(self.monitor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read a validation metric and decide."""
+        if self.monitor.startswith("val") and not trainer.sanity_checking:
+            self._read(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read a training metric and decide."""
+        if not self.monitor.startswith("val"):
+            self._stale = None
+            self._read(trainer, pl_module)
+            if not self._seen:
+                self._missing(trainer)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or value is self._stale or self._pending != Decision():
+            return
+        if trainer.world_size > 1:  # the same verdict everywhere
+            value = trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
+        self._seen = True
+        number = float(value.item() if isinstance(value, Tensor) else value)
+        cost = self._cost(number) if math.isfinite(number) else math.inf
+        progress = run_progress(trainer)
+        if self.search is None:
+            self.readings.append(cost)
+            if progress < self.begin:
+                return
+            self._begin()
+        if not all(lever.arrived for lever in self.levers):
+            return
+        self._decide(trainer, pl_module, cost, progress)
+
+    def _cost(self, value: float) -> float:
+        return value if self.mode == "min" else -value
+
+    def _begin(self) -> None:
+        spread = estimated_spread(self.readings) if self.spread is None else self.spread
+        reference = self.reference
+        measured = reference is None or isinstance(reference, str)
+        dense = (
+            recent(self.readings[-self.patience :]) if measured else self._cost(float(reference))
+        )
+        rules = Rules(
+            limit=dense + (self.max_degradation or 0.0) * abs(dense),
+            spread=spread,
+            patience=self.patience,
+            confidence=self.confidence,
+            stride=self.stride[0],
+            least=self.stride[1],
+        )
+        if self.max_bytes is not None:
+            self.search = SizeSearch(self.max_bytes, rules, len(self.levers))
+        else:
+            self.search = QualitySearch(rules, [lever.step for lever in self.levers])
+            rank_zero_info(
+                f"{self.state_key}: {self.monitor} of the dense model is {self._cost(dense):.5g}, "
+                f"the limit {self._cost(rules.limit):.5g}, one reading's spread {spread:.2g}"
+            )
+
+    def _decide(
+        self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
+    ) -> None:
+        reading = Reading(cost, self._bytes(trainer, pl_module), over=progress >= self.end)
+        tried = len(self.history)
+        if isinstance(self.search, SizeSearch):
+            done = (progress - self.begin) / (self.end - self.begin)
+            self._pending = self.search.read(reading, done)
+        elif self.search is not None:
+            self._pending = self.search.read(reading)
+        if self._pending.keep:
+            self._snapshot = self._take(trainer, pl_module)
+        for trial in self.history[tried:]:
+            rank_zero_info(f"{self.state_key}: {self._line(trial)}")
+
+    def _line(self, trial: Trial) -> str:
+        pairs = zip(self.levers, trial.levels, strict=True)
+        settings = ", ".join(lever.setting(level) for lever, level in pairs)
+        value = self._cost(trial.cost)
+        return f"{settings}: {trial.size:,.0f} bytes, {self.monitor} {value:.5g}: {trial.verdict}"
+
+    def _bytes(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        later: dict[str, int] = {}
+        for one in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(one, PostTrainingQuantization):
+                later |= {row.path: one.weight_bits for row in one.coverage if row.selected}
+        return predicted_bytes(pl_module, later)
+
+    def _take(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        averages = [one._average_model for one in _averaging(trainer)]
+        return {
+            "model": take_snapshot(pl_module, trainer.optimizers),
+            "callbacks": {one.state_key: one.snapshot() for one in _steered(trainer)},
+            "averages": [
+                None if one is None else {k: v.clone() for k, v in one.state_dict().items()}
+                for one in averages
+            ],
+        }
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        snapshot = self._snapshot
+        if snapshot is None:
+            return
+        for one in _steered(trainer):
+            one.back_to(snapshot["callbacks"][one.state_key])
+        restore_snapshot(pl_module, trainer.optimizers, snapshot["model"])
+        for one in _steered(trainer):
+            if isinstance(one, MaskCallback):
+                one.project()
+            elif isinstance(one, QuantizationAwareTraining) and one.weights and one.started:
+                one.weights.show()
+        for one, state in zip(_averaging(trainer), snapshot["averages"], strict=True):
+            if one._average_model is not None and state is not None:
+                one._average_model.load_state_dict(state)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the smallest model, or the best, that is within the budget; say what was tried.
+
+        Raises:
+            ValueError: when nothing logged the metric.
+            RuntimeError: when no model was within the budget, if `on_miss` says so.
+        """
+        if not self._seen:
+            self._missing(trainer)
+        if self.search is None:
+            self._miss(f"the run ended before begin={self.begin!r}: nothing was compressed")
+            return
+        back = self.search.finish().restore or self._pending.restore
+        self._pending = Decision()
+        if back:
+            self._go_back(trainer, pl_module)
+            rank_zero_info(f"{self.state_key}: back to the last model within the budget")
+        self._print()
+        if self.search.good is None:
+            self._miss("no model was within the budget; the model is as the last step left it")
+
+    @rank_zero_only
+    def _print(self) -> None:
+        trial_table(self.history, self.levers, self.monitor, self._cost)
+
+    def _miss(self, what: str) -> None:
+        if self.on_miss == "raise":
+            raise RuntimeError(f"{self.state_key}: {what}")
+        rank_zero_warn(f"{self.state_key}: {what}")
+
+    def _missing(self, trainer: Trainer) -> None:
+        known = sorted(trainer.callback_metrics)
+        raise ValueError(f"{self.state_key}: nothing logs monitor={self.monitor!r}; found {known}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search, the last good model and what is still to be done."""
+        pending = self._pending
+        return {
+            "search": None if self.search is None else self.search.state_dict(),
+            "readings": list(self.readings),
+            "pending": (pending.keep, pending.restore, pending.levels),
+            "snapshot": self._snapshot,
+            "seen": self._seen,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._loaded = state_dict
+
+    def _restore_state(self, state: dict[str, Any], levers: Sequence[Lever]) -> None:
+        self.readings, self._seen = list(state["readings"]), state["seen"]
+        keep, restore, levels = state["pending"]
+        self._pending = Decision(keep, restore, None if levels is None else tuple(levels))
+        self._snapshot = state["snapshot"]
+        if state["search"] is not None:
+            if len(state["search"]["levels"]) != len(levers):
+                raise ValueError(
+                    f"{self.state_key}: the checkpoint steers {len(state['search']['levels'])} "
+                    f"levers, this run {[lever.name for lever in levers]}"
+                )
+            self._begin()
+            if self.search is not None:
+                self.search.load_state_dict(state["search"])
+
+
+def _check_goal(max_degradation: float | None, max_bytes: float | None) -> None:
+    if (max_degradation is None) == (max_bytes is None):
+        raise ValueError("give one of max_degradation and max_bytes")
+    if max_degradation is not None and not 0 <= max_degradation < math.inf:
+        raise ValueError(f"max_degradation={max_degradation!r} must be a fraction, 0 or more")
+    if max_bytes is not None and not 0 < max_bytes < math.inf:
+        raise ValueError(f"max_bytes={max_bytes!r} must be above 0")
+
+
+def _steered(trainer: Trainer) -> list[Any]:
+    """Callbacks whose state belongs to the weights of a moment."""
+    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in others if isinstance(one, WeightCallback) and hasattr(one, "back_to")]
+
+
+def _averaging(trainer: Trainer) -> list[Any]:
+    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in others if isinstance(one, WeightAveraging)]
