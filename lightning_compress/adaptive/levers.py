@@ -8,9 +8,12 @@ A callback that can be steered has three methods; `QualityBudget` needs nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from lightning_compress.adaptive.curves import Sensitivity
 
 __all__ = ["BitsLever", "Lever", "Limits", "SparsityLever", "StepLever"]
 
@@ -25,8 +28,8 @@ class Limits:
         max_sparsity: at level 1; densities go down by equal factors.
         steps: of entropy grids, at level 0 and at level 1; by equal factors too.
         min_bits: at level 1, of the other grids.
-        share: from the sparsity of all targets to that of each, by path; None: the pruning
-            callback's own scope shares it out.
+        sensitivity: of the layers: a scan, or the file of one. They share the sparsity by it;
+            None: by the pruning callback's own scope.
 
     Raises:
         ValueError: for values outside their range.
@@ -35,15 +38,26 @@ class Limits:
     max_sparsity: float = 0.99
     steps: tuple[float, float] = (0.25, 3.0)
     min_bits: int = 2
-    share: Share | None = None
+    sensitivity: Sensitivity | str | Path | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.sensitivity, (str, Path)):
+            object.__setattr__(self, "sensitivity", Sensitivity.load(self.sensitivity))
         if not 0 < self.max_sparsity < 1:
             raise ValueError(f"max_sparsity={self.max_sparsity!r} must lie in (0, 1)")
         if len(self.steps) != 2 or not 0 < self.steps[0] < self.steps[1]:
             raise ValueError(f"steps={self.steps!r}: give the finest and the coarsest, both > 0")
         if not 2 <= self.min_bits <= 8:
             raise ValueError(f"min_bits={self.min_bits!r}: valid are 2 to 8")
+
+    def shares(self, paths: Sequence[str]) -> Share | None:
+        """From the sparsity of some layers together to that of each; None without a scan.
+
+        Raises:
+            ValueError: naming layers that were not scanned.
+        """
+        scan = self.sensitivity
+        return scan.of(paths).sparsities if isinstance(scan, Sensitivity) else None
 
 
 class Lever(Protocol):

@@ -209,8 +209,9 @@ class QualitySearch:
             self._note(reading, "too costly")
             self.levels = self.good.levels
             return Decision(restore=True, levels=self.levels)
-        if met and (self.moved is not None or len(self.readings) >= self.rules.patience):
-            self._note(reading, "good" if self.moved is not None else "trained on")
+        fresh = self.moved is not None or self.good is None
+        if met and (fresh or len(self.readings) >= self.rules.patience):
+            self._note(reading, "good" if fresh else "trained on")
             return Decision(keep=True)
         if len(self.readings) > self.rules.patience:
             self.readings = self.readings[-self.rules.patience :]

@@ -12,7 +12,7 @@ from lightning_compress.adaptive.search import Decision, Reading, Rules, Trial
 __all__ = ["SizeSearch"]
 
 _GUESS = 4.0  # log of the bytes that a whole level saves, before any is measured
-_SLACK = 0.01  # of the size: what is aimed below it
+_SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while weights train on
 
 
 @dataclass
@@ -47,6 +47,7 @@ class SizeSearch:
         self.before: tuple[float, float] | None = None  # level and size of the last raise
         self.good: Trial | None = None  # the best that fits
         self.readings: list[float] = []
+        self.fit = False  # whether the model of the last reading does
 
     def target(self, progress: float) -> float:
         """Bytes that the model should have by now, at a fraction of the search.
@@ -62,7 +63,8 @@ class SizeSearch:
         self.first = self.first or reading.size
         self.readings.append(reading.cost)
         self._learn(reading.size)
-        if reading.size <= self.max_bytes:
+        self.fit = reading.size <= self.max_bytes
+        if self.fit:
             return self._fits(reading)
         wanted = self.max_bytes if reading.over else self.target(progress)
         if reading.size <= wanted or self.levels[0] >= 1:
@@ -99,9 +101,12 @@ class SizeSearch:
         self.readings = []
 
     def finish(self) -> Decision:
-        """The run ends: back to the best that fits, where the model of now is clearly worse."""
-        if self.good is None or not self.readings:
-            return Decision()
+        """The run ends: back to the best that fits, where the model of now is clearly worse.
+
+        What has grown since, as weights trained on, does not fit.
+        """
+        if self.good is None or not (self.fit and self.readings):
+            return Decision(restore=self.good is not None and not self.fit)
         count = len(self.readings)
         margin = self.rules.confidence * self.rules.spread / math.sqrt(count - count // 2)
         worse = recent(self.readings) - margin > self.good.cost
@@ -113,6 +118,7 @@ class SizeSearch:
             "rules": asdict(self.rules),
             "levels": list(self.levels),
             "first": self.first,
+            "fit": self.fit,
             "slope": self.slope,
             "before": None if self.before is None else list(self.before),
             "good": None if self.good is None else asdict(self.good),
@@ -123,7 +129,7 @@ class SizeSearch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self.rules, self.levels = Rules(**state["rules"]), tuple(state["levels"])
-        self.first, self.slope = state["first"], state["slope"]
+        self.first, self.slope, self.fit = state["first"], state["slope"], state["fit"]
         self.before = None if state["before"] is None else tuple(state["before"])
         self.readings = list(state["readings"])
         self.history = [Trial.of(one) for one in state["history"]]

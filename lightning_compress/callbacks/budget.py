@@ -188,8 +188,6 @@ class QualityBudget(Callback):
         self.levers = [one for one in found if one is not None]
         if not self.levers:
             raise TargetError(f"{self.state_key}: no callback quantizes weights or prunes")
-        if self.max_bytes is None and self.limits.share is not None:
-            rank_zero_info(f"{self.state_key}: layers share the sparsity by their sensitivity")
         return self.levers
 
     def on_train_batch_start(

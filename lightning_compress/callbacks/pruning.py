@@ -161,7 +161,7 @@ class GradualPruning(MaskCallback):
 
     def lever(self, limits: Limits) -> Lever:
         """What a `QualityBudget` moves."""
-        return SparsityLever(self, limits.max_sparsity, limits.share)
+        return SparsityLever(self, limits.max_sparsity, limits.shares(self.paths()))
 
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the masks of now."""

@@ -13,7 +13,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_compress.callbacks import CompressionSummary, KnowledgeDistillation, ScoreMonitor
+from lightning_compress.callbacks import (
+    CompressionSummary,
+    KnowledgeDistillation,
+    QualityBudget,
+    ScoreMonitor,
+)
 from lightning_compress.data import SplitDataModule
 from lightning_compress.files import write_atomically
 from lightning_compress.quantization.activations import fake_quantized
@@ -62,6 +67,8 @@ def run_experiment(
     for one in compressors:
         if isinstance(one, KnowledgeDistillation):
             one.take_dense(dense.model)
+        if isinstance(one, QualityBudget) and one.reference == "dense":
+            one.take_dense(dense.rows)
     compressed = _train(
         _of_student(cfg),
         data,

@@ -174,6 +174,13 @@ def test_of_the_models_that_fit_the_best_is_kept():
     assert search.finish().restore
 
 
+def test_what_has_grown_since_it_fitted_goes_back():
+    search = SizeSearch(100.0, Rules(limit=0.0, patience=1), count=1)
+    search.read(Reading(1.0, 99.0))
+    assert search.read(Reading(0.5, 101.0)).levels is not None
+    assert search.finish().restore
+
+
 def test_the_spread_is_that_of_the_noise_and_not_of_the_trend():
     rng = random.Random(1)
     noisy = [10 - 0.1 * i + rng.gauss(0, 0.3) for i in range(400)]
