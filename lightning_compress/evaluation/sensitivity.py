@@ -17,7 +17,7 @@ from lightning_compress.quantization.quantizers import affine_grid, check_bits
 from lightning_compress.quantization.rate import entropy_bits
 from lightning_compress.targets import Pattern, Target, clean_path, select
 
-__all__ = ["BITS", "SPARSITIES", "scan_sensitivity"]
+__all__ = ["BITS", "SPARSITIES", "check_scan", "scan_sensitivity"]
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 BITS = (2, 3, 4, 6)
@@ -60,7 +60,7 @@ def scan_sensitivity(
     >>> found.dense, found.layers[0].sparse_loss
     (4.0, (1.0,))
     """
-    _check(sparsities, bits, better)
+    check_scan(sparsities, bits, better)
     sign = 1.0 if better == "lower" else -1.0
     targets = select(module, include, exclude).targets
     with evaluating(module):
@@ -116,7 +116,12 @@ def _in_place(target: Target, values: Tensor) -> Iterator[None]:
         target.parameter.copy_(before)
 
 
-def _check(sparsities: Sequence[float], bits: Sequence[int], better: str) -> None:
+def check_scan(sparsities: Sequence[float], bits: Sequence[int], better: str = "lower") -> None:
+    """Check what is to be tried, before anything is trained for it.
+
+    Raises:
+        ValueError: naming the value and the valid ones.
+    """
     if better not in ("lower", "higher"):
         raise ValueError(f"better={better!r}: valid are ['lower', 'higher']")
     rising = all(a < b for a, b in pairwise(sparsities))
