@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lightning_compress.adaptive.allocation import Choice, allocate
 from lightning_compress.files import write_atomically
@@ -143,7 +144,7 @@ class Sensitivity:
             raise ValueError(f"{path} holds no sensitivities: {error}") from error
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

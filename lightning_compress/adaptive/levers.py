@@ -63,8 +63,15 @@ class Limits:
 class Lever(Protocol):
     """One thing to move."""
 
-    name: str
-    step: float  # the smallest change of level that changes anything; 0: any does
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def step(self) -> float:
+        """The smallest change of level that changes anything; 0: any does."""
+        ...
 
     def move(self, level: float) -> None:
         """Bring it to a level, between two steps of training."""

@@ -161,7 +161,7 @@ class QualitySearch:
             raise RuntimeError("a trial without a good model before it")
         saved = math.log(good.size / reading.size) if reading.size > 0 else 0.0
         lost = recent(self.readings) - good.cost
-        noise = max(self.rules.spread, 1e-3 * abs(self.rules.limit), 1e-12)
+        noise = max(self.rules.spread, 1e-2 * abs(self.rules.limit), 1e-6)
         self.gains[lever] = saved / max(lost, noise)
         if met:
             if saved <= 0:  # at its end: higher levels change nothing

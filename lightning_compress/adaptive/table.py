@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,6 @@ def trial_table(
     history: Sequence[Trial],
     levers: Sequence[Lever],
     monitor: str,
-    value_of: Callable[[float], float],
     console: Console | None = None,
 ) -> None:
     """Print a row a trial: where each lever was, bytes, the metric and the verdict.
@@ -26,14 +25,19 @@ def trial_table(
         history: the trials.
         levers: in the order of their levels.
         monitor: name of the metric.
-        value_of: from a cost to the metric's own value.
         console: where to; None: standard output.
     """
     table = Table(title="Budget: what was tried")
-    for heading in (*(lever.name for lever in levers), "bytes", monitor, "readings", "verdict"):
+    for heading in (
+        *(lever.name for lever in levers),
+        "bytes",
+        f"{monitor}, worse by",
+        "readings",
+        "verdict",
+    ):
         table.add_column(heading, overflow="fold")
     for trial in history:
         settings = [one.setting(level) for one, level in zip(levers, trial.levels, strict=True)]
-        numbers = f"{trial.size:,.0f}", f"{value_of(trial.cost):.5g}", str(trial.readings)
+        numbers = f"{trial.size:,.0f}", f"{trial.cost:+.2%}", str(trial.readings)
         table.add_row(*settings, *numbers, trial.verdict)
     (console or Console(soft_wrap=False)).print(table)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -42,12 +43,13 @@ class QualityBudget(Callback):
     Args:
         monitor: a logged metric. One that begins with "val" is read after each validation that
             logs it, any other after each training epoch.
-        max_degradation: how much worse it may be, as a fraction of the reference.
+        max_degradation: how much worse than the dense model's it may be, as a fraction.
         max_bytes: in its place: predicted bytes that the part that ships must fit, at the best
             quality. The zero-order entropy of its weights: the file is a little smaller.
         mode: "min" or "max": which way the metric is better.
-        reference: its value of the dense model. A number, "dense" for the dense run that the
-            command line trains beside, or None: the readings before `begin`.
+        reference: its value of the dense model. A number; None: the readings before `begin`;
+            "dense": of the dense run that the command line trains beside, after as many steps (but
+            those that were undone): a model that still learns is compared with one that does.
         spread: standard deviation of one reading; None: from the readings before `begin`.
         begin: fraction of the run when compression begins.
         end: fraction of the run after which nothing is tried any more: what was found trains on.
@@ -113,12 +115,17 @@ class QualityBudget(Callback):
         self.stride, self.on_miss, self.name = tuple(stride), on_miss, name
         self.limits = limits if isinstance(limits, Limits) else Limits(**dict(limits or {}))
         self.levers: list[Lever] = []
+        self.curve: list[tuple[float, float]] = []  # costs of a dense run after so many batches
         self._reset()
         self._loaded: dict[str, Any] | None = None
 
     def _reset(self) -> None:
         self.search: QualitySearch | SizeSearch | None = None
-        self.readings: list[float] = []  # of the metric, before the search
+        self.readings: list[float] = []  # costs of the dense model, before the search
+        self.dense = 0.0  # its cost, in the end
+        self.lately: list[float] = []  # costs since the model was last changed
+        self._kept = math.inf  # cost of the model that is remembered
+        self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
         self._pending = Decision()
         self._snapshot: dict[str, Any] | None = None
         self._seen = False
@@ -135,18 +142,16 @@ class QualityBudget(Callback):
         return [] if self.search is None else self.search.history
 
     def take_dense(self, rows: Sequence[tuple[int, str, float]]) -> None:
-        """Take the reference from a dense run's readings, `(step, metric, value)` as `History` has.
+        """Take a dense run's readings as reference: `(batches seen, metric, value)` of `History`.
 
         Raises:
             ValueError: when they hold none of the metric.
         """
-        values = [value for _, metric, value in rows if metric == self.monitor]
-        if not values:
+        pairs = [(float(at), value) for at, metric, value in rows if metric == self.monitor]
+        if not pairs:
             known = sorted({metric for _, metric, _ in rows})
             raise ValueError(f"{self.state_key}: the dense run logged no {self.monitor!r}: {known}")
-        self.reference = recent(values[-self.patience :])
-        if self.spread is None and len(values) > 2:
-            self.spread = estimated_spread(values[-3 * self.patience :])
+        self.curve = [(at, self._cost(value)) for at, value in sorted(pairs)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes before anything trains."""
@@ -154,7 +159,7 @@ class QualityBudget(Callback):
         if stage != "fit":
             return
         check_run_ends(trainer)
-        if self.reference == DENSE and self.max_bytes is None:
+        if self.reference == DENSE and not self.curve and self.max_bytes is None:
             raise ValueError(
                 f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
                 "dense model first: give a number, or None to measure it before begin"
@@ -250,6 +255,7 @@ class QualityBudget(Callback):
             if progress < self.begin:
                 return
             self._begin()
+        self.lately.append(cost)
         if not all(lever.arrived for lever in self.levers):
             return
         self._decide(trainer, pl_module, cost, progress)
@@ -258,15 +264,15 @@ class QualityBudget(Callback):
         return value if self.mode == "min" else -value
 
     def _begin(self) -> None:
-        spread = estimated_spread(self.readings) if self.spread is None else self.spread
-        reference = self.reference
-        measured = reference is None or isinstance(reference, str)
-        dense = (
-            recent(self.readings[-self.patience :]) if measured else self._cost(float(reference))
-        )
+        before = [cost for _, cost in self.curve] or self.readings
+        if not self.curve and self.reference is not None and not isinstance(self.reference, str):
+            self.dense = self._cost(float(self.reference))
+        else:
+            self.dense = recent(before[-self.patience :])
+        spread = estimated_spread(before) if self.spread is None else self.spread
         rules = Rules(
-            limit=dense + (self.max_degradation or 0.0) * abs(dense),
-            spread=spread,
+            limit=self.max_degradation or 0.0,
+            spread=spread / self._scale,
             patience=self.patience,
             confidence=self.confidence,
             stride=self.stride[0],
@@ -277,14 +283,27 @@ class QualityBudget(Callback):
         else:
             self.search = QualitySearch(rules, [lever.step for lever in self.levers])
             rank_zero_info(
-                f"{self.state_key}: {self.monitor} of the dense model is {self._cost(dense):.5g}, "
-                f"the limit {self._cost(rules.limit):.5g}, one reading's spread {spread:.2g}"
+                f"{self.state_key}: {self.monitor} of the dense model is "
+                f"{self._cost(self.dense):.5g}, one reading's spread {spread:.2g}"
             )
+
+    @property
+    def _scale(self) -> float:
+        return abs(self.dense) or 1.0
+
+    def _worse(self, cost: float, batches: float) -> float:
+        """How much worse a cost is than the dense model's after as many batches, as a fraction."""
+        dense = (
+            float(np.interp(batches, *zip(*self.curve, strict=True))) if self.curve else self.dense
+        )
+        return (cost - dense) / self._scale
 
     def _decide(
         self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
     ) -> None:
-        reading = Reading(cost, self._bytes(trainer, pl_module), over=progress >= self.end)
+        batches = trainer.fit_loop.total_batch_idx + 1
+        worse = self._worse(cost, batches - self._undone)
+        reading = Reading(worse, self._bytes(trainer, pl_module), over=progress >= self.end)
         tried = len(self.history)
         if isinstance(self.search, SizeSearch):
             done = (progress - self.begin) / (self.end - self.begin)
@@ -292,15 +311,20 @@ class QualityBudget(Callback):
         elif self.search is not None:
             self._pending = self.search.read(reading)
         if self._pending.keep:
-            self._snapshot = self._take(trainer, pl_module)
+            self._snapshot, self._kept = self._take(trainer, pl_module), recent(self.lately)
+            self._kept_at = batches - self._undone
+        if self._pending.restore:
+            self._undone = batches - self._kept_at
+        if self._pending.levels is not None:
+            self.lately = []
         for trial in self.history[tried:]:
             rank_zero_info(f"{self.state_key}: {self._line(trial)}")
 
     def _line(self, trial: Trial) -> str:
         pairs = zip(self.levers, trial.levels, strict=True)
         settings = ", ".join(lever.setting(level) for lever, level in pairs)
-        value = self._cost(trial.cost)
-        return f"{settings}: {trial.size:,.0f} bytes, {self.monitor} {value:.5g}: {trial.verdict}"
+        worse = f"{self.monitor} {trial.cost:+.2%} worse"
+        return f"{settings}: {trial.size:,.0f} bytes, {worse}: {trial.verdict}"
 
     def _bytes(self, trainer: Trainer, pl_module: LightningModule) -> float:
         later: dict[str, int] = {}
@@ -348,18 +372,37 @@ class QualityBudget(Callback):
         if self.search is None:
             self._miss(f"the run ended before begin={self.begin!r}: nothing was compressed")
             return
-        back = self.search.finish().restore or self._pending.restore
-        self._pending = Decision()
+        back = self._finish()
         if back:
             self._go_back(trainer, pl_module)
             rank_zero_info(f"{self.state_key}: back to the last model within the budget")
         self._print()
         if self.search.good is None:
             self._miss("no model was within the budget; the model is as the last step left it")
+            return
+        cost = self._kept if back or not self.lately else recent(self.lately)
+        worse = (cost - self.dense) / self._scale
+        noise = self.search.rules.confidence * self.search.rules.spread
+        if self.max_degradation is not None and worse > self.max_degradation + noise:
+            self._miss(
+                f"ended {worse:.2%} worse than the dense model: it held on the way, but the "
+                "dense one learned on; raise begin, or train longer"
+            )
+
+    def _finish(self) -> bool:
+        """Whether to go back, now that the run ends."""
+        pending, self._pending = self._pending, Decision()
+        if pending.restore or self.search is None:
+            return pending.restore
+        back = self.search.finish().restore
+        # A model that only trained on since it was kept is off where the dense one got better.
+        trained_on = isinstance(self.search, QualitySearch) and self.search.moved is None
+        better = bool(self.lately) and recent(self.lately) < self._kept
+        return back and not (trained_on and better)
 
     @rank_zero_only
     def _print(self) -> None:
-        trial_table(self.history, self.levers, self.monitor, self._cost)
+        trial_table(self.history, self.levers, self.monitor)
 
     def _miss(self, what: str) -> None:
         if self.on_miss == "raise":
@@ -379,6 +422,8 @@ class QualityBudget(Callback):
             "pending": (pending.keep, pending.restore, pending.levels),
             "snapshot": self._snapshot,
             "seen": self._seen,
+            "lately": list(self.lately),
+            "kept": (self._kept, self._kept_at, self._undone),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -390,6 +435,8 @@ class QualityBudget(Callback):
         keep, restore, levels = state["pending"]
         self._pending = Decision(keep, restore, None if levels is None else tuple(levels))
         self._snapshot = state["snapshot"]
+        self._kept, self._kept_at, self._undone = state["kept"]
+        self.lately = list(state["lately"])
         if state["search"] is not None:
             if len(state["search"]["levels"]) != len(levers):
                 raise ValueError(

@@ -65,9 +65,8 @@ def test_it_ends_with_a_compressed_model_within_the_budget(tmp_path, capsys):
     torch.manual_seed(0)
     model, budget, prune = Measured(), QualityBudget("val/loss", 0.1, spread=0.0), pruning()
     trainer = fit(tmp_path, model, budget, prune, epochs=60)
-    rules = budget.search.rules
     final = trainer.validate(model, batches(seed=1), verbose=False)[0]["val/loss"]
-    assert final <= rules.limit * 1.02
+    assert final <= 1.1 * budget.dense * 1.02
     assert 0.05 < sparsity(model) == pytest.approx(prune.sparsity)
     assert budget.search.good.levels[0] == pytest.approx(
         math.log1p(-prune.parts[0].asked) / math.log(0.01)
@@ -377,12 +376,31 @@ def test_what_cannot_be_steered_is_refused(tmp_path):
         fit(tmp_path, Measured(), budget, pruning())
 
 
-def test_the_dense_run_gives_reference_and_spread():
-    budget = QualityBudget("val/loss", 0.1, reference="dense", patience=2)
-    rows = [(step, "val/loss", 1 + 0.1 * (step % 2)) for step in range(8)]
-    budget.take_dense([*rows, (9, "val/other", 5.0)])
-    assert budget.reference == pytest.approx(1.1)
-    assert budget.spread > 0
+def test_a_dense_run_is_compared_at_the_same_step(tmp_path):
+    class Curve(Callback):
+        def __init__(self):
+            self.rows = []
+
+        def on_train_epoch_end(self, trainer, _):
+            batch = trainer.fit_loop.total_batch_idx + 1
+            self.rows.append((batch, "val/loss", float(trainer.callback_metrics["val/loss"])))
+
+    torch.manual_seed(0)
+    curve = Curve()
+    fit(tmp_path, Measured(), curve)
+    torch.manual_seed(0)
+    budget = QualityBudget(
+        "val/loss", 1e-4, reference="dense", spread=0.0, begin=0.05, stride=(0.2, 0.1)
+    )
+    budget.take_dense([*curve.rows, (9, "val/other", 5.0)])
+    model = Measured()
+    with pytest.warns(UserWarning, match="worse than the dense model: it held on the way"):
+        fit(tmp_path, model, budget, pruning())
+    # Each trial fails. What is left trains on from where it was as the dense model did.
+    good = [trial for trial in budget.history if trial.verdict != "too costly"]
+    assert 0 < len(good) < len(budget.history)
+    assert [trial.cost for trial in good] == pytest.approx([0.0] * len(good), abs=1e-6)
+    assert all(trial.levels == (0.0,) for trial in good)
     with pytest.raises(ValueError, match=r"logged no 'val/loss': \['val/other'\]"):
         budget.take_dense([(9, "val/other", 5.0)])
 
