@@ -293,9 +293,10 @@ class QualityBudget(Callback):
 
     def _worse(self, cost: float, batches: float) -> float:
         """How much worse a cost is than the dense model's after as many batches, as a fraction."""
-        dense = (
-            float(np.interp(batches, *zip(*self.curve, strict=True))) if self.curve else self.dense
-        )
+        dense = self.dense
+        if self.curve:
+            steps, costs = zip(*self.curve, strict=True)
+            dense = float(np.interp(batches, steps, costs))
         return (cost - dense) / self._scale
 
     def _decide(
