@@ -13,7 +13,7 @@ from typing import Any
 from lightning_compress.adaptive.allocation import Choice, allocate
 from lightning_compress.files import write_atomically
 
-__all__ = ["LayerScan", "Sensitivity", "uniform_choice"]
+__all__ = ["LayerScan", "Sensitivity"]
 
 _GRID = [math.exp(-0.1 * step) for step in range(54)]  # densities from 1 down to 0.005
 
@@ -146,20 +146,3 @@ class Sensitivity:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def uniform_choice(layers: Sequence[LayerScan], max_bytes: float) -> dict[str, tuple[float, int]]:
-    """The same sparsity and bits everywhere, of the smallest loss within so many bytes.
-
-    Raises:
-        ValueError: when the smallest pair does not fit.
-    """
-    best: tuple[float, int] | None = None
-    for index in range(len(layers[0].choices())):
-        each = [one.choices()[index][2] for one in layers]
-        loss = sum(choice.loss for choice in each)
-        if sum(choice.size for choice in each) <= max_bytes and (best is None or loss < best[0]):
-            best = (loss, index)
-    if best is None:
-        raise ValueError(f"max_bytes={max_bytes:g} is too small for any pair that was tried")
-    return {one.path: one.choices()[best[1]][:2] for one in layers}
