@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from math import inf
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lightning_compress.adaptive.arguments import check_goal, check_search, check_window_of_run
 from lightning_compress.adaptive.levers import Lever, Limits
-from lightning_compress.adaptive.readings import estimated_spread, recent
+from lightning_compress.adaptive.readings import recent
+from lightning_compress.adaptive.reference import DENSE, Reference
 from lightning_compress.adaptive.search import Decision, QualitySearch, Reading, Rules, Trial
-from lightning_compress.adaptive.sizes import predicted_bytes
 from lightning_compress.adaptive.sizing import SizeSearch
-from lightning_compress.adaptive.snapshots import restore_snapshot, take_snapshot
 from lightning_compress.adaptive.table import trial_table
-from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
-from lightning_compress.callbacks.masking import MaskCallback
-from lightning_compress.callbacks.post_training import PostTrainingQuantization
-from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.base import check_run_ends, run_progress
+from lightning_compress.callbacks.memory import Memory, bytes_now, go_back, remember, steered
 from lightning_compress.callbacks.threshold import ThresholdPruning
 from lightning_compress.errors import TargetError
 
 __all__ = ["QualityBudget"]
-
-DENSE = "dense"
 
 
 class QualityBudget(Callback):
@@ -89,45 +85,28 @@ class QualityBudget(Callback):
         on_miss: str = "warn",
         name: str = "budget",
     ) -> None:
-        _check_goal(max_degradation, max_bytes)
-        for what, given, valid in (
-            ("mode", mode, ("min", "max")),
-            ("on_miss", on_miss, ("warn", "raise")),
-        ):
-            if given not in valid:
-                raise ValueError(f"{what}={given!r}: valid are {list(valid)}")
-        if isinstance(reference, str) and reference != DENSE:
-            raise ValueError(f"reference={reference!r}: give a number, {DENSE!r} or None")
-        if not 0 <= begin < end <= 1:
-            raise ValueError(
-                f"begin={begin!r}, end={end!r}: fractions of the run, 0 <= begin < end"
-            )
-        if not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience={patience!r} must be a whole number of readings, 1 or more")
-        if len(stride) != 2 or not 0 < stride[1] <= stride[0] <= 1:
-            raise ValueError(f"stride={stride!r}: give the first and the smallest, both in (0, 1]")
-        for what, value in (("spread", spread), ("confidence", confidence)):
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{what}={value!r} must be 0 or more")
+        check_goal(max_degradation, max_bytes)
+        check_window_of_run(begin, end)
+        check_search(patience, stride, spread, confidence)
+        if on_miss not in ("warn", "raise"):
+            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
         self.monitor, self.max_degradation, self.max_bytes = monitor, max_degradation, max_bytes
-        self.mode, self.reference, self.spread = mode, reference, spread
+        self.reference = Reference(reference, mode, spread)
         self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
         self.stride, self.on_miss, self.name = tuple(stride), on_miss, name
         self.limits = limits if isinstance(limits, Limits) else Limits(**dict(limits or {}))
         self.levers: list[Lever] = []
-        self.curve: list[tuple[float, float]] = []  # costs of a dense run after so many batches
-        self._reset()
         self._loaded: dict[str, Any] | None = None
+        self._reset()
 
     def _reset(self) -> None:
         self.search: QualitySearch | SizeSearch | None = None
         self.readings: list[float] = []  # costs of the dense model, before the search
-        self.dense = 0.0  # its cost, in the end
         self.lately: list[float] = []  # costs since the model was last changed
-        self._kept = math.inf  # cost of the model that is remembered
+        self._memory: Memory | None = None
+        self._kept = inf  # cost of the model that is remembered
         self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
         self._pending = Decision()
-        self._snapshot: dict[str, Any] | None = None
         self._seen = False
         self._stale: object = None
 
@@ -147,11 +126,11 @@ class QualityBudget(Callback):
         Raises:
             ValueError: when they hold none of the metric.
         """
-        pairs = [(float(at), value) for at, metric, value in rows if metric == self.monitor]
+        pairs = [(at, value) for at, metric, value in rows if metric == self.monitor]
         if not pairs:
             known = sorted({metric for _, metric, _ in rows})
             raise ValueError(f"{self.state_key}: the dense run logged no {self.monitor!r}: {known}")
-        self.curve = [(at, self._cost(value)) for at, value in sorted(pairs)]
+        self.reference.take(pairs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes before anything trains."""
@@ -159,7 +138,7 @@ class QualityBudget(Callback):
         if stage != "fit":
             return
         check_run_ends(trainer)
-        if self.reference == DENSE and not self.curve and self.max_bytes is None:
+        if self.reference.waits and self.max_bytes is None:
             raise ValueError(
                 f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
                 "dense model first: give a number, or None to measure it before begin"
@@ -189,6 +168,11 @@ class QualityBudget(Callback):
 
     def _take_levers(self, trainer: Trainer) -> list[Lever]:
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for one in steered(trainer):
+            if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
+                raise TargetError(
+                    f"{self.state_key} cannot go back with sharded weights: {sharded}"
+                )
         found = [one.lever(self.limits) for one in others if hasattr(one, "lever")]
         self.levers = [one for one in found if one is not None]
         if not self.levers:
@@ -204,8 +188,8 @@ class QualityBudget(Callback):
     ) -> None:
         """Do what the last reading decided."""
         pending, self._pending = self._pending, Decision()
-        if pending.restore:
-            self._go_back(trainer, pl_module)
+        if pending.restore and self._memory is not None:
+            go_back(trainer, pl_module, self._memory)
         if pending.levels is not None:
             for lever, level in zip(self.levers, pending.levels, strict=True):
                 lever.move(level)
@@ -247,64 +231,42 @@ class QualityBudget(Callback):
         if trainer.world_size > 1:  # the same verdict everywhere
             value = trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
         self._seen = True
-        number = float(value.item() if isinstance(value, Tensor) else value)
-        cost = self._cost(number) if math.isfinite(number) else math.inf
+        cost = self.reference.cost(float(value.item() if isinstance(value, Tensor) else value))
         progress = run_progress(trainer)
         if self.search is None:
             self.readings.append(cost)
             if progress < self.begin:
                 return
-            self._begin()
-        self.lately.append(cost)
-        if not all(lever.arrived for lever in self.levers):
-            return
-        self._decide(trainer, pl_module, cost, progress)
+            self.search = self._begin()
+        if all(lever.arrived for lever in self.levers):
+            self.lately.append(cost)
+            self._decide(trainer, pl_module, cost, progress)
 
-    def _cost(self, value: float) -> float:
-        return value if self.mode == "min" else -value
-
-    def _begin(self) -> None:
-        before = [cost for _, cost in self.curve] or self.readings
-        if not self.curve and self.reference is not None and not isinstance(self.reference, str):
-            self.dense = self._cost(float(self.reference))
-        else:
-            self.dense = recent(before[-self.patience :])
-        spread = estimated_spread(before) if self.spread is None else self.spread
+    def _begin(self) -> QualitySearch | SizeSearch:
+        self.reference.fix(self.readings, patience=self.patience)
         rules = Rules(
             limit=self.max_degradation or 0.0,
-            spread=spread / self._scale,
+            spread=self.reference.spread / self.reference.scale,
             patience=self.patience,
             confidence=self.confidence,
             stride=self.stride[0],
             least=self.stride[1],
         )
+        rank_zero_info(
+            f"{self.state_key}: {self.monitor} of the dense model is "
+            f"{self.reference.cost(self.reference.dense):.5g}, one reading's spread "
+            f"{self.reference.spread:.2g}"
+        )
         if self.max_bytes is not None:
-            self.search = SizeSearch(self.max_bytes, rules, len(self.levers))
-        else:
-            self.search = QualitySearch(rules, [lever.step for lever in self.levers])
-            rank_zero_info(
-                f"{self.state_key}: {self.monitor} of the dense model is "
-                f"{self._cost(self.dense):.5g}, one reading's spread {spread:.2g}"
-            )
-
-    @property
-    def _scale(self) -> float:
-        return abs(self.dense) or 1.0
-
-    def _worse(self, cost: float, batches: float) -> float:
-        """How much worse a cost is than the dense model's after as many batches, as a fraction."""
-        dense = self.dense
-        if self.curve:
-            steps, costs = zip(*self.curve, strict=True)
-            dense = float(np.interp(batches, steps, costs))
-        return (cost - dense) / self._scale
+            return SizeSearch(self.max_bytes, rules, len(self.levers))
+        return QualitySearch(rules, [lever.step for lever in self.levers])
 
     def _decide(
         self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
     ) -> None:
         batches = trainer.fit_loop.total_batch_idx + 1
-        worse = self._worse(cost, batches - self._undone)
-        reading = Reading(worse, self._bytes(trainer, pl_module), over=progress >= self.end)
+        worse = self.reference.worse(cost, batches - self._undone)
+        reading = Reading(worse, bytes_now(trainer, pl_module), over=progress >= self.end)
         tried = len(self.history)
         if isinstance(self.search, SizeSearch):
             done = (progress - self.begin) / (self.end - self.begin)
@@ -312,7 +274,7 @@ class QualityBudget(Callback):
         elif self.search is not None:
             self._pending = self.search.read(reading)
         if self._pending.keep:
-            self._snapshot, self._kept = self._take(trainer, pl_module), recent(self.lately)
+            self._memory, self._kept = remember(trainer, pl_module), recent(self.lately)
             self._kept_at = batches - self._undone
         if self._pending.restore:
             self._undone = batches - self._kept_at
@@ -327,40 +289,6 @@ class QualityBudget(Callback):
         worse = f"{self.monitor} {trial.cost:+.2%} worse"
         return f"{settings}: {trial.size:,.0f} bytes, {worse}: {trial.verdict}"
 
-    def _bytes(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        later: dict[str, int] = {}
-        for one in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(one, PostTrainingQuantization):
-                later |= {row.path: one.weight_bits for row in one.coverage if row.selected}
-        return predicted_bytes(pl_module, later)
-
-    def _take(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        averages = [one._average_model for one in _averaging(trainer)]
-        return {
-            "model": take_snapshot(pl_module, trainer.optimizers),
-            "callbacks": {one.state_key: one.snapshot() for one in _steered(trainer)},
-            "averages": [
-                None if one is None else {k: v.clone() for k, v in one.state_dict().items()}
-                for one in averages
-            ],
-        }
-
-    def _go_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        snapshot = self._snapshot
-        if snapshot is None:
-            return
-        for one in _steered(trainer):
-            one.back_to(snapshot["callbacks"][one.state_key])
-        restore_snapshot(pl_module, trainer.optimizers, snapshot["model"])
-        for one in _steered(trainer):
-            if isinstance(one, MaskCallback):
-                one.project()
-            elif isinstance(one, QuantizationAwareTraining) and one.weights and one.started:
-                one.weights.show()
-        for one, state in zip(_averaging(trainer), snapshot["averages"], strict=True):
-            if one._average_model is not None and state is not None:
-                one._average_model.load_state_dict(state)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End with the smallest model, or the best, that is within the budget; say what was tried.
 
@@ -374,15 +302,15 @@ class QualityBudget(Callback):
             self._miss(f"the run ended before begin={self.begin!r}: nothing was compressed")
             return
         back = self._finish()
-        if back:
-            self._go_back(trainer, pl_module)
+        if back and self._memory is not None:
+            go_back(trainer, pl_module, self._memory)
             rank_zero_info(f"{self.state_key}: back to the last model within the budget")
         self._print()
         if self.search.good is None:
             self._miss("no model was within the budget; the model is as the last step left it")
             return
         cost = self._kept if back or not self.lately else recent(self.lately)
-        worse = (cost - self.dense) / self._scale
+        worse = (cost - self.reference.dense) / self.reference.scale
         noise = self.search.rules.confidence * self.search.rules.spread
         if self.max_degradation is not None and worse > self.max_degradation + noise:
             self._miss(
@@ -416,12 +344,11 @@ class QualityBudget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The search, the last good model and what is still to be done."""
-        pending = self._pending
         return {
             "search": None if self.search is None else self.search.state_dict(),
             "readings": list(self.readings),
-            "pending": (pending.keep, pending.restore, pending.levels),
-            "snapshot": self._snapshot,
+            "pending": astuple(self._pending),
+            "memory": self._memory,
             "seen": self._seen,
             "lately": list(self.lately),
             "kept": (self._kept, self._kept_at, self._undone),
@@ -435,7 +362,7 @@ class QualityBudget(Callback):
         self.readings, self._seen = list(state["readings"]), state["seen"]
         keep, restore, levels = state["pending"]
         self._pending = Decision(keep, restore, None if levels is None else tuple(levels))
-        self._snapshot = state["snapshot"]
+        self._memory = state["memory"]
         self._kept, self._kept_at, self._undone = state["kept"]
         self.lately = list(state["lately"])
         if state["search"] is not None:
@@ -444,26 +371,5 @@ class QualityBudget(Callback):
                     f"{self.state_key}: the checkpoint steers {len(state['search']['levels'])} "
                     f"levers, this run {[lever.name for lever in levers]}"
                 )
-            self._begin()
-            if self.search is not None:
-                self.search.load_state_dict(state["search"])
-
-
-def _check_goal(max_degradation: float | None, max_bytes: float | None) -> None:
-    if (max_degradation is None) == (max_bytes is None):
-        raise ValueError("give one of max_degradation and max_bytes")
-    if max_degradation is not None and not 0 <= max_degradation < math.inf:
-        raise ValueError(f"max_degradation={max_degradation!r} must be a fraction, 0 or more")
-    if max_bytes is not None and not 0 < max_bytes < math.inf:
-        raise ValueError(f"max_bytes={max_bytes!r} must be above 0")
-
-
-def _steered(trainer: Trainer) -> list[Any]:
-    """Callbacks whose state belongs to the weights of a moment."""
-    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in others if isinstance(one, WeightCallback) and hasattr(one, "back_to")]
-
-
-def _averaging(trainer: Trainer) -> list[Any]:
-    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in others if isinstance(one, WeightAveraging)]
+            self.search = self._begin()
+            self.search.load_state_dict(state["search"])

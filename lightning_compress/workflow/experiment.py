@@ -67,7 +67,7 @@ def run_experiment(
     for one in compressors:
         if isinstance(one, KnowledgeDistillation):
             one.take_dense(dense.model)
-        if isinstance(one, QualityBudget) and one.reference == "dense":
+        if isinstance(one, QualityBudget) and one.reference.waits:
             one.take_dense(dense.rows)
     compressed = _train(
         _of_student(cfg),
