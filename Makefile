@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -49,6 +49,10 @@ bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (
 
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
 	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl
+
+bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
+	$(BIN)/python experiments/bench_budget.py outputs/bench/budget.jsonl
+	$(BIN)/python experiments/bench_allocation.py outputs/bench/allocation.jsonl
 
 bench-pruning-speed: $(READY)
 	$(BIN)/python experiments/bench_pruning.py

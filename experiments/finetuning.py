@@ -84,12 +84,14 @@ class Start:
         *,
         epochs: int = 1,
         steps: int | None = STEPS,
+        validate: int = 0,
     ) -> None:
-        """Trains on."""
+        """Trains on; `validate` batches of validation after each epoch of so many steps."""
         trainer = Trainer(
             max_epochs=epochs,
             limit_train_batches=steps,
-            limit_val_batches=0,
+            limit_val_batches=validate,
+            num_sanity_val_steps=0,
             callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
@@ -101,9 +103,13 @@ class Start:
 
     def quality(self, model: Any) -> dict[str, float]:
         """As an experiment measures it; of the VAE the likelihood alone, which is quick."""
+        return self.evaluator(model).quality(model.eval())
+
+    def evaluator(self, model: Any) -> Evaluator:
+        """What measures it."""
         if self._evaluator is None:
             kind = str(model.kind)
             self._evaluator = Evaluator(self.cfg.evaluate, self.data, kind, "fashion_mnist")
             if kind == "vae":
                 self._evaluator.extractor = None
-        return self._evaluator.quality(model.eval())
+        return self._evaluator

@@ -1,4 +1,7 @@
-"""`lightning-compress inspect | pack | unpack | diff`: files, without the model's code."""
+"""`lightning-compress inspect | pack | unpack | diff`: files, without the model's code.
+
+And `sensitivity | advise`, which look at a dense model before it is compressed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +58,60 @@ def _parser() -> argparse.ArgumentParser:
     for command in (unpack, diff):
         what = "refuse .lcz files of more, once decoded"
         command.add_argument("--max-bytes", type=int, default=MAX_BYTES, help=what)
+    _add_models(commands)
     return parser
+
+
+def _add_models(commands: Any) -> None:
+    """The commands that look at a dense model."""
+    what = "a run's folder, a checkpoint in one, a model config's name, or overrides"
+    scan = commands.add_parser("sensitivity", help="what each layer's compression costs")
+    advise = commands.add_parser("advise", help="a recipe for a model, with its reasons")
+    for command, sparsities in (
+        (scan, [0.5, 0.8, 0.9, 0.95, 0.98]),
+        (advise, [0.5, 0.8, 0.9, 0.97]),
+    ):
+        command.add_argument("words", nargs="+", metavar="MODEL", help=what)
+        command.add_argument(
+            "--out", type=Path, help="folder; default: the run's, or outputs/<command>"
+        )
+        command.add_argument("--rows", type=int, default=1000, help="of the validation split")
+        command.add_argument(
+            "--sparsities", type=_fractions, default=sparsities, help="such as 0.5,0.9"
+        )
+        command.add_argument("--bits", type=_numbers, default=[2, 3, 4, 6], help="such as 2,4,6")
+    advise.add_argument("--ratio", type=float, default=30.0, help="how much smaller it is to be")
+
+
+def _fractions(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _model_command(chosen: argparse.Namespace) -> int:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lightning_compress.config import explain
+
+    first = Path(chosen.words[0])
+    folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
+    more = {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
+    try:
+        if chosen.command == "advise":
+            from lightning_compress.workflow.advising import run_advise
+
+            run_advise(chosen.words, folder, ratio=chosen.ratio, **more)
+        else:
+            from lightning_compress.workflow.scanning import run_sensitivity
+
+            run_sensitivity(chosen.words, folder, **more)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, chosen.words)) from error
+    return SAME
 
 
 def _inspect(chosen: argparse.Namespace) -> int:
@@ -96,6 +153,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "pack": _pack,
     "unpack": _unpack,
     "diff": _diff,
+    "sensitivity": _model_command,
+    "advise": _model_command,
 }
 
 

@@ -2,6 +2,7 @@
 
 from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.averaging import ProjectedEMA
+from lightning_compress.callbacks.budget import QualityBudget
 from lightning_compress.callbacks.channels import ChannelPruning
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
@@ -37,6 +38,7 @@ __all__ = [
     "PostTrainingQuantization",
     "PosteriorGuard",
     "ProjectedEMA",
+    "QualityBudget",
     "QuantizationAwareTraining",
     "RandomState",
     "Rewinding",

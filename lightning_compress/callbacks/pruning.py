@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.adaptive.levers import Lever, Limits, SparsityLever
+from lightning_compress.callbacks.guards import Guard
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.callbacks.rewinding import Rewinder, Rewinding
 from lightning_compress.pruning.channels import Kept
@@ -18,11 +20,13 @@ from lightning_compress.pruning.gathering import Gathering, Gatherings
 from lightning_compress.pruning.granularity import make_granularity
 from lightning_compress.pruning.layout import layout_of
 from lightning_compress.pruning.parts import (
+    Part,
     check_floors,
     check_min_keep,
     floors_by_path,
     make_schedules,
     share_out,
+    split_parts,
 )
 from lightning_compress.pruning.plan import MaskPlan
 from lightning_compress.pruning.regrowth import (
@@ -129,6 +133,59 @@ class GradualPruning(MaskCallback):
             self._gatherings.append(Gathering(DenseGradients()))
         self._rewinder: Rewinder | None = None
         self._events = 0
+        self.steered: float | dict[str, float] | None = None
+
+    def steer(self, sparsity: float | Mapping[str, float]) -> None:
+        """Take the schedule's place, in a fit: what to reach from the next step on.
+
+        Sparsity still never falls, criteria still gather their statistics first, and guards may
+        hold an event as long as they like.
+
+        Args:
+            sparsity: of all targets; of several patterns, of the one with the highest final
+                sparsity, and densities of the others keep their powers. Or of each target, by
+                path: then each is pruned by itself from now on.
+
+        Raises:
+            ValueError: for a sparsity outside [0, 1), an unknown path, or a granularity of n:m.
+        """
+        if self.plan.granularity.limit < 1:
+            raise ValueError(f"{self.state_key}: a granularity of n:m ends at a fixed sparsity")
+        if isinstance(sparsity, Mapping):
+            if unknown := sorted(set(sparsity) - set(self.paths())):
+                raise ValueError(f"{unknown} are no targets; there are {self.paths()}")
+            self._split()
+        for value in sparsity.values() if isinstance(sparsity, Mapping) else (sparsity,):
+            if not 0 <= value < 1:
+                raise ValueError(f"sparsity={value!r} must lie in [0, 1)")
+        self.steered = dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity)
+
+    def lever(self, limits: Limits) -> Lever:
+        """What a `QualityBudget` moves."""
+        return SparsityLever(self, limits.max_sparsity, limits.shares(self.paths()))
+
+    def snapshot(self) -> dict[str, Any]:
+        """What of the state belongs to the masks of now."""
+        return {"asked": {part.slots[0].path: part.asked for part in self.parts}}
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """The masks of a snapshot are to be those of now."""
+        for part in self.parts:
+            part.asked = snapshot["asked"].get(part.slots[0].path, 0.0)
+        self._pending = False
+
+    @property
+    def arrived(self) -> bool:
+        """Whether masks prune all that is asked for at this position."""
+        return not any(self._wanted(part) > part.asked for part in self.parts)
+
+    def _wanted(self, part: Part, position: float | None = None) -> float:
+        at = self.events.position if position is None else position
+        return part.wanted(at, self.steered, self.parts)
+
+    def _split(self) -> None:
+        if not isinstance(self.steered, dict):
+            self.parts = split_parts(self.parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets of each part, and check that bounds leave room for what is asked."""
@@ -142,7 +199,7 @@ class GradualPruning(MaskCallback):
             check_floors(part.slots, self.plan.floors, final, each=self.scope == "layer")
         for note in self.plan.notes(self.slots):
             rank_zero_info(f"{self.state_key}: {note}")
-        self._events = 0
+        self._events, self.steered = 0, None
         if self.rewind is not None:
             self._rewinder = Rewinder(
                 self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
@@ -176,7 +233,21 @@ class GradualPruning(MaskCallback):
         """Whether the sparsity rises or weights are exchanged at a position."""
         if self.regrow is not None and position < self.events.end:
             return True
-        return any(part.target(position) > part.asked for part in self.parts)
+        return any(self._wanted(part, position) > part.asked for part in self.parts)
+
+    def _due(self) -> bool:
+        if self.steered is None:
+            return super()._due()
+        exchange = self.regrow is not None and not self.events.over
+        due = self.events.due(unfinished=False) and exchange
+        self._pending = not self.arrived or due or (self._pending and exchange)
+        return self._pending
+
+    def _must_wait(self, trainer: Trainer, raw: float) -> bool:
+        if self.steered is None:
+            return super()._must_wait(trainer, raw)
+        guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
+        return not all(one.allows(trainer) for one in guards)
 
     def ready(self, step: int) -> bool:
         """Whether the criterion, and the growth where weights are exchanged, know enough."""
@@ -200,7 +271,7 @@ class GradualPruning(MaskCallback):
         before, masks = self.sparsity, {}
         for part in self.parts:
             scores = self._gatherings[0].scores(self.slots, part.slots)
-            found = self.plan.masks(part.slots, scores, part.ask(self.events.position))
+            found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
             masks.update(zip(part.paths(), found, strict=True))
         if self._exchanges():
             share = exchanged_fraction(self.regrow_fraction, self.events.done)
@@ -232,7 +303,9 @@ class GradualPruning(MaskCallback):
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Check that the final sparsity was reached."""
+        """Check that the final sparsity was reached, unless somebody else said what it is."""
+        if self.steered is not None:
+            return
         wait = "; an event still waits for its statistics" if self._pending else ""
         for miss in filter(None, (part.miss(self.events.end) for part in self.parts)):
             message = f"{self.state_key} {miss}{wait}"
@@ -249,6 +322,7 @@ class GradualPruning(MaskCallback):
         return {
             **super().state_dict(),
             "asked": [part.asked for part in self.parts],
+            "steered": self.steered,
             "count": self._events,
             "gathering": self._gatherings.state_dict(),
             "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
@@ -257,6 +331,10 @@ class GradualPruning(MaskCallback):
     def restore_state(self, state: dict[str, Any]) -> None:
         """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
         super().restore_state(state)
+        steered = state.get("steered")
+        if isinstance(steered, dict):
+            self._split()
+        self.steered = steered
         for part, asked in zip(self.parts, state["asked"], strict=True):
             part.asked = asked
         self._events = state["count"]

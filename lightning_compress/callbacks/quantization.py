@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,16 +13,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.adaptive.levers import BitsLever, Lever, Limits, StepLever
 from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.channels import Kept
 from lightning_compress.pruning.events import Events
+from lightning_compress.pruning.parts import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.arguments import check_entropy, check_sides
 from lightning_compress.quantization.makers import GridMaker, make_maker
-from lightning_compress.quantization.quantizers import channel_axis
+from lightning_compress.quantization.quantizers import channel_axis, check_bits
 from lightning_compress.quantization.weights import WeightQuantizer
 from lightning_compress.targets import Coverage, Pattern, clean_path, deployed_part
 
@@ -39,7 +42,8 @@ class QuantizationAwareTraining(WeightCallback):
 
     Args:
         weight_bits: 2 to 8; None leaves weights alone. Of "codebook" there are `2^bits` centres,
-            of "entropy" it is the most that a symbol may need.
+            of "entropy" it is the most that a symbol may need. Or bits for each of several path
+            globs or layer classes: they are the targets then, and the first that matches counts.
         activation_bits: 2 to 8; None leaves activations alone.
         scheme: "symmetric" or "affine": over the observed range. "learned_step": LSQ,
             arXiv:1902.08153. "codebook": k-means centres, which learn from `freeze` on,
@@ -75,7 +79,7 @@ class QuantizationAwareTraining(WeightCallback):
     def __init__(
         self,
         *,
-        weight_bits: int | None = 8,
+        weight_bits: int | Mapping[Pattern, int] | None = 8,
         activation_bits: int | None = 8,
         scheme: str = "symmetric",
         per_channel: bool = True,
@@ -95,6 +99,10 @@ class QuantizationAwareTraining(WeightCallback):
         freeze_batchnorm: bool = False,
         name: str = "quantize",
     ) -> None:
+        if isinstance(weight_bits, Mapping):
+            if include is not None:
+                raise ValueError("include: the patterns of weight_bits say what is included")
+            include = list(weight_bits)
         super().__init__(include=include, exclude=exclude, name=name)
         check_sides(weight_bits, activation_bits, scheme, observer)
         check_entropy(
@@ -118,7 +126,9 @@ class QuantizationAwareTraining(WeightCallback):
         self.weights: WeightQuantizer | None = None
         self.activations: ActivationQuantizer | None = None
         self.activation_coverage: list[Coverage] = []
-        self.started = self.frozen = False
+        self.started = self.frozen = self._left = False
+        self.bits: dict[str, int] = {}  # of each target, by path
+        self._asked_bits: dict[str, int] = {}
         self._clocks: dict[str, int] = {}
         self._last_step = 0
         self._told: set[str] = set()
@@ -135,9 +145,12 @@ class QuantizationAwareTraining(WeightCallback):
         if self.events.in_fractions:
             check_run_ends(trainer)
         self.events.reset()
-        self._told, self.frozen = set(), False
+        self._told, self.frozen, self._left = set(), False, False
         if self.weight_bits is not None:
             self._claim("grid")
+            self._asked_bits = self._find_bits(pl_module)
+            # What a budget came to in an earlier fit goes on.
+            self.bits = {path: self.bits.get(path, n) for path, n in self._asked_bits.items()}
             self.weights = WeightQuantizer(self.slots, self._make_maker, self.weights)
         else:
             why = "weights stay as they are: weight_bits is None"
@@ -150,6 +163,86 @@ class QuantizationAwareTraining(WeightCallback):
         parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
         kind = nn.modules.batchnorm._BatchNorm
         self._norms = [one for part in parts for one in part.modules() if isinstance(one, kind)]
+
+    def _find_bits(self, module: LightningModule) -> dict[str, int]:
+        given = self.weight_bits
+        if not isinstance(given, Mapping):
+            return {slot.path: given or 8 for slot in self.slots}
+        groups = by_pattern(module, list(given), self.exclude, self.slots)
+        pairs = zip(given.values(), groups, strict=True)
+        return {slot.path: bits for bits, group in pairs for slot in group}
+
+    def steer(
+        self, *, step: float | None = None, bits: int | Mapping[str, int] | None = None
+    ) -> None:
+        """Change grids in a fit, between two steps; weights go onto the new ones at once.
+
+        Args:
+            step: of "entropy", in units of the rms of the non-zero weights.
+            bits: of the other schemes: of all weights, or of some by path.
+
+        Raises:
+            ValueError: for a step that is steered to a target already, or bits out of range.
+        """
+        if self.weights is None:
+            raise ValueError(f"{self.state_key} quantizes no weights: weight_bits is None")
+        if step is not None:
+            check_entropy(
+                self.scheme, step=step, dead_zone=0.5, rate=0, target_bits=None, target_bytes=None
+            )
+            if self.target_bits is not None or self.target_bytes is not None:
+                raise ValueError(f"{self.state_key}: its step is steered by a target already")
+            self.step = step
+            self.weights.set_step(step)
+        several = bits if isinstance(bits, Mapping) else dict.fromkeys(self.bits, bits)
+        for path, one in several.items():
+            if one is not None and one != self.bits[path]:
+                self._set_bits(path, one)
+        if self.started:
+            self.weights.show()
+
+    def lever(self, limits: Limits) -> Lever | None:
+        """What a `QualityBudget` moves: the step, or the bits; None without grids of weights."""
+        if self.weights is None:
+            return None
+        if self.scheme == "entropy":
+            return StepLever(self, *limits.steps)
+        return BitsLever(self, dict(self._asked_bits), limits.min_bits)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What makes the grids of now, without the clock."""
+        weights, activations = self.weights, self.activations
+        return deepcopy(
+            {
+                "bits": self.bits,
+                "makers": {}
+                if weights is None
+                else {path: one.state_dict() for path, one in weights.makers.items()},
+                "activations": None if activations is None else activations.state_dict(),
+            }
+        )
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """Make the grids of a snapshot; weights are not touched."""
+        snapshot = deepcopy(snapshot)
+        for path, bits in snapshot["bits"].items():
+            if bits != self.bits[path]:
+                self._set_bits(path, bits)
+        for path, maker in self.weights.makers.items() if self.weights is not None else ():
+            maker.load_state_dict(snapshot["makers"][path])
+        if self.activations is not None and snapshot["activations"] is not None:
+            self.activations.load_state_dict(snapshot["activations"])
+            if self._left:
+                self.activations.leave_grids()
+
+    def _set_bits(self, path: str, bits: int) -> None:
+        check_bits("bits", bits)
+        (slot,) = (slot for slot in self.slots if slot.path == path)
+        self.bits[path] = bits
+        if self.weights is not None:
+            self.weights.replace(path, self._make_maker(slot), started=self.started)
+            if self.frozen:
+                self.weights.freeze_one(path)
 
     def _claim(self, side: str) -> None:
         for slot in self.slots:
@@ -165,7 +258,7 @@ class QuantizationAwareTraining(WeightCallback):
         entropy = {"relative_step": self.step, "dead_zone": self.dead_zone}
         return make_maker(
             self.scheme,
-            bits=self.weight_bits or 8,
+            bits=self.bits[slot.path],
             axis=channel_axis(slot.target.layer) if self.per_channel else None,
             observer=self.observer,
             lr=self.lr,
@@ -323,6 +416,7 @@ class QuantizationAwareTraining(WeightCallback):
         elif self.activations is not None:
             self.activations.freeze()
             self.activations.leave_grids()
+            self._left = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks."""
@@ -355,6 +449,7 @@ class QuantizationAwareTraining(WeightCallback):
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
             "flags": (self.started, self.frozen),
+            "bits": dict(self.bits),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -365,12 +460,21 @@ class QuantizationAwareTraining(WeightCallback):
             if (state[side] is None) != (bits is None):
                 word = "does not quantize" if state[side] is None else "quantizes"
                 raise ValueError(f"the checkpoint {word} {side}, and this run is the other way")
+        self._restore_bits(state.get("bits", {}))
         if self.weights is not None:
             self.weights.load_state_dict(state["weights"], started=self.started)
         if self.activations is not None:
             self.activations.load_state_dict(state["activations"])
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
+
+    def _restore_bits(self, bits: Mapping[str, int]) -> None:
+        """Makers of the bits that a run had come to, before their own state is put back."""
+        for path in set(bits) & set(self.bits):
+            if self.weights is not None and bits[path] != self.bits[path]:
+                self.bits[path] = bits[path]
+                (slot,) = (slot for slot in self.slots if slot.path == path)
+                self.weights.replace(path, self._make_maker(slot), started=False)
 
 
 def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:

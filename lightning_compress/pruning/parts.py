@@ -21,9 +21,12 @@ __all__ = [
     "floors_by_path",
     "make_schedules",
     "share_out",
+    "split_parts",
+    "steered_sparsity",
 ]
 
 Curve = Callable[[float], float]
+Steered = float | Mapping[str, float] | None  # what is asked in a schedule's place
 MIN_KEEP = 0.01  # of each target, where nothing else is asked
 _DEFAULTS = {"final_sparsity": 0.9, "begin": 0.0, "end": 0.7}
 
@@ -65,6 +68,17 @@ class Part:
             raise ValueError(f"the schedule gave {value!r} at {position}: it must lie in [0, 1)")
         return value
 
+    def wanted(self, position: float, steered: Steered, parts: Sequence[Part]) -> float:
+        """The sparsity at a position, or what somebody else asks for in the schedule's place."""
+        if steered is None:
+            return self.target(position)
+        if isinstance(steered, Mapping):
+            return steered.get(self.paths()[0], self.asked)
+        if len(parts) == 1:
+            return steered
+        finals = [part.target(math.inf) for part in parts]
+        return steered_sparsity(steered, self.target(math.inf), max(finals))
+
     def miss(self, end: float) -> str:
         """What is missing at the end of a run, in words; empty when nothing is."""
         final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
@@ -76,9 +90,9 @@ class Part:
             f"before end={end!r} of the schedule"
         )
 
-    def ask(self, position: float) -> float:
+    def ask(self, sparsity: float) -> float:
         """The sparsity to reach now: it never falls, whatever the schedule does."""
-        self.asked = max(self.asked, self.target(position))
+        self.asked = max(self.asked, sparsity)
         return self.asked
 
 
@@ -150,6 +164,31 @@ def share_out(
     groups = by_pattern(module, patterns, exclude, slots)
     for part, own in zip(parts, groups or [list(slots)], strict=True):
         part.slots = own
+
+
+def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
+    """A part's share of a common sparsity: densities keep the powers that the finals have.
+
+    Args:
+        sparsity: of the part that is pruned most.
+        final: that this part's schedule ends at.
+        highest: of all parts' finals.
+
+    >>> steered_sparsity(0.99, 0.9, 0.9), round(steered_sparsity(0.99, 0.5, 0.75), 4)
+    (0.99, 0.9)
+    """
+    if final == highest or highest <= 0:
+        return sparsity
+    return 1 - (1 - sparsity) ** (math.log1p(-final) / math.log1p(-highest))
+
+
+def split_parts(parts: Sequence[Part]) -> list[Part]:
+    """A part for each target, which has been asked what its mask prunes now."""
+    return [
+        Part(slot.path, part.curve, asked=slot.sparsity, slots=[slot])
+        for part in parts
+        for slot in part.slots
+    ]
 
 
 def check_min_keep(min_keep: float | Mapping[Pattern, float], parts: Sequence[Part]) -> None:

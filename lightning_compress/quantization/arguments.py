@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning_compress.quantization.makers import SCHEMES
 from lightning_compress.quantization.observers import OBSERVERS
 from lightning_compress.quantization.quantizers import check_bits
+from lightning_compress.targets import Pattern
 
 __all__ = ["check_entropy", "check_sides"]
 
 
 def check_sides(
-    weight_bits: int | None, activation_bits: int | None, scheme: str, observer: str
+    weight_bits: int | Mapping[Pattern, int] | None,
+    activation_bits: int | None,
+    scheme: str,
+    observer: str,
 ) -> None:
-    """Check bits and names.
+    """Check bits (of weights: one for all, or one for each pattern) and names.
 
     Raises:
         ValueError: naming the value and the valid ones.
     """
     if weight_bits is None and activation_bits is None:
         raise ValueError("weight_bits and activation_bits are both None: nothing is quantized")
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if bits is not None:
-            check_bits(name, bits)
+    if isinstance(weight_bits, Mapping) and not weight_bits:
+        raise ValueError("weight_bits={} names no pattern")
+    each = weight_bits.values() if isinstance(weight_bits, Mapping) else [weight_bits]
+    for name, given in (
+        *(("weight_bits", bits) for bits in each),
+        ("activation_bits", activation_bits),
+    ):
+        if given is not None:
+            check_bits(name, given)
     for name, given, valid in (("scheme", scheme, SCHEMES), ("observer", observer, OBSERVERS)):
         if given not in valid:
             raise ValueError(f"{name}={given!r}: valid are {list(valid)}")

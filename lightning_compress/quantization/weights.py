@@ -54,6 +54,27 @@ class WeightQuantizer:
         """The step that entropy grids share, in units of the rms of the non-zero weights."""
         return next((m.relative_step for _, m in self.pairs if isinstance(m, EntropyGrids)), None)
 
+    def replace(self, path: str, maker: GridMaker, *, started: bool) -> None:
+        """Give a weight another maker, which looks at it at once if the others have begun."""
+        for index, (slot, _) in enumerate(self.pairs):
+            if slot.path != path:
+                continue
+            if started:
+                maker.start(masked(slot))
+                slot.set_quantizer(maker.grid)
+                slot.gradient_rule = partial(_rule, slot, maker)
+            self.pairs[index] = (slot, maker)
+
+    def set_step(self, relative_step: float) -> None:
+        """Another step for all entropy grids, frozen ones too."""
+        for slot, maker in self.pairs:
+            if isinstance(maker, EntropyGrids):
+                frozen = maker.held is not None
+                maker.thaw()
+                maker.relative_step = relative_step
+                if frozen:
+                    maker.freeze(masked(slot))
+
     def start(self) -> None:
         """Look at the weights and put them onto grids, from the next projection on.
 
@@ -109,6 +130,12 @@ class WeightQuantizer:
         """Keep the grids."""
         for slot, maker in self.pairs:
             maker.freeze(masked(slot))
+
+    def freeze_one(self, path: str) -> None:
+        """Keep the grid of one weight."""
+        for slot, maker in self.pairs:
+            if slot.path == path:
+                maker.freeze(masked(slot))
 
     def show(self) -> None:
         """Project all weights, those of other optimizers too, and count their bytes."""

@@ -18,6 +18,7 @@ from lightning_compress.callbacks import (
     CompressionSummary,
     GiveUp,
     KnowledgeDistillation,
+    QualityBudget,
     ScoreMonitor,
 )
 from lightning_compress.data import SplitDataModule
@@ -76,6 +77,8 @@ def run_experiment(
     for one in compressors:
         if isinstance(one, KnowledgeDistillation):
             one.take_dense(dense.model)
+        if isinstance(one, QualityBudget) and one.reference.waits:
+            one.take_dense(dense.rows)
     compressed = _train(
         _of_student(cfg),
         data,

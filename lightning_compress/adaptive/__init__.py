@@ -1,0 +1,1 @@
+"""Adaptive compression: control laws, levers, snapshots, and who gets how many bytes."""

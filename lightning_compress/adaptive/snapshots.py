@@ -1,0 +1,103 @@
+"""Snapshots: a model in training as it was, weights, masks and optimizers, to go back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.projection import Projector, Slot
+from lightning_compress.pruning.masks import pack_mask, unpack_mask
+
+__all__ = ["restore_snapshot", "take_snapshot"]
+
+Snapshot = dict[str, Any]
+
+
+@torch.no_grad()
+def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapshot:
+    """All parameters and buffers, hidden values, masks (bit-packed) and optimizer states.
+
+    Learning rates are not in it: their schedules go on with the run. A second of two optimizers
+    on the same parameter is told apart by its place.
+
+    Args:
+        module: in training, between two steps.
+        optimizers: all of them.
+    """
+    slots = _slots(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    hidden = {name: slots[name].values() for name in slots if slots[name].latent is not None}
+    masks = {name: slot.pruned for name, slot in slots.items()}
+    return {
+        "tensors": {name: one.detach().clone() for name, one in _tensors(module).items()},
+        "hidden": {name: one.detach().clone() for name, one in hidden.items()},
+        "masks": {
+            name: (pack_mask(~one), tuple(one.shape))
+            for name, one in masks.items()
+            if one is not None
+        },
+        "optimizers": [
+            {
+                names[id(parameter)]: _copied(state)
+                for parameter, state in optimizer.state.items()
+                if id(parameter) in names
+            }
+            for optimizer in optimizers
+        ],
+    }
+
+
+@torch.no_grad()
+def restore_snapshot(
+    module: nn.Module, optimizers: Sequence[Optimizer], snapshot: Snapshot
+) -> None:
+    """Put a model in training back to where `take_snapshot` saw it; its grids are the caller's.
+
+    Between two steps, before anything is projected: who makes grids puts them back first.
+    """
+    slots, parameters = _slots(module), dict(module.named_parameters())
+    for name, tensor in _tensors(module).items():
+        if name not in slots:
+            tensor.copy_(snapshot["tensors"][name])
+    for name, slot in slots.items():
+        packed = snapshot["masks"].get(name)
+        slot.set_mask(None if packed is None else unpack_mask(*packed))
+        slot.set_values(snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data))
+        slot.project()
+    for optimizer, states in zip(optimizers, snapshot["optimizers"], strict=True):
+        owned = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        for name, parameter in parameters.items():
+            if id(parameter) not in owned:
+                continue
+            optimizer.state.pop(parameter, None)
+            if name in states:
+                optimizer.state[parameter] = _copied(states[name], like=parameter)
+
+
+def _slots(module: nn.Module) -> dict[str, Slot]:
+    """Projected parameters by the name that the module gives them."""
+    projector = Projector.find(module)
+    known = projector.slots.values() if projector is not None else ()
+    by_id = {id(slot.parameter): slot for slot in known}
+    pairs = ((name, by_id.get(id(one))) for name, one in module.named_parameters())
+    return {name: slot for name, slot in pairs if slot is not None}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _copied(state: dict[str, Any], like: Tensor | None = None) -> dict[str, Any]:
+    """A copy of an optimizer's state of one parameter; tensors of its shape go to its device."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        moved = value if like is None or value.dim() == 0 else value.to(like.device)
+        return moved.detach().clone()
+
+    return {key: copy(value) for key, value in state.items()}

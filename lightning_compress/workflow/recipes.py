@@ -1,0 +1,162 @@
+"""From findings about a model to a recipe: a config file, each choice with its reason beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_compress.adaptive.curves import LayerScan, Sensitivity
+from lightning_compress.evaluation.profile import LayerProfile
+
+__all__ = ["Findings", "write_recipe"]
+
+_GROUPS = ("model", "data")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a dense model.
+
+    Args:
+        kind: of the model, such as "vae".
+        overrides: that lead to it.
+        source: where its weights are from.
+        metric: what quality was measured by, as it is called in print.
+        dense_bytes: of the `torch.save` file.
+        ratio: how much smaller it is to be.
+        rest_bytes: of what is not compressed: biases, norms.
+        layers: the profile.
+        scan: the sensitivities.
+        recipe: sparsity and bits of each layer, by path.
+    """
+
+    kind: str
+    overrides: Sequence[str]
+    source: str
+    metric: str
+    dense_bytes: int
+    ratio: float
+    rest_bytes: float
+    layers: Sequence[LayerProfile]
+    scan: Sensitivity
+    recipe: dict[str, tuple[float, int]]
+
+
+def write_recipe(found: Findings) -> str:
+    """The text of an experiment's config file."""
+    return "\n".join(
+        [*_head(found), *_choices(found), *_values(found), *_prune(found), *_quantize(found), ""]
+    )
+
+
+def _head(found: Findings) -> list[str]:
+    time, size = _busiest(found)
+    aim = found.dense_bytes / found.ratio
+    return [
+        "# @package _global_",
+        f"# Proposed by `lightning-compress advise` for the dense model of {found.source}:",
+        f"# {found.dense_bytes:,} bytes as torch.save writes it, to be {found.ratio:g}x smaller, "
+        f"{aim:,.0f} bytes.",
+        f"# {found.metric} of the dense model on the validation split: {found.scan.dense:.5g}.",
+        f"# Most bytes are in {size}, most time in {time}.",
+        "# Zeros and few bits make the file small, but no dense runtime is faster for zeros. For",
+        "# speed: qat with 8 bits and export.int8=true, or student.width_multiplier=0.5.",
+    ]
+
+
+def _busiest(found: Findings) -> tuple[str, str]:
+    size = max(found.layers, key=lambda one: one.bytes)
+    time = max(found.layers, key=lambda one: one.ms)
+    all_bytes = sum(one.bytes for one in found.layers)
+    all_time = max(sum(one.ms for one in found.layers), 1e-12)
+    return (
+        f"{time.path} ({time.ms / all_time:.0%})",
+        f"{size.path} ({size.bytes / max(all_bytes, 1):.0%})",
+    )
+
+
+def _choices(found: Findings) -> list[str]:
+    chosen = dict(word.split("=", 1) for word in found.overrides if "=" in word)
+    lines = ["defaults:"]
+    lines += [f"  - override /{group}: {chosen[group]}" for group in _GROUPS if group in chosen]
+    names = ["prune", "qat"]
+    if found.kind == "gan":
+        lines += [
+            "  # A pruned generator alone loses to a discriminator at full strength: the dense one",
+            "  # teaches it, as the discriminator sees their pictures.",
+        ]
+        names = ["distill_gan", *names]
+    return [*lines, f"  - override /compression: [{', '.join(names)}]", ""]
+
+
+def _values(found: Findings) -> list[str]:
+    """The run's own settings of model, data and training."""
+    tree: dict[str, dict[str, str]] = {}
+    for word in found.overrides:
+        key, _, value = word.partition("=")
+        group, _, name = key.lstrip("+").partition(".")
+        if group in ("model", "data", "trainer") and name and "." not in name:
+            tree.setdefault(group, {})[name] = value
+    lines = []
+    for group, values in tree.items():
+        lines += [f"{group}:", *(f"  {name}: {value}" for name, value in values.items())]
+    return lines
+
+
+def _prune(found: Findings) -> list[str]:
+    layers = {one.path: one for one in found.scan.layers}
+    pruned = {path: s for path, (s, _) in found.recipe.items() if s > 0}
+    spared = [path for path in found.recipe if path not in pruned]
+    if not pruned:
+        pruned = dict.fromkeys(found.recipe, 0.5)
+        spared = []
+    total = sum(one.weights for one in layers.values())
+    zeros = sum(s * layers[path].weights for path, s in pruned.items())
+    lines = [
+        "compression:",
+        "  prune:",
+        f"    # {zeros / total:.1%} of all weights, shared out so that the losses of single",
+        "    # layers, as measured, add up to the least within the bytes.",
+        "    final_sparsity:",
+    ]
+    for path, sparsity in pruned.items():
+        one = layers[path]
+        lines.append(f"      {path}: {sparsity:g} # {_why(one, sparsity, found)}")
+    if spared:
+        lines.append("    # Left dense, as they cost more than they save:")
+    lines += [
+        f"    #   {path}: {_why(layers[path], layers[path].sparsities[0], found)}"
+        for path in spared
+    ]
+    return [
+        *lines,
+        "    begin: 0.1 # the first tenth trains dense, the last 40 % recovers",
+        "    end: 0.6",
+    ]
+
+
+def _why(one: LayerScan, sparsity: float, found: Findings) -> str:
+    total = sum(layer.weights for layer in found.scan.layers)
+    return (
+        f"{one.weights / total:.1%} of the weights; loses {one.loss_at(sparsity):.3g} at "
+        f"{sparsity:.0%} zeros without training"
+    )
+
+
+def _quantize(found: Findings) -> list[str]:
+    layers = {one.path: one for one in found.scan.layers}
+    lines = [
+        "  quantize:",
+        "    # One grid a tensor: in small layers a channel's own scales cost more than they gain.",
+        "    scheme: symmetric",
+        "    per_channel: false",
+        "    activation_bits: null # rounding activations does not make the file smaller",
+        "    begin: 0.6 # when the masks stand still",
+        "    freeze: 0.95",
+        "    weight_bits:",
+    ]
+    for path, (_, bits) in found.recipe.items():
+        one = layers[path]
+        loss = dict(zip(one.bits, one.bits_loss, strict=True))[bits]
+        lines.append(f"      {path}: {bits} # loses {loss:.3g} without training")
+    return lines

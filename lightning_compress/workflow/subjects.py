@@ -1,0 +1,151 @@
+"""The dense model that a command looks at: a run's, a checkpoint's, or one trained for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.config import config_dir
+from lightning_compress.data import SplitDataModule
+from lightning_compress.evaluation.fidelity import fidelity
+from lightning_compress.evaluation.likelihood import accuracy, likelihood
+from lightning_compress.workflow.quality import METRICS, Evaluator, generate, rows
+from lightning_compress.workflow.training import build_model, load_trained, train
+
+__all__ = ["Subject", "find_subject"]
+
+_METRIC = {"gan": "fid", "classifier": "cross_entropy"}  # all others: neg_elbo
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model, its data, and how its quality is measured.
+
+    Args:
+        cfg: the whole config.
+        overrides: that lead to it, as on the command line.
+        data: set up.
+        model: trained.
+        source: where the weights are from, in words.
+    """
+
+    cfg: DictConfig
+    overrides: tuple[str, ...]
+    data: SplitDataModule
+    model: LightningModule
+    source: str
+
+    @property
+    def kind(self) -> str:
+        """Of the model, such as "vae"."""
+        return str(self.model.kind)  # type: ignore[attr-defined]
+
+    @property
+    def metric(self) -> str:
+        """What is measured."""
+        return _METRIC.get(self.kind, "neg_elbo")
+
+    @property
+    def better(self) -> str:
+        """Which way it is better."""
+        return METRICS[self.metric].better
+
+    def score(self, count: int) -> Callable[[Any], float]:
+        """The metric of a model on so many rows of the validation split, latents always the same.
+
+        Raises:
+            ValueError: for a GAN on data without labels: no feature network could be trained.
+        """
+        x, y = rows(self.data.val_dataset)
+        x, y = x[:count], y[:count]
+        if self.kind == "classifier":
+            return lambda model: accuracy(model, x, y)["cross_entropy"]
+        if self.kind != "gan":
+            return lambda model: likelihood(model, x)["neg_elbo"]
+        evaluator = Evaluator(self.cfg.evaluate, self.data, self.kind, self.name)
+        if evaluator.extractor is None:
+            raise ValueError(f"the quality of a GAN cannot be measured: {evaluator.notes}")
+        feature = evaluator.extractor.module
+        return lambda model: fidelity(generate(model, len(x)), x, feature)["fid"]
+
+    @property
+    def name(self) -> str:
+        """Of the data, as an experiment calls it."""
+        chosen = [word.split("=", 1)[1] for word in self.overrides if word.startswith("data=")]
+        return chosen[-1] if chosen else str(self.cfg.data._target_).rsplit(".", 1)[-1].lower()
+
+
+def find_subject(words: Sequence[str], folder: Path) -> Subject:
+    """The dense model that some words mean.
+
+    Args:
+        words: a run's folder, or a checkpoint in one, or the name of a model config, or overrides
+            (`model=vae data=digits`): of the last two the dense model is trained first.
+        folder: where a model that is trained here goes.
+
+    Raises:
+        FileNotFoundError: for a folder without a run.
+        ValueError: for words that mean nothing, naming the model configs there are.
+    """
+    first = Path(words[0]) if words else Path()
+    if words and (first.is_dir() or first.suffix == ".ckpt"):
+        return _of_run(first, words[1:])
+    overrides = tuple(_override(word) for word in words)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", list(overrides))
+    data = _data(cfg)
+    model = train(cfg, data, folder / "dense", seed=cfg.seed).model
+    return Subject(cfg, overrides, data, model, f"trained here: {folder / 'dense'}")
+
+
+def _override(word: str) -> str:
+    if "=" in word:
+        return word
+    known = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
+    if word not in known:
+        raise ValueError(
+            f"{word!r} is no run's folder, checkpoint or override, and no model config: {known}"
+        )
+    return f"model={word}"
+
+
+def _of_run(path: Path, words: Sequence[str]) -> Subject:
+    home = path if path.is_dir() else path.parent.parent
+    config = home / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"{home} is no run's folder: it has no config.yaml")
+    if words:
+        raise ValueError(f"{list(words)}: the config of a run is what it is; give the path alone")
+    cfg = OmegaConf.load(config)
+    if not isinstance(cfg, DictConfig):
+        raise ValueError(f"{config} holds no config")
+    data = _data(cfg)
+    weights = home / "dense" / "final.ckpt" if path.is_dir() else path
+    if path.is_dir() and not weights.is_file() and cfg.baseline is not None:
+        weights = Path(cfg.baseline)
+    model = load_trained(cfg, data, weights).model
+    return Subject(cfg, _overrides_of(home), data, model, str(weights))
+
+
+def _overrides_of(home: Path) -> tuple[str, ...]:
+    """What a run was started with, from Hydra's own notes."""
+    notes = home / ".hydra" / "overrides.yaml"
+    if not notes.is_file():
+        return ()
+    words = OmegaConf.load(notes)
+    return tuple(str(word) for word in words) if words is not None else ()
+
+
+def _data(cfg: DictConfig) -> SplitDataModule:
+    data: SplitDataModule = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    build_model(cfg, data, seed=cfg.seed)  # finds mistakes before anything trains
+    return data
