@@ -44,7 +44,7 @@ bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and qualit
 	$(BIN)/python experiments/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
 
 bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (hours; resumes)
-	$(BIN)/python -m pip install --quiet "torch-pruning>=1.6,<1.7"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
 	$(BIN)/python experiments/bench_channels.py
 
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)

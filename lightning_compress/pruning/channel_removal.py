@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 from lightning_compress.pruning.channel_labels import Labels
 from lightning_compress.pruning.channel_surgery import check_sizes, select_entries, shrink
 from lightning_compress.pruning.channel_trace import bare, tensors_in

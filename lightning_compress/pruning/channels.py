@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import TargetError
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 from lightning_compress.pruning.channel_labels import Labels, Ledger
 from lightning_compress.pruning.channel_layers import label_layer
 from lightning_compress.pruning.channel_trace import Trace, bare
