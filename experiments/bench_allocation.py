@@ -75,7 +75,9 @@ class Bench:
         sparsity, chosen = pair[0], {one.path: pair for one in self.scan.layers}
         if way == "sensitivity":
             chosen = self.scan.recipe(self._bytes(pair))
-        targets = {path: zeros for path, (zeros, _) in chosen.items() if zeros > 0}
+        targets: dict[Any, float] = {
+            path: zeros for path, (zeros, _) in chosen.items() if zeros > 0
+        }
         pruning = GradualPruning(
             final_sparsity=targets if way == "sensitivity" else sparsity,
             scope="erk" if way == "erk" else "layer",
