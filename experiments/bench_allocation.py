@@ -78,16 +78,18 @@ class Bench:
         targets: dict[Any, float] = {
             path: zeros for path, (zeros, _) in chosen.items() if zeros > 0
         }
-        pruning = GradualPruning(
-            final_sparsity=targets if way == "sensitivity" else sparsity,
-            scope="erk" if way == "erk" else "layer",
-            end=0.6,
-        )
         grids = QuantizationAwareTraining(
             weight_bits={path: bits for path, (_, bits) in chosen.items()},
             activation_bits=None,
             per_channel=False,
             begin=0.6,
+        )
+        if way == "sensitivity" and not targets:  # fewer bits alone make room
+            return [grids]
+        pruning = GradualPruning(
+            final_sparsity=targets if way == "sensitivity" else sparsity,
+            scope="erk" if way == "erk" else "layer",
+            end=0.6,
         )
         return [pruning, grids]
 
