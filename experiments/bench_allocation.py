@@ -75,17 +75,21 @@ class Bench:
         sparsity, chosen = pair[0], {one.path: pair for one in self.scan.layers}
         if way == "sensitivity":
             chosen = self.scan.recipe(self._bytes(pair))
-        targets = {path: zeros for path, (zeros, _) in chosen.items() if zeros > 0}
-        pruning = GradualPruning(
-            final_sparsity=targets if way == "sensitivity" else sparsity,
-            scope="erk" if way == "erk" else "layer",
-            end=0.6,
-        )
+        targets: dict[Any, float] = {
+            path: zeros for path, (zeros, _) in chosen.items() if zeros > 0
+        }
         grids = QuantizationAwareTraining(
             weight_bits={path: bits for path, (_, bits) in chosen.items()},
             activation_bits=None,
             per_channel=False,
             begin=0.6,
+        )
+        if way == "sensitivity" and not targets:  # fewer bits alone make room
+            return [grids]
+        pruning = GradualPruning(
+            final_sparsity=targets if way == "sensitivity" else sparsity,
+            scope="erk" if way == "erk" else "layer",
+            end=0.6,
         )
         return [pruning, grids]
 

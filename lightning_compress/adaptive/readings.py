@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, median
 
-__all__ = ["estimated_spread", "judge", "recent"]
+__all__ = ["LONGEST", "estimated_spread", "judge", "recent"]
+
+LONGEST = 4  # times the patience: the most readings of a trial
 
 
 def recent(readings: Sequence[float]) -> float:
@@ -46,14 +48,16 @@ def judge(
     """Whether the cost has come to a limit since something changed.
 
     Clear cases are decided early: below the limit by more than the noise, or so far above it that
-    even a straight line through the recovery so far would not get there in time. All others wait
-    for `patience` readings, and then the mean of the later half decides.
+    even a straight line through the recovery so far would not get there. After `patience` readings
+    the mean of the later half decides, but a cost that still falls, fast enough to be there within
+    twice as many again, may go on: what was trained is worth more than the readings. After
+    `LONGEST` times the patience it must be decided.
 
     Args:
         readings: costs since the change, in order.
         limit: the highest cost that will do.
         spread: standard deviation of a single reading.
-        patience: readings after which it must be decided.
+        patience: readings after which it is decided, unless the cost still falls.
         confidence: standard errors that make a case clear.
 
     Returns:
@@ -67,14 +71,28 @@ def judge(
     if not readings or not all(map(math.isfinite, readings)):
         return False if readings else None
     count = len(readings)
-    now = recent(readings)
-    margin = confidence * spread / math.sqrt(count - count // 2)
-    if now + margin <= limit:
+    now = recent(readings[-2 * patience :])
+    margin = confidence * spread / math.sqrt(min(count - count // 2, patience))
+    off = readings[-1] - confidence * spread > limit  # whatever the mean says, it is getting worse
+    if now + margin <= limit and not off:
         return True
-    if count >= patience:
-        return now <= limit
-    if count < 2:
-        return None
-    pace = max((readings[0] - readings[-1] + margin) / (count - 1), 0.0)
-    ahead = readings[-1] - pace * (patience - count) - margin
-    return False if ahead > limit else None
+    if count < patience:
+        return None if count < 2 or _may_come(readings, limit, patience, margin) else False
+    if now <= limit and not off:
+        return True
+    left = (now - limit) / max(_pace(readings[-patience:]), 1e-300)
+    return None if left <= 2 * patience and count < LONGEST * patience else False
+
+
+def _may_come(readings: Sequence[float], limit: float, patience: int, margin: float) -> bool:
+    """Whether a straight line through all readings, and the noise, comes to the limit in time."""
+    pace = max((readings[0] - readings[-1] + margin) / (len(readings) - 1), 0.0)
+    return readings[-1] - pace * (3 * patience - len(readings)) - margin <= limit
+
+
+def _pace(readings: Sequence[float]) -> float:
+    """How fast the cost falls, in a reading: from the earlier half's mean to the later one's."""
+    half = len(readings) // 2
+    if half == 0:
+        return 0.0
+    return max(fmean(readings[:half]) - fmean(readings[-half:]), 0.0) / (len(readings) - half)

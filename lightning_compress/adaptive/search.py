@@ -38,12 +38,14 @@ class Decision:
     Args:
         keep: remember the model as it is: it is good.
         restore: go back to the model last remembered.
+        soft: to its masks and grids alone: weights stay as they have trained on.
         levels: to bring the levers to, after that; None: as they are.
     """
 
     keep: bool = False
     restore: bool = False
     levels: tuple[float, ...] | None = None
+    soft: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,20 @@ class QualitySearch:
     Args:
         rules: limit, noise and strides.
         steps: the smallest move of each lever: 0 for continuous ones.
+        soft: what a trial trained is kept when it is undone, unless it is no good then either.
 
     >>> search = QualitySearch(Rules(limit=1.0, patience=2), steps=(0.0,))
     >>> search.read(Reading(cost=0.9, size=100.0))
-    Decision(keep=True, restore=False, levels=(0.2,))
+    Decision(keep=True, restore=False, levels=(0.2,), soft=False)
+    >>> search.read(Reading(cost=2.0, size=60.0)).levels is None
+    True
     >>> search.read(Reading(cost=2.0, size=60.0))
-    Decision(keep=False, restore=False, levels=None)
-    >>> search.read(Reading(cost=2.0, size=60.0))
-    Decision(keep=False, restore=True, levels=(0.1,))
+    Decision(keep=False, restore=True, levels=(0.1,), soft=False)
     """
 
     rules: Rules
     steps: Sequence[float]
+    soft: bool = False
     history: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -115,6 +119,7 @@ class QualitySearch:
         self.levels = (0.0,) * count
         self.good: Trial | None = None  # the last that met the limit
         self.moved: int | None = None  # the lever that is on trial
+        self.softened = False  # the last trial was undone, and its weights are still here
         self.strides = [max(self.rules.stride, step) for step in self.steps]
         self.gains = [math.inf] * count
         self.readings: list[float] = []
@@ -143,6 +148,8 @@ class QualitySearch:
 
     def _rest(self, reading: Reading, *, met: bool) -> Decision:
         """Between trials: the model as it is, on which nothing was changed lately."""
+        if self.softened:
+            return self._after_soft(reading, met=met)
         if not met:  # it trains on, until it is good enough to begin with
             self.readings = self.readings[-self.rules.patience :]
             return Decision()
@@ -154,6 +161,15 @@ class QualitySearch:
             self.strides = [max(again, step) for step in self.steps]
         self._note(reading, "good" if first else "trained on")
         return Decision(keep=True, levels=self._raise())
+
+    def _after_soft(self, reading: Reading, *, met: bool) -> Decision:
+        """A trial was undone but for its weights: they are kept if they are good."""
+        self.softened = False
+        if met:
+            self._note(reading, "trained on")
+            return Decision(keep=True, levels=self._raise())
+        self.readings = []
+        return Decision(restore=True, levels=self._raise())
 
     def _next(self, reading: Reading, *, met: bool) -> Decision:
         lever, good = self.moved or 0, self.good
@@ -170,7 +186,12 @@ class QualitySearch:
             return Decision(keep=True, levels=self._raise())
         self._note(reading, "too costly")
         self.strides[lever] = self._smaller(lever)
-        self.levels = good.levels
+        return self._undo(good)
+
+    def _undo(self, good: Trial, *, further: bool = True) -> Decision:
+        self.levels, self.softened = good.levels, self.soft
+        if self.soft or not further:
+            return Decision(restore=True, levels=self.levels, soft=self.soft)
         return Decision(restore=True, levels=self._raise())
 
     def _smaller(self, lever: int) -> float:
@@ -204,13 +225,15 @@ class QualitySearch:
 
     def _settle(self, reading: Reading, verdict: bool | None) -> Decision:
         """The search is over: undo an open trial that has not met the limit, train on."""
-        met = verdict if verdict is not None else recent(self.readings) <= self.rules.limit
+        noise = self.rules.confidence * self.rules.spread
+        near = max(recent(self.readings), self.readings[-1] - noise)
+        met = verdict if verdict is not None else near <= self.rules.limit
         if self.moved is not None and not met and self.good is not None:
             self._note(reading, "too costly")
-            self.levels = self.good.levels
-            return Decision(restore=True, levels=self.levels)
+            return self._undo(self.good, further=False)
         fresh = self.moved is not None or self.good is None
-        if met and (fresh or len(self.readings) >= self.rules.patience):
+        if met and (fresh or self.softened or len(self.readings) >= self.rules.patience):
+            self.softened = False
             self._note(reading, "good" if fresh else "trained on")
             return Decision(keep=True)
         if len(self.readings) > self.rules.patience:
@@ -221,8 +244,10 @@ class QualitySearch:
         """The run ends: the model of now where it meets the limit, else the last good one."""
         if self.good is None:
             return Decision()
-        unread = not self.readings and self.moved is not None
-        off = bool(self.readings) and recent(self.readings) > self.rules.limit
+        unread = not self.readings and (self.moved is not None or self.softened)
+        noise = self.rules.confidence * self.rules.spread
+        now = max(recent(self.readings), self.readings[-1] - noise) if self.readings else 0.0
+        off = bool(self.readings) and now > self.rules.limit
         if unread or off:
             self.levels = self.good.levels
             return Decision(restore=True, levels=self.levels)
@@ -235,6 +260,7 @@ class QualitySearch:
             "levels": list(self.levels),
             "good": None if self.good is None else asdict(self.good),
             "moved": self.moved,
+            "softened": self.softened,
             "strides": list(self.strides),
             "gains": list(self.gains),
             "readings": list(self.readings),
@@ -245,6 +271,7 @@ class QualitySearch:
         """Put it back."""
         self.rules = Rules(**state["rules"])
         self.levels, self.moved = tuple(state["levels"]), state["moved"]
+        self.softened = state["softened"]
         self.good = None if state["good"] is None else Trial.of(state["good"])
         self.strides, self.gains = list(state["strides"]), list(state["gains"])
         self.readings = list(state["readings"])

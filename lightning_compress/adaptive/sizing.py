@@ -32,7 +32,7 @@ class SizeSearch:
     >>> search.read(Reading(cost=1.0, size=400.0, over=True)).levels
     (0.2,)
     >>> search.read(Reading(cost=1.0, size=99.0, over=True))
-    Decision(keep=True, restore=False, levels=None)
+    Decision(keep=True, restore=False, levels=None, soft=False)
     """
 
     max_bytes: float

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 
-__all__ = ["restore_snapshot", "take_snapshot"]
+__all__ = ["restore_masks", "restore_snapshot", "take_snapshot"]
 
 Snapshot = dict[str, Any]
 
@@ -76,6 +76,23 @@ def restore_snapshot(
             optimizer.state.pop(parameter, None)
             if name in states:
                 optimizer.state[parameter] = _copied(states[name], like=parameter)
+
+
+@torch.no_grad()
+def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
+    """Put back masks alone: what they had let stay gets its value of then, all else trains on."""
+    for name, slot in _slots(module).items():
+        packed = snapshot["masks"].get(name)
+        mask = None if packed is None else unpack_mask(*packed).to(slot.data.device)
+        if slot.pruned is not None and not slot.dense_gradient:
+            reopened = slot.pruned if mask is None else slot.pruned & mask
+            before = snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data)
+            values = torch.where(reopened, before, slot.values())
+            slot.set_mask(mask)
+            slot.set_values(values)
+        else:
+            slot.set_mask(mask)
+        slot.project()
 
 
 def _slots(module: nn.Module) -> dict[str, Slot]:

@@ -52,6 +52,9 @@ class QualityBudget(Callback):
         patience: readings after which a trial must be decided; clear ones are decided earlier.
         confidence: standard errors by which a case is clear.
         stride: of a level (see `Limits`) at first, and the smallest that is tried.
+        undo: what goes back when a trial fails. "all": weights, masks, grids, optimizer states.
+            "projection": masks and grids, and weights train on from where they are; all goes back
+            only if that is no good either. It loses no steps, and fits a model that still learns.
         limits: how far the levers go.
         on_miss: "warn" or "raise" when no model was within the budget.
         name: prefix of what is logged, and the key of the state.
@@ -81,6 +84,7 @@ class QualityBudget(Callback):
         patience: int = 4,
         confidence: float = 1.0,
         stride: tuple[float, float] = (0.2, 0.025),
+        undo: str = "all",
         limits: Limits | Mapping[str, Any] | None = None,
         on_miss: str = "warn",
         name: str = "budget",
@@ -90,10 +94,13 @@ class QualityBudget(Callback):
         check_search(patience, stride, spread, confidence)
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        if undo not in ("all", "projection"):
+            raise ValueError(f"undo={undo!r}: valid are ['all', 'projection']")
         self.monitor, self.max_degradation, self.max_bytes = monitor, max_degradation, max_bytes
         self.reference = Reference(reference, mode, spread)
         self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
         self.stride, self.on_miss, self.name = tuple(stride), on_miss, name
+        self.undo = undo
         self.limits = limits if isinstance(limits, Limits) else Limits(**dict(limits or {}))
         self.levers: list[Lever] = []
         self._loaded: dict[str, Any] | None = None
@@ -189,7 +196,7 @@ class QualityBudget(Callback):
         """Do what the last reading decided."""
         pending, self._pending = self._pending, Decision()
         if pending.restore and self._memory is not None:
-            go_back(trainer, pl_module, self._memory)
+            go_back(trainer, pl_module, self._memory, soft=pending.soft)
         if pending.levels is not None:
             for lever, level in zip(self.levers, pending.levels, strict=True):
                 lever.move(level)
@@ -259,7 +266,8 @@ class QualityBudget(Callback):
         )
         if self.max_bytes is not None:
             return SizeSearch(self.max_bytes, rules, len(self.levers))
-        return QualitySearch(rules, [lever.step for lever in self.levers])
+        soft = self.undo == "projection"
+        return QualitySearch(rules, [lever.step for lever in self.levers], soft)
 
     def _decide(
         self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
@@ -276,7 +284,7 @@ class QualityBudget(Callback):
         if self._pending.keep:
             self._memory, self._kept = remember(trainer, pl_module), recent(self.lately)
             self._kept_at = batches - self._undone
-        if self._pending.restore:
+        if self._pending.restore and not self._pending.soft:
             self._undone = batches - self._kept_at
         if self._pending.levels is not None:
             self.lately = []
@@ -360,8 +368,8 @@ class QualityBudget(Callback):
 
     def _restore_state(self, state: dict[str, Any], levers: Sequence[Lever]) -> None:
         self.readings, self._seen = list(state["readings"]), state["seen"]
-        keep, restore, levels = state["pending"]
-        self._pending = Decision(keep, restore, None if levels is None else tuple(levels))
+        keep, restore, levels, soft = state["pending"]
+        self._pending = Decision(keep, restore, None if levels is None else tuple(levels), soft)
         self._memory = state["memory"]
         self._kept, self._kept_at, self._undone = state["kept"]
         self.lately = list(state["lately"])

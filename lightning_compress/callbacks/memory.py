@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from lightning_compress.adaptive.sizes import predicted_bytes
-from lightning_compress.adaptive.snapshots import restore_snapshot, take_snapshot
+from lightning_compress.adaptive.snapshots import restore_masks, restore_snapshot, take_snapshot
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
@@ -47,17 +47,22 @@ def remember(trainer: Trainer, module: LightningModule) -> Memory:
     }
 
 
-def go_back(trainer: Trainer, module: LightningModule, memory: Memory) -> None:
-    """Put everything back, between two steps."""
+def go_back(
+    trainer: Trainer, module: LightningModule, memory: Memory, *, soft: bool = False
+) -> None:
+    """Put everything back, between two steps; `soft`: masks and grids alone."""
     for one in steered(trainer):
         one.back_to(memory["callbacks"][one.state_key])
-    restore_snapshot(module, trainer.optimizers, memory["model"])
+    if soft:
+        restore_masks(module, memory["model"])
+    else:
+        restore_snapshot(module, trainer.optimizers, memory["model"])
     for one in steered(trainer):
         if isinstance(one, MaskCallback):
             one.project()
         elif isinstance(one, QuantizationAwareTraining) and one.weights and one.started:
             one.weights.show()
-    for one, state in zip(_averaging(trainer), memory["averages"], strict=True):
+    for one, state in zip(_averaging(trainer), memory["averages"], strict=True) if not soft else ():
         if one._average_model is not None and state is not None:
             one._average_model.load_state_dict(state)
 

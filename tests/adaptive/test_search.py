@@ -105,6 +105,30 @@ def test_nothing_moves_before_the_model_is_good_enough():
     assert search.read(Reading(0.5, 100.0)).levels == (0.2,)
 
 
+def test_a_soft_undo_goes_on_from_where_it_is_if_that_is_good():
+    def failed():
+        search = QualitySearch(Rules(limit=1.0, patience=2), steps=(0.0,), soft=True)
+        search.read(Reading(0.9, 100.0))
+        search.read(Reading(2.0, 60.0))
+        decision = search.read(Reading(2.0, 60.0))
+        assert (decision.restore, decision.soft, decision.levels) == (True, True, (0.0,))
+        return search
+
+    search = failed()
+    decision = search.read(Reading(0.95, 100.0))
+    assert (decision.keep, decision.restore, decision.levels) == (True, False, (0.1,))
+
+    search = failed()
+    assert not search.read(Reading(1.2, 100.0)).restore  # it may recover yet
+    decision = search.read(Reading(1.2, 100.0))
+    assert (decision.restore, decision.soft, decision.levels) == (True, False, (0.1,))
+
+    search = failed()
+    assert search.finish().restore  # not measured since: what was kept is safe
+    search.read(Reading(0.9, 100.0, over=True))
+    assert not search.finish().restore
+
+
 def test_an_open_trial_is_undone_when_time_is_over():
     search = QualitySearch(Rules(limit=1.0, patience=5), steps=(0.0,))
     search.read(Reading(0.9, 100.0))
@@ -196,7 +220,11 @@ def test_the_spread_is_that_of_the_noise_and_not_of_the_trend():
         ([0.95, 0.95, 0.95, 0.95], True),
         ([1.05, 1.05, 1.05, 1.05], False),
         ([3.0, 2.0], None),  # on its way
-        ([3.0, 2.9], False),  # not in time
+        ([9.0, 8.9], False),  # not in time
+        ([2.0, 1.7, 1.5, 1.4], None),  # still falling fast enough
+        ([0.5, 0.5, 0.5, 1.2], None),  # its mean is fine, and it is not
+        ([2.0, 1.95, 1.92, 1.9], False),  # and not any more
+        ([2.0] + [1.12] * 3 + [1.11] * 12, False),  # nor for ever
     ],
 )
 def test_verdicts(readings, verdict):

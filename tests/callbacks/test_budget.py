@@ -126,6 +126,39 @@ def test_what_fails_is_undone_to_the_last_bit(tmp_path):
     assert snap.checked >= 2
 
 
+def test_a_soft_undo_reopens_what_was_pruned_and_keeps_what_was_trained(tmp_path):
+    class Snap(Callback):
+        def __init__(self):
+            self.kept = self.before = None
+            self.checked = 0
+
+        def on_validation_end(self, trainer, pl_module):
+            slots = prune.projector.slots
+            now = {p: (s.values().clone(), s.pruned) for p, s in slots.items()}
+            if budget._pending.keep:
+                self.kept = now
+            self.before = now if budget._pending.soft else None
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if self.before is None:
+                return
+            for path, slot in prune.projector.slots.items():
+                (kept, mask), (values, pruned) = self.kept[path], self.before[path]
+                back = torch.ones_like(pruned) if mask is None else ~mask
+                back &= pruned
+                assert torch.equal(slot.values(), torch.where(back, kept, values))
+                assert mask is None or torch.equal(slot.pruned, mask)
+            self.before = None
+            self.checked += 1
+
+    torch.manual_seed(0)
+    prune, snap, model = pruning(), Snap(), Measured()
+    budget = QualityBudget("val/loss", 0.05, spread=0.0, undo="projection")
+    fit(tmp_path, model, budget, prune, snap)
+    assert snap.checked >= 2
+    assert sparsity(model) == pytest.approx(prune.sparsity)
+
+
 @pytest.mark.parametrize("scheme", ["entropy", "symmetric", "learned_step", "codebook"])
 def test_it_steers_grids_of_each_scheme(tmp_path, scheme):
     torch.manual_seed(0)
@@ -242,11 +275,13 @@ def run_in_two(tmp_path, make, stop):
     return (whole, first), (resumed, second)
 
 
-@pytest.mark.parametrize(("stop", "place"), [(3, 0), (8, 2), (13, 0)])
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, stop, place):
+@pytest.mark.parametrize(
+    ("stop", "place", "undo"), [(3, 0, "all"), (8, 2, "all"), (9, 0, "projection")]
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, stop, place, undo):
     def make():
         others = [pruning(), QuantizationAwareTraining(weight_bits=8, activation_bits=8)]
-        budget = QualityBudget("val/loss", 0.1, spread=0.0)
+        budget = QualityBudget("val/loss", 0.1, spread=0.0, undo=undo)
         others.insert(place, budget)
         return Measured(), budget, others
 
@@ -350,6 +385,7 @@ def test_a_metric_that_is_not_logged_each_time_is_not_read_twice(tmp_path):
         ({"max_degradation": 0.1, "spread": -1.0}, "spread=-1.0"),
         ({"max_degradation": 0.1, "stride": (0.1, 0.2)}, r"stride=\(0.1, 0.2\)"),
         ({"max_degradation": 0.1, "reference": "best"}, "reference='best'"),
+        ({"max_degradation": 0.1, "undo": "half"}, r"undo='half': valid are \['all'"),
         ({"max_degradation": 0.1, "on_miss": "shrug"}, "on_miss='shrug'"),
         ({"max_degradation": 0.1, "limits": {"max_sparsity": 1.0}}, "max_sparsity=1.0"),
         ({"max_degradation": 0.1, "limits": {"steps": (2.0, 1.0)}}, r"steps=\(2.0, 1.0\)"),
