@@ -64,6 +64,7 @@ class Watch(Callback):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "LBFGS"])
 def test_weights_train_on_their_grids(tmp_path, scheme, optimizer):
+    seed_everything(0, verbose=False)
     model, watch = TinyAutoencoder(optimizer, lr=0.003), Watch()
     start = model.decoder.weight.detach().clone()
     callback = quantizing(scheme, per_channel=False, frequency=3)
