@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
+from lightning_compress.stopping import terminable
 
 __all__ = ["main"]
 
@@ -30,7 +31,7 @@ _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 after Ctrl-C."""
+    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if argv[:1] == ["report"]:
         sys.exit(_report(argv[1:]))
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.argv = [sys.argv[0], *sweep[:1], *(word for word in argv if word not in sweep)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
     try:
-        _experiment()
+        with terminable():
+            _experiment()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, argv))
     except OSError as error:  # Hydra makes the output folder before we can
