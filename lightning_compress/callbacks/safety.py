@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.callbacks.whole_files import write_whole_checkpoints
 from lightning_compress.files import check_writable
@@ -65,11 +65,7 @@ class StopOnNonFinite(Callback):
         Raises:
             FloatingPointError: naming the weights that are not finite.
         """
-        broken = [
-            name
-            for name, weight in pl_module.named_parameters()
-            if not torch.isfinite(local_part(weight.detach())).all()
-        ]
+        broken = _broken_weights(pl_module)
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             shown = ", ".join(broken[:SHOWN]) or "those of another process"
             more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
@@ -77,6 +73,14 @@ class StopOnNonFinite(Callback):
                 f"weights that are NaN or infinite after epoch {trainer.current_epoch}, step "
                 f"{trainer.global_step}: {shown}{more}; {_ADVICE}"
             )
+
+
+def _broken_weights(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, weight in module.named_parameters()
+        if not torch.isfinite(local_part(weight.detach())).all()
+    ]
 
 
 class RandomState(Callback):
@@ -143,7 +147,7 @@ class EpochCheckpoint(Checkpoint):
     def on_exception(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,  # noqa: ARG002
+        pl_module: LightningModule,
         exception: BaseException,
     ) -> None:
         """Save, if training had begun and its numbers are sound.
@@ -152,6 +156,8 @@ class EpochCheckpoint(Checkpoint):
         process that it takes is gone, a warning says so.
         """
         if not trainer.training or isinstance(exception, FloatingPointError):
+            return
+        if _broken_weights(pl_module):
             return
         try:
             trainer.save_checkpoint(self.broken)
