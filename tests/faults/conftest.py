@@ -5,10 +5,14 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+# Python 3.11's server does not have the path of the one that starts it, and keeps silent on what
+# it cannot import: each process would then import all of it, and be killed while it does.
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fault_jobs"])
 

@@ -22,15 +22,17 @@ def finite(state):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault", "expected"),
+    ("kind", "fault"),
     [
-        ("autoencoder", fault_jobs.NanBatch(), r"(train/)?loss is nan at step \d+: training has"),
-        ("autoencoder", fault_jobs.NanWeight("decoder.weight"), r"(train/)?loss is nan at step"),
-        ("gan", fault_jobs.NanBatch(), "weights that are NaN .* after epoch 2.*generator.0.weight"),
-        ("gan", fault_jobs.NanWeight(), "weights that are NaN .* after epoch 2.*and .* more"),
+        ("autoencoder", fault_jobs.NanBatch()),
+        ("autoencoder", fault_jobs.NanWeight("decoder.weight")),
+        ("gan", fault_jobs.NanBatch()),
+        ("gan", fault_jobs.NanWeight()),
     ],
+    ids=["batch", "weight", "batch of a GAN", "weight of a GAN"],
 )
-def test_nan_ends_training_before_a_checkpoint_holds_it(tmp_path, kind, fault, expected):
+def test_nan_ends_training_before_a_checkpoint_holds_it(tmp_path, kind, fault):
+    expected = r"(loss is nan at step \d+|weights that are NaN or infinite).*training has diverged"
     with warnings.catch_warnings(), pytest.raises(FloatingPointError, match=expected):
         fault_jobs.fit(tmp_path, kind, fault)
     epoch, state = saved(tmp_path)
