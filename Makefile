@@ -4,16 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget clean
+.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
 
 test: $(READY)  ## all but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not faults"
+
+test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying processes, odd clocks
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(READY)  ## what must hold before a commit
 	$(BIN)/ruff format --check .

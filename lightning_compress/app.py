@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
+from lightning_compress.stopping import terminable
 from lightning_compress.sweeps import Outcome, run_sweep_job, sweep_folder
 from lightning_compress.sweeps.outcomes import HOPELESS
 from lightning_compress.sweeps.watching import stop_with_launcher
@@ -35,7 +36,7 @@ _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 after Ctrl-C."""
+    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     if argv[:1] == ["report"]:
         sys.exit(_report(argv[1:]))
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
     try:
-        _experiment()
+        with terminable():
+            _experiment()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, argv))
     except OSError as error:  # Hydra makes the output folder before we can

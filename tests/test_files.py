@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lightning_compress import files
-from lightning_compress.files import atomic_file, write_atomically
+from lightning_compress.files import atomic_file, check_writable, write_atomically
 
 
 def test_writing_replaces_the_old_file(tmp_path):
@@ -58,6 +58,42 @@ def test_a_block_that_raises_writes_nothing(tmp_path):
     with pytest.raises(KeyError):
         half()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("age", [-86_400, 0, 86_400])
+def test_a_write_removes_what_a_killed_one_left_whatever_its_age(tmp_path, age):
+    path = tmp_path / "a[1].lcz"
+    rest, others = tmp_path / ".a[1].lcz.0123abcd.tmp", tmp_path / ".b.lcz.0123abcd.tmp"
+    for one in (rest, others):
+        one.write_bytes(b"half")
+        os.utime(one, (time.time() - age,) * 2)
+    write_atomically(path, b"new")
+    assert set(tmp_path.iterdir()) == {path, others}
+
+
+def test_a_write_leaves_that_of_another_alone(tmp_path):
+    path = tmp_path / "a.lcz"
+    with atomic_file(path) as stream:
+        stream.write(b"first")
+        write_atomically(path, b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("letter", ["a", "ü", "模"])
+def test_the_longest_names_can_be_written(tmp_path, letter):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    write_atomically(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_looked_at_without_leaving_anything(tmp_path):
+    check_writable(tmp_path / "made")
+    assert not list((tmp_path / "made").iterdir())
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"cannot write to the folder .*/file .*: choose another"):
+        check_writable(tmp_path / "file", hint=": choose another")
 
 
 LOOP = """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.coding.artifact import save_compressed
 from lightning_compress.coding.codecs import check_codec
 from lightning_compress.coding.info import ArtifactInfo
+from lightning_compress.files import check_writable
 
 __all__ = ["ArtifactCallback"]
 
@@ -43,6 +44,7 @@ class ArtifactCallback(Callback):
 
     Raises:
         ValueError: for an unknown codec.
+        OSError: when `fit` starts, if the file could not be written when it ends.
 
     >>> ArtifactCallback("model.lcz", codec="fast").path.name
     'model.lcz'
@@ -65,8 +67,11 @@ class ArtifactCallback(Callback):
         self.info: ArtifactInfo | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find a wrong `submodule` before anything is trained; listen to checkpoints."""
+        """Find a wrong `submodule` or folder before anything is trained; listen to checkpoints."""
         self._shipped(pl_module)
+        folder = self._target(trainer).parent
+        if trainer.is_global_zero:
+            check_writable(folder)
         if self.beside_checkpoints and trainer.is_global_zero:
             inner = trainer.strategy.checkpoint_io
             trainer.strategy.checkpoint_io = _Beside(
@@ -75,10 +80,9 @@ class ArtifactCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file: after averaging and quantization, which end with training."""
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        self.info = self._save(self._shipped(pl_module), folder / self.path)
+        target = self._target(trainer)
+        if trainer.is_global_zero:
+            self.info = self._save(self._shipped(pl_module), target)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Stop listening."""
@@ -96,6 +100,10 @@ class ArtifactCallback(Callback):
     def _stop(self, trainer: Trainer) -> None:
         if isinstance(listener := trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = listener.inner
+
+    def _target(self, trainer: Trainer) -> Path:
+        # In every process: asking a Trainer for its folder is a message between them.
+        return Path(trainer.log_dir or trainer.default_root_dir) / self.path
 
     def _beside(
         self, pl_module: LightningModule, path: Path, checkpoint: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ def write_contents(contents: Contents, path: Path, encoding: Encoding) -> Artifa
         header["activations"] = write_activations(contents.activations)
     if contents.channels:
         header[CHANNELS] = write_channels(contents.channels)
-    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
+    with _naming(path), tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(path.parent)) as spool:
         found: dict[str, TensorRecord] = {}
         for coded in _encoded(contents, set(contents.tensors) - set(tied), encoding):
             if coded.complaint:
@@ -94,6 +95,18 @@ def write_contents(contents: Contents, path: Path, encoding: Encoding) -> Artifa
         spool.seek(0)
         size = write_container(path, header, iter(lambda: spool.read(_PIECE), b""))
     return artifact_info(path, records, size)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Payloads that wait for the header lie beside the file, nameless; so do their errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == str(path):
+            raise
+        message = f"cannot write the artifact: {error.strerror or error}"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def _checked(rows: list[dict[str, Any]], payload_bytes: int) -> list[dict[str, Any]]:

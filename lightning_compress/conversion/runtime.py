@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.errors import require
+from lightning_compress.files import write_atomically
 
 __all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "session_options"]
 
@@ -75,12 +76,19 @@ def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, in
     """What ONNX Runtime runs after its own rewriting: (on whole numbers, on floats), by type.
 
     Conversions between the two are listed with the floats; arithmetic on shapes is in neither.
+
+    Raises:
+        OSError: naming the temporary file, when there is no room for one.
     """
     onnx = require("onnx", extra="onnx")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        make_session(data, settings, optimized=path)
-        graph = onnx.load(path).graph
+        try:
+            make_session(data, settings, optimized=path)
+            graph = onnx.load(path).graph
+        except Exception:  # ONNX Runtime does not say so when the disk is the reason; this does
+            write_atomically(path, data, what="a temporary ONNX file")
+            raise
     kinds = onnx.TensorProto
     constants = {entry.name: entry.data_type for entry in graph.initializer}
     bytes_of = {name for name, kind in constants.items() if kind in (kinds.INT8, kinds.UINT8)}

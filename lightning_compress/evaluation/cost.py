@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -87,17 +88,26 @@ def macs(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> int:
 
 def torch_bytes(module: nn.Module) -> int:
     """Bytes of the file that `torch.save(module.state_dict(), path)` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pt"
-        torch.save(module.state_dict(), path)
-        return path.stat().st_size
+    return _bytes("model.pt", lambda path: torch.save(module.state_dict(), path))
 
 
 def safetensors_bytes(module: nn.Module) -> int:
     """Bytes of the module's safetensors file; shared tensors are stored once."""
+    return _bytes("model.safetensors", lambda path: save_model(module, str(path)))
+
+
+def _bytes(name: str, write: Callable[[Path], object]) -> int:
+    """Bytes of a file that is written for its size alone.
+
+    Raises:
+        OSError: naming the temporary folder, when there is no room in it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_model(module, str(path))
+        path = Path(folder) / name
+        try:
+            write(path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk makes of them
+            raise OSError(f"cannot write {path} to measure its size: {error}") from error
         return path.stat().st_size
 
 

@@ -189,5 +189,8 @@ def _store(network: nn.Module, path: Path, recipe: Mapping[str, str], score: flo
         return theirs  # another process was faster: both go on with the same network
     record = {**recipe, "test_accuracy": repr(score)}
     content = save(network.state_dict(), metadata=record)
-    write_atomically(path, content, what="the feature network", parents=True)
+    try:
+        write_atomically(path, content, what="the feature network", parents=True)
+    except OSError as error:  # it is here all the same: no reason to lose a run
+        warnings.warn(f"{error}: it is trained again next time", stacklevel=3)
     return score

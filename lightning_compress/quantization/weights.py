@@ -96,10 +96,23 @@ class WeightQuantizer:
                 slot.gradient_rule = partial(_rule, slot, maker)
 
     def follow(self, stepped: Collection[str], *, event: bool) -> None:
-        """Let the grids of stepped weights follow; at an event those of all."""
+        """Let the grids of stepped weights follow; at an event those of all.
+
+        Raises:
+            FloatingPointError: naming the parameter whose weights are no longer finite.
+        """
         for slot, maker in self.pairs:
             if event or slot.path in stepped:
-                moved = maker.step(masked(slot), event=event)
+                values = masked(slot)
+                try:
+                    moved = maker.step(values, event=event)
+                except ValueError as error:
+                    if bool(torch.isfinite(values).all()):
+                        raise
+                    raise FloatingPointError(
+                        f"{slot.path} holds weights that are NaN or infinite: training has "
+                        "diverged. Lower the learning rate, or look at the data"
+                    ) from error
                 if moved is not None:
                     slot.set_values(moved)
 

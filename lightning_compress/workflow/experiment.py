@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from lightning_compress.callbacks import (
     ScoreMonitor,
 )
 from lightning_compress.data import SplitDataModule
-from lightning_compress.files import write_atomically
+from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.report.grids import save_comparison, save_grid
 from lightning_compress.workflow.baselines import shared_checkpoint
@@ -34,6 +35,7 @@ from lightning_compress.workflow.costs import (
 )
 from lightning_compress.workflow.identity import config_hash, dense_recipe
 from lightning_compress.workflow.int8 import int8_bytes, int8_rows, write_int8_files
+from lightning_compress.workflow.locks import sole_run
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
 from lightning_compress.workflow.resume import Earlier
 from lightning_compress.workflow.training import Trained, build_model, load_trained, train
@@ -58,19 +60,28 @@ def run_experiment(
         cfg: the composed config.
         folder: where everything goes; made if it does not exist.
         names: what "model" and "data" are called in print; their classes if not given.
+
+    Raises:
+        OSError: when the folder cannot be written to; FolderInUseError when another run does.
     """
-    _check_writable(folder)
+    hint = ": choose another one with hydra.run.dir=... (hydra.sweep.dir=... for a sweep)"
+    check_writable(folder, hint=hint)
+    with sole_run(folder):
+        return _run(cfg, folder, names or {})
+
+
+def _run(cfg: DictConfig, folder: Path, names: dict[str, str]) -> dict[str, Any]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    OmegaConf.save(cfg, folder / "config.yaml")
+    earlier = Earlier.at(cfg.ckpt_path).carried_to(folder)
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg), what="the config")
     compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
     data: SplitDataModule = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup()
     kind = build_model(cfg, data, seed=cfg.seed).kind  # finds mistakes before anything trains
-    called = {"model": cfg.model._target_, "data": cfg.data._target_, **(names or {})}
+    called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
     evaluator = Evaluator(cfg.evaluate, data, str(kind), called["data"].rsplit(".", 1)[-1])
-    earlier = Earlier.at(cfg.ckpt_path)
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
@@ -243,21 +254,9 @@ def _write_samples(
 
 
 def _write_curves(path: Path, dense: Trained, compressed: Trained) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("run", "step", "metric", "value"))
-        for run, trained in (("dense", dense), ("compressed", compressed)):
-            writer.writerows((run, *row) for row in trained.rows)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to the output folder {folder} ({error.strerror}): choose another one "
-            "with hydra.run.dir=... (hydra.sweep.dir=... for a sweep)"
-        ) from error
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("run", "step", "metric", "value"))
+    for run, trained in (("dense", dense), ("compressed", compressed)):
+        writer.writerows((run, *row) for row in trained.rows)
+    write_atomically(path, text.getvalue(), what="the curves")

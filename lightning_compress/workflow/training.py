@@ -33,7 +33,7 @@ FINAL, LAST, INTERRUPTED = "final.ckpt", "last.ckpt", "interrupted.ckpt"
 
 
 class InterruptedRunError(RuntimeError):
-    """A run that was stopped by Ctrl-C; its folder holds a checkpoint to go on from."""
+    """A run that was stopped by Ctrl-C or SIGTERM; what it had is in its folder, to go on from."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def train(
         ckpt_path: an interrupted training's checkpoint.
 
     Raises:
-        InterruptedRunError: after Ctrl-C.
+        InterruptedRunError: after Ctrl-C or SIGTERM.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, history, start = build_model(cfg, data, seed=seed), History(), time.monotonic()
@@ -115,6 +115,8 @@ def train(
         close_loggers(trainer.loggers)
     trainer.save_checkpoint(folder / FINAL)
     (folder / INTERRUPTED).unlink(missing_ok=True)
+    if trainer.received_sigterm:  # after the last batch, when nothing looks for it any more
+        raise InterruptedRunError(f"interrupted after the training of {folder.name}")
     return Trained(model, history.rows, trainer.global_step, time.monotonic() - start)
 
 
@@ -149,7 +151,7 @@ def _fit(
     try:
         resumed = None if ckpt_path is None else str(ckpt_path)
         trainer.fit(model, datamodule=data, ckpt_path=resumed)
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C and SIGTERM
         if trainer.interrupted:
             raise InterruptedRunError(f"interrupted in epoch {trainer.current_epoch}") from stop
         raise
