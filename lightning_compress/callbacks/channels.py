@@ -289,7 +289,7 @@ class ChannelPruning(MaskCallback):
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.cutter is not None
-        target = (1 - self.part.ask(self.events.position)) * self.total
+        target = (1 - self.part.ask(self.part.target(self.events.position))) * self.total
         over = self.events.over
         relative = self.criterion not in ABSOLUTE
         gone = self.cutter.choose(
