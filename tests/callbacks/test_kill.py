@@ -26,6 +26,11 @@ def epochs_saved(folder):
     return torch.load(last, weights_only=False)["epoch"] + 1 if last.exists() else 0
 
 
+def stamp(folder):
+    last = folder / "last.ckpt"
+    return last.stat().st_mtime_ns if last.exists() else 0
+
+
 def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
@@ -37,14 +42,18 @@ def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(tmp_path, mo
     assert process.exitcode == 0
     usual = time.monotonic() - start
     moments, kills = random.Random(0), 0
-    while kills < 5 and not (parts / "final.pt").exists():
-        before = epochs_saved(parts)
+    for turn in range(5):  # of 12 epochs each turn but the first saves one, and perhaps two more
+        before, seen = epochs_saved(parts), stamp(parts)
         process = started(monkeypatch, train, parts)
-        process.join(usual * moments.uniform(0.2, 0.7))
+        while turn and process.is_alive() and stamp(parts) == seen:
+            time.sleep(0.002)
+        process.join(usual / EPOCHS * moments.uniform(0, 1))
         kills += process.exitcode is None
         process.kill()
         process.join()
-        assert epochs_saved(parts) >= before  # whole files only, and never an older one
+        assert epochs_saved(parts) >= before + bool(
+            turn
+        )  # whole files only, and never an older one
     assert kills >= 2
     process = started(monkeypatch, train, parts)
     process.join(240)
