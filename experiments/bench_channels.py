@@ -15,6 +15,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -154,7 +155,7 @@ class Bench:
         return self.measured(found[high], variant) | {"ratio": high / 16}
 
     def _cut(self, model: Any, ratio: float) -> None:
-        import torch_pruning as tp
+        tp = import_module("torch_pruning")
 
         for name in PARTS[self.start.name]:
             part, inputs = model.parts()[name]

@@ -9,6 +9,7 @@ python experiments/bench_pt2e.py [steps of an epoch [copies]]
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import torch
 from bench_int8 import upsampling_generator
@@ -25,10 +26,9 @@ COPIES = int(sys.argv[2]) if len(sys.argv) > 2 else 4
 
 def by_pt2e(generator: nn.Module) -> nn.Module:
     """The exported generator with fake quantization of weights and activations, 8 bits."""
-    from torchao.quantization.pt2e import allow_exported_model_train_eval
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
+    pt2e = import_module("torchao.quantization.pt2e")
+    prepare_qat_pt2e = import_module("torchao.quantization.pt2e.quantize_pt2e").prepare_qat_pt2e
+    x86 = import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     batch = torch.export.Dim("batch", min=2, max=4096)
@@ -39,7 +39,7 @@ def by_pt2e(generator: nn.Module) -> nn.Module:
     prepared = prepare_qat_pt2e(exported.module(), quantizer)
     kinds = [type(module).__name__ for module in prepared.modules()]
     assert any("FakeQuantize" in kind for kind in kinds), kinds
-    return allow_exported_model_train_eval(prepared)
+    return pt2e.allow_exported_model_train_eval(prepared)
 
 
 def fresh(arm: str) -> tuple[DCGAN, list[Callback]]:

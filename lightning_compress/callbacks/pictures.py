@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from lightning_compress.errors import require
 from lightning_compress.evaluation.modes import evaluating
 
 __all__ = ["LoggedPictures"]
@@ -83,8 +84,7 @@ def _tensorboard(
 
 
 def _wandb(logger: Any, grid: Tensor | None, weights: Mapping[str, Tensor], step: int) -> None:
-    import wandb
-
+    wandb = require("wandb", extra="wandb")
     found: dict[str, Any] = {
         f"weights/{name}": wandb.Histogram(np_histogram=np.histogram(weight.numpy(), bins=BINS))
         for name, weight in weights.items()
