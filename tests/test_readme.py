@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import seed_everything
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -20,6 +21,7 @@ def test_python_blocks_run_on_a_project_of_ones_own(index, tmp_path, monkeypatch
     from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 
     monkeypatch.chdir(tmp_path)
+    seed_everything(0, verbose=False)  # a budget may be missed, which is a warning: not by luck
 
     class Fresh(TinyAutoencoder):
         pass
