@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from lightning_compress.errors import require
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 
 __all__ = ["LoggedPictures"]
 

@@ -17,9 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.conversion.inputs import take_rows
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 
-__all__ = ["file_sizes", "macs", "parameter_counts", "safetensors_bytes", "torch_bytes"]
+__all__ = [
+    "file_sizes",
+    "flop_counter",
+    "macs",
+    "parameter_counts",
+    "safetensors_bytes",
+    "torch_bytes",
+    "unfused_attention",
+]
 
 
 def _bilinear(_a: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -39,8 +47,13 @@ FORMULAS = {
 }
 
 
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of matrix products and convolutions, with what its own table lacks."""
+    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
 @contextmanager
-def _unfused_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Attention as matrix products: its fused CPU kernels are not in the table either."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -80,8 +93,8 @@ def macs(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> int:
     32
     """
     example = take_rows(inputs, 1)
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    with evaluating(module), _unfused_attention(), counter:
+    counter = flop_counter()
+    with evaluating(module), unfused_attention(), counter:
         module(*example)
     return counter.get_total_flops() // 2
 

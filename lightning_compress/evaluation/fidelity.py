@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 
 __all__ = ["extract_features", "fidelity", "noise_floor", "precision_recall"]
 

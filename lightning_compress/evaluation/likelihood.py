@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's own alias)
 
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 
 __all__ = ["accuracy", "likelihood"]
 

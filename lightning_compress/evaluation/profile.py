@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.conversion.inputs import take_rows
-from lightning_compress.evaluation.cost import FORMULAS
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.evaluation.cost import flop_counter, unfused_attention
+from lightning_compress.modes import evaluating
 
 __all__ = ["LayerProfile", "profile_layers"]
 
@@ -59,7 +59,8 @@ def profile_layers(
         leaves = {path: one for path, one in network.named_modules() if not list(one.children())}
         with evaluating(network):
             times = _times(network, example, leaves, repeats)
-            macs = _macs(network, example, leaves)
+            with unfused_attention():
+                macs = _macs(network, example, leaves)
         for path, layer in leaves.items():
             full = f"{name}.{path}" if path else name
             ms = median(times[path]) if times[path] else 0.0
@@ -117,7 +118,7 @@ def _macs(
 
     def start(path: str) -> Any:
         def hook(*_: Any) -> None:
-            counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+            counter = flop_counter()
             open_counters[path] = counter
             counter.__enter__()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.adaptive.curves import LayerScan, Sensitivity
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 from lightning_compress.pruning.masks import global_masks
 from lightning_compress.quantization.quantizers import affine_grid, check_bits
 from lightning_compress.quantization.rate import entropy_bits

@@ -19,7 +19,7 @@ from lightning_compress.evaluation.features import (
 )
 from lightning_compress.evaluation.fidelity import fidelity, noise_floor
 from lightning_compress.evaluation.likelihood import accuracy, likelihood
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 from lightning_compress.quantization.activations import fake_quantized
 
 __all__ = ["METRICS", "Evaluator", "Metric", "judge", "spread_of"]

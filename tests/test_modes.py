@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.evaluation.modes import evaluating
+from lightning_compress.modes import evaluating
 
 
 @pytest.mark.parametrize("failing", [False, True])
