@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 
+from lightning_compress.app import main
+from lightning_compress.commands import COMMANDS
+
 torch.set_num_threads(1)
 
 
@@ -15,3 +18,27 @@ def _lightning_speaks():
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture
+def cli(request, tmp_path, monkeypatch, capsys, tmp_path_factory):
+    """Runs the command line in an empty folder; returns exit code, output and errors.
+
+    With `small`, the test module's `SMALL` stands before overrides of the test's own, which so win,
+    and behind a command or an option, which come first.
+    """
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path_factory.getbasetemp() / "features"
+
+    def call(*words, small=True):
+        extra = [*request.module.SMALL, f"evaluate.cache_dir={cache}"] if small else []
+        first = bool(words) and (words[0] in COMMANDS or words[0].startswith("--"))
+        code = 0
+        try:
+            main([*words, *extra] if first else [*extra, *words])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

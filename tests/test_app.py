@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_compress.app import main
-
 SMALL = [
     "model.width_multiplier=0.25",
     "trainer.max_epochs=1",
@@ -22,25 +20,6 @@ SMALL = [
     "export.onnx=false",
     "compression.prune.end=1.0",
 ]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys, tmp_path_factory):
-    """Runs the command line in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    cache = tmp_path_factory.getbasetemp() / "features"
-
-    def call(*words, small=True):
-        extra = [*SMALL, f"evaluate.cache_dir={cache}"] if small else []
-        code = 0
-        try:
-            main([*extra, *words])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_a_run_leaves_all_files_and_a_second_one_another_folder(cli, tmp_path):

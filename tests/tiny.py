@@ -79,3 +79,12 @@ class TinyGAN(LightningModule):
     def configure_optimizers(self):
         generator = torch.optim.Adam(self.generator.parameters(), lr=0.01, betas=(0.5, 0.9))
         return generator, torch.optim.Adam(self.discriminator.parameters(), lr=0.01)
+
+
+def randomize(module, *, seed, low, spread):
+    """Values that no two channels share, with the statistics of a trained norm."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in [*module.parameters(), *module.buffers()]:
+            if value.is_floating_point():
+                value.copy_(low + spread * torch.rand(value.shape, generator=generator))

@@ -1,8 +1,10 @@
 """Students that begin with their teacher's channels."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -45,13 +47,7 @@ def outputs(model, path):
     return found if isinstance(found, tuple) else (found,)
 
 
-def randomize(module):
-    """Values that no two channels share, with the statistics of a trained norm."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in [*module.parameters(), *module.buffers()]:
-            if value.is_floating_point():
-                value.copy_(0.2 + 0.5 * torch.rand(value.shape, generator=generator))
+randomize = partial(tiny.randomize, seed=0, low=0.2, spread=0.5)
 
 
 @pytest.mark.parametrize(("name", "path"), PARTS)

@@ -1,8 +1,10 @@
 """Channels are found and removed exactly, in all our models and in odd modules."""
 
 import re
+from functools import partial
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,12 +38,7 @@ PARTS = [
 ]
 
 
-def randomize(module):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for value in [*module.parameters(), *module.buffers()]:
-            if value.is_floating_point():
-                value.copy_(0.1 + 0.4 * torch.rand(value.shape, generator=generator))
+randomize = partial(tiny.randomize, seed=1, low=0.1, spread=0.4)
 
 
 def tensors(out):

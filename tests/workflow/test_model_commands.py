@@ -7,7 +7,6 @@ import yaml
 from PIL import Image
 
 from lightning_compress.adaptive.curves import Sensitivity
-from lightning_compress.app import main
 
 SMALL = [
     "model.width_multiplier=0.25",
@@ -19,24 +18,6 @@ SMALL = [
     "export.onnx=false",
 ]
 SHORT = ["--rows", "64", "--sparsities", "0.5,0.9", "--bits", "3,6"]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys, tmp_path_factory):
-    monkeypatch.chdir(tmp_path)
-    cache = tmp_path_factory.getbasetemp() / "features"
-
-    def call(*words, small=True):
-        code = 0
-        extra = [*SMALL, f"evaluate.cache_dir={cache}"] if small else []
-        try:
-            main([*words, *extra])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize("model", ["vae", "dcgan", "simple_net"])
