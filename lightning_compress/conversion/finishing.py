@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from lightning_compress.conversion.channels_last import channels_last_moves
 from lightning_compress.conversion.integers import IntegerWeight, StoredWeight
 from lightning_compress.conversion.runtime import FOLD_WEIGHTS
 from lightning_compress.conversion.saturation import is_cut_off
@@ -24,6 +25,8 @@ def finished_models(
     sites: Sequence[Site],
     stored: Mapping[str, StoredWeight],
     seen: Mapping[str, NDArray],
+    *,
+    channels_last: bool = True,
 ) -> tuple[list[Any], dict[str, str]]:
     """Store the weights; returns the finished models and why some weights multiply as floats.
 
@@ -51,6 +54,8 @@ def finished_models(
     whole = {name for name, site in zip(placed, sites, strict=True) if site.whole}
     reasons = _place_others(graph, stored, placed)
     require("onnxscript.optimizer", extra="onnx").optimize(model)
+    if channels_last:
+        channels_last_moves(model)
     ir = require("onnx_ir", extra="onnx")
     levels = [risky & shifted] + ([risky] if risky - shifted else [])
     copies = [model, *(ir.from_proto(ir.to_proto(model)) for _ in levels[1:])]

@@ -17,7 +17,7 @@ ELEMENTWISE = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh")
 
 
 def norm_behind(site: Site) -> tuple[Any, int] | None:
-    """The BatchNormalization that alone reads a product, and how often each channel repeats.
+    """The BatchNormalization that alone reads a product, and how many outputs share a channel.
 
     Between them may stand the steps that a rewritten transposed convolution ends with, or a
     reshape of (N, channels * size) to (N, channels, ...): then `size` weights share a channel.
@@ -56,7 +56,8 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
     gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     shift = beta - mean * factor
-    factor, shift = factor.repeat(repeats), shift.repeat(repeats)
+    spread = np.tile if _offsets_first(site) else np.repeat
+    factor, shift = spread(factor, repeats), spread(shift, repeats)
     shape = [1] * site.weight.symbols.ndim
     shape[site.channel_axis] = -1
     site.weight = site.weight.scaled(factor.astype(np.float32).reshape(shape))
@@ -68,6 +69,16 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
     return new
+
+
+def _offsets_first(site: Site) -> bool:
+    """Whether a rewritten transposed convolution's channels are `(i, j, out)`."""
+    node = only_use(site.output)
+    return (
+        node is not None
+        and node.op_type == "DepthToSpace"
+        and attribute(node, "mode", "DCR") == "DCR"
+    )
 
 
 def _numbers(value: Any) -> NDArray[np.float64]:

@@ -22,13 +22,14 @@ from lightning_compress.conversion.rounding import (
 )
 from lightning_compress.conversion.saturation import seen_inputs
 from lightning_compress.conversion.sites import Site, find_sites, is_move
-from lightning_compress.conversion.transposed import rewrite_transposed
+from lightning_compress.conversion.transposed import rewrite_narrow, rewrite_transposed
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
 
-__all__ = ["Int8Model", "int8_model"]
+__all__ = ["RUNTIMES", "Int8Model", "int8_model"]
 
 OPSET = 21  # the first with 4-bit whole numbers
+RUNTIMES = ("onnxruntime", "openvino")
 
 Calibration = Iterable[Tensor | tuple[Tensor, ...]]
 
@@ -67,6 +68,7 @@ def int8_model(
     calibration: Calibration | None,
     percentile: float,
     shown: Sequence[tuple[Tensor, ...]],
+    runtime: str = RUNTIMES[0],
 ) -> Int8Model:
     """Build the model of a plain copy; the arguments are those of `export_onnx`.
 
@@ -82,14 +84,16 @@ def int8_model(
     result.weights = {name: weight.source for name, weight in stored.items()}
     points = _give_grids(result, sites)
     result.rounds = bool(points) or any(site.input_grid or site.output_grid for site in sites)
-    _rewrite(result, sites, points)
+    _rewrite(result, sites, points, narrow=runtime == RUNTIMES[0])
     result.steps = [_step_behind(value) for value in model.graph.outputs]
     reading = [site.path for site in sites if site.whole]
     result.products = len(reading)
     bits = [site.input_grid.bits for site in sites if site.input_grid is not None]
     result.coarsest = 2 ** (8 - min(bits, default=8))
     seen = seen_inputs(plain, reading, shown)
-    result.models, reasons = finished_models(model, sites, stored, seen)
+    result.models, reasons = finished_models(
+        model, sites, stored, seen, channels_last=runtime == RUNTIMES[0]
+    )
     result.reasons = reasons | result.reasons
     return result
 
@@ -104,7 +108,9 @@ def _give_grids(result: Int8Model, sites: list[Site]) -> dict[Any, AffineGrid]:
     return points
 
 
-def _rewrite(result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid]) -> None:
+def _rewrite(
+    result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid], *, narrow: bool
+) -> None:
     graph = result.models[0].graph
     for site in sites:
         site.whole = _can_run(result, site, is_rounded(site, sites, points))
@@ -113,6 +119,8 @@ def _rewrite(result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid]
             obstacle = rewrite_transposed(graph, site)
             if obstacle is not None:
                 site.whole, result.reasons[site.path] = False, obstacle
+        elif site.whole and narrow and site.node.op_type == "Conv":
+            rewrite_narrow(graph, site)
     for site in sites:
         _fold(graph, site, points)
     for site in sites:

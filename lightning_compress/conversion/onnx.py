@@ -19,7 +19,7 @@ from lightning_compress.conversion.checks import (
 )
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.inputs import as_inputs
-from lightning_compress.conversion.int8 import int8_model
+from lightning_compress.conversion.int8 import RUNTIMES, int8_model
 from lightning_compress.conversion.parity import Parity
 from lightning_compress.conversion.plain import plain_copy
 from lightning_compress.conversion.runtime import executed_ops, session_options
@@ -75,6 +75,7 @@ def export_onnx(
     percentile: float = 100.0,
     opset: int | None = None,
     tolerance: float = 1e-4,
+    runtime: str = RUNTIMES[0],
 ) -> OnnxInfo:
     """Write a module as one ONNX file and check it against PyTorch.
 
@@ -97,6 +98,8 @@ def export_onnx(
         opset: ONNX operator set version; None leaves the choice to the exporter (int8: 21).
         tolerance: largest absolute difference from PyTorch, at the sample's and at other batch
             sizes. Where activations are rounded, the measure is one step of the output's grid.
+        runtime: "onnxruntime" or "openvino": which one an int8 file is to be fastest in. Both
+            run either file.
 
     Raises:
         OnnxMismatchError: when the file's outputs differ by more than `tolerance`, or by more than
@@ -108,13 +111,23 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, extra="onnx")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r}: valid are {list(RUNTIMES)}")
     if calibration is not None and not int8:
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
     inputs = tuple(part.detach().cpu() for part in as_inputs(sample))
     plain = plain_copy(module)
     if int8:
         return _export_int8(
-            module, plain, Path(path), inputs, opset, calibration, percentile, tolerance
+            module,
+            plain,
+            Path(path),
+            inputs,
+            opset=opset,
+            calibration=calibration,
+            percentile=percentile,
+            tolerance=tolerance,
+            runtime=runtime,
         )
     model = onnx_program(plain, inputs, opset).model
     proto = _proto(model, Path(path))
@@ -131,10 +144,12 @@ def _export_int8(
     plain: nn.Module,
     path: Path,
     inputs: tuple[Tensor, ...],
+    *,
     opset: int | None,
     calibration: Iterable[Tensor | tuple[Tensor, ...]] | None,
     percentile: float,
     tolerance: float,
+    runtime: str,
 ) -> OnnxInfo:
     shown: list[tuple[Tensor, ...]] = []
     if calibration is not None:
@@ -150,6 +165,7 @@ def _export_int8(
         calibration=calibration,
         percentile=percentile,
         shown=shown,
+        runtime=runtime,
     )
     protos = [_proto(model, path) for model in built.models]
     settings = session_options({entry.key: entry.value for entry in protos[0].metadata_props})

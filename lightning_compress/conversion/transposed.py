@@ -1,4 +1,4 @@
-"""ConvTranspose in an exported graph, replaced by what has an int8 kernel."""
+"""Convolutions in an exported graph, replaced by those with a fast int8 kernel."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from lightning_compress.conversion.integers import IntegerWeight
-from lightning_compress.conversion.rewrites import TransposedAsConv, transposed_as_conv
+from lightning_compress.conversion.rewrites import InBlocks, conv_in_blocks, transposed_as_conv
 from lightning_compress.conversion.sites import Site, attribute
 from lightning_compress.errors import require
 
-__all__ = ["rewrite_transposed"]
+__all__ = ["rewrite_narrow", "rewrite_transposed"]
 
+KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
 TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -32,12 +33,41 @@ def rewrite_transposed(graph: Any, site: Site) -> str | None:
         output_padding=tuple(attribute(node, "output_padding", [0, 0])),
         groups=groups,
     )
+    _put(graph, site, as_conv, groups)
+    return None
+
+
+def rewrite_narrow(graph: Any, site: Site) -> None:
+    """Let a Conv with few outputs make 2 x 2 pixels at a time, where its pictures are even."""
+    node, weight = site.node, site.weight
+    if not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
+        return
+    pads, shape = list(attribute(node, "pads", [0, 0, 0, 0])), node.outputs[0].shape
+    plain = (
+        attribute(node, "group", 1) == 1
+        and set(attribute(node, "strides", [1, 1])) == {1}
+        and set(attribute(node, "dilations", [1, 1])) == {1}
+        and pads[:2] == pads[2:]
+    )
+    kernel, few = weight.symbols.shape[2:], 4 * weight.symbols.shape[0] <= KERNEL_CHANNELS
+    if not (plain and few and min(kernel) > 1) or shape is None:
+        return
+    if all(isinstance(shape[axis], int) and shape[axis] % 2 == 0 for axis in (2, 3)):
+        _put(
+            graph,
+            site,
+            conv_in_blocks(torch.from_numpy(weight.symbols), padding=(pads[0], pads[1])),
+            1,
+        )
+
+
+def _put(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
+    assert isinstance(site.weight, IntegerWeight)
     site.weight = _as_conv_weight(site.weight, as_conv, groups)
     if site.bias is not None:
-        site.bias = site.bias.repeat(block**2)
-    site.node = _replace(graph, node, as_conv, groups)
+        site.bias = as_conv.spread(torch.from_numpy(site.bias)).numpy()
+    site.node = _replace(graph, site.node, as_conv, groups)
     site.output = site.node.outputs[0]
-    return None
 
 
 def _obstacle(site: Site) -> str | None:
@@ -59,13 +89,15 @@ def _obstacle(site: Site) -> str | None:
     return None
 
 
-def _as_conv_weight(weight: IntegerWeight, as_conv: TransposedAsConv, groups: int) -> IntegerWeight:
-    """Channel `(group, out, i, j)` of the convolution has the step of `out`."""
+def _as_conv_weight(weight: IntegerWeight, as_conv: InBlocks, groups: int) -> IntegerWeight:
+    """Channel `(group, out, i, j)` or `(i, j, out)` of the convolution has the step of `out`."""
 
     def spread(part: np.ndarray) -> np.ndarray:
         if part.size == 1:
             return part
-        return np.tile(part.reshape(-1).repeat(as_conv.block**2), groups).reshape(-1, 1, 1, 1)
+        return np.tile(as_conv.spread(torch.from_numpy(part.reshape(-1))), groups).reshape(
+            -1, 1, 1, 1
+        )
 
     return replace(
         weight,
@@ -75,7 +107,7 @@ def _as_conv_weight(weight: IntegerWeight, as_conv: TransposedAsConv, groups: in
     )
 
 
-def _replace(graph: Any, node: Any, as_conv: TransposedAsConv, groups: int) -> Any:
+def _replace(graph: Any, node: Any, as_conv: InBlocks, groups: int) -> Any:
     """Put the three nodes in place of one; returns the convolution."""
     ir = require("onnx_ir", extra="onnx")
     scopes = dict(node.metadata_props)
@@ -83,11 +115,12 @@ def _replace(graph: Any, node: Any, as_conv: TransposedAsConv, groups: int) -> A
         "group": groups,
         "kernel_shape": list(as_conv.weight.shape[2:]),
         "pads": [*as_conv.padding, *as_conv.padding],
+        "strides": [as_conv.stride, as_conv.stride],
     }
     conv = ir.node("Conv", list(node.inputs), attributes, metadata_props=scopes)
     nodes = [conv]
     if as_conv.block > 1:
-        shuffle = {"blocksize": as_conv.block, "mode": "CRD"}
+        shuffle = {"blocksize": as_conv.block, "mode": "DCR" if as_conv.offsets_first else "CRD"}
         nodes.append(
             ir.node("DepthToSpace", [nodes[-1].outputs[0]], shuffle, metadata_props=scopes)
         )

@@ -15,7 +15,7 @@ from lightning_compress.conversion.onnx import OnnxInfo, OnnxMismatchError, expo
 from lightning_compress.data import SplitDataModule
 from lightning_compress.state import compression_state
 
-__all__ = ["int8_bytes", "int8_path", "int8_rows", "write_int8_files"]
+__all__ = ["inputs_in_use", "int8_bytes", "int8_path", "int8_rows", "write_int8_files"]
 
 DRAWN = 64
 BATCHES = 4
@@ -39,7 +39,7 @@ def write_int8_files(
     infos: dict[str, OnnxInfo | OnnxMismatchError] = {}
     for name, (part, sample) in model.parts().items():
         known = compression_state(part).activations or any(map(_recurs, part.modules()))
-        calibration = None if known else _inputs_in_use(model, part, data)
+        calibration = None if known else inputs_in_use(model, part, data)
         path = int8_path(folder, name)
         try:
             infos[name] = export_onnx(part, path, sample, int8=True, calibration=calibration)
@@ -78,7 +78,7 @@ def _row(info: OnnxInfo | OnnxMismatchError) -> dict[str, Any]:
     }
 
 
-def _inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tuple[Tensor, ...]]:
+def inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tuple[Tensor, ...]]:
     """What a part is given while the model draws, and encodes or classifies training data."""
     seen: list[tuple[Tensor, ...]] = []
     model = model.cpu().eval()

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lightning_compress.conversion.rewrites import transposed_as_conv
+from lightning_compress.conversion.rewrites import conv_in_blocks, transposed_as_conv
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
@@ -29,3 +29,23 @@ def test_whole_numbers_stay_whole():
     assert rewritten.weight.dtype == torch.int32
     assert rewritten.weight.shape == (12, 2, 2, 2)  # the 3 x 3 kernel is filled up to 4 x 4
     assert rewritten.weight.abs().sum() == weight.abs().sum()
+
+
+@given(
+    kernel=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    outputs=st.integers(1, 4),
+    half=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    data=st.data(),
+)
+def test_a_convolution_makes_blocks_of_pixels(kernel, outputs, half, data):
+    padding = tuple(data.draw(st.integers(0, side - 1)) for side in kernel)
+    sides = [2 * h + k - 1 - 2 * p for h, k, p in zip(half, kernel, padding, strict=True)]
+    if min(sides) < 1:
+        return
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.rand(2, 3, *sides, generator=generator)
+    weight = torch.rand(outputs, 3, *kernel, generator=generator) - 0.5
+    bias = torch.rand(outputs, generator=generator)
+    rewritten = conv_in_blocks(weight, padding=padding)
+    expected = functional.conv2d(x, weight, bias, padding=padding)
+    torch.testing.assert_close(rewritten(x, bias), expected, atol=1e-5, rtol=0)
