@@ -25,6 +25,7 @@ import torch
 from bench_rows import Rows, read_rows
 from finetuning import Start
 from lightning.pytorch.callbacks import ModelPruning
+from show_pruning_quality import insert
 from torch import nn
 
 from lightning_compress import (
@@ -56,6 +57,7 @@ MODELS: dict[str, tuple[list[str], int, list[str]]] = {
     ),
 }
 METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
+MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
 
@@ -245,9 +247,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--epochs", type=int, help="of the dense start")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/channels"))
+    parser.add_argument(
+        "--page", type=Path, help="only put the tables so far into docs/channels.md"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if args.page is not None:
+        insert(args.page, tables(args.out, args.steps), *MARKS)
+        return
     rows = Rows(args.out / "rows.jsonl", keys=("model", "seed", "steps", "variant"))
     times = Rows(args.out / "latency.jsonl", keys=("model", "seed", "steps", "left"))
     for seed in args.seeds:
@@ -264,13 +272,29 @@ def main() -> None:
                     rows.make(partial(make, bench, variant), **key, variant=variant)
             for left in args.left if seed == args.seeds[0] else []:
                 times.make(partial(timed, bench, left, args.rounds), **key, left=left)
-    print(table(read_rows(args.out / "rows.jsonl"), args.steps))
+    print(tables(args.out, args.steps))
+
+
+def tables(folder: Path, steps: int) -> str:
+    """Quality by variant, then latency."""
+    times = [row for row in read_rows(folder / "latency.jsonl") if row["steps"] == steps]
+    lines = [
+        "| model | MACs | batch | dense fp32 | pruned fp32 | pruned int8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in times:
+        for batch in (1, 16):
+            kinds = [row.get(f"{kind} batch{batch}_threads1") for kind in ("dense", "fp32", "int8")]
+            cells = [f"{at['ms']:.2f} ms, {at['faster']:.1f}×" if at else "–" for at in kinds]
+            left = f"1/{1 / row['left']:.0f}"
+            lines.append(f"| {row['model']} | {left} | {batch} | " + " | ".join(cells) + " |")
+    return table(read_rows(folder / "rows.jsonl"), steps) + "\n\n" + "\n".join(lines)
 
 
 def table(rows: list[Row], steps: int) -> str:
     """Means and spreads over seeds."""
     lines = [
-        "| model | variant | MACs | parameters | quality | seeds |",
+        "| model | variant | MACs | parameters | quality (lower is better) | seeds |",
         "|---|---|---|---|---|---|",
     ]
     wanted = [row for row in rows if row["steps"] == steps]
@@ -280,7 +304,7 @@ def table(rows: list[Row], steps: int) -> str:
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         macs, params = (mean(row[one] for row in own) for one in ("macs", "params"))
         lines.append(
-            f"| {model} | {variant} | {macs:.1f}x fewer | {params:.1f}x fewer "
+            f"| {model} | {variant} | {macs:.1f}× fewer | {params:.1f}× fewer "
             f"| {METRIC[model]} {mean(values):.2f}{spread} | {len(own)} |"
         )
     return "\n".join(lines)
