@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,8 +53,9 @@ def latency(
 ) -> dict[str, Latency]:
     """Time candidates in turn, `repeats` rounds of one call each, after `warmup` rounds.
 
-    In turn, so that a busy moment of the machine meets all of them; every other round runs in
-    reverse order. PyTorch's thread count is put back.
+    In turn, so that a busy moment of the machine meets all of them; in an order drawn anew each
+    round, so that each follows each, and never itself: it would find its own memory in the caches.
+    PyTorch's thread count is put back.
 
     Raises:
         ValueError: without candidates, or when `repeats` < 1 or `warmup` < 0.
@@ -69,13 +71,24 @@ def latency(
         )
     times: dict[str, list[float]] = {name: [] for name in candidates}
     with _quiet_interpreter():
-        for turn in range(-warmup, repeats):
-            for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
+        for turn, order in enumerate(_orders(list(candidates), warmup + repeats)):
+            for name in order:
                 elapsed = _time(candidates[name])
-                if turn >= 0:
+                if turn >= warmup:
                     times[name].append(elapsed)
     first = np.asarray(next(iter(times.values())))
     return {name: _summary(np.asarray(values), first) for name, values in times.items()}
+
+
+def _orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """An order of the names for each round, drawn with a fixed seed; none runs twice in a row."""
+    draw, last = random.Random(0), None
+    for _ in range(rounds):
+        order = draw.sample(names, len(names))
+        if order[0] == last:
+            order.append(order.pop(0))
+        last = order[-1]
+        yield order
 
 
 def latency_grid(
