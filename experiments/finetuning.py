@@ -1,4 +1,4 @@
-"""Short runs from one dense start: a small VAE and a small DCGAN on Fashion-MNIST."""
+"""Short runs from one dense start: a small VAE and a small DCGAN on Fashion-MNIST, or others."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class Start:
         seed: of weights, noise and order.
         folder: where the dense weights are kept.
         models: overrides, epochs and small layers by name.
+        data: overrides that choose the data.
+        pictures: whether the pictures of a VAE are measured too, which takes a minute.
     """
 
     def __init__(
@@ -56,11 +58,15 @@ class Start:
         seed: int,
         folder: Path,
         models: Mapping[str, tuple[list[str], int, list[str]]] = MODELS,
+        *,
+        data: Sequence[str] = ("data=fashion_mnist",),
+        pictures: bool = False,
     ) -> None:
         overrides, self.epochs, self.spared = models[name]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            self.cfg = compose("train", [*overrides, "data=fashion_mnist", f"seed={seed}"])
-        self.name, self.seed = name, seed
+            self.cfg = compose("train", [*overrides, *data, f"seed={seed}"])
+        self.name, self.seed, self.pictures = name, seed, pictures
+        self.data_name = data[0].partition("=")[2]
         self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")
         self.data.prepare_data()
         self.data.setup()
@@ -102,14 +108,14 @@ class Start:
         trainer.fit(model, datamodule=self.data)
 
     def quality(self, model: Any) -> dict[str, float]:
-        """As an experiment measures it; of the VAE the likelihood alone, which is quick."""
+        """As an experiment measures it; of a VAE the likelihood alone unless `pictures`."""
         return self.evaluator(model).quality(model.eval())
 
     def evaluator(self, model: Any) -> Evaluator:
         """What measures it."""
         if self._evaluator is None:
             kind = str(model.kind)
-            self._evaluator = Evaluator(self.cfg.evaluate, self.data, kind, "fashion_mnist")
-            if kind == "vae":
+            self._evaluator = Evaluator(self.cfg.evaluate, self.data, kind, self.data_name)
+            if kind == "vae" and not self.pictures:
                 self._evaluator.extractor = None
         return self._evaluator

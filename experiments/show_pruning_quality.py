@@ -32,11 +32,11 @@ def main(path: Path, folder: Path) -> None:
     plot(cells, models, folder / "pruning_quality.png")
 
 
-def insert(page: Path, text: str) -> None:
+def insert(page: Path, text: str, mark: str = MARK, end: str = END) -> None:
     """Puts a text between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARK)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{MARK}\n{text}\n{END}{after}", encoding="utf-8")
+    before, _, rest = page.read_text(encoding="utf-8").partition(mark)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{mark}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def short_table(cells: Cells, models: list[str]) -> str:

@@ -1,0 +1,57 @@
+"""The headline: every method and its peers on the same dense models, for equal steps.
+
+Each row goes on from the same dense model (the dense row too), is measured on the test split, and
+ships a file. Seeds 1, 2 ... make the headline rows alone: their spread is the noise. Finished rows
+are kept, so that a stopped command goes on. `show_headline.py` makes the tables and the picture.
+
+python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from bench_rows import Rows
+from headline_arms import ARMS, HEADLINE
+from headline_files import Row, measured
+from headline_runs import SETS, Runs
+
+ROUNDS = 100
+
+
+def row(runs: Runs, arm: str) -> Row:
+    """Trains, ships and measures."""
+    home = runs.folder / "".join(one if one.isalnum() else "-" for one in arm)
+    home.mkdir(exist_ok=True)
+    shipped = ARMS[arm](runs, home)
+    return measured(runs, shipped, runs.folder / "dense", ROUNDS)
+
+
+def main() -> None:
+    """Makes the missing rows: all models of a seed before the next seed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--set", default="fashion", choices=list(SETS), dest="name")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", help="of the set; all")
+    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)}")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/headline"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder = args.out / args.name
+    for seed in args.seeds:
+        for name in args.models or SETS[args.name]:
+            runs = Runs(name, SETS[args.name][name], seed, folder / f"{name}-{seed}")
+            rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
+            for arm in args.arms or (ARMS if seed == args.seeds[0] else HEADLINE):
+                if runs.kind == "recurrent_vae" and "MACs" in arm and "Torch" in arm:
+                    continue  # it cuts no recurrent layers
+                rows.make(partial(row, runs, arm), model=name, seed=seed, arm=arm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What each row of the headline table trains: ours, and what a user would take instead."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from headline_files import OnnxPart, Shipped, lcz
+from headline_runs import Runs, teacher
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_compress import (
+    ChannelPruning,
+    GradualPruning,
+    QuantizationAwareTraining,
+    initialize_from_teacher,
+    quantize_static,
+)
+from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.workflow.costs import deployed_cost
+from lightning_compress.workflow.int8 import inputs_in_use
+from lightning_compress.workflow.quality import rows as images
+from lightning_compress.workflow.training import build_model
+
+__all__ = ["ARMS", "HEADLINE", "Arm"]
+
+Arm = Callable[[Runs, Path], Shipped]
+
+
+def pruning(runs: Runs, sparsity: float, end: float = 0.5) -> GradualPruning:
+    """By the change of the loss, each layer by the same fraction, the smallest left dense."""
+    return GradualPruning(
+        final_sparsity=sparsity,
+        begin=0.02,
+        end=end,
+        criterion="taylor",
+        scope="layer",
+        exclude=list(runs.model.spared),
+    )
+
+
+def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
+    """For the entropy coder."""
+    return QuantizationAwareTraining(
+        activation_bits=None, scheme="entropy", step=step, rate=runs.model.rate, begin=0.35
+    )
+
+
+def int8(begin: float = 0.0) -> QuantizationAwareTraining:
+    """For integer engines."""
+    return QuantizationAwareTraining(weight_bits=8, activation_bits=8, begin=begin, freeze=0.9)
+
+
+def trained(*make: Callable[[Runs], Any], codec: str = "auto", whole: bool = False) -> Arm:
+    """The dense start, trained on with callbacks; with `whole` also as int8 files."""
+
+    def arm(runs: Runs, home: Path) -> Shipped:
+        model = runs.fit(runs.fresh(), [one(runs) for one in make])
+        return lcz(model, home, codec=codec, int8=runs.start.data if whole else None)
+
+    return arm
+
+
+def together(sparsity: float, step: float, *, taught: bool = False) -> Arm:
+    """Masks and grids for the coder in one run, perhaps beside a teacher."""
+    make: list[Callable[[Runs], Any]] = [
+        lambda runs: pruning(runs, sparsity),
+        lambda runs: grids(runs, step),
+    ]
+    return trained(*make, *([teacher] if taught else []))
+
+
+def post_training(runs: Runs, home: Path) -> Shipped:
+    """8 bits for the weights and activations of the dense model, found after training."""
+    model = runs.fit(runs.fresh())
+    z: Any = model.latents(512, seed=1).split(128)
+    if runs.kind == "gan":
+        quantize_static(model.generator, z, weight_bits=8)
+    else:
+        x = images(runs.start.data.train_dataset)[0][:512].split(128)
+        quantize_static(model.encoder, x, weight_bits=8)
+        with torch.no_grad():
+            z = [model.posterior(batch)[0] for batch in x]
+        quantize_static(model.decoder, z, weight_bits=8)
+    return lcz(model, home, int8=runs.start.data)
+
+
+def narrow(runs: Runs, home: Path) -> Shipped:
+    """A student of a quarter of the width that begins with its teacher's channels."""
+    cfg = copy.deepcopy(runs.start.cfg)
+    cfg.model.width_multiplier = 0.25
+    student: Any = build_model(cfg, runs.start.data, seed=runs.seed)
+    dense = runs.fresh()
+    for name in student.parts():
+        initialize_from_teacher(getattr(student, name), getattr(dense, name))
+    return lcz(runs.fit(student, [teacher(runs)]), home)
+
+
+def channels_int8(left: float, *, taught: bool = False) -> Arm:
+    """Smaller layers and integers: the fastest file."""
+    make: list[Callable[[Runs], Any]] = [
+        lambda _: ChannelPruning(budget={"macs": left}, end=0.4),
+        lambda _: int8(begin=0.5),
+    ]
+    return trained(*make, *([teacher] if taught else []), whole=True)
+
+
+def lightning_pruning(runs: Runs, home: Path) -> Shipped:
+    """Lightning's callback, torch.save and gzip."""
+    model = runs.fresh()
+    layers = [
+        (layer, "weight")
+        for path, layer in model.named_modules()
+        if path.startswith(_deployed(model))
+        and isinstance(getattr(layer, "weight", None), nn.Parameter)
+        and layer.weight.dim() > 1
+        and path not in runs.model.spared
+    ]
+    callback = ModelPruning(
+        "l1_unstructured",
+        parameters_to_prune=layers,
+        amount=lambda epoch: 0.9 if epoch == 0 else 0,
+        use_lottery_ticket_hypothesis=False,
+    )
+    runs.fit(model, [callback])
+    torch.save(model.deployed_module().state_dict(), home / "model.pt")
+    data = gzip.compress((home / "model.pt").read_bytes(), 9)
+    (home / "model.pt.gz").write_bytes(data)
+    return Shipped(model, "torch.save + gzip", len(data), home)
+
+
+def torch_and_ort(runs: Runs, home: Path) -> Shipped:
+    """torch.nn.utils.prune with some training, then ONNX Runtime's static quantization."""
+    model = runs.fresh()
+    for path, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        matrix = isinstance(weight, nn.Parameter) and weight.dim() > 1
+        if path.startswith(_deployed(model)) and matrix and path not in runs.model.spared:
+            prune.l1_unstructured(layer, "weight", 0.9)
+    runs.fit(model)
+    for layer in model.modules():
+        if prune.is_pruned(layer) and hasattr(layer, "weight_mask"):
+            prune.remove(layer, "weight")
+    return _quantized_by_ort(runs, model, home)
+
+
+def _quantized_by_ort(runs: Runs, model: Any, home: Path) -> Shipped:
+    quantization: Any = import_module("onnxruntime.quantization")
+    size = 0
+    for name, (part, sample) in model.parts().items():
+        file, small = home / f"{name}.fp32.onnx", home / f"{name}.int8.onnx"
+        export_onnx(part, file, sample)
+        feed = inputs_in_use(model, part, runs.start.data)
+        names = [one.name for one in OnnxPart.open(file).get_inputs()]
+        reader = _Reader([dict(zip(names, (t.numpy() for t in row), strict=True)) for row in feed])
+        quantization.quantize_static(file, small, reader, per_channel=True, reduce_range=True)
+        size += small.stat().st_size
+        setattr(model, name, OnnxPart(small))
+        file.unlink()
+    return Shipped(model, "int8 ONNX", size, home, onnx=True)
+
+
+class _Reader:
+    """What ONNX Runtime's calibration asks for."""
+
+    def __init__(self, feeds: list[dict[str, Any]]) -> None:
+        self.feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch."""
+        return next(self.feeds, None)
+
+
+def torch_pruning(left: float) -> Arm:
+    """Torch-Pruning's high-level pruner at once, then the steps."""
+
+    def arm(runs: Runs, home: Path) -> Shipped:
+        model = runs.fresh()
+        target, found = left * deployed_cost(model)["macs"], {}
+        low, high = 3, 15  # sixteenths: the least that gives these MACs, or the most there is
+        while low < high or high not in found:
+            middle = (low + high) // 2
+            found[middle] = copy.deepcopy(model)
+            _cut(found[middle], middle / 16, runs)
+            enough = deployed_cost(found[middle])["macs"] <= target
+            low, high = (low, middle) if enough else (min(middle + 1, high), high)
+        return lcz(runs.fit(found[high]), home)
+
+    return arm
+
+
+def _cut(model: Any, ratio: float, runs: Runs) -> None:
+    tp: Any = import_module("torch_pruning")
+    for name, (part, inputs) in model.parts().items():
+        part.eval().requires_grad_(True)
+        ends = [one for path, one in part.named_modules() if f"{name}.{path}" in runs.model.spared]
+        tp.pruner.GroupNormPruner(
+            part,
+            inputs[0],
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio,  # of each layer: with global_pruning it left a DCGAN whole
+            ignored_layers=ends,
+            round_to=8,
+        ).step()
+    model.train()
+
+
+def _deployed(model: Any) -> tuple[str, ...]:
+    return tuple(model.parts())
+
+
+HEADLINE = (
+    "dense",
+    "zeros and grids, 90 %",
+    "zeros and grids, 95 %",
+    "a quarter of the MACs, int8",
+)
+ARMS: dict[str, Arm] = {
+    "dense": trained(),
+    "zeros and grids, 90 %": together(0.9, 0.5),
+    "zeros and grids, 95 %": together(0.95, 0.5),
+    "zeros and grids, 97 %": together(0.97, 0.7),
+    "zeros and grids, 98.5 %": together(0.985, 0.7),
+    "zeros and grids, 95 %, taught": together(0.95, 0.5, taught=True),
+    "a quarter of the MACs, int8": channels_int8(0.25),
+    "a quarter of the MACs, int8, taught": channels_int8(0.25, taught=True),
+    "a tenth of the MACs, int8": channels_int8(0.1),
+    "90 % zeros": trained(lambda r: pruning(r, 0.9)),
+    "90 % zeros, 4 bits": trained(
+        lambda r: pruning(r, 0.9),
+        lambda _: QuantizationAwareTraining(
+            weight_bits=4, activation_bits=None, per_channel=False, begin=0.35
+        ),
+    ),
+    "a quarter of the MACs": trained(lambda _: ChannelPruning(budget={"macs": 0.25}, end=0.4)),
+    "trained W8A8": trained(lambda _: int8(), whole=True),
+    "post-training W8A8": post_training,
+    "a quarter of the width, taught": narrow,
+    "Lightning ModelPruning 90 %, gzip": lightning_pruning,
+    "torch prune 90 %, ONNX Runtime int8": torch_and_ort,
+    "Torch-Pruning, a quarter of the MACs": torch_pruning(0.25),
+    "Deep Compression, 90 %": trained(
+        lambda r: pruning(r, 0.9),
+        lambda _: QuantizationAwareTraining(
+            weight_bits=5, activation_bits=None, scheme="codebook", begin=0.5, freeze=0.8
+        ),
+        codec="relative_index",
+    ),
+}

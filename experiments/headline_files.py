@@ -1,0 +1,119 @@
+"""What a row of the headline table ships: its file, and what it costs beside the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from headline_runs import Runs
+from torch import Tensor, nn
+
+from lightning_compress import export_onnx, onnx_session, save_compressed
+from lightning_compress.data import SplitDataModule
+from lightning_compress.evaluation.cost import torch_bytes
+from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
+from lightning_compress.workflow.costs import deployed_cost
+from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
+
+__all__ = ["OnnxPart", "Shipped", "lcz", "measured"]
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Shipped:
+    """A trained model and its file.
+
+    Args:
+        model: that computes as the file does.
+        kind: of the file, in words.
+        bytes: of it.
+        home: folder of the files.
+        int8: bytes of its int8 ONNX files, where there are any.
+        onnx: whether the parts are ONNX files already.
+    """
+
+    model: Any
+    kind: str
+    bytes: int
+    home: Path
+    int8: int | None = None
+    onnx: bool = False
+
+
+def lcz(
+    model: Any, home: Path, *, codec: str = "auto", int8: SplitDataModule | None = None
+) -> Shipped:
+    """A model as an `.lcz` file; with `int8` also as ONNX files of whole numbers."""
+    info = save_compressed(model.deployed_module(), home / "model.lcz", codec=codec)
+    whole = None if int8 is None else int8_bytes(write_int8_files(model, home, int8))
+    return Shipped(model, ".lcz", info.bytes, home, whole)
+
+
+class OnnxPart(nn.Module):
+    """A part of a model that ONNX Runtime computes.
+
+    Args:
+        path: of its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.session = path, self.open(path)
+
+    @staticmethod
+    def open(path: Path) -> Any:
+        """A session on one thread."""
+        return onnx_session(path, threads=1)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the file gives: a tensor, or several."""
+        names = [one.name for one in self.session.get_inputs()]
+        feed = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        out = [torch.from_numpy(one) for one in self.session.run(None, feed)]
+        return out[0] if len(out) == 1 else tuple(out)
+
+
+def measured(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
+    """Quality, bytes, operations, and the speed of the part that draws beside the dense file's."""
+    plain = runs.fresh()
+    weights = torch_bytes(plain.deployed_module())
+    row: Row = runs.start.quality(shipped.model)
+    row |= {"file": shipped.kind, "bytes": shipped.bytes, "dense_bytes": weights}
+    row |= {"ratio": round(weights / shipped.bytes, 2), "int8_bytes": shipped.int8}
+    if not shipped.onnx:
+        cost, whole = deployed_cost(shipped.model), deployed_cost(plain)
+        row |= {f"{key}_left": cost[key] / whole[key] for key in ("macs", "params")}
+        row["nonzero_left"] = cost["nonzero_params"] / whole["params"]
+    return row | {"speed": speeds(runs, shipped, dense, rounds)}
+
+
+def speeds(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
+    """Times faster than the dense fp32 file under ONNX Runtime, one thread, calls in turn."""
+    name, (_, inputs) = next(iter(runs.fresh().parts().items()))
+    part = getattr(shipped.model, name)
+    if shipped.onnx:
+        file = part.path
+    else:
+        file = shipped.home / f"{name}.onnx"
+        export_onnx(part, file, inputs)
+    files = {"fp32": dense / f"{name}.onnx", "this": file}
+    if int8_path(shipped.home, name).exists():
+        files["int8"] = int8_path(shipped.home, name)
+    runners: dict[str, Callable[..., Any]] = {
+        key: partial(onnx_runner, path) for key, path in files.items()
+    }
+    runners["this, OpenVINO"] = partial(openvino_runner, file)
+    if "int8" in files:
+        runners["int8, OpenVINO"] = partial(openvino_runner, files["int8"])
+    grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
+    return {
+        f"{key}, batch {where.removeprefix('batch').partition('_')[0]}": round(1 / at.ratio, 2)
+        for where, times in grid.items()
+        for key, at in times.items()
+        if key != "fp32"
+    }

@@ -1,0 +1,141 @@
+"""The runs of the headline table: one dense start a model, and equal steps for all that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetuning import Start
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_compress import KnowledgeDistillation, Pair, Perceptual, StepKL
+
+__all__ = ["SETS", "Annealing", "Model", "Runs", "teacher"]
+
+LATE = 0.1  # of the learning rate, at the end of each run
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Args:
+        overrides: of its config.
+        data: overrides that choose its data.
+        epochs: of the dense start, and of each row after it.
+        metric: that judges it; lower is better.
+        spared: its smallest layers, which pruning leaves dense.
+        rate: weight of the entropy coder's bits in its loss, where grids are trained for them.
+    """
+
+    overrides: Sequence[str]
+    data: Sequence[str]
+    epochs: tuple[int, int]
+    metric: str
+    spared: Sequence[str] = ()
+    rate: float = 0.0
+
+
+FASHION, WORDS = ["data=fashion_mnist"], ["data=text_lines", "data.file=/usr/share/dict/words"]
+NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
+ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
+SETS: dict[str, dict[str, Model]] = {
+    "fashion": {
+        "vae": Model(["model=vae"], FASHION, (1, 3), "neg_elbo", ENDS, 10.0),
+        "dcgan": Model(
+            ["model=dcgan", "model.spectral_norm=true", *NARROW],
+            FASHION,
+            (1, 2),
+            "fid",
+            ["generator.up2"],
+        ),
+        "recurrent_vae": Model(
+            ["model=recurrent_vae", "model.hidden=256"], WORDS, (1, 2), "neg_elbo", [], 10.0
+        ),
+        "wgan_gp": Model(
+            ["model=wgan_gp", *NARROW, "model.lr=2e-4"], FASHION, (1, 2), "fid", ["generator.up2"]
+        ),
+    },
+    "digits": {
+        "vae": Model(
+            ["model=vae"], ["data=digits", "data.batch_size=32"], (10, 50), "neg_elbo", ENDS, 1.0
+        ),
+        "dcgan": Model(
+            ["model=dcgan", "model.width=32", "model.discriminator_width=16"],
+            ["data=digits", "data.batch_size=32"],
+            (10, 50),
+            "kid",
+            ["generator.up2"],
+        ),
+        "recurrent_vae": Model(
+            ["model=recurrent_vae"],
+            ["data=digit_rows", "data.batch_size=32"],
+            (10, 50),
+            "neg_elbo",
+            [],
+            1.0,
+        ),
+    },
+}
+
+
+class Annealing(Callback):
+    """All learning rates go down to a tenth by a cosine: dense and compressed runs alike."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self.groups = [
+            (group, group["lr"])
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        ]
+        self.batches, self.seen = int(trainer.num_training_batches) * (trainer.max_epochs or 1), 0
+
+    def on_train_batch_start(self, *_: object) -> None:  # pyright: ignore
+        done = self.seen / self.batches
+        factor = LATE + (1 - LATE) * (1 + math.cos(math.pi * done)) / 2
+        for group, lr in self.groups:
+            group["lr"] = lr * factor
+        self.seen += 1
+
+
+class Runs:
+    """One model and seed.
+
+    Args:
+        name: of the model.
+        model: what it is.
+        seed: of weights, noise and order.
+        folder: where its weights are kept.
+    """
+
+    def __init__(self, name: str, model: Model, seed: int, folder: Path) -> None:
+        self.name, self.model, self.seed, self.folder = name, model, seed, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        start = {name: ([*model.overrides], model.epochs[0], [*model.spared])}
+        self.start = Start(name, seed, folder, start, data=model.data, pictures=True)
+        self.kind = str(self.fresh().kind)
+
+    def fresh(self) -> Any:
+        """A copy of the dense start."""
+        return self.start.model()
+
+    def fit(self, model: Any, callbacks: Sequence[Callback] = ()) -> Any:
+        """Trains a copy on, for the steps that every row has."""
+        torch.manual_seed(self.seed)
+        self.start.fit(model, [*callbacks, Annealing()], epochs=self.model.epochs[1], steps=None)
+        return model.cpu().eval()
+
+
+def teacher(runs: Runs, **more: Any) -> KnowledgeDistillation:
+    """The dense start, teaching as `docs/distillation.md` found it best."""
+    if runs.kind == "gan":
+        pairs, balance = [Pair("generator", loss=Perceptual())], "gradient_norm"
+    else:
+        pictures = StepKL() if runs.start.data.kind == "tokens" else "bernoulli_kl"
+        pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss=pictures)]
+        balance = None
+    return KnowledgeDistillation(runs.fresh(), pairs=pairs, balance=balance, **more)

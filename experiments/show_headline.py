@@ -1,0 +1,194 @@
+"""The tables and the picture of what bench_headline.py measured.
+
+python experiments/show_headline.py outputs/bench/headline docs
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib as mpl
+from bench_rows import read_rows
+from headline_arms import ARMS
+from headline_runs import SETS
+from show_pruning_quality import insert
+
+TITLES = {"vae": "VAE", "dcgan": "DCGAN", "recurrent_vae": "recurrent VAE", "wgan_gp": "WGAN-GP"}
+WHERE = {"fashion": "Fashion-MNIST", "digits": "digits", "words": "English words"}
+LABELS = {
+    "neg_elbo": "−ELBO, nats",
+    "fid": "Fréchet distance",
+    "kid": "kernel distance",
+    "active_units": "active units",
+    "perplexity": "perplexity",
+    "precision": "precision",
+    "recall": "recall",
+}
+MORE = ("perplexity", "active_units", "fid", "precision", "recall")
+OURS, PEERS = "zeros and grids", list(ARMS)[-4:]
+MARKS = ("<!-- headline -->", "<!-- /headline -->")
+Row = dict[str, Any]
+
+
+class Table:
+    """The rows of one model.
+
+    Args:
+        name: of the set.
+        model: of it.
+        rows: of all seeds.
+    """
+
+    def __init__(self, name: str, model: str, rows: Sequence[Row]) -> None:
+        self.metric = SETS[name][model].metric
+        place = "words" if "text_lines" in SETS[name][model].data[0] else name
+        self.title = f"{TITLES[model]}, {WHERE[place]}"
+        known = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+        self.arms = {arm: [row for row in rows if row["arm"] == arm] for arm in known}
+        values = [row[self.metric] for row in self.arms["dense"]]
+        self.reference, self.spread = mean(values), stdev(values) if len(values) > 1 else None
+        two = 0.02 * abs(self.reference)
+        self.allowed = two if self.spread is None else min(two, self.spread)
+
+    def quality(self, arm: str) -> float:
+        """Mean over seeds."""
+        return mean(row[self.metric] for row in self.arms[arm])
+
+    def within(self, arm: str) -> bool:
+        """No loss: by the dense rows' spread or 2 %, whichever is smaller."""
+        return self.quality(arm) - self.reference <= self.allowed
+
+    def markdown(self) -> str:
+        """A row an arm."""
+        extra = [key for key in MORE if key != self.metric and key in self.arms["dense"][0]]
+        heads = ["", "file", "bytes", "ratio", LABELS[self.metric], "against dense"]
+        heads += [*(LABELS[key] for key in extra), "MACs", "faster, batch 1 / 16", "OpenVINO", "n"]
+        lines = [
+            f"**{self.title}.** Dense: {self._over('dense', self.metric)}; no loss means at most "
+            f"{self.allowed:.3g} worse ({'2 %' if self.spread is None else self._why()}).",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|---" * len(heads) + "|",
+        ]
+        for arm, rows in self.arms.items():
+            change = self.quality(arm) / self.reference - 1
+            cells = [
+                arm,
+                rows[0]["file"],
+                f"{mean(row['bytes'] for row in rows):,.0f}",
+                f"{mean(row['ratio'] for row in rows):.1f}×",
+                self._over(arm, self.metric),
+                f"{change:+.1%}{' ✓' if self.within(arm) else ''}",
+                *(self._over(arm, key) for key in extra),
+                _left(rows),
+                f"{_speed(rows, ', batch 1')} / {_speed(rows, ', batch 16')}",
+                f"{_speed(rows, ', OpenVINO, batch 1')} / {_speed(rows, ', OpenVINO, batch 16')}",
+                str(len(rows)),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def best(self) -> list[str]:
+        """For the README: the dense row, the smallest file at no loss, and the smallest of all."""
+        ours = [arm for arm in self.arms if arm.startswith(OURS)]
+        fitting = [arm for arm in ours if self.within(arm)]
+        chosen = [max(fitting, key=self._ratio)] if fitting else []
+        chosen += [arm for arm in [max(ours, key=self._ratio)] if arm not in chosen] if ours else []
+        fast = [arm for arm in self.arms if "MACs, int8" in arm]
+        chosen += [max(fast, key=lambda arm: _fastest(self.arms[arm]))] if fast else []
+        return [self._short(arm) for arm in chosen]
+
+    def _short(self, arm: str) -> str:
+        rows = self.arms[arm]
+        change = self.quality(arm) / self.reference - 1
+        dense, own = self._over("dense", self.metric), self._over(arm, self.metric)
+        size = mean(row["int8_bytes"] or row["bytes"] for row in rows)
+        ratio = rows[0]["dense_bytes"] / size
+        speed = f", {_speed(rows, ', batch 1')} faster" if rows[0]["int8_bytes"] else ""
+        return (
+            f"| {self.title} | {arm} | {rows[0]['dense_bytes'] / 1e3:,.0f} → {size / 1e3:,.1f} kB "
+            f"| {ratio:.0f}×{speed} | {LABELS[self.metric]} {dense} → {own} ({change:+.1%}"
+            f"{', no loss' if self.within(arm) else ''}) |"
+        )
+
+    def _ratio(self, arm: str) -> float:
+        return mean(row["ratio"] for row in self.arms[arm])
+
+    def _over(self, arm: str, key: str) -> str:
+        values = [row[key] for row in self.arms[arm]]
+        digits = 3 if abs(mean(values)) < 1 else 1 if key == "active_units" else 2
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    def _why(self) -> str:
+        return "the dense seeds' spread" if self.allowed == self.spread else "2 %"
+
+
+def _left(rows: Sequence[Row]) -> str:
+    left = [row["macs_left"] for row in rows if "macs_left" in row]
+    return f"1/{1 / mean(left):.1f}" if left and mean(left) < 0.99 else "all" if left else "–"
+
+
+def _fastest(rows: Sequence[Row]) -> float:
+    return mean(row["speed"].get("int8, batch 1", 0.0) for row in rows)
+
+
+def _speed(rows: Sequence[Row], end: str) -> str:
+    """Of the int8 file where there is one."""
+    kind = "int8" if f"int8{end}" in rows[0]["speed"] else "this"
+    return f"{mean(row['speed'][kind + end] for row in rows):.1f}×"
+
+
+def plot(tables: Sequence[Table], path: Path) -> None:
+    """A panel a model: how many times smaller, and how much worse."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(tables), figsize=(4.6 * len(tables), 4), squeeze=False)
+    for axis, table in zip(axes[0], tables, strict=True):
+        low, high = table.reference - table.allowed, table.reference + table.allowed
+        axis.axhspan(low, high, color="0.88", label="no loss")
+        axis.axhline(table.reference, color="0.4", linewidth=1, linestyle="--", label="dense")
+        ours = sorted(
+            (a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table._ratio
+        )
+        single = [a for a in table.arms if a not in (*ours, *PEERS, "dense")]
+        groups = {"zeros and grids": ours, "other ways of ours": single}
+        groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
+        for (label, arms), style in zip(groups.items(), ("o-", "s", "x"), strict=True):
+            x, y = [table._ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
+            axis.plot(x, y, style, label=label)
+        axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
+        axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
+        worst = max([table.quality(arm) for arm in ours] + [high])
+        axis.set_ylim(top=worst + 0.3 * (worst - low))
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(source: Path, folder: Path) -> None:
+    """Writes headline.png, the tables into headline.md, and the best rows into the README."""
+    tables: dict[str, list[Table]] = {}
+    for name in SETS:
+        paths = [source / name / f"{model}.jsonl" for model in SETS[name]]
+        found = [path for path in paths if path.exists() and read_rows(path)]
+        tables[name] = [Table(name, path.stem, read_rows(path)) for path in found]
+    everything = [table for group in tables.values() for table in group]
+    text = "\n\n".join(table.markdown() for table in everything)
+    insert(folder / "headline.md", text, *MARKS)
+    heads = (
+        "| | | `torch.save` → file | smaller | quality, dense → compressed |\n|---|---|---|---|---|"
+    )
+    rows = [row for table in everything for row in table.best()]
+    insert(folder.parent / "README.md", "\n".join([heads, *rows]), *MARKS)
+    plot(everything, folder / "headline.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
