@@ -10,19 +10,27 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.adaptive.arguments import check_goal, check_search, check_window_of_run
-from lightning_compress.adaptive.levers import Lever, Limits
+from lightning_compress.adaptive.levers import Lever, Limits, levels_reached
 from lightning_compress.adaptive.readings import recent
 from lightning_compress.adaptive.reference import DENSE, Reference
 from lightning_compress.adaptive.search import Decision, QualitySearch, Reading, Rules, Trial
 from lightning_compress.adaptive.sizing import SizeSearch
 from lightning_compress.adaptive.table import trial_table
 from lightning_compress.callbacks.base import check_run_ends, run_progress
-from lightning_compress.callbacks.memory import Memory, bytes_now, go_back, remember, steered
+from lightning_compress.callbacks.memory import (
+    Memory,
+    bytes_now,
+    go_back,
+    lose,
+    remember,
+    steered,
+)
 from lightning_compress.callbacks.threshold import ThresholdPruning
 from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channels import Kept
 
 __all__ = ["QualityBudget"]
 
@@ -30,11 +38,12 @@ __all__ = ["QualityBudget"]
 class QualityBudget(Callback):
     """Compress as far as a measured quality allows, or to a size at the best quality.
 
-    Takes over the sparsity of each `GradualPruning`, and the step or the bits of each
-    `QuantizationAwareTraining`, in the same Trainer. After each reading of the metric it decides:
-    further, wait, or back to the last good model (weights, masks, grids and optimizer states, from
-    a copy in memory that a checkpoint holds too; learning rates and clocks go on). What changes
-    does so at the beginning of the next batch, so that a checkpoint's score is of its weights.
+    Takes over the sparsity of each `GradualPruning`, what is left by each `ChannelPruning`, and the
+    step or the bits of each `QuantizationAwareTraining`, in the same Trainer. After each reading of
+    the metric it decides: further, wait, or back to the last good model (weights, channels, masks,
+    grids and optimizer states, from a copy in memory that a checkpoint holds too; learning rates
+    and clocks go on). What changes does so at the beginning of the next batch, so that a
+    checkpoint's score is of its weights.
 
     Args:
         monitor: a logged metric. One that begins with "val" is read after each validation that
@@ -52,9 +61,10 @@ class QualityBudget(Callback):
         patience: readings after which a trial must be decided; clear ones are decided earlier.
         confidence: standard errors by which a case is clear.
         stride: of a level (see `Limits`) at first, and the smallest that is tried.
-        undo: what goes back when a trial fails. "all": weights, masks, grids, optimizer states.
-            "projection": masks and grids, and weights train on from where they are; all goes back
-            only if that is no good either. It loses no steps, and fits a model that still learns.
+        undo: what goes back when a trial fails. "all": weights, channels, masks, grids, optimizer
+            states. "projection": channels, masks and grids, and weights train on from where they
+            are; all goes back only if that is no good either. It loses no steps, and fits a model
+            that still learns.
         limits: how far the levers go.
         on_miss: "warn" or "raise" when no model was within the budget.
         name: prefix of what is logged, and the key of the state.
@@ -69,6 +79,8 @@ class QualityBudget(Callback):
     >>> QualityBudget("val/loss", 0.02).state_key
     'QualityBudget[budget]'
     """
+
+    steers = True  # others leave it to this one how far they go
 
     def __init__(
         self,
@@ -159,8 +171,8 @@ class QualityBudget(Callback):
             raise TargetError(f"list {self.state_key} before {kind}, which ends a run with its own")
         if not any(hasattr(one, "lever") for one in others):
             raise TargetError(
-                f"{self.state_key} has nothing to steer: add a GradualPruning or a "
-                "QuantizationAwareTraining to the Trainer"
+                f"{self.state_key} has nothing to steer: add a GradualPruning, a ChannelPruning "
+                "or a QuantizationAwareTraining to the Trainer"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -274,7 +286,12 @@ class QualityBudget(Callback):
     ) -> None:
         batches = trainer.fit_loop.total_batch_idx + 1
         worse = self.reference.worse(cost, batches - self._undone)
-        reading = Reading(worse, bytes_now(trainer, pl_module), over=progress >= self.end)
+        reading = Reading(
+            worse,
+            bytes_now(trainer, pl_module),
+            over=progress >= self.end,
+            levels=levels_reached(self.levers, self.search.levels) if self.search else None,
+        )
         tried = len(self.history)
         if isinstance(self.search, SizeSearch):
             done = (progress - self.begin) / (self.end - self.begin)
@@ -349,6 +366,11 @@ class QualityBudget(Callback):
     def _missing(self, trainer: Trainer) -> None:
         known = sorted(trainer.callback_metrics)
         raise ValueError(f"{self.state_key}: nothing logs monitor={self.monitor!r}; found {known}")
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Follow what is still there of the last good model."""
+        if self._memory is not None:
+            lose(self._memory, kept)
 
     def state_dict(self) -> dict[str, Any]:
         """The search, the last good model and what is still to be done."""

@@ -13,14 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.adaptive.levers import ChannelLever, Lever, Limits
 from lightning_compress.callbacks.channel_carry import (
     Samples,
     claim_run,
+    place_inputs,
     report_table,
     tapped_features,
     tell_others,
 )
 from lightning_compress.callbacks.masking import MaskCallback
+from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channel_budget import (
     Rounding,
     Scores,
@@ -56,7 +59,8 @@ class ChannelPruning(MaskCallback):
     them fades to 0 within a few steps; then they are removed from all layers, from the
     optimizer's state and from averages. Each time the smaller model is compared with the one
     whose channels are 0: they are the same function, or the run stops. Inputs and outputs of the
-    part that ships keep their sizes: latent size, image channels, mu and logvar, logits.
+    part that ships keep their sizes: latent size, image channels, mu and logvar, logits. Beside a
+    `QualityBudget`, that one says how many go, and when; where it goes back, they come back.
 
     Args:
         final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
@@ -111,8 +115,8 @@ class ChannelPruning(MaskCallback):
         on_miss: str = "warn",
         name: str = "channels",
     ) -> None:
-        self.kind, self.left = check_budget(budget) if budget else ("channels", None)
-        gone = final_sparsity if self.left is None else 1 - self.left
+        self.kind, self.fraction = check_budget(budget) if budget else ("channels", None)
+        gone = final_sparsity if self.fraction is None else 1 - self.fraction
         self.part = make_schedules(gone, schedule, begin, end)[0]
         _check(round_to=round_to, fade=fade)
         if not 0 <= min_keep <= 1:
@@ -148,7 +152,12 @@ class ChannelPruning(MaskCallback):
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.dense: dict[str, int] = {}  # units of each group at first
         self.total = 0.0  # cost at first
+        self.least = 0.0  # part of that which no rounding can avoid
+        self.steered: float | None = None  # part that is to be left, as somebody else says
         self.refused: dict[str, str] = {}
+        self._tapped: dict[str, str] = {}
+        self._inputs: dict[str, Any] | None = None  # of the model that came back
+        self._led = False  # whether somebody will say how far to go
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._samples: Samples | None = None
@@ -158,6 +167,14 @@ class ChannelPruning(MaskCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find mistakes, and let a checkpoint's smaller layers be loaded."""
         super().setup(trainer, pl_module, stage)
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        leaders = [one.state_key for one in others if getattr(one, "steers", False)]
+        if self.fraction is not None and leaders and self.kind == "latency":
+            raise TargetError(
+                f"{leaders[0]} cannot steer a latency, which is measured once: give "
+                f"{self.state_key} budget={{'macs': {self.fraction}}} in its place"
+            )
+        self._led = bool(leaders)
         if self._handle is None:
             self._handle = pl_module.register_load_state_dict_pre_hook(_match)
 
@@ -174,6 +191,7 @@ class ChannelPruning(MaskCallback):
         roots = roots_of(pl_module, [slot.target for slot in self.slots])
         self._samples = Samples(pl_module, roots)
         self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
+        self.steered = None
 
     def _claim(self) -> None:
         """Channels are no masks: another callback may mask what stays."""
@@ -186,17 +204,19 @@ class ChannelPruning(MaskCallback):
             ValueError: for a budget that cannot be met.
         """
         super().on_train_start(trainer, pl_module)
+        self._tapped = tapped_features(trainer)
         if self._samples is not None and self._samples.complete:
-            self._make_plan(trainer, pl_module)
+            self._make_plan(pl_module, self._samples.take())
 
-    def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._samples is not None
+    def _make_plan(
+        self, module: nn.Module, inputs: Mapping[str, Sequence[Any]], *, tell: bool = True
+    ) -> None:
         self.plan = ChannelPlan(
-            pl_module,
-            self._samples.take(),
+            module,
+            inputs,
             targets=[*self.paths(), *self._embeddings()],
             channelwise=self.channelwise,
-            tapped=tapped_features(trainer),
+            tapped=self._tapped,
             refused=self.refused,
         )
         first = not self.dense
@@ -214,7 +234,7 @@ class ChannelPruning(MaskCallback):
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
         self._resumed = None
-        for group in self.plan.graph.groups:
+        for group in self.plan.graph.groups if tell else ():
             if len(group.free) < len(group.units):
                 why = ", ".join(group.reasons)
                 rank_zero_info(f"{self.state_key}: channels of {group.name} stay: {why}")
@@ -227,15 +247,17 @@ class ChannelPruning(MaskCallback):
     def _measure_latency(self) -> None:
         """Turn a latency into MACs: the largest part of them that is fast enough."""
         assert self.cutter is not None
-        assert self.left is not None
-        part, ratio = self.cutter.fast_enough(self._scores(), self.left)
+        assert self.fraction is not None
+        part, ratio = self.cutter.fast_enough(self._scores(), self.fraction)
         if not part:
             raise ValueError(
-                f"budget={{'latency': {self.left}}} cannot be met: with as few channels as "
+                f"budget={{'latency': {self.fraction}}} cannot be met: with as few channels as "
                 f"round_to={self.rounding.to} and min_keep={self.rounding.least} allow, the time "
                 f"is {ratio:.3f} of now"
             )
-        rank_zero_info(f"{self.state_key}: {self.left} of the latency is {part:.3f} of the MACs")
+        rank_zero_info(
+            f"{self.state_key}: {self.fraction} of the latency is {part:.3f} of the MACs"
+        )
         self._go_by_macs(1 - part)
 
     def _go_by_macs(self, gone: float) -> None:
@@ -245,11 +267,19 @@ class ChannelPruning(MaskCallback):
     def _check_reachable(self) -> None:
         assert self.plan is not None
         least = floor_of(self.plan.graph, self.kind, rounding=self.rounding, dense=self.dense)
+        self.least = least / self.total
+        if self._led:
+            if self.least >= 1:
+                raise ValueError(
+                    f"{self.state_key}: round_to={self.rounding.to} and min_keep="
+                    f"{self.rounding.least} leave nothing that may go"
+                )
+            return
         wanted = 1 - self.part.target(self.events.end)
         if least > self.total * wanted * (1 + 1e-9):
             asked = f"final_sparsity={1 - wanted:.4g}"
             closest = f"{1 - least / self.total:.4f}"
-            if self.left is not None:
+            if self.fraction is not None:
                 asked, closest = (
                     f"budget={{{self.kind!r}: {wanted:.4g}}}",
                     f"{least / self.total:.4f}",
@@ -259,13 +289,73 @@ class ChannelPruning(MaskCallback):
                 f"min_keep={self.rounding.least}: the closest is {closest}"
             )
 
+    def steer(self, left: float) -> None:
+        """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
+
+        Whole blocks of channels go until no more than that is left; none comes back.
+
+        Args:
+            left: in (0, 1]; of the channels, or of what `budget` counts.
+
+        Raises:
+            ValueError: for a part outside of that.
+        """
+        if not 0 < left <= 1:
+            raise ValueError(f"left={left!r} must lie in (0, 1]")
+        self.steered = float(left)
+
+    def lever(self, limits: Limits) -> Lever:
+        """What a `QualityBudget` moves."""
+        return ChannelLever(self, limits.min_channels)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What of the state belongs to the channels of now."""
+        return {
+            "asked": self.part.asked,
+            "kept": {name: list(one) for name, one in self.kept.items()},
+            "inputs": None if self.plan is None else dict(self.plan.inputs),
+        }
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """The channels of a snapshot are to be those of now: nothing fades any more."""
+        self.part.asked = snapshot["asked"]
+        self.kept.clear()
+        self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
+        self._inputs = snapshot["inputs"]
+        self._leaving, self._fading, self._pending = None, 0, False
+
+    def on_channels_restored(self, module: nn.Module) -> None:
+        """Look at the module that has its channels again."""
+        self._gatherings.reset()
+        assert self.plan is not None
+        inputs = place_inputs(module, self._inputs or self.plan.inputs)
+        self._make_plan(module, inputs, tell=False)
+
+    @property
+    def left(self) -> float:
+        """The part of the cost that is left."""
+        return 1.0 if self.cutter is None else self.cutter.cost(self.kind) / self.total
+
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go."""
+        return self.steered is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all is gone that is to go at this position."""
+        return self._leaving is None and not self.needed(self.events.position)
+
+    def _wanted(self, position: float) -> float:
+        return self.part.target(position) if self.steered is None else 1 - self.steered
+
     def needed(self, position: float) -> bool:
         """Whether more is to go at a position."""
-        return self.plan is not None and self.part.target(position) > self.part.asked
+        return self.plan is not None and self._wanted(position) > self.part.asked
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
-        late = self.events.over
+        late = self.events.over and not self.led
         return self._leaving is None and self._gatherings[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
@@ -289,8 +379,8 @@ class ChannelPruning(MaskCallback):
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.cutter is not None
-        target = (1 - self.part.ask(self.part.target(self.events.position))) * self.total
-        over = self.events.over
+        target = (1 - self.part.ask(self._wanted(self.events.position))) * self.total
+        over = self.events.over or self.led
         relative = self.criterion not in ABSOLUTE
         gone = self.cutter.choose(
             self._scores(), self.kind, target, overshoot=over, relative=relative
@@ -312,13 +402,12 @@ class ChannelPruning(MaskCallback):
     ) -> None:
         """Remove what has faded: no graph of this batch is alive any more."""
         if self.plan is None and self._samples is not None and self._samples.complete:
-            self._make_plan(trainer, pl_module)
+            self._make_plan(pl_module, self._samples.take())
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.cutter is not None:
-            left = self.cutter.cost(self.kind) / self.total
-            pl_module.log(f"{self.name}/{self.kind}_left", left)
+            pl_module.log(f"{self.name}/{self.kind}_left", self.left)
 
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the chosen channels from everything that has them.
@@ -350,10 +439,10 @@ class ChannelPruning(MaskCallback):
         return 1 - sum(len(one.units) for one in groups) / max(dense, 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what still fades, print what each layer got, and check that enough is gone."""
+        """Remove what still fades, and check that enough is gone."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
-        waits = self.events.over and self.needed(self.events.position)
+        waits = self.events.over and not self.led and self.needed(self.events.position)
         if waits and self.ready(self.projector.clock(self.paths())):
             self.event(trainer)
             if self._leaving is not None:
@@ -361,18 +450,22 @@ class ChannelPruning(MaskCallback):
         if self.cutter is None:
             rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
             return
-        report_table(self)
         wanted = 1 - self.part.target(self.events.end)
-        left = self.cutter.cost(self.kind) / self.total
-        if left > wanted * (1 + 1e-9):
+        if not self.led and self.left > wanted * (1 + 1e-9):
             message = (
-                f"{self.state_key} ended at {left:.4f} of the {self.kind} in place of "
+                f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
                 f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
                 "of fading were over"
             )
             if self.on_miss == "raise":
                 raise RuntimeError(message)
             rank_zero_warn(message)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what each layer got, when nobody changes it any more."""
+        if self.plan is not None:
+            report_table(self)
+        super().on_fit_end(trainer, pl_module)
 
     def stop(self) -> None:
         """Free statistics and hooks."""
@@ -398,6 +491,7 @@ class ChannelPruning(MaskCallback):
             "masks": {},
             "latents": {},
             "asked": self.part.asked,
+            "steered": self.steered,
             "cost": (self.kind, self.total, 1 - self.part.target(self.events.end)),
             "dense": dict(self.dense),
             "kept": dict(self.kept),
@@ -409,7 +503,7 @@ class ChannelPruning(MaskCallback):
     def restore_state(self, state: dict[str, Any]) -> None:
         """Put everything back, and find the channels of the smaller model."""
         super().restore_state(state)
-        self.part.asked = state["asked"]
+        self.part.asked, self.steered = state["asked"], state.get("steered")
         kind, self.total, wanted = state["cost"]
         if kind != self.kind:  # a latency that was measured
             self._go_by_macs(1 - wanted)

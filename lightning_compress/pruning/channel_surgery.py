@@ -15,9 +15,12 @@ from lightning_compress.pruning.channels import Kept, free_reshapes
 __all__ = [
     "check_sizes",
     "match_channels",
+    "resize_tensor",
     "select_entries",
     "select_optimizer_state",
+    "set_sizes",
     "shrink",
+    "sizes_of_layers",
 ]
 
 _CONVS = nn.modules.conv._ConvNd
@@ -48,14 +51,21 @@ def shrink(module: nn.Module, kept: Kept, *, sized: Mapping[str, int] | None = N
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     known = _sizes(module, kept)
     for path, dims in kept.items():
-        _resize(tensors[path], select_entries(tensors[path].detach(), dims), dims)
+        resize_tensor(tensors[path], select_entries(tensors[path].detach(), dims), dims)
     for path, before in known.items():
         _fit(module.get_submodule(path), before)
     for path, size in (sized or {}).items():
         _set(module.get_submodule(path), num_features=size)
 
 
-def _resize(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None) -> None:
+def resize_tensor(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None = None) -> None:
+    """Give a parameter or buffer other values, of another size; it stays the object that it is.
+
+    Args:
+        tensor: changed in place.
+        values: that it holds from now on.
+        dims: entries of its gradient that stay, along axes; None: the gradient goes.
+    """
     gradient, tensor.grad = tensor.grad, None
     tensor.set_(values)  # type: ignore[call-overload]  # the object stays: hooks and optimizers hold it
     if gradient is not None and dims is not None:
@@ -113,6 +123,26 @@ def _fit(layer: nn.Module, before: Mapping[str, int]) -> None:
 def _set(layer: nn.Module, **sizes: int) -> None:
     for name, value in sizes.items():
         setattr(layer, name, value)
+
+
+def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
+    """What each layer knows of its size, by path.
+
+    >>> sizes_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    {'0': {'in_features': 2, 'out_features': 3}}
+    """
+    found = {path: _known(layer) for path, layer in module.named_modules()}
+    return {path: sizes for path, sizes in found.items() if sizes}
+
+
+def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Let layers know the sizes that `sizes_of_layers` told, where they know others."""
+    for path, known in sizes.items():
+        layer = module.get_submodule(path)
+        if _known(layer) != known:
+            _set(layer, **known)
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()
 
 
 def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
@@ -239,11 +269,8 @@ def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
             )
     known = _sizes(module, other)
     for name, shape in other.items():
-        _resize(
-            tensors[name],
-            torch.zeros(shape, dtype=tensors[name].dtype, device=tensors[name].device),
-            None,
-        )
+        own = tensors[name]
+        resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
     for path, before in known.items():
         _fit(module.get_submodule(path), before)
     free_reshapes(module)
