@@ -26,6 +26,7 @@ from lightning_compress import (
     save_compressed,
     sparsity,
 )
+from lightning_compress.callbacks.memory import go_back, lose, remember
 from lightning_compress.data import DigitRows, Digits
 from lightning_compress.models import DCGAN, VAE, RecurrentVAE
 from lightning_compress.pruning.channel_surgery import check_sizes
@@ -86,6 +87,9 @@ def test_it_goes_up_and_back_and_ends_at_the_smallest_good_model(tmp_path, capsy
     assert hidden(model) == UNITS - 10
     assert min(sizes.seen) < hidden(model)  # it was further
     assert {trial.verdict for trial in budget.history} >= {"good", "too costly"}
+    for trial in budget.history:  # levels are where it came to: in whole blocks of 2
+        units = UNITS * 0.125 ** trial.levels[0]
+        assert units == pytest.approx(2 * round(units / 2))
     assert check_sizes(model) == []
     first, second = model.encoder[0].out_features, model.decoder[0].out_features
     assert [tuple(one.shape) for one in model.parameters()] == [
@@ -245,6 +249,41 @@ def test_a_soft_undo_brings_channels_back_and_keeps_what_was_trained(tmp_path):
     snap = SoftSnap(prune)
     fit(tmp_path, Counted(), exact(undo="projection"), prune, snap, epochs=40)
     assert snap.checked >= 2
+
+
+class Twice(Callback):
+    """Two removals, and back over both, by hand."""
+
+    def __init__(self, prune):
+        self.prune, self.memory, self.sizes = prune, None, []
+
+    def on_train_start(self, trainer, pl_module):
+        self.prune.steer(1.0)
+
+    def on_channels_removed(self, module, kept, sized):
+        self.sizes.append(hidden(module))
+        lose(self.memory, kept)
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        step = trainer.global_step
+        if step == 4:
+            self.memory = remember(trainer, pl_module)
+            self.good = pl_module.encoder[0].weight.detach().clone()
+        if step in (4, 10):
+            self.prune.steer(0.8 if step == 4 else 0.6)
+        if step == 16:
+            now = pl_module.encoder[0].weight.detach().clone()
+            for place, unit in enumerate(self.prune.kept["encoder.0"]):
+                self.good[unit] = now[place]
+            go_back(trainer, pl_module, self.memory, soft=True)
+            assert pl_module.encoder[0].weight.equal(self.good)
+
+
+def test_the_way_back_over_two_removals(tmp_path):
+    model, prune = Counted(), channels()
+    twice = Twice(prune)
+    fit(tmp_path, model, prune, twice, epochs=5)
+    assert twice.sizes == [24, 18, 18]  # and again, for it is still asked
 
 
 def test_three_levers_in_one_run(tmp_path):
