@@ -148,8 +148,8 @@ def tell_others(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print what was asked for, and what each layer got."""
-    graph, dense = owner.plan.graph, owner.dense
-    wanted = f"{1 - owner.part.target(owner.events.end):.4g} of the {owner.kind} were to stay"
+    graph, dense = owner.plan.graph, owner.goal.dense
+    wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.led else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):

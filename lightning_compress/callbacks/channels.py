@@ -24,25 +24,17 @@ from lightning_compress.callbacks.channel_carry import (
 )
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.errors import TargetError
-from lightning_compress.pruning.channel_budget import (
-    Rounding,
-    Scores,
-    check_budget,
-    floor_of,
-)
+from lightning_compress.pruning.channel_budget import Rounding, Scores
 from lightning_compress.pruning.channel_files import CHANNELS
+from lightning_compress.pruning.channel_goal import Goal
 from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
 from lightning_compress.pruning.channel_scores import ABSOLUTE
-from lightning_compress.pruning.channel_surgery import (
-    match_channels,
-)
+from lightning_compress.pruning.channel_surgery import match_channels
 from lightning_compress.pruning.channel_training import Cutter
 from lightning_compress.pruning.channels import Flags
 from lightning_compress.pruning.criteria import CRITERIA, Criterion, make_criterion
 from lightning_compress.pruning.events import Events
 from lightning_compress.pruning.gathering import Gathering, Gatherings
-from lightning_compress.pruning.parts import make_schedules
-from lightning_compress.schedules import Schedule
 from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
@@ -115,16 +107,19 @@ class ChannelPruning(MaskCallback):
         on_miss: str = "warn",
         name: str = "channels",
     ) -> None:
-        self.kind, self.fraction = check_budget(budget) if budget else ("channels", None)
-        gone = final_sparsity if self.fraction is None else 1 - self.fraction
-        self.part = make_schedules(gone, schedule, begin, end)[0]
         _check(round_to=round_to, fade=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        if isinstance(self.part.curve, Schedule):
-            begin, end = self.part.curve.begin, self.part.curve.end
+        self.goal = Goal(
+            final_sparsity,
+            budget=budget,
+            schedule=schedule,
+            window=(begin, end),
+            rounding=Rounding(round_to, min_keep),
+        )
+        begin, end = self.goal.window
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(
             begin=begin,
@@ -136,7 +131,6 @@ class ChannelPruning(MaskCallback):
             name=name,
         )
         self.events = Events(begin, end, frequency, count=_EVENTS)
-        self.rounding = Rounding(round_to, min_keep)
         self.criterion, self.fade, self.on_miss = criterion, fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
         self.channelwise = tuple(channelwise)
@@ -150,10 +144,6 @@ class ChannelPruning(MaskCallback):
         self.plan: ChannelPlan | None = None
         self.cutter: Cutter | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
-        self.dense: dict[str, int] = {}  # units of each group at first
-        self.total = 0.0  # cost at first
-        self.least = 0.0  # part of that which no rounding can avoid
-        self.steered: float | None = None  # part that is to be left, as somebody else says
         self.refused: dict[str, str] = {}
         self._tapped: dict[str, str] = {}
         self._inputs: dict[str, Any] | None = None  # of the model that came back
@@ -169,10 +159,10 @@ class ChannelPruning(MaskCallback):
         super().setup(trainer, pl_module, stage)
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         leaders = [one.state_key for one in others if getattr(one, "steers", False)]
-        if self.fraction is not None and leaders and self.kind == "latency":
+        if leaders and self.kind == "latency":
             raise TargetError(
                 f"{leaders[0]} cannot steer a latency, which is measured once: give "
-                f"{self.state_key} budget={{'macs': {self.fraction}}} in its place"
+                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
             )
         self._led = bool(leaders)
         if self._handle is None:
@@ -191,7 +181,7 @@ class ChannelPruning(MaskCallback):
         roots = roots_of(pl_module, [slot.target for slot in self.slots])
         self._samples = Samples(pl_module, roots)
         self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
-        self.steered = None
+        self.goal.steered = None
 
     def _claim(self) -> None:
         """Channels are no masks: another callback may mask what stays."""
@@ -219,17 +209,13 @@ class ChannelPruning(MaskCallback):
             tapped=self._tapped,
             refused=self.refused,
         )
-        first = not self.dense
-        if first:
-            self.dense = {one.name: len(one.units) for one in self.plan.graph.groups}
-        cutter = self.cutter = Cutter(
-            self.plan, self.projector, rounding=self.rounding, dense=self.dense, kept=self.kept
+        goal, first = self.goal, self.goal.begin(self.plan.graph)
+        self.cutter = Cutter(
+            self.plan, self.projector, rounding=goal.rounding, dense=goal.dense, kept=self.kept
         )
-        if first and self.kind == "latency":
-            self._measure_latency()
-        if first:
-            self.total = cutter.cost(self.kind)
-        self._check_reachable()
+        if first and (said := goal.measure(self.cutter, self._scores)):
+            rank_zero_info(f"{self.state_key}: {said}")
+        goal.check(self.plan.graph, led=self._led)
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
@@ -244,50 +230,20 @@ class ChannelPruning(MaskCallback):
         """They are no matrix products, so that masks leave them alone; channels they have."""
         return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
 
-    def _measure_latency(self) -> None:
-        """Turn a latency into MACs: the largest part of them that is fast enough."""
-        assert self.cutter is not None
-        assert self.fraction is not None
-        part, ratio = self.cutter.fast_enough(self._scores(), self.fraction)
-        if not part:
-            raise ValueError(
-                f"budget={{'latency': {self.fraction}}} cannot be met: with as few channels as "
-                f"round_to={self.rounding.to} and min_keep={self.rounding.least} allow, the time "
-                f"is {ratio:.3f} of now"
-            )
-        rank_zero_info(
-            f"{self.state_key}: {self.fraction} of the latency is {part:.3f} of the MACs"
-        )
-        self._go_by_macs(1 - part)
+    @property
+    def kind(self) -> str:
+        """What is counted: "channels", "params" or "macs"; "latency" until it is measured."""
+        return self.goal.kind
 
-    def _go_by_macs(self, gone: float) -> None:
-        self.kind = "macs"
-        self.part.curve = make_schedules(gone, None, self.events.begin, self.events.end)[0].curve
+    @property
+    def left(self) -> float:
+        """The part of it that is left."""
+        return self.goal.left(self.cutter)
 
-    def _check_reachable(self) -> None:
-        assert self.plan is not None
-        least = floor_of(self.plan.graph, self.kind, rounding=self.rounding, dense=self.dense)
-        self.least = least / self.total
-        if self._led:
-            if self.least >= 1:
-                raise ValueError(
-                    f"{self.state_key}: round_to={self.rounding.to} and min_keep="
-                    f"{self.rounding.least} leave nothing that may go"
-                )
-            return
-        wanted = 1 - self.part.target(self.events.end)
-        if least > self.total * wanted * (1 + 1e-9):
-            asked = f"final_sparsity={1 - wanted:.4g}"
-            closest = f"{1 - least / self.total:.4f}"
-            if self.fraction is not None:
-                asked, closest = (
-                    f"budget={{{self.kind!r}: {wanted:.4g}}}",
-                    f"{least / self.total:.4f}",
-                )
-            raise ValueError(
-                f"{asked} cannot be met with round_to={self.rounding.to} and "
-                f"min_keep={self.rounding.least}: the closest is {closest}"
-            )
+    @property
+    def least(self) -> float:
+        """The part of it that no rounding can avoid."""
+        return self.goal.least
 
     def steer(self, left: float) -> None:
         """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
@@ -300,9 +256,7 @@ class ChannelPruning(MaskCallback):
         Raises:
             ValueError: for a part outside of that.
         """
-        if not 0 < left <= 1:
-            raise ValueError(f"left={left!r} must lie in (0, 1]")
-        self.steered = float(left)
+        self.goal.steer(left)
 
     def lever(self, limits: Limits) -> Lever:
         """What a `QualityBudget` moves."""
@@ -311,14 +265,14 @@ class ChannelPruning(MaskCallback):
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the channels of now."""
         return {
-            "asked": self.part.asked,
+            "asked": self.goal.part.asked,
             "kept": {name: list(one) for name, one in self.kept.items()},
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
     def back_to(self, snapshot: dict[str, Any]) -> None:
         """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.part.asked = snapshot["asked"]
+        self.goal.part.asked = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
@@ -332,26 +286,18 @@ class ChannelPruning(MaskCallback):
         self._make_plan(module, inputs, tell=False)
 
     @property
-    def left(self) -> float:
-        """The part of the cost that is left."""
-        return 1.0 if self.cutter is None else self.cutter.cost(self.kind) / self.total
-
-    @property
     def led(self) -> bool:
         """Whether somebody else says how far to go."""
-        return self.steered is not None
+        return self.goal.steered is not None
 
     @property
     def arrived(self) -> bool:
         """Whether all is gone that is to go at this position."""
         return self._leaving is None and not self.needed(self.events.position)
 
-    def _wanted(self, position: float) -> float:
-        return self.part.target(position) if self.steered is None else 1 - self.steered
-
     def needed(self, position: float) -> bool:
         """Whether more is to go at a position."""
-        return self.plan is not None and self._wanted(position) > self.part.asked
+        return self.plan is not None and self.goal.needs(position)
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
@@ -379,7 +325,7 @@ class ChannelPruning(MaskCallback):
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.cutter is not None
-        target = (1 - self.part.ask(self._wanted(self.events.position))) * self.total
+        target = self.goal.ask(self.events.position)
         over = self.events.over or self.led
         relative = self.criterion not in ABSOLUTE
         gone = self.cutter.choose(
@@ -432,11 +378,7 @@ class ChannelPruning(MaskCallback):
 
     def _count(self) -> float:
         """Fraction of the channels that is gone."""
-        if self.plan is None:
-            return 0.0
-        groups = [one for one in self.plan.graph.groups if len(one.free)]
-        dense = sum(self.dense.get(one.name, len(one.units)) for one in groups)
-        return 1 - sum(len(one.units) for one in groups) / max(dense, 1)
+        return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what still fades, and check that enough is gone."""
@@ -450,7 +392,7 @@ class ChannelPruning(MaskCallback):
         if self.cutter is None:
             rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
             return
-        wanted = 1 - self.part.target(self.events.end)
+        wanted = self.goal.final
         if not self.led and self.left > wanted * (1 + 1e-9):
             message = (
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
@@ -490,10 +432,7 @@ class ChannelPruning(MaskCallback):
             **super().state_dict(),
             "masks": {},
             "latents": {},
-            "asked": self.part.asked,
-            "steered": self.steered,
-            "cost": (self.kind, self.total, 1 - self.part.target(self.events.end)),
-            "dense": dict(self.dense),
+            **self.goal.state_dict(),
             "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
@@ -503,11 +442,8 @@ class ChannelPruning(MaskCallback):
     def restore_state(self, state: dict[str, Any]) -> None:
         """Put everything back, and find the channels of the smaller model."""
         super().restore_state(state)
-        self.part.asked, self.steered = state["asked"], state.get("steered")
-        kind, self.total, wanted = state["cost"]
-        if kind != self.kind:  # a latency that was measured
-            self._go_by_macs(1 - wanted)
-        self.dense, self.refused = dict(state["dense"]), dict(state["refused"])
+        self.goal.load_state_dict(state)
+        self.refused = dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]
         step = self.projector.clock(self.paths())
