@@ -2,7 +2,8 @@
 
 The module runs on sample inputs under a torch function mode, so that any Python in its forward
 pass will do. Layers have rules of their own (`channel_layers`), and so have the functions between
-them (`channel_functions`); where nothing is known, all channels that are read stay.
+them (`channel_functions`); where nothing is known, all channels that are read stay. Why a student
+and its teacher are matched in another way is said in `distillation.channel_graph`.
 """
 
 from __future__ import annotations
