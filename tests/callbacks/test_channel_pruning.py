@@ -3,7 +3,6 @@
 import copy
 import time
 
-import numpy as np
 import pytest
 import torch
 from shrinking import FAST, Wide, run
@@ -171,11 +170,11 @@ def test_a_latency_is_measured(tmp_path):
     run(tmp_path, model, channels, epochs=3)
     assert channels.kind == "macs"
     assert model.decoder[0].out_features < 2048
-    assert medians(model.eval().decoder, dense.decoder) < 0.7  # asked for 0.5; others compute too
+    assert time_ratio(model.eval().decoder, dense.decoder) < 0.7  # asked for 0.5, measured before
 
 
-def medians(small, dense, repeats=41):
-    """Time of one over that of the other, in turn."""
+def time_ratio(small, dense, repeats=41):
+    """Time of one over that of the other, in turn: the least, which others disturbed least."""
     times, x = {small: [], dense: []}, torch.rand(2, 8)
     with torch.no_grad():
         for _ in range(repeats):
@@ -183,7 +182,7 @@ def medians(small, dense, repeats=41):
                 start = time.perf_counter()
                 one(x)
                 found.append(time.perf_counter() - start)
-    return np.median(times[small]) / np.median(times[dense])
+    return min(times[small]) / min(times[dense])
 
 
 @pytest.mark.parametrize(
