@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.adaptive.levers import ChannelLever, Lever, Limits
+from lightning_compress.callbacks.channel_base import ChannelCallback
 from lightning_compress.callbacks.channel_carry import (
     Samples,
     claim_run,
-    place_inputs,
     report_table,
     tapped_features,
     tell_others,
 )
-from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.errors import TargetError
-from lightning_compress.pruning.channel_budget import Rounding, Scores
-from lightning_compress.pruning.channel_files import CHANNELS
+from lightning_compress.pruning.channel_budget import Rounding
 from lightning_compress.pruning.channel_goal import Goal
-from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
+from lightning_compress.pruning.channel_plan import roots_of
 from lightning_compress.pruning.channel_scores import ABSOLUTE
 from lightning_compress.pruning.channel_surgery import match_channels
-from lightning_compress.pruning.channel_training import Cutter
-from lightning_compress.pruning.channels import Flags
-from lightning_compress.pruning.criteria import CRITERIA, Criterion, make_criterion
+from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.events import Events
-from lightning_compress.pruning.gathering import Gathering, Gatherings
-from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
 __all__ = ["ChannelPruning"]
 
 _EVENTS = 20
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
-class ChannelPruning(MaskCallback):
+class ChannelPruning(ChannelCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
     At events the channels that are worth least are chosen, over all layers together; what reads
@@ -84,8 +74,6 @@ class ChannelPruning(MaskCallback):
     'macs'
     """
 
-    order = -1  # channels go before masks and grids
-
     def __init__(
         self,
         *,
@@ -112,14 +100,14 @@ class ChannelPruning(MaskCallback):
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        self.goal = Goal(
+        goal = Goal(
             final_sparsity,
             budget=budget,
             schedule=schedule,
             window=(begin, end),
             rounding=Rounding(round_to, min_keep),
         )
-        begin, end = self.goal.window
+        begin, end = goal.window
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(
             begin=begin,
@@ -127,31 +115,15 @@ class ChannelPruning(MaskCallback):
             frequency=frequency,
             include=include,
             exclude=[*spared[0], *spared[1]],
-            dense_gradient=False,
+            goal=goal,
+            criterion=criterion,
+            channelwise=channelwise,
             name=name,
         )
         self.events = Events(begin, end, frequency, count=_EVENTS)
-        self.criterion, self.fade, self.on_miss = criterion, fade, on_miss
+        self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
-        self.channelwise = tuple(channelwise)
-        by_norms = criterion == "batchnorm"
-        if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
-            valid = sorted([*CRITERIA, "batchnorm"])
-            raise ValueError(f"criterion={criterion!r}: valid are {valid}")
-        self._gatherings = Gatherings(
-            [Gathering(make_criterion("magnitude" if by_norms else criterion))]
-        )
-        self.plan: ChannelPlan | None = None
-        self.cutter: Cutter | None = None
-        self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
-        self.refused: dict[str, str] = {}
-        self._tapped: dict[str, str] = {}
-        self._inputs: dict[str, Any] | None = None  # of the model that came back
-        self._led = False  # whether somebody will say how far to go
-        self._leaving: Flags | None = None
-        self._fading = 0  # steps since they were chosen
         self._samples: Samples | None = None
-        self._resumed: tuple[list[int] | None, int] | None = None
         self._handle: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,9 +155,6 @@ class ChannelPruning(MaskCallback):
         self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
         self.goal.steered = None
 
-    def _claim(self) -> None:
-        """Channels are no masks: another callback may mask what stays."""
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint, and find the channels.
 
@@ -197,107 +166,6 @@ class ChannelPruning(MaskCallback):
         self._tapped = tapped_features(trainer)
         if self._samples is not None and self._samples.complete:
             self._make_plan(pl_module, self._samples.take())
-
-    def _make_plan(
-        self, module: nn.Module, inputs: Mapping[str, Sequence[Any]], *, tell: bool = True
-    ) -> None:
-        self.plan = ChannelPlan(
-            module,
-            inputs,
-            targets=[*self.paths(), *self._embeddings()],
-            channelwise=self.channelwise,
-            tapped=self._tapped,
-            refused=self.refused,
-        )
-        goal, first = self.goal, self.goal.begin(self.plan.graph)
-        self.cutter = Cutter(
-            self.plan, self.projector, rounding=goal.rounding, dense=goal.dense, kept=self.kept
-        )
-        if first and (said := goal.measure(self.cutter, self._scores)):
-            rank_zero_info(f"{self.state_key}: {said}")
-        goal.check(self.plan.graph, led=self._led)
-        if self._resumed is not None and self._resumed[0] is not None:
-            units, self._fading = self._resumed
-            self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
-        self._resumed = None
-        for group in self.plan.graph.groups if tell else ():
-            if len(group.free) < len(group.units):
-                why = ", ".join(group.reasons)
-                rank_zero_info(f"{self.state_key}: channels of {group.name} stay: {why}")
-        self.sparsity = self._count()
-
-    def _embeddings(self) -> list[str]:
-        """They are no matrix products, so that masks leave them alone; channels they have."""
-        return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
-
-    @property
-    def kind(self) -> str:
-        """What is counted: "channels", "params" or "macs"; "latency" until it is measured."""
-        return self.goal.kind
-
-    @property
-    def left(self) -> float:
-        """The part of it that is left."""
-        return self.goal.left(self.cutter)
-
-    @property
-    def least(self) -> float:
-        """The part of it that no rounding can avoid."""
-        return self.goal.least
-
-    def steer(self, left: float) -> None:
-        """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
-
-        Whole blocks of channels go until no more than that is left; none comes back.
-
-        Args:
-            left: in (0, 1]; of the channels, or of what `budget` counts.
-
-        Raises:
-            ValueError: for a part outside of that.
-        """
-        self.goal.steer(left)
-
-    def lever(self, limits: Limits) -> Lever:
-        """What a `QualityBudget` moves."""
-        return ChannelLever(self, limits.min_channels)
-
-    def snapshot(self) -> dict[str, Any]:
-        """What of the state belongs to the channels of now."""
-        return {
-            "asked": self.goal.part.asked,
-            "kept": {name: list(one) for name, one in self.kept.items()},
-            "inputs": None if self.plan is None else dict(self.plan.inputs),
-        }
-
-    def back_to(self, snapshot: dict[str, Any]) -> None:
-        """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.goal.part.asked = snapshot["asked"]
-        self.kept.clear()
-        self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
-        self._inputs = snapshot["inputs"]
-        self._leaving, self._fading, self._pending = None, 0, False
-
-    def on_channels_restored(self, module: nn.Module) -> None:
-        """Look at the module that has its channels again."""
-        self._gatherings.reset()
-        assert self.plan is not None
-        inputs = place_inputs(module, self._inputs or self.plan.inputs)
-        self._make_plan(module, inputs, tell=False)
-
-    @property
-    def led(self) -> bool:
-        """Whether somebody else says how far to go."""
-        return self.goal.steered is not None
-
-    @property
-    def arrived(self) -> bool:
-        """Whether all is gone that is to go at this position."""
-        return self._leaving is None and not self.needed(self.events.position)
-
-    def needed(self, position: float) -> bool:
-        """Whether more is to go at a position."""
-        return self.plan is not None and self.goal.needs(position)
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
@@ -335,14 +203,6 @@ class ChannelPruning(MaskCallback):
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
 
-    def _scores(self) -> Scores:
-        assert self.cutter is not None
-        if self.criterion in ("magnitude", "batchnorm"):
-            return self.cutter.own_scores(str(self.criterion))
-        wanted = self._gatherings[0].scores(self.slots, self.slots)
-        given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
-        return self.cutter.given_scores(self.criterion, given)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -369,16 +229,6 @@ class ChannelPruning(MaskCallback):
         self._leaving, self._fading = None, 0
         self._gatherings.reset()  # what is known of larger weights is of no use
         self.sparsity = self._count()
-
-    def project(self) -> None:
-        """Nothing of this callback shows between events."""
-
-    def _settle(self) -> None:
-        """Masks are other callbacks' own."""
-
-    def _count(self) -> float:
-        """Fraction of the channels that is gone."""
-        return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what still fades, and check that enough is gone."""
@@ -414,40 +264,6 @@ class ChannelPruning(MaskCallback):
         self._gatherings.stop()
         if self._samples is not None:
             self._samples.stop()
-
-    def on_save_checkpoint(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Say which entries stay, so that the full model can be cut before it is loaded."""
-        if lost := removed_channels(pl_module):
-            checkpoint[CHANNELS] = asdict(lost)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Clock, what stays, what fades, what the first model cost, statistics."""
-        leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
-        return {
-            **super().state_dict(),
-            "masks": {},
-            "latents": {},
-            **self.goal.state_dict(),
-            "kept": dict(self.kept),
-            "leaving": (leaving, self._fading),
-            "refused": dict(self.refused),
-            "gathering": self._gatherings.state_dict(),
-        }
-
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back, and find the channels of the smaller model."""
-        super().restore_state(state)
-        self.goal.load_state_dict(state)
-        self.refused = dict(state["refused"])
-        self.kept = dict(state["kept"])
-        self._resumed = state["leaving"]
-        step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
 
 
 def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
