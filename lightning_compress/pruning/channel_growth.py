@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.pruning.channel_surgery import resize_tensor, set_sizes, sizes_of_layers
+from lightning_compress.pruning.channel_sizes import set_sizes, sizes_of_layers
+from lightning_compress.pruning.channel_surgery import resize_tensor
 from lightning_compress.pruning.channels import Kept
 from lightning_compress.state import (
     RemovedChannels,

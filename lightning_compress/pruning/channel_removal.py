@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_compress.modes import bare, evaluating
 from lightning_compress.pruning.channel_labels import Labels
-from lightning_compress.pruning.channel_surgery import check_sizes, select_entries, shrink
+from lightning_compress.pruning.channel_sizes import check_sizes
+from lightning_compress.pruning.channel_surgery import select_entries, shrink
 from lightning_compress.pruning.channel_trace import tensors_in
 from lightning_compress.pruning.channels import ChannelGraph, Flags
 

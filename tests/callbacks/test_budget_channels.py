@@ -29,7 +29,7 @@ from lightning_compress import (
 from lightning_compress.callbacks.memory import go_back, lose, remember
 from lightning_compress.data import DigitRows, Digits
 from lightning_compress.models import DCGAN, VAE, RecurrentVAE
-from lightning_compress.pruning.channel_surgery import check_sizes
+from lightning_compress.pruning.channel_sizes import check_sizes
 
 UNITS = 32  # hidden units of Wide
 

@@ -18,7 +18,7 @@ from lightning_compress import (
     TargetError,
     sparsity,
 )
-from lightning_compress.pruning.channel_surgery import check_sizes
+from lightning_compress.pruning.channel_sizes import check_sizes
 
 
 def shapes(model):

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_compress.pruning.channel_growth import compose, grow, overlay, structure_of
 from lightning_compress.pruning.channel_removal import sizes_after
-from lightning_compress.pruning.channel_surgery import check_sizes, shrink, sizes_of_layers
+from lightning_compress.pruning.channel_sizes import check_sizes, sizes_of_layers
+from lightning_compress.pruning.channel_surgery import shrink
 from lightning_compress.pruning.channels import channel_graph
 from lightning_compress.state import RemovedChannels, note_removed, removed_channels
 
