@@ -1,4 +1,4 @@
-"""How a module is put into its evaluation state, and back."""
+"""How a module is put into its evaluation state, or out of its hooks, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["bare", "evaluating"]
 
 
 @contextmanager
@@ -30,3 +30,24 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training  # not train(): it would set the children too
+
+
+@contextmanager
+def bare(module: nn.Module) -> Iterator[None]:
+    """Without hooks of others, but for those of `torch.nn.utils` that make weights."""
+    stored = []
+    for layer in module.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = getattr(layer, name)
+            kept = {
+                key: hook
+                for key, hook in hooks.items()
+                if type(hook).__module__.startswith("torch.nn.utils")
+            }
+            stored.append((layer, name, hooks))
+            object.__setattr__(layer, name, type(hooks)(kept))
+    try:
+        yield
+    finally:
+        for layer, name, hooks in stored:
+            object.__setattr__(layer, name, hooks)

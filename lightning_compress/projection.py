@@ -103,6 +103,18 @@ class Slot:
             self.grid = self.grid.select(kept)
             set_grid(self.target.layer, self.target.name, self.grid)
 
+    def forget(self) -> Tensor:
+        """Let go of mask, latent values and grid, so that the weight may get another size.
+
+        Returns:
+            The latent values.
+        """
+        values = self.values().clone()
+        self.pruned = self.latent = self.grid = None
+        self._holds_latent = False
+        clear_grid(self.target.layer, self.target.name)
+        return values
+
     def set_quantizer(self, quantizer: Quantizer | None) -> None:
         """Replace what makes the grid; it shows after the next `project`."""
         self.restore()

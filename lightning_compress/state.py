@@ -17,6 +17,7 @@ __all__ = [
     "activation_grids",
     "clear_grid",
     "compression_state",
+    "forget_removed",
     "note_removed",
     "removed_channels",
     "set_activation_grids",
@@ -83,6 +84,12 @@ def note_removed(module: nn.Module, lost: RemovedChannels) -> None:
     for key, values in (("size", lost.sizes), ("kept", lost.kept)):
         for path, value in values.items():
             module.get_submodule(path).__dict__.setdefault(_CHANNELS, {})[key] = value
+
+
+def forget_removed(module: nn.Module) -> None:
+    """Forget what a module lost: it is as it was made."""
+    for layer in module.modules():
+        layer.__dict__.pop(_CHANNELS, None)
 
 
 def removed_channels(module: nn.Module) -> RemovedChannels:

@@ -2,7 +2,7 @@
 
 A callback that can be steered has three methods; `QualityBudget` needs nothing else of it:
 `lever(limits)`, `snapshot()` (what of its state belongs to the weights of now) and
-`back_to(snapshot)`.
+`back_to(snapshot)`. A lever that moves in leaps has `reached(level)` too: where it came to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any, Protocol
 
 from lightning_compress.adaptive.curves import Sensitivity
 
-__all__ = ["BitsLever", "Lever", "Limits", "SparsityLever", "StepLever"]
+__all__ = [
+    "BitsLever",
+    "ChannelLever",
+    "Lever",
+    "Limits",
+    "SparsityLever",
+    "StepLever",
+    "levels_reached",
+]
 
 Share = Callable[[float], Mapping[str, float]]
 
@@ -28,6 +36,8 @@ class Limits:
         max_sparsity: at level 1; densities go down by equal factors.
         steps: of entropy grids, at level 0 and at level 1; by equal factors too.
         min_bits: at level 1, of the other grids.
+        min_channels: part of the channels that stays at level 1, to the next whole block; of the
+            MACs or the parameters where `ChannelPruning` counts those.
         sensitivity: of the layers: a scan, or the file of one. They share the sparsity by it;
             None: by the pruning callback's own scope.
 
@@ -38,6 +48,7 @@ class Limits:
     max_sparsity: float = 0.99
     steps: tuple[float, float] = (0.25, 3.0)
     min_bits: int = 2
+    min_channels: float = 0.1
     sensitivity: Sensitivity | str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +60,8 @@ class Limits:
             raise ValueError(f"steps={self.steps!r}: give the finest and the coarsest, both > 0")
         if not 2 <= self.min_bits <= 8:
             raise ValueError(f"min_bits={self.min_bits!r}: valid are 2 to 8")
+        if not 0 < self.min_channels < 1:
+            raise ValueError(f"min_channels={self.min_channels!r} must lie in (0, 1)")
 
     def shares(self, paths: Sequence[str]) -> Share | None:
         """From the sparsity of some layers together to that of each; None without a scan.
@@ -84,6 +97,12 @@ class Lever(Protocol):
     def setting(self, level: float) -> str:
         """What a level means, in words."""
         ...
+
+
+def levels_reached(levers: Sequence[Lever], levels: Sequence[float]) -> tuple[float, ...]:
+    """Where levers are that were brought to some levels."""
+    known = [getattr(lever, "reached", float) for lever in levers]
+    return tuple(reached(level) for reached, level in zip(known, levels, strict=True))
 
 
 @dataclass
@@ -189,3 +208,49 @@ class BitsLever:
         """The bits, or their range."""
         found = sorted(set(self.bits(level).values()))
         return f"{found[0]} bits" if len(found) == 1 else f"{found[0]} to {found[-1]} bits"
+
+
+@dataclass
+class ChannelLever:
+    """What a `ChannelPruning` leaves of its channels, MACs or parameters.
+
+    Whole blocks of channels go, so a level is reached or passed; the next one counts from there.
+
+    Args:
+        callback: the callback.
+        fewest: part that is left at level 1, if as few are possible.
+    """
+
+    callback: Any
+    fewest: float
+    step: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the callback is called."""
+        return str(self.callback.name)
+
+    @property
+    def _floor(self) -> float:
+        return max(self.fewest, self.callback.least)
+
+    def left(self, level: float) -> float:
+        """The part that is left at a level: equal steps take away equal parts of it."""
+        return self._floor**level
+
+    def move(self, level: float) -> None:
+        """Ask for the part of a level."""
+        self.callback.steer(self.left(level))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all channels that are to go are gone."""
+        return bool(self.callback.arrived)
+
+    def reached(self, level: float) -> float:  # noqa: ARG002
+        """The level of the channels that are left."""
+        return min(math.log(self.callback.left) / math.log(self._floor), 1.0)
+
+    def setting(self, level: float) -> str:
+        """The part that is left."""
+        return f"{self.left(level):.4f} of the {self.callback.kind}"

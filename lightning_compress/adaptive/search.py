@@ -24,11 +24,13 @@ class Reading:
         cost: the metric, less is better.
         size: predicted bytes.
         over: whether the time to search is over.
+        levels: where the levers are, when some went further than they were told; None: there.
     """
 
     cost: float
     size: float
     over: bool = False
+    levels: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class QualitySearch:
     def read(self, reading: Reading) -> Decision:
         """Take in a reading of the model at `levels`."""
         self.readings.append(reading.cost)
+        if reading.levels is not None:
+            self.levels = reading.levels
         verdict = self._judge()
         if reading.over:
             return self._settle(reading, verdict)

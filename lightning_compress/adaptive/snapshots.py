@@ -10,16 +10,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.projection import Projector, Slot
+from lightning_compress.pruning.channel_growth import structure_of
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 
-__all__ = ["restore_masks", "restore_snapshot", "take_snapshot"]
+__all__ = [
+    "Snapshot",
+    "all_tensors",
+    "mask_in",
+    "restore_masks",
+    "restore_snapshot",
+    "slots_of",
+    "take_snapshot",
+]
 
 Snapshot = dict[str, Any]
 
 
 @torch.no_grad()
 def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapshot:
-    """All parameters and buffers, hidden values, masks (bit-packed) and optimizer states.
+    """All parameters and buffers, sizes, hidden values, masks (bit-packed) and optimizer states.
 
     Learning rates are not in it: their schedules go on with the run. A second of two optimizers
     on the same parameter is told apart by its place.
@@ -28,12 +37,13 @@ def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapsho
         module: in training, between two steps.
         optimizers: all of them.
     """
-    slots = _slots(module)
+    slots = slots_of(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     hidden = {name: slots[name].values() for name in slots if slots[name].latent is not None}
     masks = {name: slot.pruned for name, slot in slots.items()}
     return {
-        "tensors": {name: one.detach().clone() for name, one in _tensors(module).items()},
+        "tensors": {name: one.detach().clone() for name, one in all_tensors(module).items()},
+        "structure": structure_of(module),
         "hidden": {name: one.detach().clone() for name, one in hidden.items()},
         "masks": {
             name: (pack_mask(~one), tuple(one.shape))
@@ -57,15 +67,16 @@ def restore_snapshot(
 ) -> None:
     """Put a model in training back to where `take_snapshot` saw it; its grids are the caller's.
 
+    Sizes are those of the snapshot already: see `regrow`.
+
     Between two steps, before anything is projected: who makes grids puts them back first.
     """
-    slots, parameters = _slots(module), dict(module.named_parameters())
-    for name, tensor in _tensors(module).items():
+    slots, parameters = slots_of(module), dict(module.named_parameters())
+    for name, tensor in all_tensors(module).items():
         if name not in slots:
             tensor.copy_(snapshot["tensors"][name])
     for name, slot in slots.items():
-        packed = snapshot["masks"].get(name)
-        slot.set_mask(None if packed is None else unpack_mask(*packed))
+        slot.set_mask(mask_in(snapshot, name))
         slot.set_values(snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data))
         slot.project()
     for optimizer, states in zip(optimizers, snapshot["optimizers"], strict=True):
@@ -81,9 +92,9 @@ def restore_snapshot(
 @torch.no_grad()
 def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
     """Put back masks alone: what they had let stay gets its value of then, all else trains on."""
-    for name, slot in _slots(module).items():
-        packed = snapshot["masks"].get(name)
-        mask = None if packed is None else unpack_mask(*packed).to(slot.data.device)
+    for name, slot in slots_of(module).items():
+        mask = mask_in(snapshot, name)
+        mask = None if mask is None else mask.to(slot.data.device)
         if slot.pruned is not None and not slot.dense_gradient:
             reopened = slot.pruned if mask is None else slot.pruned & mask
             before = snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data)
@@ -95,7 +106,13 @@ def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
         slot.project()
 
 
-def _slots(module: nn.Module) -> dict[str, Slot]:
+def mask_in(snapshot: Snapshot, name: str) -> Tensor | None:
+    """The mask of a parameter, True where a weight stays; None without one."""
+    packed = snapshot["masks"].get(name)
+    return None if packed is None else unpack_mask(*packed)
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
     """Projected parameters by the name that the module gives them."""
     projector = Projector.find(module)
     known = projector.slots.values() if projector is not None else ()
@@ -104,7 +121,8 @@ def _slots(module: nn.Module) -> dict[str, Slot]:
     return {name: slot for name, slot in pairs if slot is not None}
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 

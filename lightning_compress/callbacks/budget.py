@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple
-from math import inf
+from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_compress.adaptive.arguments import check_goal, check_search, check_window_of_run
-from lightning_compress.adaptive.levers import Lever, Limits
+from lightning_compress.adaptive.levers import Limits, levels_reached
 from lightning_compress.adaptive.readings import recent
 from lightning_compress.adaptive.reference import DENSE, Reference
-from lightning_compress.adaptive.search import Decision, QualitySearch, Reading, Rules, Trial
+from lightning_compress.adaptive.search import Decision, Reading
 from lightning_compress.adaptive.sizing import SizeSearch
-from lightning_compress.adaptive.table import trial_table
 from lightning_compress.callbacks.base import check_run_ends, run_progress
-from lightning_compress.callbacks.memory import Memory, bytes_now, go_back, remember, steered
-from lightning_compress.callbacks.threshold import ThresholdPruning
-from lightning_compress.errors import TargetError
+from lightning_compress.callbacks.budget_base import BudgetCallback, check_company
+from lightning_compress.callbacks.memory import (
+    bytes_now,
+    go_back,
+    lose,
+    remember,
+)
+from lightning_compress.pruning.channels import Kept
 
 __all__ = ["QualityBudget"]
 
 
-class QualityBudget(Callback):
+class QualityBudget(BudgetCallback):
     """Compress as far as a measured quality allows, or to a size at the best quality.
 
-    Takes over the sparsity of each `GradualPruning`, and the step or the bits of each
-    `QuantizationAwareTraining`, in the same Trainer. After each reading of the metric it decides:
-    further, wait, or back to the last good model (weights, masks, grids and optimizer states, from
-    a copy in memory that a checkpoint holds too; learning rates and clocks go on). What changes
-    does so at the beginning of the next batch, so that a checkpoint's score is of its weights.
+    Takes over the sparsity of each `GradualPruning`, what is left by each `ChannelPruning`, and the
+    step or the bits of each `QuantizationAwareTraining`, in the same Trainer. After each reading of
+    the metric it decides: further, wait, or back to the last good model (weights, channels, masks,
+    grids and optimizer states, from a copy in memory that a checkpoint holds too; learning rates
+    and clocks go on). What changes does so at the beginning of the next batch, so that a
+    checkpoint's score is of its weights.
 
     Args:
         monitor: a logged metric. One that begins with "val" is read after each validation that
@@ -52,9 +54,10 @@ class QualityBudget(Callback):
         patience: readings after which a trial must be decided; clear ones are decided earlier.
         confidence: standard errors by which a case is clear.
         stride: of a level (see `Limits`) at first, and the smallest that is tried.
-        undo: what goes back when a trial fails. "all": weights, masks, grids, optimizer states.
-            "projection": masks and grids, and weights train on from where they are; all goes back
-            only if that is no good either. It loses no steps, and fits a model that still learns.
+        undo: what goes back when a trial fails. "all": weights, channels, masks, grids, optimizer
+            states. "projection": channels, masks and grids, and weights train on from where they
+            are; all goes back only if that is no good either. It loses no steps, and fits a model
+            that still learns.
         limits: how far the levers go.
         on_miss: "warn" or "raise" when no model was within the budget.
         name: prefix of what is logged, and the key of the state.
@@ -96,48 +99,16 @@ class QualityBudget(Callback):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
         if undo not in ("all", "projection"):
             raise ValueError(f"undo={undo!r}: valid are ['all', 'projection']")
-        self.monitor, self.max_degradation, self.max_bytes = monitor, max_degradation, max_bytes
-        self.reference = Reference(reference, mode, spread)
+        super().__init__(
+            monitor,
+            max_degradation,
+            max_bytes,
+            reference=Reference(reference, mode, spread),
+            limits=limits if isinstance(limits, Limits) else Limits(**dict(limits or {})),
+            name=name,
+        )
         self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
-        self.stride, self.on_miss, self.name = tuple(stride), on_miss, name
-        self.undo = undo
-        self.limits = limits if isinstance(limits, Limits) else Limits(**dict(limits or {}))
-        self.levers: list[Lever] = []
-        self._loaded: dict[str, Any] | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self.search: QualitySearch | SizeSearch | None = None
-        self.readings: list[float] = []  # costs of the dense model, before the search
-        self.lately: list[float] = []  # costs since the model was last changed
-        self._memory: Memory | None = None
-        self._kept = inf  # cost of the model that is remembered
-        self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
-        self._pending = Decision()
-        self._seen = False
-        self._stale: object = None
-
-    @property
-    def state_key(self) -> str:
-        """Key of the state in a checkpoint."""
-        return f"{type(self).__name__}[{self.name}]"
-
-    @property
-    def history(self) -> list[Trial]:
-        """What was tried so far."""
-        return [] if self.search is None else self.search.history
-
-    def take_dense(self, rows: Sequence[tuple[int, str, float]]) -> None:
-        """Take a dense run's readings as reference: `(batches seen, metric, value)` of `History`.
-
-        Raises:
-            ValueError: when they hold none of the metric.
-        """
-        pairs = [(at, value) for at, metric, value in rows if metric == self.monitor]
-        if not pairs:
-            known = sorted({metric for _, metric, _ in rows})
-            raise ValueError(f"{self.state_key}: the dense run logged no {self.monitor!r}: {known}")
-        self.reference.take(pairs)
+        self.stride, self.on_miss, self.undo = tuple(stride), on_miss, undo
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes before anything trains."""
@@ -150,41 +121,17 @@ class QualityBudget(Callback):
                 f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
                 "dense model first: give a number, or None to measure it before begin"
             )
-        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if refused := [one.state_key for one in others if isinstance(one, ThresholdPruning)]:
-            raise TargetError(f"{self.state_key} cannot steer {refused}: use GradualPruning")
-        averaging = [one for one in others if isinstance(one, WeightAveraging)]
-        if averaging and others.index(averaging[0]) < others.index(self):
-            kind = type(averaging[0]).__name__
-            raise TargetError(f"list {self.state_key} before {kind}, which ends a run with its own")
-        if not any(hasattr(one, "lever") for one in others):
-            raise TargetError(
-                f"{self.state_key} has nothing to steer: add a GradualPruning or a "
-                "QuantizationAwareTraining to the Trainer"
-            )
+        check_company(self, trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Take the levers; a run that goes on finds them where they were."""
         resumed, self._loaded = self._loaded, None
         self._reset()
         if resumed is not None:
-            self._restore_state(resumed, self._take_levers(trainer))
+            self._restore_state(resumed, self.take_levers(trainer))
             return
-        for lever in self._take_levers(trainer):
+        for lever in self.take_levers(trainer):
             lever.move(0.0)
-
-    def _take_levers(self, trainer: Trainer) -> list[Lever]:
-        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for one in steered(trainer):
-            if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
-                raise TargetError(
-                    f"{self.state_key} cannot go back with sharded weights: {sharded}"
-                )
-        found = [one.lever(self.limits) for one in others if hasattr(one, "lever")]
-        self.levers = [one for one in found if one is not None]
-        if not self.levers:
-            raise TargetError(f"{self.state_key}: no callback quantizes weights or prunes")
-        return self.levers
 
     def on_train_batch_start(
         self,
@@ -249,32 +196,17 @@ class QualityBudget(Callback):
             self.lately.append(cost)
             self._decide(trainer, pl_module, cost, progress)
 
-    def _begin(self) -> QualitySearch | SizeSearch:
-        self.reference.fix(self.readings, patience=self.patience)
-        rules = Rules(
-            limit=self.max_degradation or 0.0,
-            spread=self.reference.spread / self.reference.scale,
-            patience=self.patience,
-            confidence=self.confidence,
-            stride=self.stride[0],
-            least=self.stride[1],
-        )
-        rank_zero_info(
-            f"{self.state_key}: {self.monitor} of the dense model is "
-            f"{self.reference.cost(self.reference.dense):.5g}, one reading's spread "
-            f"{self.reference.spread:.2g}"
-        )
-        if self.max_bytes is not None:
-            return SizeSearch(self.max_bytes, rules, len(self.levers))
-        soft = self.undo == "projection"
-        return QualitySearch(rules, [lever.step for lever in self.levers], soft)
-
     def _decide(
         self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
     ) -> None:
         batches = trainer.fit_loop.total_batch_idx + 1
         worse = self.reference.worse(cost, batches - self._undone)
-        reading = Reading(worse, bytes_now(trainer, pl_module), over=progress >= self.end)
+        reading = Reading(
+            worse,
+            bytes_now(trainer, pl_module),
+            over=progress >= self.end,
+            levels=levels_reached(self.levers, self.search.levels) if self.search else None,
+        )
         tried = len(self.history)
         if isinstance(self.search, SizeSearch):
             done = (progress - self.begin) / (self.end - self.begin)
@@ -290,12 +222,6 @@ class QualityBudget(Callback):
             self.lately = []
         for trial in self.history[tried:]:
             rank_zero_info(f"{self.state_key}: {self._line(trial)}")
-
-    def _line(self, trial: Trial) -> str:
-        pairs = zip(self.levers, trial.levels, strict=True)
-        settings = ", ".join(lever.setting(level) for lever, level in pairs)
-        worse = f"{self.monitor} {trial.cost:+.2%} worse"
-        return f"{settings}: {trial.size:,.0f} bytes, {worse}: {trial.verdict}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End with the smallest model, or the best, that is within the budget; say what was tried.
@@ -326,58 +252,7 @@ class QualityBudget(Callback):
                 "dense one learned on; raise begin, or train longer"
             )
 
-    def _finish(self) -> bool:
-        """Whether to go back, now that the run ends."""
-        pending, self._pending = self._pending, Decision()
-        if pending.restore or self.search is None:
-            return pending.restore
-        back = self.search.finish().restore
-        # A model that only trained on since it was kept is off where the dense one got better.
-        trained_on = isinstance(self.search, QualitySearch) and self.search.moved is None
-        better = bool(self.lately) and recent(self.lately) < self._kept
-        return back and not (trained_on and better)
-
-    @rank_zero_only
-    def _print(self) -> None:
-        trial_table(self.history, self.levers, self.monitor)
-
-    def _miss(self, what: str) -> None:
-        if self.on_miss == "raise":
-            raise RuntimeError(f"{self.state_key}: {what}")
-        rank_zero_warn(f"{self.state_key}: {what}")
-
-    def _missing(self, trainer: Trainer) -> None:
-        known = sorted(trainer.callback_metrics)
-        raise ValueError(f"{self.state_key}: nothing logs monitor={self.monitor!r}; found {known}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The search, the last good model and what is still to be done."""
-        return {
-            "search": None if self.search is None else self.search.state_dict(),
-            "readings": list(self.readings),
-            "pending": astuple(self._pending),
-            "memory": self._memory,
-            "seen": self._seen,
-            "lately": list(self.lately),
-            "kept": (self._kept, self._kept_at, self._undone),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts."""
-        self._loaded = state_dict
-
-    def _restore_state(self, state: dict[str, Any], levers: Sequence[Lever]) -> None:
-        self.readings, self._seen = list(state["readings"]), state["seen"]
-        keep, restore, levels, soft = state["pending"]
-        self._pending = Decision(keep, restore, None if levels is None else tuple(levels), soft)
-        self._memory = state["memory"]
-        self._kept, self._kept_at, self._undone = state["kept"]
-        self.lately = list(state["lately"])
-        if state["search"] is not None:
-            if len(state["search"]["levels"]) != len(levers):
-                raise ValueError(
-                    f"{self.state_key}: the checkpoint steers {len(state['search']['levels'])} "
-                    f"levers, this run {[lever.name for lever in levers]}"
-                )
-            self.search = self._begin()
-            self.search.load_state_dict(state["search"])
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Follow what is still there of the last good model."""
+        if self._memory is not None:
+            lose(self._memory, kept)

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
-from lightning_compress.distillation.inputs import sample_inputs
+from lightning_compress.distillation.inputs import placed, sample_inputs
 from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channels import Kept
 from lightning_compress.targets import clean_path
 
-__all__ = ["Samples", "claim_run", "report_table", "tapped_features", "tell_others"]
+__all__ = [
+    "Samples",
+    "claim_run",
+    "place_inputs",
+    "report_table",
+    "tapped_features",
+    "tell_others",
+]
 
 _ROWS = 2  # examples that are kept of a batch
 
@@ -80,6 +87,13 @@ def _few(args: Any) -> Any:
     return pytree.tree_map(cut, args)
 
 
+def place_inputs(
+    module: nn.Module, inputs: Mapping[str, Sequence[Any]]
+) -> dict[str, tuple[Any, ...]]:
+    """Sample inputs of some modules, by path, brought to where these are."""
+    return {path: placed(tuple(one), module.get_submodule(path)) for path, one in inputs.items()}
+
+
 def claim_run(owner: Any, trainer: Trainer) -> None:
     """Refuse what cannot follow when layers get smaller.
 
@@ -93,6 +107,11 @@ def claim_run(owner: Any, trainer: Trainer) -> None:
             "the first step. Prune with one process, and train the smaller model on with several"
         )
     for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, type(owner)) and one is not owner:
+            raise TargetError(
+                f"{key} and {one.state_key}: each would remove channels that the other counts; "
+                "name all layers in include of one"
+            )
         if getattr(one, "rewind", None) is not None:
             raise TargetError(
                 f"{key} and {one.state_key}: weights cannot go back to what they were before "
@@ -129,9 +148,10 @@ def tell_others(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print what was asked for, and what each layer got."""
-    graph, dense = owner.plan.graph, owner.dense
-    wanted = 1 - owner.part.target(owner.events.end)
-    table = Table(title=f"Channels: {wanted:.4g} of the {owner.kind} were to stay")
+    graph, dense = owner.plan.graph, owner.goal.dense
+    wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
+    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.led else wanted
+    table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
         table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
     for group in graph.groups:

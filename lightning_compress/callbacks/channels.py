@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.callbacks.channel_base import ChannelCallback
 from lightning_compress.callbacks.channel_carry import (
     Samples,
     claim_run,
@@ -20,43 +19,30 @@ from lightning_compress.callbacks.channel_carry import (
     tapped_features,
     tell_others,
 )
-from lightning_compress.callbacks.masking import MaskCallback
-from lightning_compress.pruning.channel_budget import (
-    Rounding,
-    Scores,
-    check_budget,
-    floor_of,
-)
-from lightning_compress.pruning.channel_files import CHANNELS
-from lightning_compress.pruning.channel_plan import ChannelPlan, roots_of
+from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channel_budget import Rounding
+from lightning_compress.pruning.channel_goal import Goal
+from lightning_compress.pruning.channel_plan import roots_of
 from lightning_compress.pruning.channel_scores import ABSOLUTE
-from lightning_compress.pruning.channel_surgery import (
-    match_channels,
-)
-from lightning_compress.pruning.channel_training import Cutter
-from lightning_compress.pruning.channels import Flags
-from lightning_compress.pruning.criteria import CRITERIA, Criterion, make_criterion
+from lightning_compress.pruning.channel_surgery import match_channels
+from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.events import Events
-from lightning_compress.pruning.gathering import Gathering, Gatherings
-from lightning_compress.pruning.parts import make_schedules
-from lightning_compress.schedules import Schedule
-from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
 __all__ = ["ChannelPruning"]
 
 _EVENTS = 20
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
-class ChannelPruning(MaskCallback):
+class ChannelPruning(ChannelCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
     At events the channels that are worth least are chosen, over all layers together; what reads
     them fades to 0 within a few steps; then they are removed from all layers, from the
     optimizer's state and from averages. Each time the smaller model is compared with the one
     whose channels are 0: they are the same function, or the run stops. Inputs and outputs of the
-    part that ships keep their sizes: latent size, image channels, mu and logvar, logits.
+    part that ships keep their sizes: latent size, image channels, mu and logvar, logits. Beside a
+    `QualityBudget`, that one says how many go, and when; where it goes back, they come back.
 
     Args:
         final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
@@ -88,8 +74,6 @@ class ChannelPruning(MaskCallback):
     'macs'
     """
 
-    order = -1  # channels go before masks and grids
-
     def __init__(
         self,
         *,
@@ -111,16 +95,19 @@ class ChannelPruning(MaskCallback):
         on_miss: str = "warn",
         name: str = "channels",
     ) -> None:
-        self.kind, self.left = check_budget(budget) if budget else ("channels", None)
-        gone = final_sparsity if self.left is None else 1 - self.left
-        self.part = make_schedules(gone, schedule, begin, end)[0]
         _check(round_to=round_to, fade=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        if isinstance(self.part.curve, Schedule):
-            begin, end = self.part.curve.begin, self.part.curve.end
+        goal = Goal(
+            final_sparsity,
+            budget=budget,
+            schedule=schedule,
+            window=(begin, end),
+            rounding=Rounding(round_to, min_keep),
+        )
+        begin, end = goal.window
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(
             begin=begin,
@@ -128,36 +115,28 @@ class ChannelPruning(MaskCallback):
             frequency=frequency,
             include=include,
             exclude=[*spared[0], *spared[1]],
-            dense_gradient=False,
+            goal=goal,
+            criterion=criterion,
+            channelwise=channelwise,
             name=name,
         )
         self.events = Events(begin, end, frequency, count=_EVENTS)
-        self.rounding = Rounding(round_to, min_keep)
-        self.criterion, self.fade, self.on_miss = criterion, fade, on_miss
+        self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
-        self.channelwise = tuple(channelwise)
-        by_norms = criterion == "batchnorm"
-        if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
-            valid = sorted([*CRITERIA, "batchnorm"])
-            raise ValueError(f"criterion={criterion!r}: valid are {valid}")
-        self._gatherings = Gatherings(
-            [Gathering(make_criterion("magnitude" if by_norms else criterion))]
-        )
-        self.plan: ChannelPlan | None = None
-        self.cutter: Cutter | None = None
-        self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
-        self.dense: dict[str, int] = {}  # units of each group at first
-        self.total = 0.0  # cost at first
-        self.refused: dict[str, str] = {}
-        self._leaving: Flags | None = None
-        self._fading = 0  # steps since they were chosen
         self._samples: Samples | None = None
-        self._resumed: tuple[list[int] | None, int] | None = None
         self._handle: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find mistakes, and let a checkpoint's smaller layers be loaded."""
         super().setup(trainer, pl_module, stage)
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        leaders = [one.state_key for one in others if getattr(one, "steers", False)]
+        if leaders and self.kind == "latency":
+            raise TargetError(
+                f"{leaders[0]} cannot steer a latency, which is measured once: give "
+                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
+            )
+        self._led = bool(leaders)
         if self._handle is None:
             self._handle = pl_module.register_load_state_dict_pre_hook(_match)
 
@@ -174,9 +153,7 @@ class ChannelPruning(MaskCallback):
         roots = roots_of(pl_module, [slot.target for slot in self.slots])
         self._samples = Samples(pl_module, roots)
         self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
-
-    def _claim(self) -> None:
-        """Channels are no masks: another callback may mask what stays."""
+        self.goal.steered = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint, and find the channels.
@@ -186,86 +163,13 @@ class ChannelPruning(MaskCallback):
             ValueError: for a budget that cannot be met.
         """
         super().on_train_start(trainer, pl_module)
+        self._tapped = tapped_features(trainer)
         if self._samples is not None and self._samples.complete:
-            self._make_plan(trainer, pl_module)
-
-    def _make_plan(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._samples is not None
-        self.plan = ChannelPlan(
-            pl_module,
-            self._samples.take(),
-            targets=[*self.paths(), *self._embeddings()],
-            channelwise=self.channelwise,
-            tapped=tapped_features(trainer),
-            refused=self.refused,
-        )
-        first = not self.dense
-        if first:
-            self.dense = {one.name: len(one.units) for one in self.plan.graph.groups}
-        cutter = self.cutter = Cutter(
-            self.plan, self.projector, rounding=self.rounding, dense=self.dense, kept=self.kept
-        )
-        if first and self.kind == "latency":
-            self._measure_latency()
-        if first:
-            self.total = cutter.cost(self.kind)
-        self._check_reachable()
-        if self._resumed is not None and self._resumed[0] is not None:
-            units, self._fading = self._resumed
-            self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
-        self._resumed = None
-        for group in self.plan.graph.groups:
-            if len(group.free) < len(group.units):
-                why = ", ".join(group.reasons)
-                rank_zero_info(f"{self.state_key}: channels of {group.name} stay: {why}")
-        self.sparsity = self._count()
-
-    def _embeddings(self) -> list[str]:
-        """They are no matrix products, so that masks leave them alone; channels they have."""
-        return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
-
-    def _measure_latency(self) -> None:
-        """Turn a latency into MACs: the largest part of them that is fast enough."""
-        assert self.cutter is not None
-        assert self.left is not None
-        part, ratio = self.cutter.fast_enough(self._scores(), self.left)
-        if not part:
-            raise ValueError(
-                f"budget={{'latency': {self.left}}} cannot be met: with as few channels as "
-                f"round_to={self.rounding.to} and min_keep={self.rounding.least} allow, the time "
-                f"is {ratio:.3f} of now"
-            )
-        rank_zero_info(f"{self.state_key}: {self.left} of the latency is {part:.3f} of the MACs")
-        self._go_by_macs(1 - part)
-
-    def _go_by_macs(self, gone: float) -> None:
-        self.kind = "macs"
-        self.part.curve = make_schedules(gone, None, self.events.begin, self.events.end)[0].curve
-
-    def _check_reachable(self) -> None:
-        assert self.plan is not None
-        least = floor_of(self.plan.graph, self.kind, rounding=self.rounding, dense=self.dense)
-        wanted = 1 - self.part.target(self.events.end)
-        if least > self.total * wanted * (1 + 1e-9):
-            asked = f"final_sparsity={1 - wanted:.4g}"
-            closest = f"{1 - least / self.total:.4f}"
-            if self.left is not None:
-                asked, closest = (
-                    f"budget={{{self.kind!r}: {wanted:.4g}}}",
-                    f"{least / self.total:.4f}",
-                )
-            raise ValueError(
-                f"{asked} cannot be met with round_to={self.rounding.to} and "
-                f"min_keep={self.rounding.least}: the closest is {closest}"
-            )
-
-    def needed(self, position: float) -> bool:
-        """Whether more is to go at a position."""
-        return self.plan is not None and self.part.target(position) > self.part.asked
+            self._make_plan(pl_module, self._samples.take())
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
-        late = self.events.over
+        late = self.events.over and not self.led
         return self._leaving is None and self._gatherings[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
@@ -289,8 +193,8 @@ class ChannelPruning(MaskCallback):
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.cutter is not None
-        target = (1 - self.part.ask(self.part.target(self.events.position))) * self.total
-        over = self.events.over
+        target = self.goal.ask(self.events.position)
+        over = self.events.over or self.led
         relative = self.criterion not in ABSOLUTE
         gone = self.cutter.choose(
             self._scores(), self.kind, target, overshoot=over, relative=relative
@@ -299,26 +203,17 @@ class ChannelPruning(MaskCallback):
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
 
-    def _scores(self) -> Scores:
-        assert self.cutter is not None
-        if self.criterion in ("magnitude", "batchnorm"):
-            return self.cutter.own_scores(str(self.criterion))
-        wanted = self._gatherings[0].scores(self.slots, self.slots)
-        given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
-        return self.cutter.given_scores(self.criterion, given)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remove what has faded: no graph of this batch is alive any more."""
         if self.plan is None and self._samples is not None and self._samples.complete:
-            self._make_plan(trainer, pl_module)
+            self._make_plan(pl_module, self._samples.take())
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.cutter is not None:
-            left = self.cutter.cost(self.kind) / self.total
-            pl_module.log(f"{self.name}/{self.kind}_left", left)
+            pl_module.log(f"{self.name}/{self.kind}_left", self.left)
 
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the chosen channels from everything that has them.
@@ -335,25 +230,11 @@ class ChannelPruning(MaskCallback):
         self._gatherings.reset()  # what is known of larger weights is of no use
         self.sparsity = self._count()
 
-    def project(self) -> None:
-        """Nothing of this callback shows between events."""
-
-    def _settle(self) -> None:
-        """Masks are other callbacks' own."""
-
-    def _count(self) -> float:
-        """Fraction of the channels that is gone."""
-        if self.plan is None:
-            return 0.0
-        groups = [one for one in self.plan.graph.groups if len(one.free)]
-        dense = sum(self.dense.get(one.name, len(one.units)) for one in groups)
-        return 1 - sum(len(one.units) for one in groups) / max(dense, 1)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what still fades, print what each layer got, and check that enough is gone."""
+        """Remove what still fades, and check that enough is gone."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
-        waits = self.events.over and self.needed(self.events.position)
+        waits = self.events.over and not self.led and self.needed(self.events.position)
         if waits and self.ready(self.projector.clock(self.paths())):
             self.event(trainer)
             if self._leaving is not None:
@@ -361,12 +242,10 @@ class ChannelPruning(MaskCallback):
         if self.cutter is None:
             rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
             return
-        report_table(self)
-        wanted = 1 - self.part.target(self.events.end)
-        left = self.cutter.cost(self.kind) / self.total
-        if left > wanted * (1 + 1e-9):
+        wanted = self.goal.final
+        if not self.led and self.left > wanted * (1 + 1e-9):
             message = (
-                f"{self.state_key} ended at {left:.4f} of the {self.kind} in place of "
+                f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
                 f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
                 "of fading were over"
             )
@@ -374,50 +253,17 @@ class ChannelPruning(MaskCallback):
                 raise RuntimeError(message)
             rank_zero_warn(message)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what each layer got, when nobody changes it any more."""
+        if self.plan is not None:
+            report_table(self)
+        super().on_fit_end(trainer, pl_module)
+
     def stop(self) -> None:
         """Free statistics and hooks."""
         self._gatherings.stop()
         if self._samples is not None:
             self._samples.stop()
-
-    def on_save_checkpoint(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Say which entries stay, so that the full model can be cut before it is loaded."""
-        if lost := removed_channels(pl_module):
-            checkpoint[CHANNELS] = asdict(lost)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Clock, what stays, what fades, what the first model cost, statistics."""
-        leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
-        return {
-            **super().state_dict(),
-            "masks": {},
-            "latents": {},
-            "asked": self.part.asked,
-            "cost": (self.kind, self.total, 1 - self.part.target(self.events.end)),
-            "dense": dict(self.dense),
-            "kept": dict(self.kept),
-            "leaving": (leaving, self._fading),
-            "refused": dict(self.refused),
-            "gathering": self._gatherings.state_dict(),
-        }
-
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back, and find the channels of the smaller model."""
-        super().restore_state(state)
-        self.part.asked = state["asked"]
-        kind, self.total, wanted = state["cost"]
-        if kind != self.kind:  # a latency that was measured
-            self._go_by_macs(1 - wanted)
-        self.dense, self.refused = dict(state["dense"]), dict(state["refused"])
-        self.kept = dict(state["kept"])
-        self._resumed = state["leaving"]
-        step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
 
 
 def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

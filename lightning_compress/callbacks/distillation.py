@@ -151,6 +151,12 @@ class KnowledgeDistillation(Callback):
             rank=rank,
         )
 
+    @property
+    def average(self) -> nn.Module | None:
+        """A teacher that is an average of the student, in a fit."""
+        known = self.session
+        return known.teacher if known and isinstance(known.live, EMATeacher) else None
+
     def _weights(self) -> list[Weight]:
         assert self.session is not None
         return [self.weight, *(link.pair.weight for link in self.session.links)]
@@ -222,8 +228,8 @@ class KnowledgeDistillation(Callback):
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Mapping[str, int]) -> None:  # noqa: ARG002
         """Let a teacher that is an average of the student follow."""
-        if self.session is not None and isinstance(self.session.live, EMATeacher):
-            shrink(self.session.teacher, kept, sized=sized)
+        if (teacher := self.average) is not None:
+            shrink(teacher, kept, sized=sized)
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, adapters and their optimizers, a teacher that changes; no frozen teacher."""

@@ -56,6 +56,11 @@ class MaskCallback(WeightCallback):
         self._pending = False  # an event that waits for its statistics
         self._waiting = self._overruled = False  # for a guard; and no longer
 
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go, in the schedule's place."""
+        return False
+
     def event(self, trainer: Trainer) -> None:
         """Make new masks for the position of the clock and hand them to `set_masks`."""
         raise NotImplementedError
@@ -159,6 +164,9 @@ class MaskCallback(WeightCallback):
 
     def _due(self) -> bool:
         needed = self.needed(self.events.position)
+        if self.led:
+            self._pending = needed
+            return needed
         due = self.events.due(unfinished=needed)
         self._pending = needed and (due or self._pending)
         return self._pending
@@ -167,6 +175,8 @@ class MaskCallback(WeightCallback):
         """Whether a guard holds the clock over this step."""
         guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
         blocking = [one.state_key for one in guards if not one.allows(trainer)]
+        if self.led:  # no schedule has to end: a guard may hold an event as long as it likes
+            return bool(blocking)
         wait = bool(blocking) and self.events.may_hold(raw, _total(trainer, self.events, raw))
         over = bool(blocking) and not wait and 0 < self.events.done < 1
         if over and not self._overruled:

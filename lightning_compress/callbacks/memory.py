@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
 
+from lightning_compress.adaptive.regrowing import regrow, regrow_average
 from lightning_compress.adaptive.sizes import predicted_bytes
-from lightning_compress.adaptive.snapshots import restore_masks, restore_snapshot, take_snapshot
+from lightning_compress.adaptive.snapshots import (
+    all_tensors,
+    restore_masks,
+    restore_snapshot,
+    take_snapshot,
+)
 from lightning_compress.callbacks.base import WeightCallback
+from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.pruning.channel_growth import compose, structure_of
+from lightning_compress.pruning.channels import Kept
 
-__all__ = ["bytes_now", "go_back", "remember", "steered"]
+__all__ = ["bytes_now", "go_back", "lose", "remember", "steered"]
 
 Memory = dict[str, Any]
 
@@ -36,37 +48,82 @@ def bytes_now(trainer: Trainer, module: LightningModule) -> float:
 
 def remember(trainer: Trainer, module: LightningModule) -> Memory:
     """Weights, masks, optimizers, averages, and what callbacks know of them."""
-    averages = [one._average_model for one in _averaging(trainer)]
     return {
         "model": take_snapshot(module, trainer.optimizers),
         "callbacks": {one.state_key: one.snapshot() for one in steered(trainer)},
         "averages": [
-            None if one is None else {key: each.clone() for key, each in one.state_dict().items()}
-            for one in averages
+            {
+                "tensors": {name: each.detach().clone() for name, each in all_tensors(one).items()},
+                "structure": structure_of(one),
+            }
+            for one, _ in _averages(trainer)
         ],
+        "lost": {},
     }
+
+
+def lose(memory: Memory, kept: Kept) -> None:
+    """Follow a removal of channels: which entries of the remembered model are still there."""
+    memory["lost"] = compose(memory["lost"], kept)
 
 
 def go_back(
     trainer: Trainer, module: LightningModule, memory: Memory, *, soft: bool = False
 ) -> None:
-    """Put everything back, between two steps; `soft`: masks and grids alone."""
+    """Put everything back, between two steps; `soft`: masks, grids and channels alone.
+
+    Channels that were removed since come back physically, from the copy in memory: a model on
+    trial is then the very model that would ship, in size, speed and statistics, and no second way
+    of masking is needed that would have to agree with masks, grids, averages and norms.
+    """
     for one in steered(trainer):
         one.back_to(memory["callbacks"][one.state_key])
+    lost, memory["lost"] = memory["lost"], {}
+    grown = regrow(module, trainer.optimizers, memory["model"], lost)
     if soft:
         restore_masks(module, memory["model"])
     else:
         restore_snapshot(module, trainer.optimizers, memory["model"])
+    _show(trainer)
+    _take_back_averages(trainer, memory["averages"], lost if grown else None, soft=soft)
+    for one in trainer.callbacks if grown else ():  # type: ignore[attr-defined]
+        follow = getattr(one, "on_channels_restored", None)
+        if follow is not None:
+            follow(module)
+
+
+def _show(trainer: Trainer) -> None:
     for one in steered(trainer):
         if isinstance(one, MaskCallback):
             one.project()
         elif isinstance(one, QuantizationAwareTraining) and one.weights and one.started:
             one.weights.show()
-    for one, state in zip(_averaging(trainer), memory["averages"], strict=True) if not soft else ():
-        if one._average_model is not None and state is not None:
-            one._average_model.load_state_dict(state)
 
 
-def _averaging(trainer: Trainer) -> list[Any]:
-    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in others if isinstance(one, WeightAveraging)]
+def _take_back_averages(
+    trainer: Trainer, memories: Sequence[Memory], lost: Kept | None, *, soft: bool
+) -> None:
+    """Averages as they were; `soft`: in the sizes that they had, where `lost` says what is left."""
+    for (average, prefix), then in zip(_averages(trainer), memories, strict=True):
+        if lost is not None:
+            own = {prefix + path: dims for path, dims in lost.items()}
+            regrow_average(average, then["tensors"], then["structure"], own)
+        if not soft:
+            _fill(average, then["tensors"])
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, one in all_tensors(module).items():
+        one.copy_(tensors[name])
+
+
+def _averages(trainer: Trainer) -> list[tuple[nn.Module, str]]:
+    """Copies of the model that hold averages of it, and what their names begin with."""
+    found: list[tuple[nn.Module, str]] = []
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, WeightAveraging) and one._average_model is not None:
+            found.append((one._average_model, "module."))
+        elif isinstance(one, KnowledgeDistillation) and one.average is not None:
+            found.append((one.average, ""))
+    return found

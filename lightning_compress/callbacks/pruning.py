@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.adaptive.levers import Lever, Limits, SparsityLever
-from lightning_compress.callbacks.guards import Guard
 from lightning_compress.callbacks.masking import MaskCallback
 from lightning_compress.callbacks.rewinding import Rewinder, Rewinding
 from lightning_compress.pruning.channels import Kept
@@ -235,19 +234,18 @@ class GradualPruning(MaskCallback):
             return True
         return any(self._wanted(part, position) > part.asked for part in self.parts)
 
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go."""
+        return self.steered is not None
+
     def _due(self) -> bool:
-        if self.steered is None:
+        if not self.led:
             return super()._due()
         exchange = self.regrow is not None and not self.events.over
         due = self.events.due(unfinished=False) and exchange
         self._pending = not self.arrived or due or (self._pending and exchange)
         return self._pending
-
-    def _must_wait(self, trainer: Trainer, raw: float) -> bool:
-        if self.steered is None:
-            return super()._must_wait(trainer, raw)
-        guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
-        return not all(one.allows(trainer) for one in guards)
 
     def ready(self, step: int) -> bool:
         """Whether the criterion, and the growth where weights are exchanged, know enough."""
@@ -290,6 +288,13 @@ class GradualPruning(MaskCallback):
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Look at the smaller weights anew; statistics of the larger ones are of no use."""
+        self.on_channels_restored(module)
+        for part in self.parts if self.led else ():
+            # Zeros went with the channels: what is left is less sparse than was asked.
+            part.asked = min(part.asked, part.sparsity)
+
+    def on_channels_restored(self, module: nn.Module) -> None:
+        """Look at weights of another size anew."""
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
         self._gatherings.reset()

@@ -1,4 +1,12 @@
-"""Follow channels through a student and its teacher, layer by layer, by symbolic tracing."""
+"""Follow channels through a student and its teacher, layer by layer, by symbolic tracing.
+
+`pruning.channel_trace` follows them through a run on sample inputs, and so knows more layers and
+any Python. It cannot serve here: `initialize_from_teacher` is given two modules and no inputs, and
+many modules have none to tell (a chain of convolutions takes pictures of any size). Nor is the
+question the same. Pruning removes the same place of all layers and directions of a GRU; a student
+takes the best units of each layer by itself. Where two widths do not fit, it must say so, by the
+layer; a run of the student alone cannot.
+"""
 
 from __future__ import annotations
 

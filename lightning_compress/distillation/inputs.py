@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.hooks import evaluating, own_random_stream
 
-__all__ = ["sample_inputs"]
+__all__ = ["placed", "sample_inputs"]
 
 
 def sample_inputs(student: nn.Module, path: str, module: nn.Module) -> tuple[Any, ...] | None:
@@ -25,10 +25,10 @@ def sample_inputs(student: nn.Module, path: str, module: nn.Module) -> tuple[Any
     parts = getattr(student, "parts", None)
     known: Any = parts() if callable(parts) else {}
     if path in known:
-        return tuple(_placed(known[path][1], module))
+        return tuple(placed(known[path][1], module))
     found = _by_running(student, module)
     if found is None and (size := _linear_input(module)) is not None:
-        found = tuple(_placed((torch.zeros(2, size),), module))
+        found = tuple(placed((torch.zeros(2, size),), module))
     return found
 
 
@@ -45,7 +45,7 @@ def _by_running(student: nn.Module, module: nn.Module) -> tuple[Any, ...] | None
     handle = module.register_forward_pre_hook(look)
     try:
         with evaluating(student), torch.no_grad(), own_random_stream(student):
-            student(*_placed(example, student))
+            student(*placed(example, student))
     finally:
         handle.remove()
     return seen[0] if seen else None
@@ -58,7 +58,8 @@ def _linear_input(module: nn.Module) -> int | None:
     return module.in_features if isinstance(module, nn.Linear) else None
 
 
-def _placed(inputs: tuple[Any, ...], module: nn.Module) -> tuple[Any, ...]:
+def placed(inputs: tuple[Any, ...], module: nn.Module) -> tuple[Any, ...]:
+    """Inputs brought to the device and the floating-point type of a module."""
     like = next((one for one in module.parameters() if one.is_floating_point()), None)
 
     def place(one: Any) -> Any:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.modes import evaluating
+from lightning_compress.modes import bare, evaluating
 from lightning_compress.pruning.channel_labels import Labels
-from lightning_compress.pruning.channel_surgery import check_sizes, select_entries, shrink
-from lightning_compress.pruning.channel_trace import bare, tensors_in
+from lightning_compress.pruning.channel_sizes import check_sizes
+from lightning_compress.pruning.channel_surgery import select_entries, shrink
+from lightning_compress.pruning.channel_trace import tensors_in
 from lightning_compress.pruning.channels import ChannelGraph, Flags
 
 __all__ = ["compare", "masked", "masked_values", "outputs_of", "removed", "sizes_after"]

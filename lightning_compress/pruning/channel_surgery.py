@@ -1,8 +1,8 @@
-"""Make layers smaller: tensors, the sizes that layers know of themselves, and back from files."""
+"""Make layers smaller: tensors, gradients, optimizer states; and a full model cut for a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.errors import TargetError
+from lightning_compress.pruning.channel_sizes import check_sizes, fit_sizes, sizes_known
 from lightning_compress.pruning.channels import Kept, free_reshapes
 
 __all__ = [
-    "check_sizes",
     "match_channels",
+    "resize_tensor",
     "select_entries",
     "select_optimizer_state",
     "shrink",
 ]
-
-_CONVS = nn.modules.conv._ConvNd
-_NORMS = (nn.modules.batchnorm._NormBase,)
-_CELLS = (nn.GRUCell, nn.LSTMCell, nn.RNNCell)
 
 
 def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -46,158 +43,27 @@ def shrink(module: nn.Module, kept: Kept, *, sized: Mapping[str, int] | None = N
         sized: new sizes of layers that hold no tensors.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    known = _sizes(module, kept)
+    known = sizes_known(module, kept)
     for path, dims in kept.items():
-        _resize(tensors[path], select_entries(tensors[path].detach(), dims), dims)
+        resize_tensor(tensors[path], select_entries(tensors[path].detach(), dims), dims)
     for path, before in known.items():
-        _fit(module.get_submodule(path), before)
+        fit_sizes(module.get_submodule(path), before)
     for path, size in (sized or {}).items():
-        _set(module.get_submodule(path), num_features=size)
+        module.get_submodule(path).num_features = size  # type: ignore[assignment]
 
 
-def _resize(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None) -> None:
+def resize_tensor(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None = None) -> None:
+    """Give a parameter or buffer other values, of another size; it stays the object that it is.
+
+    Args:
+        tensor: changed in place.
+        values: that it holds from now on.
+        dims: entries of its gradient that stay, along axes; None: the gradient goes.
+    """
     gradient, tensor.grad = tensor.grad, None
     tensor.set_(values)  # type: ignore[call-overload]  # the object stays: hooks and optimizers hold it
     if gradient is not None and dims is not None:
         tensor.grad = select_entries(gradient, dims)
-
-
-def _layer_path(path: str) -> str:
-    return path.partition(".parametrizations.")[0] if ".parametrizations." in path else (
-        path.rpartition(".")[0]
-    )  # fmt: skip
-
-
-def _sizes(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, int]]:
-    """What the layers of some tensors know of their sizes, by the path of the layer."""
-    layers = dict.fromkeys(_layer_path(path) for path in paths)
-    owners = {id(module.get_submodule(one)): one for one in layers}
-    for path, layer in module.named_modules(remove_duplicate=True):
-        tied = any(id(one) in _ids(module, paths) for one in layer.parameters(recurse=False))
-        if tied:
-            owners.setdefault(id(layer), path)
-    return {path: _known(module.get_submodule(path)) for path in owners.values()}
-
-
-def _ids(module: nn.Module, paths: Iterable[str]) -> set[int]:
-    named = dict(module.named_parameters())
-    return {id(named[path]) for path in paths if path in named}
-
-
-_BIASED: dict[type[nn.Module], str] = {
-    nn.Linear: "out_features",
-    _CONVS: "out_channels",
-    nn.modules.batchnorm._NormBase: "num_features",
-    nn.GroupNorm: "num_channels",
-}
-_NAMES = (
-    "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
-    "num_channels", "num_groups", "embedding_dim", "input_size", "hidden_size", "proj_size",
-    "num_parameters",
-)  # fmt: skip
-
-
-def _known(layer: nn.Module) -> dict[str, int]:
-    return {
-        name: getattr(layer, name) for name in _NAMES if isinstance(getattr(layer, name, None), int)
-    }
-
-
-def _fit(layer: nn.Module, before: Mapping[str, int]) -> None:
-    """Let a layer know the sizes of its tensors."""
-    _set(layer, **_wanted(layer, before))
-    if isinstance(layer, nn.RNNBase):
-        layer.flatten_parameters()
-
-
-def _set(layer: nn.Module, **sizes: int) -> None:
-    for name, value in sizes.items():
-        setattr(layer, name, value)
-
-
-def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
-    """The sizes that a layer should know, by the shapes of its tensors."""
-    if isinstance(layer, nn.Linear):
-        return {"out_features": layer.weight.shape[0], "in_features": layer.weight.shape[1]}
-    if isinstance(layer, _CONVS):
-        return _conv_sizes(layer, before)
-    if isinstance(layer, nn.GroupNorm) and layer.weight is not None:
-        each = before["num_channels"] // before["num_groups"]
-        size = len(layer.weight)
-        return {"num_channels": size, "num_groups": size // each}
-    if isinstance(layer, _NORMS):
-        known = layer.weight if layer.weight is not None else layer.running_mean
-        return {} if known is None else {"num_features": len(known)}
-    if isinstance(layer, nn.Embedding):
-        return {"embedding_dim": layer.weight.shape[1]}
-    if isinstance(layer, nn.PReLU):
-        return {"num_parameters": len(layer.weight)}
-    if isinstance(layer, _CELLS):
-        return {"input_size": layer.weight_ih.shape[1], "hidden_size": layer.weight_hh.shape[1]}
-    if isinstance(layer, nn.RNNBase):
-        return _recurrent_sizes(layer)
-    return {}
-
-
-def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
-    first, second = layer.weight.shape[:2]
-    if before["groups"] > 1 and before["groups"] == before["in_channels"]:  # depthwise
-        each = before["out_channels"] // before["in_channels"]
-        groups = first if layer.transposed else first // each
-        return {"in_channels": groups, "out_channels": groups * each, "groups": groups}
-    outputs, inputs = (second, first) if layer.transposed else (first, second)
-    groups = before["groups"]
-    if layer.transposed:
-        return {"in_channels": inputs, "out_channels": outputs * groups}
-    return {"in_channels": inputs * groups, "out_channels": outputs}
-
-
-def _recurrent_sizes(layer: Any) -> dict[str, int]:
-    shown = layer.weight_hh_l0.shape[1]
-    sizes = {"input_size": layer.weight_ih_l0.shape[1]}
-    if layer.proj_size:
-        return {**sizes, "proj_size": shown, "hidden_size": layer.weight_hr_l0.shape[1]}
-    return {**sizes, "hidden_size": shown}
-
-
-def check_sizes(module: nn.Module) -> list[str]:
-    """What layers say of their sizes and their tensors do not; empty when all is well.
-
-    >>> layer = nn.Linear(2, 3, bias=False)
-    >>> layer.out_features = 4
-    >>> check_sizes(layer)
-    ['(root): out_features is 4, the tensors say 3']
-    """
-    faults = []
-    for path, layer in module.named_modules():
-        if any(
-            isinstance(one, nn.UninitializedParameter) for one in layer.parameters(recurse=False)
-        ):
-            continue
-        known = _known(layer)
-        for name, value in _wanted(layer, known).items():
-            if known.get(name, value) != value:
-                place = path or "(root)"
-                faults.append(f"{place}: {name} is {known[name]}, the tensors say {value}")
-        faults += [f"{path or '(root)'}: {fault}" for fault in _odd_tensors(layer)]
-    return faults
-
-
-def _odd_tensors(layer: Any) -> list[str]:
-    """Tensors of a layer that do not fit each other."""
-    faults = []
-    if isinstance(layer, nn.RNNBase):
-        rows = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1) * layer.hidden_size
-        for name, one in layer.named_parameters(recurse=False):
-            if not name.startswith("weight_hr") and len(one) != rows:
-                faults.append(f"{name} has {len(one)} rows, not {rows}")
-        return faults
-    size = _BIASED.get(next((kind for kind in _BIASED if isinstance(layer, kind)), nn.Module))
-    for name in ("bias", "running_mean", "running_var") if size else ():
-        one, wanted = getattr(layer, name, None), getattr(layer, str(size))
-        if isinstance(one, Tensor) and len(one) != wanted:
-            faults.append(f"{name} has {len(one)} entries, not {wanted}")
-    return faults
 
 
 @torch.no_grad()
@@ -237,15 +103,12 @@ def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
                 f"{name}: {tuple(tensors[name].shape)} cannot become {tuple(shape)}: it is another "
                 "model, not one with fewer channels"
             )
-    known = _sizes(module, other)
+    known = sizes_known(module, other)
     for name, shape in other.items():
-        _resize(
-            tensors[name],
-            torch.zeros(shape, dtype=tensors[name].dtype, device=tensors[name].device),
-            None,
-        )
+        own = tensors[name]
+        resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
     for path, before in known.items():
-        _fit(module.get_submodule(path), before)
+        fit_sizes(module.get_submodule(path), before)
     free_reshapes(module)
     if faults := check_sizes(module):
         raise TargetError(f"the sizes do not fit together: {'; '.join(faults[:3])}")

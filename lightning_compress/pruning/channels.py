@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.errors import TargetError
-from lightning_compress.modes import evaluating
+from lightning_compress.modes import bare, evaluating
+from lightning_compress.pruning.channel_functions import label_function
 from lightning_compress.pruning.channel_labels import Labels, Ledger
 from lightning_compress.pruning.channel_layers import label_layer
-from lightning_compress.pruning.channel_trace import Trace, bare
+from lightning_compress.pruning.channel_trace import Trace
 
 __all__ = ["ChannelGraph", "ChannelGroup", "Kept", "channel_graph", "combine", "free_reshapes"]
 
@@ -145,7 +146,7 @@ def channel_graph(
     [('0', 8), ('2', 0)]
     """
     free_reshapes(module)
-    trace = Trace(module, label_layer, channelwise, tapped)
+    trace = Trace(module, label_layer, label_function, channelwise, tapped)
     try:
         with evaluating(module), bare(module), torch.random.fork_rng(devices=[]):
             trace.run(inputs)

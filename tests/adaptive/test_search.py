@@ -57,6 +57,18 @@ def test_it_ends_at_the_highest_level_that_meets_the_limit():
     assert {trial.verdict for trial in search.history} >= {"good", "too costly"}
 
 
+def test_a_lever_that_moves_in_leaps_counts_from_where_it_came_to():
+    search = QualitySearch(Rules(limit=1.0, patience=1), steps=(0.0,))
+    assert search.read(Reading(cost=0.5, size=100.0, levels=(0.0,))).levels == (0.2,)
+    further = search.read(Reading(cost=0.6, size=70.0, levels=(0.3,)))
+    assert (further.keep, further.levels) == (True, (0.5,))
+    assert search.good.levels == (0.3,)
+    back = search.read(Reading(cost=2.0, size=30.0, levels=(0.7,)))
+    assert back.restore
+    assert back.levels == pytest.approx((0.3 + 0.1,))
+    assert search.history[-1].levels == (0.7,)
+
+
 def test_the_lever_that_costs_less_goes_further():
     search = QualitySearch(Rules(limit=1.1, patience=6, least=0.01), steps=(0.0, 0.0))
     plant = drive(Plant([4.0, 0.2]), search, count=400)

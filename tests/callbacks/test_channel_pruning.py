@@ -1,6 +1,7 @@
 """Channels that go while a model trains."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lightning_compress import (
     TargetError,
     sparsity,
 )
-from lightning_compress.pruning.channel_surgery import check_sizes
+from lightning_compress.pruning.channel_sizes import check_sizes
 
 
 def shapes(model):
@@ -153,6 +154,35 @@ def test_a_latency_becomes_macs(tmp_path, monkeypatch):
     run(tmp_path, model, channels)
     assert channels.kind == "macs"
     assert model.encoder[0].out_features + model.decoder[0].out_features == 16
+
+
+def test_a_latency_is_measured(tmp_path):
+    """With the real timer: most of the time is in two large products, so fewer MACs are faster."""
+    torch.manual_seed(0)
+    model = Wide()
+    model.decoder = nn.Sequential(
+        nn.Linear(8, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 6)
+    )
+    dense = copy.deepcopy(model).eval()
+    channels = ChannelPruning(
+        budget={"latency": 0.5}, round_to=64, fade=1, frequency=2, include="decoder.*"
+    )
+    run(tmp_path, model, channels, epochs=3)
+    assert channels.kind == "macs"
+    assert model.decoder[0].out_features < 2048
+    assert time_ratio(model.eval().decoder, dense.decoder) < 0.7  # asked for 0.5, measured before
+
+
+def time_ratio(small, dense, repeats=41):
+    """Time of one over that of the other, in turn: the least, which others disturbed least."""
+    times, x = {small: [], dense: []}, torch.rand(2, 8)
+    with torch.no_grad():
+        for _ in range(repeats):
+            for one, found in times.items():
+                start = time.perf_counter()
+                one(x)
+                found.append(time.perf_counter() - start)
+    return min(times[small]) / min(times[dense])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 from lightning_compress.pruning.channel_removal import compare, masked, outputs_of, removed
-from lightning_compress.pruning.channel_surgery import check_sizes
+from lightning_compress.pruning.channel_sizes import check_sizes
 from lightning_compress.pruning.channels import channel_graph
 
 ZOO = {
