@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.coding.logistic import fit_weights
-from lightning_compress.coding.planes import Plane, Weights
+from lightning_compress.coding.planes import Plane, Weights, beyond
 from lightning_compress.coding.waves import parts
 
 __all__ = ["fitted"]
@@ -50,15 +50,17 @@ def _sampled(
     """
     tables = range(len(plane.view.subsets))
     base = np.empty(-(-len(at) // step), np.int64)
-    features = np.empty((len(tables), len(base)), np.int64)
+    priors = np.empty((2, len(base)), np.int64)
+    counts = np.empty((len(tables), 2, len(base)), np.int64)
     for part in parts(ends):
         keys = plane.view.keys(at[part], tables)
         own = None if nodes is None else nodes[part]
         some = slice(-part.start % step, None, step)
         to = slice(-(-part.start // step), -(-part.stop // step))
         base[to] = plane.base(None if own is None else own[some])
+        priors[:, to] = plane.prior()
         for table in tables:
-            features[table, to] = plane.feature(table, keys[table][some])
+            counts[table, :, to] = plane.seen(table, keys[table][some])
         if part.stop < len(at):
             plane.learn(keys, own, bits[part])
-    return base, features
+    return base, np.stack([beyond(seen, priors) for seen in counts])

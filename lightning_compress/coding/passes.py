@@ -47,8 +47,7 @@ class _Pass:
         for part in parts(ends):
             keys = self.view.keys(at[part], weights)
             own = None if nodes is None else nodes[part]
-            logits = plane.logits(part.stop - part.start, weights, keys, own)
-            bits = coder(part, probability(logits))
+            bits = coder(part, probability(plane.logits(weights, keys, own)))
             if not (self.last and part.stop == len(at)):  # nobody would ask for it
                 plane.learn(keys, own, bits)
 
@@ -108,7 +107,7 @@ class DecodingPass(_Pass):
         found = np.empty_like(bits)
 
         def decode(part: slice, chances: Chances) -> Bits:
-            found[part] = self._coder.decode(chances)
+            found[part] = self._coder.decode(chances, part.stop - part.start)
             return found[part]
 
         plane = self._planes.setdefault(name, Plane(self.view, kinds))

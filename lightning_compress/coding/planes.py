@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from lightning_compress.coding.logistic import WEIGHT_ONE, log2_256
 from lightning_compress.coding.waves import View
 
-__all__ = ["Plane", "Weights"]
+__all__ = ["Plane", "Weights", "beyond"]
 
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
 _PRIOR = 6  # how many observations the whole plane's probability counts for in each table
@@ -33,59 +33,55 @@ class Plane:
         self._nodes = np.zeros((2, nodes), np.int64)
         self._tables: dict[int, Ints] = {}  # made when they are first asked for
 
-    def logits(
-        self, count: int, weights: Weights, keys: dict[int, Ints], nodes: Ints | None
-    ) -> Ints:
-        """The logit of a one at each of N positions.
-
-        Args:
-            count: N.
-            weights: of the tables to be asked.
-            keys: (N,) by table.
-            nodes: (N,) of the positions; None: all 0.
-        """
-        base = self.base(nodes)
-        total = np.zeros(count, np.int64)
-        for table, weight in weights.items():
-            total += self.feature(table, keys[table], weight)
-        total //= WEIGHT_ONE
-        total += base
-        return total
-
     def base(self, nodes: Ints | None) -> Ints:
         """The logit of each position's node; None: of the one node, (1,)."""
         zeros, ones = log2_256(2 * self._nodes + 1)
         return ones - zeros if nodes is None else (ones - zeros).take(nodes)
 
-    def feature(self, table: int, keys: Ints, weight: int = 1) -> Ints:
-        """(N,) how far the logit of each key lies from the plane's, times `weight`.
-
-        A key has seen what was counted, and the plane's share of ones `_PRIOR` times.
-        """
-        counts = self._table(table)
-        few = len(keys) < counts.shape[1]
-        beyond = self._beyond(counts.take(keys, axis=1) if few else counts, table)
-        beyond *= weight
-        return beyond if few else beyond.take(keys)
-
-    def _beyond(self, counts: Ints, table: int) -> Ints:
-        """(K,) the feature of keys with these (2, K) counts."""
+    def prior(self) -> Ints:
+        """(2, 1) zeros and ones of 2^16 each that a key starts with: shares of the plane's."""
         zeros, ones = self._nodes.sum(1).tolist()
         share = min(max((2 * ones + 1) * _HALF // (ones + zeros + 1), 1), 2 * _HALF - 1)
-        prior = np.array([[2 * _HALF - share], [share]]) * _PRIOR
-        most = min(self.view.positions(table), zeros + ones)
-        if 2 * most < counts.shape[1]:
-            logs = log2_256((np.arange(most + 1) << 16) + prior)
-            logs -= logs[:, :1]
-            return logs[1].take(counts[1]) - logs[0].take(counts[0])
-        logs = log2_256((counts << 16) + prior) - log2_256(prior)
-        return logs[1] - logs[0]
+        return np.array([[2 * _HALF - share], [share]]) * _PRIOR
+
+    def seen(self, table: int, keys: Ints) -> Ints:
+        """(2, N) the zeros and ones that have been counted of each key."""
+        return self._table(table).take(keys, axis=1)
+
+    def logits(self, weights: Weights, keys: dict[int, Ints], nodes: Ints | None) -> Ints:
+        """The logit of a one at each of N positions; (1,) if it is the same at all of them.
+
+        Args:
+            weights: of the tables to be asked.
+            keys: (N,) by table.
+            nodes: (N,) of the positions; None: all 0.
+        """
+        if not weights:
+            return self.base(nodes)
+        prior = self.prior()
+        total = sum(w * self._feature(table, keys[table], prior) for table, w in weights.items())
+        return self.base(nodes) + total // WEIGHT_ONE
+
+    def _feature(self, table: int, keys: Ints, prior: Ints) -> Ints:
+        """The feature of each key: worked out for all there are, or for those in `keys`."""
+        counts = self._table(table)
+        if len(keys) < counts.shape[1]:
+            return self._beyond(counts.take(keys, axis=1), prior, table)
+        return self._beyond(counts, prior, table).take(keys)
+
+    def _beyond(self, counts: Ints, prior: Ints, table: int) -> Ints:
+        most = min(self.view.positions(table), int(self._nodes.sum()))
+        if 2 * most >= counts.shape[1]:
+            return beyond(counts, prior)
+        logs = log2_256((np.arange(most + 1) << 16) + prior)
+        logs -= logs[:, :1]
+        return logs[1].take(counts[1]) - logs[0].take(counts[0])
 
     def learn(self, keys: dict[int, Ints], nodes: Ints | None, bits: Bits) -> None:
         """Count a wave: in its nodes, and in the tables that `keys` are given for."""
-        ones = np.flatnonzero(bits)
+        ones = bits.astype(np.int64)
         if nodes is None:
-            self._nodes += np.array([[len(bits) - len(ones)], [len(ones)]])
+            self._nodes += np.bincount(ones, minlength=2)[:, None]
         else:
             _count(self._nodes, nodes, ones)
         for table, places in keys.items():
@@ -97,8 +93,12 @@ class Plane:
         return self._tables[table]
 
 
-def _count(counts: Ints, keys: Ints, ones: NDArray[np.intp]) -> None:
-    size = counts.shape[1]
-    more = np.bincount(keys.take(ones), minlength=size)
-    counts[0] += np.bincount(keys, minlength=size) - more
-    counts[1] += more
+def beyond(counts: Ints, prior: Ints) -> Ints:
+    """(N,) features: how far the logits of (2, N) counts lie from those of the `prior` alone."""
+    logs = log2_256((counts << 16) + prior) - log2_256(prior)
+    return logs[1] - logs[0]
+
+
+def _count(counts: Ints, keys: Ints, ones: Ints) -> None:
+    """Takes as long as there are keys, however many there could be; `bincount` does not."""
+    np.add.at(counts.reshape(-1), keys + counts.shape[1] * ones, 1)
