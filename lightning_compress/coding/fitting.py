@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.coding.logistic import fit_weights
-from lightning_compress.coding.planes import Plane, Weights, beyond
+from lightning_compress.coding.planes import Plane, Weights, beyond, own_logits, start
 from lightning_compress.coding.waves import parts
 
 __all__ = ["fitted"]
@@ -49,18 +49,19 @@ def _sampled(
     All positions count, as they will when the plane is coded; logits are worked out for few.
     """
     tables = range(len(plane.view.subsets))
-    base = np.empty(-(-len(at) // step), np.int64)
-    priors = np.empty((2, len(base)), np.int64)
-    counts = np.empty((len(tables), 2, len(base)), np.int64)
+    count = -(-len(at) // step)
+    of_nodes, totals = np.empty((2, 2, count), np.int64)
+    of_keys = np.empty((len(tables), 2, count), np.int64)
     for part in parts(ends):
         keys = plane.view.keys(at[part], tables)
         own = None if nodes is None else nodes[part]
         some = slice(-part.start % step, None, step)
         to = slice(-(-part.start // step), -(-part.stop // step))
-        base[to] = plane.base(None if own is None else own[some])
-        priors[:, to] = plane.prior()
+        of_nodes[:, to] = plane.of_nodes(None if own is None else own[some])
+        totals[:, to] = plane.total
         for table in tables:
-            counts[table, :, to] = plane.seen(table, keys[table][some])
+            of_keys[table, :, to] = plane.of_keys(table, keys[table][some])
         if part.stop < len(at):
             plane.learn(keys, own, bits[part])
-    return base, np.stack([beyond(seen, priors) for seen in counts])
+    prior = start(totals)
+    return own_logits(of_nodes), np.stack([beyond(counts, prior) for counts in of_keys])

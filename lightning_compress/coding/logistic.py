@@ -80,5 +80,5 @@ def fit_weights(
 def _nats(logits: NDArray[np.float32], bits: NDArray[np.bool_]) -> float:
     """What it costs to code bits with these natural logits."""
     wrong = np.where(bits, -logits, logits)
-    costs = np.maximum(wrong, 0) + np.log1p(np.exp(-np.abs(wrong)))
+    costs = np.maximum(wrong, 0) + np.log(1 + np.exp(-np.abs(wrong)))
     return float(costs.sum(dtype=np.float64))

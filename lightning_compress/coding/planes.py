@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from lightning_compress.coding.logistic import WEIGHT_ONE, log2_256
 from lightning_compress.coding.waves import View
 
-__all__ = ["Plane", "Weights", "beyond"]
+__all__ = ["Plane", "Weights", "beyond", "own_logits", "start"]
 
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
 _PRIOR = 6  # how many observations the whole plane's probability counts for in each table
@@ -33,19 +33,17 @@ class Plane:
         self._nodes = np.zeros((2, nodes), np.int64)
         self._tables: dict[int, Ints] = {}  # made when they are first asked for
 
-    def base(self, nodes: Ints | None) -> Ints:
-        """The logit of each position's node; None: of the one node, (1,)."""
-        zeros, ones = log2_256(2 * self._nodes + 1)
-        return ones - zeros if nodes is None else (ones - zeros).take(nodes)
+    @property
+    def total(self) -> Ints:
+        """(2, 1) the zeros and ones that have been counted."""
+        return self._nodes.sum(1, keepdims=True)
 
-    def prior(self) -> Ints:
-        """(2, 1) zeros and ones of 2^16 each that a key starts with: shares of the plane's."""
-        zeros, ones = self._nodes.sum(1).tolist()
-        share = min(max((2 * ones + 1) * _HALF // (ones + zeros + 1), 1), 2 * _HALF - 1)
-        return np.array([[2 * _HALF - share], [share]]) * _PRIOR
+    def of_nodes(self, nodes: Ints | None) -> Ints:
+        """(2, N) the zeros and ones that have been counted of each node; None: (2, 1)."""
+        return self._nodes if nodes is None else self._nodes.take(nodes, axis=1)
 
-    def seen(self, table: int, keys: Ints) -> Ints:
-        """(2, N) the zeros and ones that have been counted of each key."""
+    def of_keys(self, table: int, keys: Ints) -> Ints:
+        """(2, N) the zeros and ones that have been counted of each key of a table."""
         return self._table(table).take(keys, axis=1)
 
     def logits(self, weights: Weights, keys: dict[int, Ints], nodes: Ints | None) -> Ints:
@@ -56,11 +54,14 @@ class Plane:
             keys: (N,) by table.
             nodes: (N,) of the positions; None: all 0.
         """
+        base = own_logits(self._nodes)
+        if nodes is not None:
+            base = base.take(nodes)
         if not weights:
-            return self.base(nodes)
-        prior = self.prior()
+            return base
+        prior = start(self.total)
         total = sum(w * self._feature(table, keys[table], prior) for table, w in weights.items())
-        return self.base(nodes) + total // WEIGHT_ONE
+        return base + total // WEIGHT_ONE
 
     def _feature(self, table: int, keys: Ints, prior: Ints) -> Ints:
         """The feature of each key: worked out for all there are, or for those in `keys`."""
@@ -91,6 +92,20 @@ class Plane:
         if table not in self._tables:
             self._tables[table] = np.zeros((2, self.view.sizes[table]), np.int64)
         return self._tables[table]
+
+
+def own_logits(counts: Ints) -> Ints:
+    """(N,) what (2, N) counts of a node say by themselves."""
+    logs = log2_256(2 * counts + 1)
+    return logs[1] - logs[0]
+
+
+def start(total: Ints) -> Ints:
+    """(2, N) what a key's counts start from, times 2^16: shares of the plane's (2, N) total."""
+    zeros, ones = total
+    share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
+    share = np.minimum(np.maximum(share, 1), 2 * _HALF - 1)
+    return np.stack([2 * _HALF - share, share]) * _PRIOR
 
 
 def beyond(counts: Ints, prior: Ints) -> Ints:
