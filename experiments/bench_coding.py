@@ -12,22 +12,29 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import lzma
+import multiprocessing
 import os
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from lightning_compress.coding.artifact import write_tensors
+from lightning_compress.coding.artifact import load_compressed, save_compressed, write_tensors
 from lightning_compress.coding.checkpoints import read_checkpoint
 from lightning_compress.coding.codecs import CODECS, decode_symbols, encode_symbols, entropy_bits
+from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.state import set_grid
 
 Steps = NDArray[np.int64]
 HELPER = Path(__file__).with_name("nncodec_sizes.py")
@@ -133,18 +140,44 @@ def whole_file(path: Path) -> None:
     print(f"whole file: {info.bytes} bytes, {share:.4f} of its bound with plain values, header")
 
 
-def scale(millions: list[float]) -> None:
-    """Seconds of whole files of growing size: growth should be linear."""
-    import torch
+def scale(millions: list[float], kinds: list[str]) -> None:
+    """Seconds and memory of whole files of growing size: growth should be linear."""
+    print("\nwhole files of one tensor; memory on top is in the tensor's own float32 bytes")
+    for size in millions:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "steps.npy")
+            np.save(path, synthetic(int(size * 1e6), 0.9, structured=True).astype(np.int8))
+            for kind, codec in itertools.product(kinds, ("fast", "context")):
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    save, load, memory = pool.submit(whole, path, codec, kind).result()
+                print(
+                    f"{kind:6} {codec:8} {size:6g} M weights: save {save:7.2f} s, "
+                    f"load {load:7.2f} s, memory on top {memory:.1f}",
+                    flush=True,
+                )
 
-    for codec in ("fast", "context"):
-        for size in millions:
-            steps = torch.from_numpy(synthetic(int(size * 1e6), 0.9, structured=True)).float()
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "a.lcz")
-                save = timed(lambda p=path, s=steps, c=codec: write_tensors({"w": s}, p, c), 1)[1]
-                load = timed(lambda p=path: read_checkpoint(p), 1)[1]
-            print(f"{codec:8} {size:6g} M weights: save {save:7.2f} s, load {load:7.2f} s")
+
+def whole(path: Path, codec: str, kind: str) -> tuple[float, float, float]:
+    """Seconds to write and read a file of a layer, and the most memory that either took on top."""
+    steps = np.load(path)
+    layer = nn.Linear(steps.shape[1], steps.shape[0], bias=False, device="meta").to_empty(
+        device="cpu"
+    )
+    with torch.no_grad():
+        torch.mul(torch.from_numpy(steps), 0.05, out=layer.weight)
+    if kind == "grid":
+        zero = torch.zeros(1, dtype=torch.int32)
+        set_grid(layer, "weight", AffineGrid(torch.tensor([0.05]), zero, 4, True, None))
+    target, before = path.with_suffix(".lcz"), peak()
+    save = timed(lambda: save_compressed(layer, target, codec), 1)[1]
+    load = timed(lambda: load_compressed(target, layer, stream=True), 1)[1]
+    return save, load, (peak() - before) / (4 * steps.size)
+
+
+def peak() -> float:
+    """The most bytes that this process has had in memory, on Linux: `ru_maxrss` is inherited."""
+    status = Path("/proc/self/status").read_text()
+    return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:
@@ -154,6 +187,7 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=2_000_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", help="millions of weights of whole files, such as 1,10,100")
+    parser.add_argument("--kinds", default="grid", help="of them: grid, values or grid,values")
     parser.add_argument("--nncodec", default=os.environ.get("NNCODEC_PYTHON"), help="interpreter")
     options = parser.parse_args()
     for structured in (False, True) if options.weights else ():
@@ -163,7 +197,7 @@ def main() -> None:
         compare(str(path), on_grids(path), options)
         whole_file(path)
     if options.scale:
-        scale([float(size) for size in options.scale.split(",")])
+        scale([float(size) for size in options.scale.split(",")], options.kinds.split(","))
 
 
 _FORMAT = argparse.RawDescriptionHelpFormatter

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.coding.code_lengths import MAX_ALPHABET
+from lightning_compress.coding.pieces import tally
 from lightning_compress.coding.range_coder import decode_static, encode_static
 from lightning_compress.errors import CorruptArtifactError
 
@@ -25,7 +26,7 @@ def encode(symbols: Symbols) -> bytes:
     """
     if not len(symbols):
         return b""
-    counts = np.bincount(symbols)
+    counts = tally(symbols)
     frequencies = _frequencies(counts)
     table = b"".join(varint(frequency) for frequency in frequencies.tolist())
     head = varint(len(counts)) + table

@@ -78,7 +78,8 @@ def save_compressed(
             leaves the outputs the same up to the order of sums.
         state: values to store in place of the module's own, by their keys in `state_dict`: an
             average, or those of a checkpoint.
-        workers: threads that encode tensors side by side; memory grows with their number.
+        workers: threads that encode tensors side by side; memory grows with their number. They
+            gain little: the range coder keeps Python's lock.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.

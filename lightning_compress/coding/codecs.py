@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_compress.coding import arithmetic, context, huffman, relative_index
 from lightning_compress.coding.bits import ByteReader, pack_fixed, unpack_fixed, varint
 from lightning_compress.coding.code_lengths import MAX_ALPHABET
+from lightning_compress.coding.pieces import tally
 from lightning_compress.coding.run_length import join_runs, max_runs, split_runs
 from lightning_compress.errors import CorruptArtifactError
 
@@ -163,6 +164,6 @@ def entropy_bits(symbols: NDArray[np.integer]) -> float:
     >>> entropy_bits(np.array([0, 1, 2, 3]))
     8.0
     """
-    counts = np.bincount(symbols)
+    counts = tally(symbols)
     counts = counts[counts > 0]
     return float(counts @ np.log2(len(symbols) / counts)) if len(counts) else 0.0

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 
 from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.coding.code_lengths import MAX_ALPHABET
-from lightning_compress.coding.passes import DecodingPass, EncodingPass, Weights
-from lightning_compress.coding.waves import View, best_view
+from lightning_compress.coding.passes import DecodingPass, EncodingPass
+from lightning_compress.coding.planes import Weights
+from lightning_compress.coding.waves import View, best_view, parts
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = ["decode", "encode"]
 
 _MAX_EXPONENT = (MAX_ALPHABET // 2).bit_length() - 1
+_EXPONENT_OF = np.frexp((np.arange(MAX_ALPHABET) + 1) >> 1)[1].astype(np.int64) - 1  # by symbol
 
 Ints = NDArray[np.int64]
+Bits = NDArray[np.bool_]
 Symbols = NDArray[np.uint16]
 
 
@@ -83,38 +86,57 @@ def _code_slab(
     Every plane's true bits are worked out from `symbols` for the encoder; the decoder, for which
     they are still 0, gives back the bits that it read instead.
     """
-    bits = coding.code("zero", at, ends, symbols[at] > 0)
-    at, ends = at[bits], _kept(ends, bits)
-    true = symbols[at].astype(np.int64)
-    size = (true + 1) >> 1
+    true = symbols[at]
+    bits = coding.code("zero", at, ends, true > 0)
+    kept, ends = _kept(bits, ends)
+    at, true = at[kept], true[kept]
     sign = coding.code("sign", at, ends, true & 1 == 1)
-    exponent = _code_exponents(coding, at, ends, np.frexp(size)[1] - 1, exponents)
-    magnitude = np.ones(len(at), np.int64)
-    for level in range(1, exponents + 1):
-        long = exponent >= level
-        nodes = (exponent << level | magnitude)[long]
-        bit = size[long] >> np.maximum(exponent[long] - level, 0) & 1 == 1
-        kind = (exponents + 1) << level
-        bit = coding.code(f"bit{level}", at[long], _kept(ends, long), bit, nodes, kind)
-        magnitude[long] = 2 * magnitude[long] + bit
+    exponent = _code_exponents(coding, at, ends, _EXPONENT_OF.take(true), exponents)
+    size = (true.astype(np.int64) + 1) >> 1
+    magnitude = _code_magnitudes(coding, at, ends, size, exponent, exponents)
     symbols[at] = 2 * magnitude - sign
 
 
 def _code_exponents(
-    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, true: NDArray[np.int32], most: int
+    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, true: Ints, most: int
 ) -> Ints:
+    """The exponent of each magnitude, in unary: is it above 0, is it above 1."""
     exponent: Ints = np.zeros(len(at), np.int64)
-    alive = np.ones(len(at), np.bool_)
+    alive = np.arange(len(at))
     for level in range(most):
-        more = coding.code(f"exponent{level}", at[alive], _kept(ends, alive), true[alive] > level)
-        alive[alive] = more
-        exponent[alive] += 1
+        more = coding.code(f"exponent{level}", at, ends, true > level)
+        kept, ends = _kept(more, ends)
+        at, true, alive = at[kept], true[kept], alive[kept]
+        exponent[alive] = level + 1
     return exponent
 
 
-def _kept(ends: Ints, kept: NDArray[np.bool_]) -> Ints:
-    """Where waves end after positions have been left out."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(kept, dtype=np.int64)])[ends]
+def _code_magnitudes(
+    coding: EncodingPass | DecodingPass,
+    at: Ints,
+    ends: Ints,
+    true: Ints,
+    exponent: Ints,
+    exponents: int,
+) -> Ints:
+    """Each magnitude, from the bit after its leading one to its last."""
+    magnitude = np.ones(len(at), np.int64)
+    alive = np.arange(len(at))
+    for level in range(1, exponents + 1):
+        kept, ends = _kept(exponent >= level, ends)
+        at, true, exponent, alive = at[kept], true[kept], exponent[kept], alive[kept]
+        known = magnitude[alive]
+        bits = true >> exponent - level & 1 == 1
+        nodes, kinds = exponent << level | known, (exponents + 1) << level
+        bits = coding.code(f"bit{level}", at, ends, bits, nodes, kinds)
+        magnitude[alive] = 2 * known + bits
+    return magnitude
+
+
+def _kept(bits: Bits, ends: Ints) -> tuple[Ints, Ints]:
+    """The places where `bits`, which go wave by wave, are set, and where waves of these end."""
+    counts = [np.count_nonzero(bits[part]) for part in parts(ends)]
+    return np.flatnonzero(bits), np.cumsum(counts, dtype=np.int64)
 
 
 def _names(exponents: int) -> list[str]:

@@ -19,6 +19,7 @@ from lightning_compress.coding.code_lengths import (
     read_lengths,
 )
 from lightning_compress.coding.lanes import BLOCK, decode_lanes, decode_tail
+from lightning_compress.coding.pieces import tally
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = ["decode", "encode"]
@@ -36,7 +37,7 @@ def encode(symbols: Symbols) -> bytes:
     """
     if not len(symbols):
         return b""
-    counts = np.bincount(symbols)
+    counts = tally(symbols)
     if len(counts) > MAX_ALPHABET:
         raise ValueError(f"symbol {len(counts) - 1} is not below {MAX_ALPHABET}")
     lengths = code_lengths(counts)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lightning_compress.coding.progress import shown
 from lightning_compress.coding.records import TensorRecord, optional, read_records
 from lightning_compress.coding.tensors import decode_tensor
 from lightning_compress.coding.values import DTYPES, dtype_name, patterns
+from lightning_compress.coding.workers import mapped
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
 
@@ -41,19 +41,17 @@ class Artifact:
         A tied tensor is the very one that it is tied to.
 
         Raises:
+            ValueError: for no worker.
             CorruptArtifactError: naming the tensor, when its payload does not fit its record.
         """
         kept: dict[str, tuple[Tensor, Grid | None]] = {}
         sources = {record.tied for record in self.records if record.kind == "tied"}
         sizes = [record.elements for record in self.records if record.kind != "tied"]
-        with ThreadPoolExecutor(workers) as pool:
-            run: Callable[..., Iterator[tuple[str, Tensor, Grid | None]]] = (
-                pool.map if workers > 1 else map
-            )
-            for name, tensor, grid in shown(run(_decode, self._payloads()), sizes, "decoding"):
-                if name in sources:
-                    kept[name] = tensor, grid
-                yield name, tensor, grid
+        decoded = mapped(_decode, self._payloads(), workers)
+        for name, tensor, grid in shown(decoded, sizes, "decoding"):
+            if name in sources:
+                kept[name] = tensor, grid
+            yield name, tensor, grid
         for record in self.records:
             if record.kind == "tied":
                 tensor, grid = kept[record.tied]

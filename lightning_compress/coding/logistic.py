@@ -5,6 +5,8 @@ Logits are base 2, in units of 1/256: `256 * log2(p / (1 - p))`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ _FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's t
 
 Ints = NDArray[np.int64]
 
-_LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION))) - 256
+_LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION)))
 _LOG_TABLE = _LOG_TABLE.astype(np.int64)
 _PROBABILITY = np.rint(ONE / (1 + np.exp2(-np.arange(-_LIMIT, _LIMIT + 1) / 256))) / ONE
 
@@ -30,9 +32,9 @@ def log2_256(values: Ints) -> Ints:
     >>> log2_256(np.array([1, 2, 3, 1 << 40]))
     array([    0,   256,   406, 10240])
     """
-    mantissa, exponent = np.frexp(values)  # exact
-    place = (mantissa * (2 << _FRACTION)).astype(np.int64) - (1 << _FRACTION)
-    return 256 * exponent.astype(np.int64) + _LOG_TABLE[place]
+    top = values.astype(np.float64).view(np.int64) >> 52 - _FRACTION  # exact: 11 + 10 bits
+    exponent = (top >> _FRACTION) - 1023
+    return 256 * exponent + _LOG_TABLE.take(top & (1 << _FRACTION) - 1)
 
 
 def probability(logits: Ints) -> NDArray[np.float64]:
@@ -41,7 +43,7 @@ def probability(logits: Ints) -> NDArray[np.float64]:
     >>> probability(np.array([0, 256])).tolist()[0]
     0.5
     """
-    return _PROBABILITY[np.minimum(np.maximum(logits, -_LIMIT), _LIMIT) + _LIMIT]
+    return _PROBABILITY.take(logits + _LIMIT, mode="clip")
 
 
 def fit_weights(
@@ -58,9 +60,10 @@ def fit_weights(
         (F,) whole numbers from -128 to 127, `WEIGHT_ONE` standing for 1.
     """
     unit = np.log(2) / 256
-    x, base, y = features * unit, offset * unit, bits.astype(np.float64)
-    weights = np.zeros(len(x))
-    ridge = np.eye(len(x))
+    # Half the bits of a double are plenty: the weights end in steps of 1 / WEIGHT_ONE.
+    x, base = (features * unit).astype(np.float32), (offset * unit).astype(np.float32)
+    y, ridge = bits.astype(np.float32), np.eye(len(x), dtype=np.float32)
+    weights = np.zeros(len(x), np.float32)
     for _ in range(8):
         p = 1 / (1 + np.exp(-(base + weights @ x)))
         gradient = x @ (p - y) + ridge @ weights
@@ -69,7 +72,13 @@ def fit_weights(
         if np.abs(step).max() < 0.01:
             break
     whole = np.clip(np.rint(weights * WEIGHT_ONE), -128, 127).astype(np.int64)
-    before = np.logaddexp(0, np.where(bits, -base, base)).sum()
-    after = base + whole @ x / WEIGHT_ONE
-    saved = before - np.logaddexp(0, np.where(bits, -after, after)).sum()
-    return whole, float(saved / np.log(2))
+    after = base + (whole / WEIGHT_ONE).astype(np.float32) @ x
+    saved = _nats(base, bits) - _nats(after, bits)
+    return whole, saved / math.log(2)
+
+
+def _nats(logits: NDArray[np.float32], bits: NDArray[np.bool_]) -> float:
+    """What it costs to code bits with these natural logits."""
+    wrong = np.where(bits, -logits, logits)
+    costs = np.maximum(wrong, 0) + np.log(1 + np.exp(-np.abs(wrong)))
+    return float(costs.sum(dtype=np.float64))

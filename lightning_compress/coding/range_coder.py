@@ -18,7 +18,7 @@ __all__ = ["BitDecoder", "BitEncoder", "decode_static", "encode_static"]
 _STREAM: Any = vars(constriction)["stream"]  # a module that its stubs do not name
 RangeEncoder: Any = _STREAM.queue.RangeEncoder
 RangeDecoder: Any = _STREAM.queue.RangeDecoder
-_BERNOULLI: Any = _STREAM.model.Bernoulli(perfect=False)
+_EACH_ITS_OWN: Any = _STREAM.model.Bernoulli(perfect=False)
 
 
 class BitEncoder:
@@ -28,9 +28,9 @@ class BitEncoder:
         self._coder = RangeEncoder()
 
     def encode(self, bits: NDArray[np.bool_], probabilities: NDArray[np.float64]) -> None:
-        """Append (N,) bits, given the (N,) probabilities that they are 1."""
+        """Append (N,) bits, given the (N,) probabilities that they are 1, or the (1,) of all."""
         if len(bits):
-            self._coder.encode(bits.astype(np.int32), _BERNOULLI, probabilities)
+            self._coder.encode(bits.astype(np.int32), *_bernoulli(probabilities))
 
     def finish(self) -> bytes:
         """The whole stream."""
@@ -43,15 +43,17 @@ class BitDecoder:
     def __init__(self, data: bytes) -> None:
         self._coder = _from_bytes(data)
 
-    def decode(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """The next (N,) bits, given the same probabilities as the encoder had.
+    def decode(self, probabilities: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+        """The next `count` bits, given the same probabilities as the encoder had.
 
         Raises:
             CorruptArtifactError: when no encoder made the stream.
         """
-        if not len(probabilities):
+        if not count:
             return np.zeros(0, np.bool_)
-        return _decoded(self._coder, _BERNOULLI, probabilities).astype(np.bool_)
+        model = _bernoulli(probabilities)
+        how = model if len(probabilities) > 1 else (*model, count)
+        return _decoded(self._coder, *how).astype(np.bool_)
 
     def finish(self) -> None:
         """Check that nothing is left.
@@ -61,6 +63,13 @@ class BitDecoder:
         """
         if not self._coder.maybe_exhausted():
             raise CorruptArtifactError("bytes after the end of a range-coded stream")
+
+
+def _bernoulli(probabilities: NDArray[np.float64]) -> tuple[object, ...]:
+    """One model for all bits is ten times faster than one each, and gives the same stream."""
+    if len(probabilities) > 1:
+        return _EACH_ITS_OWN, probabilities
+    return (_STREAM.model.Bernoulli(float(probabilities[0]), perfect=False),)
 
 
 def encode_static(symbols: NDArray[np.uint16], frequencies: NDArray[np.int64]) -> bytes:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lightning_compress.coding.progress import shown
 from lightning_compress.coding.records import TensorRecord, read_records, write_records
 from lightning_compress.coding.tensors import encode_on_grid, encode_values
 from lightning_compress.coding.values import dtype_name
+from lightning_compress.coding.workers import check_workers, mapped
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.state import Grid
 
@@ -57,8 +57,7 @@ class Encoding:
         check_codec(self.codec)
         if self.float_dtype not in _FLOAT_DTYPES:
             raise ValueError(f"float_dtype={self.float_dtype!r}: valid are None, 'fp16', 'bf16'")
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers!r}: valid are whole numbers from 1")
+        check_workers(self.workers)
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ def _encoded(contents: Contents, own: set[str], encoding: Encoding) -> Iterator[
     def encode(name: str) -> _Coded:
         return _encode(name, contents.tensors[name], contents.grids.get(name), encoding)
 
-    with ThreadPoolExecutor(encoding.workers) as pool:
-        run: Callable[..., Iterator[_Coded]] = pool.map if encoding.workers > 1 else map
-        yield from shown(run(encode, names), sizes, "encoding")
+    yield from shown(mapped(encode, names, encoding.workers), sizes, "encoding")
 
 
 def _tied_record(name: str, source: TensorRecord, *, has_grid: bool) -> TensorRecord:

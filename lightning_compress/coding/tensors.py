@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from lightning_compress.coding.grids import (
     pack_grid,
     unpack_grid,
 )
+from lightning_compress.coding.pieces import by_piece, tally
 from lightning_compress.coding.records import MAX_CODEBOOK, TensorRecord
 from lightning_compress.coding.values import (
     DTYPES,
@@ -102,41 +104,41 @@ def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[Ten
     bits = patterns(tensor)
     shape = record.code_shape
     dtype = DTYPES[record.storage]
-    forms = [
-        *_plain(bits, codec),
-        *_codebook(bits, codec, shape, dtype),
-        *_mask(bits, codec, shape),
-    ]
-    return min(forms, key=lambda form: form.size).finish(record)
+    others = [*_codebook(bits, codec, shape, dtype), *_mask(bits, codec, shape)]
+    plain = _plain(bits, codec, min((form.size for form in others), default=None))
+    return min([plain, *others], key=lambda form: form.size).finish(record)
 
 
-def _plain(bits: Patterns, codec: str) -> Iterator[_Form]:
-    packing, data = pack_patterns(bits, coded=codec in _SLOW)
-    yield _Form("plain", data, packing=packing)
+def _plain(bits: Patterns, codec: str, most: int | None) -> _Form:
+    packing, data = pack_patterns(bits, coded=codec in _SLOW, most=most)
+    return _Form("plain", data, packing=packing)
 
 
-def _sorted_book(
-    bits: Patterns, dtype: torch.dtype
-) -> tuple[Patterns, NDArray[np.intp], NDArray[np.intp]]:
-    """The values from the lowest to the highest, the place of each element's, and their counts."""
-    book, places, counts = np.unique(bits, return_inverse=True, return_counts=True)
+def _order(book: Patterns, dtype: torch.dtype) -> NDArray[np.intp]:
+    """Which of rising patterns comes when, from the lowest value to the highest."""
     if not dtype.is_signed:
-        return book, places, counts
-    negative = book >= _minus_zero(bits.itemsize)
+        return np.arange(len(book))
+    negative = book >= _minus_zero(book.itemsize)
     downwards = dtype.is_floating_point or dtype.is_complex  # else two's complement
     below = np.flatnonzero(negative)
-    order = np.concatenate([below[::-1] if downwards else below, np.flatnonzero(~negative)])
-    return book[order], np.argsort(order)[places], counts[order]
+    return np.concatenate([below[::-1] if downwards else below, np.flatnonzero(~negative)])
 
 
 def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: torch.dtype) -> Iterator[_Form]:
-    if len(bits) and len(np.unique(bits[:_SAMPLE])) <= MAX_CODEBOOK:
-        book, places, counts = _sorted_book(bits, dtype)
-        if len(book) <= MAX_CODEBOOK:
-            middle = int(np.argmax((book == 0) * len(bits) + counts))
-            steps = places - middle
-            aux = bytes([middle]) + book.tobytes()
-            yield _coded("codebook", aux, 2 * np.abs(steps) - (steps < 0), codec, shape)
+    if not len(bits) or len(np.unique(bits[:_SAMPLE])) > MAX_CODEBOOK:
+        return
+    book = np.unique(bits)
+    if len(book) > MAX_CODEBOOK:
+        return
+    places = by_piece(partial(np.searchsorted, book), bits, np.uint8)
+    order = _order(book, dtype)
+    middle = int(np.argmax(((book == 0) * len(bits) + tally(places, len(book)))[order]))
+    steps = np.argsort(order) - middle
+    symbols = (2 * np.abs(steps) - (steps < 0)).astype(np.uint16)
+    aux = bytes([middle]) + book[order].tobytes()
+    yield _coded(
+        "codebook", aux, by_piece(lambda piece: symbols[piece], places, np.uint16), codec, shape
+    )
 
 
 def _mask(bits: Patterns, codec: str, shape: Shape) -> Iterator[_Form]:

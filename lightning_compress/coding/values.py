@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_compress.coding import context
 from lightning_compress.coding.bits import ByteReader, varint
+from lightning_compress.coding.pieces import tally
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = [
@@ -66,7 +67,9 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
-def pack_patterns(bits: Patterns, *, coded: bool = True) -> tuple[str, bytes]:
+def pack_patterns(
+    bits: Patterns, *, coded: bool = True, most: int | None = None
+) -> tuple[str, bytes]:
     """The smallest of plain bytes, deflated byte planes and coded byte planes, and which it is.
 
     A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
@@ -74,21 +77,37 @@ def pack_patterns(bits: Patterns, *, coded: bool = True) -> tuple[str, bytes]:
     Args:
         bits: (N,) patterns.
         coded: try coded planes too, which are slower.
+        most: bytes from which on the result is of no use to the caller; None: of any size.
     """
     planes = bits.view(np.uint8).reshape(-1, bits.itemsize).T
     forms = {"bytes": bits.tobytes(), "planes": zlib.compress(planes.tobytes(), 6)}
     if coded and len(bits):
-        forms["coded"] = b"".join(_code_plane(plane) for plane in planes)
+        limit = min(len(form) for form in forms.values())
+        limit = limit if most is None else min(limit, most)
+        entropies = [_entropy(plane) for plane in planes]
+        # A plane has one axis, so no tables: its order 0 entropy is what coding can come down to.
+        if sum(entropies) < 8 * limit:
+            pairs = zip(planes, entropies, strict=True)
+            forms["coded"] = b"".join(_code_plane(*pair) for pair in pairs)
     name = min(forms, key=lambda name: len(forms[name]))
     return name, forms[name]
 
 
-def _code_plane(plane: NDArray[np.uint8]) -> bytes:
+def _entropy(plane: NDArray[np.uint8]) -> float:
+    """Bits of a plane when each byte takes as many as it is rare; all, if learning costs more."""
+    counts = tally(plane)
+    counts = counts[counts > 0]
+    entropy = float(counts @ np.log2(len(plane) / counts))
+    learnt = entropy + 0.5 * len(counts) * math.log2(len(plane) + 1)
+    return entropy if learnt <= 8 * len(plane) else 8.0 * len(plane)
+
+
+def _code_plane(plane: NDArray[np.uint8], entropy: float) -> bytes:
     """The length of a context-coded plane and the stream, or 0 and the plain bytes.
 
     A byte's top bit, which is the sign in the last plane of floats, is coded as a symbol's sign.
     """
-    if _looks_random(plane):
+    if entropy >= 8 * len(plane):
         return varint(0) + plane.tobytes()
     low = (plane & 127).astype(np.uint16)
     symbols = (2 * (low + 1) - (plane >> 7)).astype(np.uint16)
@@ -96,14 +115,6 @@ def _code_plane(plane: NDArray[np.uint8]) -> bytes:
     if len(coded) < len(plane):
         return varint(len(coded)) + coded
     return varint(0) + plane.tobytes()
-
-
-def _looks_random(plane: NDArray[np.uint8]) -> bool:
-    """Whether learning how often each byte occurs costs what it saves; no need to try then."""
-    counts = np.bincount(plane)
-    counts = counts[counts > 0]
-    entropy = float(counts @ np.log2(len(plane) / counts))
-    return entropy + 0.5 * len(counts) * math.log2(len(plane) + 1) > 8 * len(plane)
 
 
 def _decode_plane(reader: ByteReader, count: int) -> NDArray[np.uint8]:

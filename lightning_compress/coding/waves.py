@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SLAB", "View", "best_view"]
+__all__ = ["SLAB", "View", "best_view", "parts"]
 
 SLAB = 1 << 22  # positions that are worked on at a time, as long as a slice along A is not larger
 # Powers 1, 2, 3 of the inverse of the root of x^4 = x + 1, times 2^32: a low-discrepancy lattice.
@@ -86,15 +86,23 @@ class View:
     def keys(self, positions: Ints, tables: Iterable[int]) -> dict[int, Ints]:
         """By table: the place of each position in it."""
         row = self.b * self.c
+        pairs = positions // self.c if self.c > 1 else positions
+        first = positions // row
         places = {
-            (0,): lambda: positions // row,
-            (1,): lambda: positions % row // self.c,
-            (2,): lambda: positions % self.c,
-            (0, 1): lambda: positions // self.c,
-            (0, 2): lambda: positions // row * self.c + positions % self.c,
-            (1, 2): lambda: positions % row,
+            (0,): lambda: first,
+            (1,): lambda: pairs - first * self.b,
+            (2,): lambda: positions - pairs * self.c,
+            (0, 1): lambda: pairs,
+            (0, 2): lambda: positions - (pairs - first) * self.c,
+            (1, 2): lambda: positions - first * row,
         }
         return {table: places[self.subsets[table]]() for table in tables}
+
+
+def parts(ends: Ints) -> list[slice]:
+    """The waves that are not empty, given where each ends."""
+    pairs = itertools.pairwise([0, *ends.tolist()])
+    return [slice(start, stop) for start, stop in pairs if start < stop]
 
 
 def best_view(symbols: NDArray[np.uint16], shape: tuple[int, ...]) -> View:
@@ -103,21 +111,36 @@ def best_view(symbols: NDArray[np.uint16], shape: tuple[int, ...]) -> View:
     if len(views) == 1:
         return views[0]
     some = (symbols > 0).astype(np.float32)
-    return max(views, key=lambda view: _told(some.reshape(view.shape), view))
+    return max(views, key=lambda view: _told(_ones(some.reshape(view.shape)), view))
 
 
-def _told(some: NDArray[np.float32], view: View) -> float:
+def _ones(some: NDArray[np.float32]) -> dict[tuple[int, ...], Ints]:
+    """By subset of the axes: how many ones each key has. Exact below 2^24 ones in a line."""
+    pairs = {(0, 1): some.sum(2), (0, 2): some.sum(1), (1, 2): some.sum(0)}
+    counts = {subset: ones.astype(np.int64) for subset, ones in pairs.items()}
+    first, second = counts[0, 2], counts[1, 2]
+    return counts | {(0,): first.sum(1), (1,): second.sum(1), (2,): second.sum(0)}
+
+
+def _told(ones: dict[tuple[int, ...], Ints], view: View) -> float:
     """Bits that the tables of axes told apart tell, less what it takes to learn them."""
-    total = float(_bits(some.mean(dtype=np.float64)) * some.size)
+    count = math.prod(view.shape)
+    total = float(_bits(ones[0,].sum() / count) * count)
     gains: dict[tuple[int, ...], float] = {}
     for table, subset in enumerate(view.subsets):
-        others = tuple(axis for axis in range(3) if axis not in subset)
         each = view.positions(table)
-        left = _bits(some.mean(others, dtype=np.float64)).sum() * each
+        left = _entropies(ones[subset], each).sum() * each
         gains[subset] = max(total - left - 0.5 * math.log2(each) * view.sizes[table], 0.0)
     apart = (((0,), (1,), (2,)), ((0, 1), (2,)), ((0, 2), (1,)), ((1, 2), (0,)))
     most = max(sum(gains.get(subset, 0.0) for subset in subsets) for subsets in apart)
     return most + sum(gains.values()) / 10  # tables that tell the same again help at the start
+
+
+def _entropies(ones: Ints, each: int) -> NDArray[np.float64]:
+    """Entropy of a decision, in bits, where so many of `each` were ones."""
+    if each < ones.size:
+        return _bits(np.arange(each + 1) / each).take(ones)
+    return _bits(ones / each)
 
 
 def _bits(share: NDArray[np.float64] | float) -> NDArray[np.float64]:

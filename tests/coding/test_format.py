@@ -16,7 +16,13 @@ from torch import nn
 from lightning_compress import compression_state, load_compressed, read_tensors, save_compressed
 from lightning_compress.coding import logistic
 from lightning_compress.coding.codecs import CODECS, encode_symbols
-from lightning_compress.coding.values import DTYPES, pack_patterns, patterns
+from lightning_compress.coding.values import (
+    DTYPES,
+    _code_plane,
+    _entropy,
+    pack_patterns,
+    patterns,
+)
 from lightning_compress.quantization.codebooks import CodebookGrid
 from lightning_compress.quantization.quantizers import AffineGrid, affine_grid
 from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
@@ -57,6 +63,29 @@ def test_the_reference_decoder_reads_every_packing(style):
     packing, data = pack_patterns(bits)
     assert packing == style
     assert reference.unpack(packing, data, len(bits), 4) == bits.tolist()
+
+
+@given(
+    style=st.sampled_from(["steps", "floats", "near one", "runs", "bytes"]),
+    count=st.sampled_from([1, 40, 3000]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_forms_that_are_not_tried_would_not_have_been_the_smallest(style, count, seed):
+    rng = np.random.default_rng(seed)
+    values = {
+        "steps": rng.integers(-3, 4, count) * (rng.random(count) < 0.2) / 8,
+        "floats": rng.standard_normal(count),
+        "near one": 1 + rng.standard_normal(count) / 99,
+        "runs": np.repeat(rng.standard_normal(count), 5),
+        "bytes": rng.integers(0, 9, count),
+    }[style]
+    bits = patterns(torch.from_numpy(values.astype(np.float32)))
+    planes = bits.view(np.uint8).reshape(-1, 4).T
+    coded = b"".join(_code_plane(plane, _entropy(plane)) for plane in planes)
+    packing, data = pack_patterns(bits)
+    assert len(data) <= len(coded)
+    assert pack_patterns(bits, most=len(data) + 1) == (packing, data)
 
 
 def test_no_entry_of_the_rounded_tables_is_near_a_half():

@@ -1,0 +1,108 @@
+"""The context coder's encoder: what it fits, on what it fits it, and what it takes."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from lightning_compress.coding import context, fitting, waves
+from lightning_compress.coding.logistic import WEIGHT_ONE, fit_weights
+from lightning_compress.coding.planes import Plane
+
+
+def sparse(shape, seed=0):
+    """Symbols at 90 % zeros whose rows and columns have densities of their own."""
+    rng = np.random.default_rng(seed)
+    logit = np.full(shape, -2.5)
+    for axis in range(2):
+        along = [1] * len(shape)
+        along[axis] = -1
+        logit = logit + rng.standard_normal(shape[axis]).reshape(along)
+    steps = np.where(rng.random(shape) < 1 / (1 + np.exp(-logit)), rng.integers(1, 15, shape), 0)
+    return steps.astype(np.uint16).reshape(-1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_are_those_of_least_code_length(seed):
+    rng = np.random.default_rng(seed)
+    features = rng.integers(-800, 800, (4, 6000)) // np.array([[1], [2], [1], [3]])
+    offset = rng.integers(-900, 300, 6000)
+    nats = np.log(2) / 256
+    truth = np.array([0.9, 0.3, 0.0, -0.4])
+    bits = rng.random(6000) < 1 / (1 + np.exp(-nats * (offset + truth @ features)))
+
+    def cost(weights):
+        logits = nats * (offset + weights @ features)
+        return np.logaddexp(0, np.where(bits, -logits, logits)).sum()
+
+    best = minimize(lambda w: cost(w) + w @ w / 2, np.zeros(4), tol=1e-8).x
+    weights, saved = fit_weights(features, offset, bits)
+    assert np.abs(weights - best * WEIGHT_ONE).max() < 0.51
+    expected = (cost(np.zeros(4)) - cost(weights / WEIGHT_ONE)) / np.log(2)
+    assert saved == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_nodes", [False, True])
+def test_a_sample_has_the_logits_that_all_positions_have(with_nodes):
+    shape = (20, 30, 9)
+    bits = sparse(shape) > 0
+    view = waves.View(*shape)
+    at, ends = view.waves(0, len(bits))
+    nodes = at % 3 if with_nodes else None
+
+    def plane():
+        return Plane(view, 3 if with_nodes else 1)
+
+    whole = fitting._sampled(plane(), at, ends, bits[at], nodes, 1)
+    assert whole[1].any(axis=1).all()
+    for step in (2, 7, 1000):
+        some = fitting._sampled(plane(), at, ends, bits[at], nodes, step)
+        assert (some[0] == whole[0][::step]).all()
+        assert (some[1] == whole[1][:, ::step]).all()
+
+
+def test_keys_are_indices_along_the_axes():
+    view = waves.View(8, 6, 4)
+    positions = np.random.default_rng(0).permutation(8 * 6 * 4)
+    index = np.unravel_index(positions, view.shape)
+    assert view.subsets == ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+    keys = view.keys(positions, range(6))
+    for table, subset in enumerate(view.subsets):
+        lengths = [view.shape[axis] for axis in subset]
+        expected = np.ravel_multi_index([index[axis] for axis in subset], lengths)
+        assert (keys[table] == expected).all()
+
+
+@pytest.mark.parametrize("shape", [(36, 50), (50, 36), (50, 30)])
+def test_a_view_is_chosen_by_what_its_tables_tell(shape):
+    symbols = sparse(shape)
+    told = {view.shape: 0.0 for view in waves.candidate_views(shape)}
+    some = symbols > 0
+    for lengths in told:
+        view = waves.View(*lengths)
+        ones = waves._ones(some.reshape(lengths).astype(np.float32))
+        for subset in view.subsets:
+            others = tuple(axis for axis in range(3) if axis not in subset)
+            assert (ones[subset] == some.reshape(lengths).sum(others)).all()
+        told[lengths] = waves._told(ones, view)
+    assert waves.best_view(symbols, shape).shape == max(told, key=told.get)
+
+
+def test_a_matrix_of_channels_times_places_is_seen_as_such():
+    rng = np.random.default_rng(0)
+    dense = rng.random((1, 25, 1)) ** 4  # the place in a picture of 5 x 5 tells the density
+    symbols = (rng.random((40, 25, 30)) < dense).astype(np.uint16).reshape(-1)
+    assert waves.best_view(symbols, (1000, 30)).shape == (40, 25, 30)
+
+
+def test_memory_grows_with_the_tensor_and_not_faster():
+    peaks = {}
+    for rows in (200, 800):
+        symbols = sparse((rows, 1000))
+        tracemalloc.start()
+        context.encode(symbols, (rows, 1000))
+        peaks[rows] = tracemalloc.get_traced_memory()[1] / len(symbols)
+        tracemalloc.stop()
+    assert peaks[800] < 1.1 * peaks[200]
+    assert peaks[800] < 64
