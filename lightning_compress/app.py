@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +23,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_compress.commands import COMMANDS, run_command
 from lightning_compress.config import config_dir, explain
 from lightning_compress.stopping import terminable
 from lightning_compress.sweeps import Outcome, run_sweep_job, sweep_folder
@@ -32,6 +32,7 @@ from lightning_compress.sweeps.watching import stop_with_launcher
 __all__ = ["main"]
 
 OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
+COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if argv[:1] == ["report"]:
         sys.exit(_report(argv[1:]))
     if argv and argv[0] in COMMANDS:
+        from lightning_compress.commands import run_command  # with PyTorch, which takes seconds
+
         sys.exit(run_command(argv))
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
     words = [word for word in argv if word not in sweep]
@@ -74,6 +77,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.report.page import write_report
     from lightning_compress.report.tables import print_summary
     from lightning_compress.workflow.experiment import run_experiment
+    from lightning_compress.workflow.records import write_records
     from lightning_compress.workflow.resume import resume_command
     from lightning_compress.workflow.training import InterruptedRunError
 
@@ -81,7 +85,8 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     folder = Path(runtime.runtime.output_dir)
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
-        results = run_experiment(cfg, folder, names=names)
+        begun = partial(write_records, cfg, folder)
+        results = run_experiment(cfg, folder, names=names, begun=begun)
         page = write_report([folder])
     except (InterruptedRunError, KeyboardInterrupt) as stop:
         command = resume_command(_shown(folder), list(runtime.overrides.task))

@@ -21,7 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
 from lightning_compress.quantization.quantizers import AffineGrid
-from lightning_compress.sharding import Shards, is_sharded, local_part, shards_of
+from lightning_compress.sharding import (
+    ONE_PIECE,
+    Shards,
+    Spread,
+    is_sharded,
+    local_part,
+    shards_of,
+)
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
@@ -42,13 +49,14 @@ class Slot:
         self.target = target
         self.path = clean_path(target.path)
         self.shards: Shards | None = shards_of(target.parameter)
+        self.spread: Spread = self.shards or ONE_PIECE
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
         self.owners: dict[str, str] = {}  # the same for the "grid" and for "activations"
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None
-        self.grid: Grid | None = None  # where the parameter lies since the last projection
+        self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
         # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
@@ -69,9 +77,14 @@ class Slot:
         """Fraction of positions that the mask prunes."""
         if self.pruned is None:
             return 0.0
-        count = self.pruned.sum()
-        total = count if self.shards is None else self.shards.sum(count)
-        return total.item() / self.parameter.numel()
+        return self.spread.sum(self.pruned.sum()).item() / self.parameter.numel()
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of a tensor like `data`, on every process; of a sharded weight in the CPU's memory.
+
+        All processes must ask.
+        """
+        return part if self.shards is None else self.shards.whole(part).cpu()
 
     def values(self) -> Tensor:
         """The latent values: what the optimizer updates and what criteria look at."""
@@ -127,7 +140,13 @@ class Slot:
         if self.quantizer is None:
             return values, None
         grid = self.quantizer(values)
-        return grid.project(values), grid
+        return self._here(grid).project(values), grid
+
+    def _here(self, grid: Grid) -> Grid:
+        """What this process's rows need of a grid of the whole weight."""
+        if self.shards is None or not isinstance(grid, AffineGrid):
+            return grid
+        return grid.select({0: torch.arange(*self.shards.bounds)})
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -142,8 +161,8 @@ class Slot:
         self._holds_latent = True
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Put the visible values into the parameter."""
+    def project(self, *, same_grid: bool = False) -> None:
+        """Put the visible values into the parameter; on the grid that it had, or on a new one."""
         if self.quantizer is None and not (self.dense_gradient and self.pruned is not None):
             self._drop_latent()
             if self.pruned is not None:
@@ -154,17 +173,20 @@ class Slot:
         if self.pruned is not None and not self.dense_gradient:
             latent.masked_fill_(self.pruned, 0.0)
         self.latent = latent.clone() if self.latent is None else self.latent.copy_(latent)
-        self._show(self._masked_latent(self.latent))
+        masked = self._masked_latent(self.latent)
+        if not same_grid:
+            self._make_grid(masked)
+        latent.copy_(masked if self.grid is None else self.grid.project(masked))
         self._holds_latent = False
 
-    def _show(self, masked: Tensor) -> None:
-        self.grid = None if self.quantizer is None else self.quantizer(masked)
-        if self.grid is None:
-            self.data.copy_(masked)
+    def _make_grid(self, masked: Tensor) -> None:
+        if self.quantizer is None:
+            self.grid = None
             clear_grid(self.target.layer, self.target.name)
         else:
-            self.data.copy_(self.grid.project(masked))
-            set_grid(self.target.layer, self.target.name, self.grid)
+            whole = self.quantizer(masked)
+            self.grid = self._here(whole)
+            set_grid(self.target.layer, self.target.name, whole)
 
     def _masked_latent(self, latent: Tensor) -> Tensor:
         # Without dense gradients what is pruned is 0 in the latent too.
@@ -179,10 +201,14 @@ class Slot:
         if self.gradient_rule is not None and self.parameter.grad is not None:
             self.gradient_rule(local_part(self.parameter.grad))
 
-    def hide(self) -> None:
-        """Project if the latent values show, as after an update that failed half way."""
+    def hide(self, *, alone: bool = False) -> None:
+        """Project if the latent values show, as after an update that failed half way.
+
+        Args:
+            alone: other processes may not do so, thus a sharded weight gets the grid that it had.
+        """
         if self._holds_latent:
-            self.project()
+            self.project(same_grid=alone and self.shards is not None)
 
     def _drop_latent(self) -> None:
         if self.latent is not None:
@@ -285,7 +311,7 @@ class Projector:
     def detach(self) -> None:
         """Remove all hooks; the parameters stay visible."""
         for slot in self.slots.values():
-            slot.hide()
+            slot.hide(alone=True)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

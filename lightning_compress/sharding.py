@@ -1,16 +1,23 @@
-"""Sharded parameters (FSDP2's DTensors): each process sees its own part, and counts for all."""
+"""Sharded parameters (FSDP2's DTensors): each process sees its own part, and counts for all.
+
+What asks `Shards` or `ONE_PIECE` the same questions works on both: each question that takes a
+message must be asked by all processes of the group alike.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from lightning_compress.errors import TargetError
 
-__all__ = ["Shards", "is_sharded", "local_part", "shards_of"]
+__all__ = [
+    "ONE_PIECE", "InOnePiece", "Shards", "Spread", "is_sharded", "local_part",
+    "shards_of", "to_shards", "whole_tensor",
+]  # fmt: skip
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -25,6 +32,26 @@ def local_part(tensor: Tensor) -> Tensor:
     [1.0, 1.0]
     """
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one all processes must ask.
+
+    >>> whole_tensor(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def to_shards(module: nn.Module) -> None:
+    """Let go of whole weights that a forward pass has gathered (FSDP2).
+
+    What is written into a module's parameters while they are gathered is lost, and what is written
+    into the shards is not seen.
+    """
+    for one in module.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(one).__mro__):
+            one.reshard()  # type: ignore[operator]
 
 
 def shards_of(tensor: Tensor) -> Shards | None:
@@ -43,22 +70,67 @@ def shards_of(tensor: Tensor) -> Shards | None:
             f"a parameter with placements {placements} cannot be compressed: valid is one "
             "Shard(0), as FSDP2's fully_shard makes it"
         )
-    return Shards(mesh, placements, mesh.get_group())
+    return Shards(mesh, placements, mesh.get_group(), tensor.shape[0])
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One way of spreading tensors over the processes of a group, by their first axis."""
+    """How a tensor is spread over the processes of a group, by its first axis.
+
+    Args:
+        mesh: of the processes.
+        placements: of the tensor on it.
+        group: the same processes.
+        rows: length of the whole tensor's first axis.
+    """
 
     mesh: Any
     placements: tuple[Any, ...]
     group: Any
+    rows: int
 
-    def sum(self, counts: Tensor) -> Tensor:
-        """Counts of all processes, added up."""
-        total = counts.clone()
-        distributed.all_reduce(total, group=self.group)
-        return total
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The first row that this process holds, and the one after the last."""
+        size, rank = distributed.get_world_size(self.group), distributed.get_rank(self.group)
+        width = -(-self.rows // size)  # as torch.chunk: the last parts may be smaller or empty
+        start = min(rank * width, self.rows)
+        return start, min(start + width, self.rows)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Values of all processes, added up."""
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def least(self, values: Tensor) -> Tensor:
+        """The smallest of all processes' values, none of them NaN."""
+        return self._reduced(values, distributed.ReduceOp.MIN)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values of each process, (processes, ...)."""
+        sent = values.to(self.mesh.device_type).contiguous()
+        parts = [torch.empty_like(sent) for _ in range(distributed.get_world_size(self.group))]
+        distributed.all_gather(parts, sent, group=self.group)
+        return torch.stack(parts).to(values.device)
+
+    def widen(self, values: Tensor, axis: int | None) -> Tensor:
+        """Values (..., size of the axis here) among 0 for what other processes hold of the axis."""
+        if axis != 0:
+            return values
+        start, stop = self.bounds
+        return torch.nn.functional.pad(values, (start, self.rows - stop))
+
+    def narrow(self, values: Tensor, axis: int | None) -> Tensor:
+        """What this process needs of values (..., size of the whole axis)."""
+        return values if axis != 0 else values[..., slice(*self.bounds)]
+
+    def numel(self, part: Tensor) -> int:
+        """Elements of the whole tensor."""
+        return self.rows * part.shape[1:].numel()
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        sent = values.to(self.mesh.device_type, copy=True)  # the group may know no other device
+        distributed.all_reduce(sent, how, group=self.group)
+        return sent.to(values.device)
 
     def quotas(self, available: Tensor, wanted: int) -> list[int]:
         """How many each local tensor may take, when the first in order take `wanted` together.
@@ -69,24 +141,70 @@ class Shards:
             available: int64 (tensors,), what there is to take on this process.
             wanted: in all.
         """
-        size, rank = distributed.get_world_size(self.group), distributed.get_rank(self.group)
-        parts = [torch.empty_like(available) for _ in range(size)]
-        distributed.all_gather(parts, available, group=self.group)
-        table = torch.stack(parts, dim=1)  # (tensors, processes)
+        table = self.gather(available).T  # (tensors, processes)
         before = table.flatten().cumsum(0).view_as(table) - table
+        rank = distributed.get_rank(self.group)
         return (wanted - before).clamp(min=0).minimum(table)[:, rank].tolist()
 
     def whole(self, part: Tensor) -> Tensor:
         """The whole tensor, on every process, of the parts that each holds."""
+        as_bytes = part.to(torch.uint8) if part.dtype == torch.bool else part
+        return whole_tensor(self.joined(as_bytes)).to(part.dtype)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """A sharded tensor of the parts that each process holds, without a message."""
         from torch.distributed.tensor import DTensor
 
-        as_bytes = part.to(torch.uint8) if part.dtype == torch.bool else part
-        sharded = DTensor.from_local(as_bytes, self.mesh, self.placements, run_check=False)
-        return sharded.full_tensor().to(part.dtype)
+        shape = torch.Size([self.rows, *part.shape[1:]])  # parts may differ in size
+        return DTensor.from_local(
+            part.contiguous(),
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def part(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor that every process has."""
-        rows, size = whole.shape[0], distributed.get_world_size(self.group)
-        width = -(-rows // size)  # as torch.chunk: the last parts may be smaller or empty
-        start = min(distributed.get_rank(self.group) * width, rows)
-        return whole[start : min(start + width, rows)]
+        return whole[slice(*self.bounds)]
+
+
+class InOnePiece:
+    """What `Shards` answers, of a tensor that every process has all of: without a message."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values."""
+        return values
+
+    def least(self, values: Tensor) -> Tensor:
+        """The values."""
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values, (1, ...)."""
+        return values[None]
+
+    def widen(self, values: Tensor, axis: int | None) -> Tensor:  # noqa: ARG002
+        """The values."""
+        return values
+
+    def narrow(self, values: Tensor, axis: int | None) -> Tensor:  # noqa: ARG002
+        """The values."""
+        return values
+
+    def numel(self, part: Tensor) -> int:
+        """Elements of the tensor."""
+        return part.numel()
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The tensor."""
+        return part
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The tensor."""
+        return whole
+
+
+ONE_PIECE = InOnePiece()
+Spread: TypeAlias = Shards | InOnePiece

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_compress.quantization.codebooks import CodebookGrid
 from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.sharding import whole_tensor
 
 __all__ = [
     "ActivationGrids",
@@ -129,17 +130,22 @@ def set_activation_grids(layer: nn.Module, grids: ActivationGrids | None) -> Non
         layer.__dict__[_ACTIVATIONS] = grids
 
 
-def compression_state(module: nn.Module) -> CompressionState:
+def compression_state(module: nn.Module, *, masks: bool = True) -> CompressionState:
     """Masks (where a weight is not 0) and grids that a module carries.
 
     A mask is listed for each parameter of two or more axes that holds a zero.
+
+    Args:
+        module: of any kind.
+        masks: False leaves them out. They are found by looking at all weights; those of a sharded
+            module are gathered for it, and all processes must ask.
 
     >>> layer = nn.Linear(2, 2)
     >>> _ = layer.weight.data.copy_(layer.weight.new_tensor([[0.0, 1.0], [2.0, 0.0]]))
     >>> compression_state(layer).masks["weight"].tolist()
     [[False, True], [True, False]]
     """
-    masks, grids, activations = {}, {}, {}
+    found_masks, grids, activations = {}, {}, {}
     for prefix, layer in module.named_modules():
         known = layer.__dict__.get(_ATTRIBUTE, {})
         if (found := activation_grids(layer)) is not None:
@@ -148,6 +154,8 @@ def compression_state(module: nn.Module) -> CompressionState:
             path = f"{prefix}.{name}" if prefix else name
             if name in known:
                 grids[path] = known[name]
-            if parameter.dim() > 1 and not (mask := parameter.detach() != 0).all():
-                masks[path] = mask
-    return CompressionState(masks, grids, activations, removed_channels(module))
+            if masks and parameter.dim() > 1:
+                mask = whole_tensor(parameter.detach()) != 0
+                if not mask.all():
+                    found_masks[path] = mask
+    return CompressionState(found_masks, grids, activations, removed_channels(module))

@@ -10,10 +10,21 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_compress import GradualPruning, QuantizationAwareTraining, compression_state
 
+WAYS = {
+    "gan": [{"scheme": "learned_step", "pact": True}],
+    "vae": [{"scheme": "codebook"}],
+    "plain": [  # as one process with the joined batches
+        {"scheme": "symmetric"},
+        {"scheme": "affine", "observer": "moving_average", "per_channel": False},
+        {"scheme": "learned_step"},
+        {"scheme": "codebook", "freeze": 0.6},
+        {"scheme": "entropy", "rate": 0.01, "target_bits": 2.5},
+    ],
+}
 
-def main(folder: Path, kind: str, processes: int) -> None:
+
+def fit(folder: Path, kind: str, processes: int, rules: dict) -> dict:
     torch.manual_seed(1)
-    torch.set_num_threads(1)
     model = TinyGAN() if kind == "gan" else TinyAutoencoder("SGD")
     if kind == "plain":  # BatchNorm would see half a batch in each process
         model.encoder[1] = torch.nn.Identity()
@@ -21,26 +32,34 @@ def main(folder: Path, kind: str, processes: int) -> None:
     data, rank = TensorDataset(rows), int(os.environ.get("LOCAL_RANK", "0"))
     sampler = DistributedSampler(data, processes, rank, shuffle=False)
     loader = DataLoader(data, batch_size=8 // processes, sampler=sampler)
-    scheme = {"gan": "learned_step", "vae": "codebook", "plain": "symmetric"}[kind]
-    callbacks = [
-        QuantizationAwareTraining(weight_bits=4, scheme=scheme, pact=kind == "gan"),
-        GradualPruning(final_sparsity=0.5),
-    ]
+    quantization = QuantizationAwareTraining(weight_bits=4, **rules)
     trainer = quiet_trainer(
         folder,
-        *callbacks,
+        quantization,
+        GradualPruning(final_sparsity=0.5),
         devices=processes,
         use_distributed_sampler=False,
         strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true",
     )
     trainer.fit(model, loader)
-    found = compression_state(model).activations
-    grids = {
+    found = compression_state(model)
+    activations = {
         path: [one and (one.scale, one.zero_point) for one in (pair.input, pair.output)]
-        for path, pair in found.items()
+        for path, pair in found.activations.items()
     }
-    state = {"model": model.state_dict(), "grids": grids}
-    torch.save(state, folder / f"{processes}-{trainer.global_rank}.pt")
+    return {
+        "model": model.state_dict(),
+        "masks": found.masks,
+        "weights": {path: vars(grid) for path, grid in found.grids.items()},
+        "activations": activations,
+        "rank": trainer.global_rank,
+    }
+
+
+def main(folder: Path, kind: str, processes: int) -> None:
+    torch.set_num_threads(1)
+    states = [fit(folder, kind, processes, rules) for rules in WAYS[kind]]
+    torch.save(states, folder / f"{processes}-{states[0].pop('rank')}.pt")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Run by test_sharded.py: prunes a sharded model, and saves what the whole of it has become."""
+"""Run by test_sharded.py: compresses a sharded model, and saves what the whole of it has become."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -10,10 +12,42 @@ from tiny import TinyAutoencoder
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import GradualPruning
+from lightning_compress import (
+    ArtifactCallback,
+    CompressionSummary,
+    GradualPruning,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    compression_state,
+    load_compressed,
+    save_compressed,
+)
+
+QAT = {  # every scheme and observer, in both layouts of scales
+    "minmax": {"weight_bits": 8, "activation_bits": 8},
+    "affine": {"scheme": "affine", "observer": "moving_average", "per_channel": False},
+    "mse": {"weight_bits": 3, "observer": "mse"},
+    "percentile": {"weight_bits": 4, "scheme": "affine", "observer": "percentile"},
+    "learned": {"weight_bits": 4, "scheme": "learned_step"},
+    "learned_tensor": {"weight_bits": 4, "scheme": "learned_step", "per_channel": False},
+    "codebook": {"weight_bits": 3, "scheme": "codebook", "freeze": 0.6},
+    "entropy": {"scheme": "entropy", "rate": 0.01, "target_bits": 2.5, "freeze": 0.8},
+}
+RESUMED = ("learned", "codebook", "entropy")
 
 
-class ShardedAutoencoder(TinyAutoencoder):
+class Autoencoder(TinyAutoencoder):
+    """Layers whose rows do not divide by the number of processes, and fewer rows than processes."""
+
+    def __init__(self):
+        super().__init__("Adam")
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Linear(6, 7), torch.nn.ReLU(), torch.nn.Linear(7, 1), torch.nn.Linear(1, 7)
+        )
+        self.decoder = torch.nn.Linear(7, 6)
+
+
+class ShardedAutoencoder(Autoencoder):
     """Its layers are spread over all processes."""
 
     def configure_model(self):
@@ -35,14 +69,35 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def fit(folder: Path, processes: int, option: str) -> None:
+def plain(module, state):
+    """The module as one process would have it."""
+    found = Autoencoder()
+    found.load_state_dict(state)
+    for (_, one), (_, other) in zip(module.named_modules(), found.named_modules(), strict=True):
+        for name in ("_compression_grids", "_compression_activations"):
+            if name in one.__dict__:
+                other.__dict__[name] = deepcopy(one.__dict__[name])
+    return found
+
+
+def made(option):
+    """The callbacks of a way."""
+    if option in QAT:
+        rules = {"activation_bits": None, **QAT[option]}
+        return [GradualPruning(final_sparsity=0.5), QuantizationAwareTraining(**rules)]
+    if option == "afterwards":
+        return [GradualPruning(final_sparsity=0.5), PostTrainingQuantization(weight_bits=4)]
+    return [GradualPruning(final_sparsity=0.8, regrow=option if option != "plain" else None)]
+
+
+def fit(folder: Path, processes: int, option: str, *, resume: bool = False) -> None:
     torch.manual_seed(1)
-    model = (ShardedAutoencoder if processes > 1 else TinyAutoencoder)("Adam")
-    model.encoder[1] = torch.nn.Identity()  # BatchNorm would see half a batch in each process
+    model = (ShardedAutoencoder if processes > 1 else Autoencoder)()
     rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(rows), batch_size=8)  # the same rows in each process
-    regrow = "straight_through" if option == "regrow" else None
-    pruning = GradualPruning(final_sparsity=0.8, regrow=regrow)
+    callbacks = made(option)
+    name = f"{processes}-{option}{'-resume' * resume}"
+    artifact = ArtifactCallback(f"{name}.lcz")
     strategy = ModelParallelStrategy(
         data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
     )
@@ -53,25 +108,54 @@ def fit(folder: Path, processes: int, option: str) -> None:
         strategy=strategy if processes > 1 else "auto",
         use_distributed_sampler=False,
         max_epochs=2,
-        callbacks=[pruning, *([] if option == "resume" else [HalfWay()])],
+        callbacks=[*callbacks, *([] if resume else [HalfWay()]), CompressionSummary(), artifact],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, loader, ckpt_path=folder / "half.ckpt" if option == "resume" else None)
+    half = folder / "half.ckpt" if resume else None
+    trainer.fit(model, loader, loader, ckpt_path=half)  # validation leaves weights gathered
+    weights = {key: whole(value) for key, value in model.state_dict().items()}
+    known = compression_state(model)
     state = {
-        "model": {name: whole(value) for name, value in model.state_dict().items()},
-        "masks": pruning.state_dict()["masks"],
-        "sparsity": pruning.sparsity,
+        "model": weights,
+        "masks": callbacks[0].state_dict()["masks"],
+        "zeros": known.masks,
+        "sparsity": callbacks[0].sparsity,
+        "grids": {path: vars(grid) for path, grid in known.grids.items()},
+        "activations": {
+            path: [one and (one.scale, one.zero_point) for one in (pair.input, pair.output)]
+            for path, pair in known.activations.items()
+        },
+        "quantizer": callbacks[1].state_dict() if option in QAT else {},
+        "bytes": artifact.info.bytes,
     }
-    torch.save(state, folder / f"{processes}-{option}-{trainer.global_rank}.pt")
+    alone = save_compressed(plain(model, weights), folder / f"{name}-{trainer.global_rank}.lcz")
+    assert alone.bytes == artifact.info.bytes
+    if option == "minmax":
+        load(folder, name, model, weights)
+    torch.save(state, folder / f"{name}-{trainer.global_rank}.pt")
+
+
+def load(folder: Path, name: str, model, weights) -> None:
+    """A file goes into a sharded module, and an error of the writer reaches all processes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_compressed(folder / f"{name}.lcz", model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(whole(value), weights[key]), key
+    with pytest.raises(OSError, match="cannot write"):
+        save_compressed(model, folder / "nowhere" / "model.lcz")
 
 
 def main(folder: Path, processes: int) -> None:
     torch.set_num_threads(1)
-    for option in ("plain", "resume", "regrow"):  # a start of two processes takes its time
+    for option in ("plain", "straight_through", "afterwards", *QAT):  # a start takes its time
         fit(folder, processes, option)
+        if option in ("plain", *RESUMED):
+            fit(folder, processes, option, resume=True)
 
 
 if __name__ == "__main__":

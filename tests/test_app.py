@@ -178,10 +178,10 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "features"
 
 
-def test_the_wheel_carries_the_configs(tmp_path):
+def test_the_wheel_of_the_sdist_carries_the_configs(tmp_path):
     root = Path(__file__).parent.parent
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, root],
+    subprocess.run(  # the wheel is made of the sdist
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, root],
         check=True,
         capture_output=True,
     )

@@ -14,6 +14,7 @@ from lightning_compress.coding.artifact import save_compressed
 from lightning_compress.coding.codecs import check_codec
 from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.files import check_writable
+from lightning_compress.sharding import is_sharded, local_part
 
 __all__ = ["ArtifactCallback"]
 
@@ -35,7 +36,8 @@ class ArtifactCallback(Callback):
             weights that are in it, and remove it with the checkpoint. Strategies that write
             checkpoints as folders have none.
         submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
-            the whole LightningModule where it does not say.
+            the whole LightningModule where it does not say. A sharded one (FSDP2) is gathered
+            tensor by tensor, and the first process writes.
         codec: as in `save_compressed`.
         options: other arguments of `save_compressed`, such as `float_dtype="fp16"`.
 
@@ -80,9 +82,10 @@ class ArtifactCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file: after averaging and quantization, which end with training."""
-        target = self._target(trainer)
-        if trainer.is_global_zero:
-            self.info = self._save(self._shipped(pl_module), target)
+        target, shipped = self._target(trainer), self._shipped(pl_module)
+        # The parts of a sharded module are with all processes; one of them writes.
+        if trainer.is_global_zero or any(map(is_sharded, shipped.state_dict().values())):
+            self.info = self._save(shipped, target)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Stop listening."""
@@ -129,7 +132,7 @@ class ArtifactCallback(Callback):
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """What only the very same tensor has; scalars and empty ones have places of their own."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return local_part(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Beside(CheckpointIO):

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
+from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector
 from lightning_compress.pruning.channel_surgery import match_channels, shrink
 from lightning_compress.pruning.channels import Kept
@@ -43,8 +44,18 @@ class ProjectedEMA(EMAWeightAveraging):
         self._projector: Projector | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Remember the projector: it is gone from the module when training has ended."""
+        """Remember the projector: it is gone from the module when training has ended.
+
+        Raises:
+            TargetError: for sharded weights.
+        """
         self._projector = Projector.find(pl_module)
+        slots = self._projector.slots.values() if self._projector else ()
+        if sharded := [slot.path for slot in slots if slot.shards is not None]:
+            raise TargetError(
+                f"ProjectedEMA cannot average {sharded}, which are sharded (FSDP2): leave it out, "
+                "or train with DDP"
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the projected average into the module."""

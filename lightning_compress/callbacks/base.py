@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector, Slot
+from lightning_compress.sharding import to_shards
 from lightning_compress.targets import Coverage, Pattern, select
 
 __all__ = ["WeightCallback", "check_run_ends", "run_progress"]
@@ -99,6 +100,7 @@ class WeightCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters by name and hook their optimizers."""
+        to_shards(pl_module)
         self._projector = Projector.of(pl_module)
         self.projector.asleep = True
         selection = select(pl_module, self.include, self.exclude)
@@ -114,6 +116,7 @@ class WeightCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
+        to_shards(pl_module)  # the sanity check has gathered them
         if self._loaded is not None:
             self.restore_state(self._loaded)
             self._loaded = None

@@ -222,14 +222,17 @@ class MaskCallback(WeightCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), hidden values, clock and how far the schedule went."""
-        masks = {slot.path: _whole(slot, slot.pruned) for slot in self.slots}
-        hidden = {one.path: _whole(one, one.latent) for one in self.slots if one.dense_gradient}
-        packed = {
-            path: (pack_mask(~p), tuple(p.shape)) for path, p in masks.items() if p is not None
-        }
+        packed = {}
+        for slot in self.slots:  # one after another: a sharded mask is gathered for it
+            if slot.pruned is not None:
+                pruned = slot.whole(slot.pruned)
+                packed[slot.path] = (pack_mask(~pruned), tuple(pruned.shape))
+        hidden = [one for one in self.slots if one.dense_gradient]
         return {
             "masks": packed,
-            "latents": {path: one for path, one in hidden.items() if one is not None},
+            "latents": {
+                one.path: one.whole(one.latent) for one in hidden if one.latent is not None
+            },
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
             "waits": (self._pending, self._waiting, self._overruled),
@@ -245,22 +248,14 @@ class MaskCallback(WeightCallback):
         if unknown := sorted(set(state["masks"]) - set(by_path)):
             raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
         for path, (packed, shape) in state["masks"].items():
-            by_path[path].set_mask(_part(by_path[path], unpack_mask(packed, shape)))
+            by_path[path].set_mask(by_path[path].spread.part(unpack_mask(packed, shape)))
         for path, latent in state["latents"].items():
             if self.dense_gradient:
-                by_path[path].set_values(_part(by_path[path], latent))
+                by_path[path].set_values(by_path[path].spread.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self._pending, self._waiting, self._overruled = state["waits"]
         self.sparsity = self._count()
-
-
-def _whole(slot: Slot, part: Tensor | None) -> Tensor | None:
-    return part if part is None or slot.shards is None else slot.shards.whole(part)
-
-
-def _part(slot: Slot, whole: Tensor) -> Tensor:
-    return whole if slot.shards is None else slot.shards.part(whole)
 
 
 def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:

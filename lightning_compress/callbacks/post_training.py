@@ -50,7 +50,11 @@ class PostTrainingQuantization(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes in the patterns before anything is trained."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):
-            self.coverage = select(pl_module, self.include, self.exclude).coverage
+            select(pl_module, self.include, self.exclude)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Find the targets, for who asks before training ends."""
+        self.coverage = select(pl_module, self.include, self.exclude).coverage
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Quantize: after averaging and the last pruning, which end with training."""

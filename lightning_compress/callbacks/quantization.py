@@ -137,11 +137,6 @@ class QuantizationAwareTraining(WeightCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets and hook their optimizers; what an earlier fit found goes on."""
         super().on_fit_start(trainer, pl_module)
-        if sharded := [slot.path for slot in self.slots if slot.shards is not None]:
-            raise TargetError(
-                f"{self.state_key}: {sharded} are sharded (FSDP2): a range over one process's part "
-                "would be wrong; quantize with one process, DDP, or after training"
-            )
         if self.events.in_fractions:
             check_run_ends(trainer)
         self.events.reset()
@@ -263,6 +258,7 @@ class QuantizationAwareTraining(WeightCallback):
             observer=self.observer,
             lr=self.lr,
             entropy={**entropy, "rate": self.rate / total},
+            spread=slot.spread,
         )
 
     def _find_activations(self, module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.post_training import PostTrainingQuantization
 from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.sharding import ONE_PIECE, local_part, shards_of, to_shards
 from lightning_compress.state import compression_state
 from lightning_compress.targets import clean_path
 
@@ -62,26 +63,28 @@ class CompressionSummary(Callback):
             table.add_row(clean_path(row.path), key, verdict)
         self.console.print(table)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print sparsity and bits of each compressed parameter."""
+        """Print sparsity and bits of each compressed parameter; all processes count."""
         paths = {row.path for one in _compressors(trainer) for row in one.coverage if row.selected}
         if not paths:
             return
         table = Table(title="Compression achieved")
         for heading in ("parameter", "weights", "zeros", "sparsity", "bits"):
             table.add_column(heading, justify="left" if heading == "parameter" else "right")
-        grids, zeros, weights = compression_state(pl_module).grids, 0, 0
+        to_shards(pl_module)
+        grids, zeros, weights = compression_state(pl_module, masks=False).grids, 0, 0
         for path, parameter in pl_module.named_parameters():
             if path in paths:
-                count, size = int((parameter == 0).sum()), parameter.numel()
+                spread, values = shards_of(parameter) or ONE_PIECE, local_part(parameter.detach())
+                count, size = int(spread.sum((values == 0).sum())), parameter.numel()
                 zeros, weights = zeros + count, weights + size
                 bits = str(grids[path].bits) if path in grids else "-"
                 share = f"{count / size:.4f}"
                 table.add_row(clean_path(path), f"{size:,}", f"{count:,}", share, bits)
         table.add_section()
         table.add_row("total", f"{weights:,}", f"{zeros:,}", f"{zeros / weights:.4f}", "")
-        self.console.print(table)
+        if trainer.is_global_zero:
+            self.console.print(table)
 
 
 def _compressors(trainer: Trainer) -> list[Any]:

@@ -30,6 +30,7 @@ from lightning_compress.coding.loading import (
 from lightning_compress.coding.rewriting import batchnorm_folded, reordered
 from lightning_compress.coding.saving import Encoding, write_contents
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.sharding import is_sharded, shards_of, to_shards
 from lightning_compress.state import (
     ActivationGrids,
     Grid,
@@ -62,6 +63,8 @@ def save_compressed(
     rewritings below is asked for. Weights on a grid become symbols; other tensors the smallest of
     plain values, a codebook, and non-zero values with a mask. The file appears as a whole or not
     at all. Tensors are encoded one after the other: memory grows with the largest, not their sum.
+    Of a sharded module (FSDP2) all processes must call: tensors are gathered one by one, and the
+    first process writes.
 
     Args:
         module: of any kind; names of compiled modules are stored without `_orig_mod.`.
@@ -82,7 +85,8 @@ def save_compressed(
             gain little: the range coder keeps Python's lock.
 
     Raises:
-        ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
+        ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, or a
+            rewriting of a sharded module.
         TypeError: for entries that are no dense tensors.
         KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
@@ -95,7 +99,13 @@ def save_compressed(
     ['bias', 'weight']
     """
     encoding = Encoding(codec, float_dtype, workers)
+    to_shards(module)
     contents = module_contents(module, state or {})
+    if (fold_batchnorm or reorder) and any(map(is_sharded, contents.tensors.values())):
+        raise ValueError(
+            "fold_batchnorm and reorder look at several whole tensors at once, and the module is "
+            "sharded (FSDP2): leave them out, or load the file into a plain module and save again"
+        )
     if fold_batchnorm:
         contents = batchnorm_folded(module, contents)
     if reorder:
@@ -232,7 +242,7 @@ def _filled(
     kept = {*shared, *shared.values()}
     for name, value, grid in artifact.decoded(workers):
         if stream:
-            _put(module, {keys[name][0]: value})
+            _put(module, {keys[name][0]: (keys[name][1], value)})
         if not stream or name in kept:
             values[name] = value
         if grid is not None:
@@ -240,13 +250,20 @@ def _filled(
     check_shared(values, {name: keys[name][1] for name in values})
     if not stream:
         prepare()
-        _put(module, {keys[name][0]: value for name, value in values.items()})
+        _put(module, {keys[name][0]: (keys[name][1], value) for name, value in values.items()})
     return grids
 
 
 @torch.no_grad()
-def _put(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    module.load_state_dict(values, strict=False)  # the names have been compared
+def _put(module: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Fill a module; by key of its `state_dict`: the tensor that is there, and its values."""
+    state = {key: _alike(target, value) for key, (target, value) in values.items()}
+    module.load_state_dict(state, strict=False)  # the names have been compared
+
+
+def _alike(target: Tensor, value: Tensor) -> Tensor:
+    shards = shards_of(target)
+    return value if shards is None else shards.joined(shards.part(value).to(target.device))
 
 
 def _attach(

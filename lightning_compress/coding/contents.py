@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.coding.values import DTYPES, dtype_name
 from lightning_compress.quantization.codebooks import CodebookGrid
+from lightning_compress.sharding import local_part
 from lightning_compress.state import ActivationGrids, Grid, RemovedChannels, compression_state
 
 __all__ = ["Contents", "check_tensor", "module_contents", "module_tensors", "shared_memory"]
@@ -50,7 +51,7 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
         if stored_name(key) not in tensors:
             raise KeyError(f"{key!r} is no entry of the module's state_dict")
         tensors[stored_name(key)] = tensor
-    known = compression_state(module)
+    known = compression_state(module, masks=False)
     grids: dict[str, Grid] = {}
     for path, grid in known.grids.items():
         if (name := stored_name(path)) in tensors:
@@ -130,7 +131,8 @@ def shared_memory(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> d
     for name in dict.fromkeys([*first, *tensors]):
         tensor = tensors[name]
         if tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            here = local_part(tensor).data_ptr()
+            place = (tensor.device, here, tensor.dtype, tensor.shape, tensor.stride())
             if (source := sources.setdefault(place, name)) != name:
                 shared[name] = source
     return shared

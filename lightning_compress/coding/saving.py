@@ -24,9 +24,11 @@ from lightning_compress.coding.info import ArtifactInfo, artifact_info
 from lightning_compress.coding.progress import shown
 from lightning_compress.coding.records import TensorRecord, read_records, write_records
 from lightning_compress.coding.tensors import encode_on_grid, encode_values
+from lightning_compress.coding.together import Gather, together
 from lightning_compress.coding.values import dtype_name
 from lightning_compress.coding.workers import check_workers, mapped
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.sharding import is_sharded
 from lightning_compress.state import Grid
 
 __all__ = ["Encoding", "write_contents"]
@@ -68,12 +70,19 @@ class _Coded:
 
 
 def write_contents(contents: Contents, path: Path, encoding: Encoding) -> ArtifactInfo:
-    """Write a file of these contents.
+    """Write a file of these contents; where some are sharded, all processes must.
 
     Raises:
         ValueError: for what the format cannot hold.
         OSError: naming the path, when it cannot be written.
     """
+    tensors = contents.tensors
+    if any(map(is_sharded, tensors.values())):
+        return together(tensors, lambda gather: _written(contents, path, encoding, gather))
+    return _written(contents, path, encoding, tensors.__getitem__)
+
+
+def _written(contents: Contents, path: Path, encoding: Encoding, gather: Gather) -> ArtifactInfo:
     tied = _tied(contents)
     header: dict[str, Any] = {}
     if contents.activations:
@@ -82,9 +91,9 @@ def write_contents(contents: Contents, path: Path, encoding: Encoding) -> Artifa
         header[CHANNELS] = write_channels(contents.channels)
     with _naming(path), tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(path.parent)) as spool:
         found: dict[str, TensorRecord] = {}
-        for coded in _encoded(contents, set(contents.tensors) - set(tied), encoding):
+        for coded in _encoded(contents, set(contents.tensors) - set(tied), encoding, gather):
             if coded.complaint:
-                warnings.warn(coded.complaint, stacklevel=3)  # the caller of save_compressed
+                warnings.warn(coded.complaint, stacklevel=4)  # the caller of save_compressed
             found[coded.record.name] = coded.record
             spool.write(coded.payload)
         for name, source in tied.items():
@@ -126,12 +135,14 @@ def _tied(contents: Contents) -> dict[str, str]:
     }
 
 
-def _encoded(contents: Contents, own: set[str], encoding: Encoding) -> Iterator[_Coded]:
+def _encoded(
+    contents: Contents, own: set[str], encoding: Encoding, gather: Gather
+) -> Iterator[_Coded]:
     names = [name for name in contents.tensors if name in own]
     sizes = [contents.tensors[name].numel() for name in names]
 
     def encode(name: str) -> _Coded:
-        return _encode(name, contents.tensors[name], contents.grids.get(name), encoding)
+        return _encode(name, gather(name), contents.grids.get(name), encoding)
 
     yield from shown(mapped(encode, names, encoding.workers), sizes, "encoding")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_compress.quantization.clustering import cluster, recluster
 from lightning_compress.quantization.codebooks import CodebookGrid
 from lightning_compress.quantization.positive import Adam
+from lightning_compress.sharding import ONE_PIECE, Spread
 
 __all__ = ["CodebookGrids", "centre_gradient"]
 
@@ -46,6 +47,7 @@ class CodebookGrids:
     Args:
         bits: 2 to 8, of `2^bits` centres.
         lr: change of a centre at an update, in units of the centres' rms.
+        spread: over which processes: each clusters the whole weight, at events.
 
     >>> maker = CodebookGrids(bits=2, lr=0.001)
     >>> maker.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
@@ -53,8 +55,8 @@ class CodebookGrids:
     tensor([-1.,  0.,  3.,  5.])
     """
 
-    def __init__(self, *, bits: int, lr: float) -> None:
-        self.bits, self.lr = bits, lr
+    def __init__(self, *, bits: int, lr: float, spread: Spread = ONE_PIECE) -> None:
+        self.bits, self.lr, self.spread = bits, lr, spread
         self.centres: Tensor | None = None
         self.frozen = False
         self._adam = Adam()
@@ -64,11 +66,14 @@ class CodebookGrids:
     def start(self, values: Tensor) -> None:
         """Cluster, unless an earlier fit did."""
         if self.centres is None:
-            self.centres = cluster(values, 2**self.bits)
+            self.centres = self._clustered(values)
+
+    def _clustered(self, values: Tensor) -> Tensor:
+        return cluster(self.spread.whole(values), 2**self.bits)
 
     def grid(self, values: Tensor) -> CodebookGrid:
         """The codebook of now."""
-        centres = cluster(values, 2**self.bits) if self.centres is None else self.centres
+        centres = self._clustered(values) if self.centres is None else self.centres
         return CodebookGrid(centres.to(values.device))
 
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
@@ -76,7 +81,7 @@ class CodebookGrids:
         if self.frozen:
             grid = self.grid(values)
             self._symbols = grid.quantize(values)
-            self._gradient = centre_gradient(gradient, self._symbols, grid)
+            self._gradient = self.spread.sum(centre_gradient(gradient, self._symbols, grid))
             gradient.zero_()
 
     def step(self, values: Tensor, *, event: bool) -> Tensor | None:
@@ -85,7 +90,7 @@ class CodebookGrids:
             return None
         if not self.frozen:
             if event:
-                self.centres = recluster(values, self.centres)
+                self.centres = recluster(self.spread.whole(values), self.centres)
             return None
         if self._gradient is None or self._symbols is None:
             return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_compress.quantization.quantizers import MIN_BITS, AffineGrid
 from lightning_compress.quantization.rate import entropy_bits, rate_gradient
+from lightning_compress.sharding import ONE_PIECE, Spread
 
 __all__ = ["DeadZoneGrid", "EntropyGrids", "predicted_bits", "steer"]
 
@@ -53,6 +54,7 @@ class EntropyGrids:
         dead_zone: see `DeadZoneGrid`.
         rate: weight of a weight's bits in the loss: for a term `r * (mean bits of all N weights)`
             give `r / N`.
+        spread: over which processes the weight's rows are.
 
     >>> maker = EntropyGrids(bits=8, relative_step=0.5)
     >>> maker.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
@@ -66,9 +68,10 @@ class EntropyGrids:
         relative_step: float,
         dead_zone: float = 0.5,
         rate: float = 0.0,
+        spread: Spread = ONE_PIECE,
     ) -> None:
         self.bits, self.relative_step = bits, relative_step
-        self.dead_zone, self.rate = dead_zone, rate
+        self.dead_zone, self.rate, self.spread = dead_zone, rate, spread
         self.raised = False
         self.held: float | None = None  # the step when frozen
 
@@ -76,26 +79,28 @@ class EntropyGrids:
         """Tell whether the step is raised."""
         self.raised = self._step(values)[1]
 
-    def _step(self, values: Tensor) -> tuple[float, bool]:
-        """The step, and whether the range asked for a larger one."""
-        step = self.held
-        if step is None:
-            count = int(torch.count_nonzero(values))
-            rms = float(torch.linalg.vector_norm(values.float())) / math.sqrt(max(count, 1))
-            step = self.relative_step * rms
+    def _step(self, values: Tensor) -> tuple[float, bool, float]:
+        """The step, whether the range asked for a larger one, and the largest size of a value."""
+        rms, largest = self._looked_at(values)
+        step = self.relative_step * rms if self.held is None else self.held
         step = step if step > torch.finfo(torch.float32).tiny else 1.0
-        least = self._largest(values) / (2 ** (self.bits - 1) - 1)
-        return (least, True) if least > step else (step, False)
+        least = largest / (2 ** (self.bits - 1) - 1)
+        return (least, True, largest) if least > step else (step, False, largest)
 
-    @staticmethod
-    def _largest(values: Tensor) -> float:
+    def _looked_at(self, values: Tensor) -> tuple[float, float]:
+        """The rms of what is not 0, and the largest size, over all processes: one message."""
+        count = float(torch.count_nonzero(values)) if self.held is None else 0.0
+        norm = float(torch.linalg.vector_norm(values.float())) if self.held is None else 0.0
         low, high = torch.aminmax(values) if values.numel() else (torch.zeros(1), torch.zeros(1))
-        return max(-float(low), float(high))
+        own = torch.tensor([count, norm**2, max(-float(low), float(high))], dtype=torch.float64)
+        everyone = self.spread.gather(own)
+        count, square = everyone[:, :2].sum(dim=0).tolist()
+        return math.sqrt(square) / math.sqrt(max(count, 1)), float(everyone[:, 2].max())
 
     def grid(self, values: Tensor) -> DeadZoneGrid:
         """The grid of the fewest bits that hold these values."""
-        step, _ = self._step(values)
-        most = round(self._largest(values) / step)
+        step, _, largest = self._step(values)
+        most = round(largest / step)
         bits = min(max(MIN_BITS, most.bit_length() + 1), self.bits)
         scale = torch.tensor([step], dtype=torch.float32, device=values.device)
         zero = torch.zeros_like(scale, dtype=torch.int32)
@@ -105,7 +110,8 @@ class EntropyGrids:
         """Add the rate term's gradient."""
         if self.rate > 0:
             grid = self.grid(values)
-            slope = rate_gradient(grid.quantize(values), float(grid.scale))
+            step = float(grid.scale)
+            slope = rate_gradient(grid.quantize(values), step, spread=self.spread)
             gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
 
     def step(self, values: Tensor, *, event: bool) -> None:
@@ -141,7 +147,7 @@ def predicted_bits(maker: EntropyGrids, values: Tensor) -> float:
     >>> predicted_bits(maker, torch.tensor([0.0, 0.0, 1.0, -1.0]))
     6.0
     """
-    return entropy_bits(maker.grid(values).quantize(values))
+    return entropy_bits(maker.grid(values).quantize(values), spread=maker.spread)
 
 
 def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_compress.quantization.positive import LearnedPositive
 from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.sharding import ONE_PIECE, Spread
 
 __all__ = ["LearnedStepGrids", "initial_step", "step_gradient"]
 
@@ -21,21 +22,32 @@ def _sum_rows(values: Tensor, axis: int | None) -> Tensor:
     return values.sum(dim=[i for i in range(values.dim()) if i != axis])
 
 
-def initial_step(values: Tensor, *, bits: int, axis: int | None = None) -> Tensor:
+def initial_step(
+    values: Tensor, *, bits: int, axis: int | None = None, spread: Spread = ONE_PIECE
+) -> Tensor:
     """LSQ's first step, `2 mean|w| / sqrt(qmax)`, over the weights that are not 0.
 
     A channel of zeros gets the step 1.
+
+    Args:
+        values: the weight.
+        bits: 2 to 8.
+        axis: of the steps; None: one step.
+        spread: over which processes, when these are one process's rows: steps are the whole's.
 
     >>> initial_step(torch.tensor([3.0, -1.0, 0.0]), bits=2)
     tensor([4.])
     """
     values = values.float()
-    count = _sum_rows((values != 0).float(), axis).clamp(min=1)
-    step = 2 * _sum_rows(values.abs(), axis) / count / math.sqrt(2 ** (bits - 1) - 1)
+    sums = torch.stack([_sum_rows(values.abs(), axis), _sum_rows((values != 0).float(), axis)])
+    total, count = spread.sum(spread.widen(sums, axis))
+    step = 2 * total / count.clamp(min=1) / math.sqrt(2 ** (bits - 1) - 1)
     return torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
 
 
-def step_gradient(gradient: Tensor, values: Tensor, grid: AffineGrid) -> tuple[Tensor, Tensor]:
+def step_gradient(
+    gradient: Tensor, values: Tensor, grid: AffineGrid, *, spread: Spread = ONE_PIECE
+) -> tuple[Tensor, Tensor]:
     """Gradients by the step and by the latent weight, from that by the visible weight.
 
     Equation 3 of the paper: by the step, a weight inside the range counts `round(v/s) - v/s`, one
@@ -46,6 +58,7 @@ def step_gradient(gradient: Tensor, values: Tensor, grid: AffineGrid) -> tuple[T
         gradient: at the visible weight, of its shape.
         values: the latent weight.
         grid: the symmetric grid that it was projected to.
+        spread: over which processes, when gradient and values are one process's rows.
 
     Returns:
         The step's gradient, of the scale's shape, and the mask of weights inside the range.
@@ -57,12 +70,14 @@ def step_gradient(gradient: Tensor, values: Tensor, grid: AffineGrid) -> tuple[T
     shape = [1] * values.dim()
     if grid.axis is not None:
         shape[grid.axis] = -1
-    ratio = values.float() / grid.scale.to(values.device).reshape(shape)
+    scale = spread.narrow(grid.scale, grid.axis).to(values.device)
+    ratio = values.float() / scale.reshape(shape)
     inside = ratio.abs() <= grid.qmax
     slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(grid.qmin, grid.qmax))
-    each = values.numel() / grid.scale.numel()
-    scale = 1 / math.sqrt(max(each, 1.0) * grid.qmax)
-    return _sum_rows(gradient.float() * slope, grid.axis) * scale, inside
+    each = spread.numel(values) / grid.scale.numel()
+    factor = 1 / math.sqrt(max(each, 1.0) * grid.qmax)
+    sums = _sum_rows(gradient.float() * slope, grid.axis)
+    return spread.sum(spread.widen(sums, grid.axis)) * factor, inside
 
 
 class LearnedStepGrids:
@@ -72,6 +87,7 @@ class LearnedStepGrids:
         bits: 2 to 8.
         axis: of the steps; None: one step.
         lr: relative change of the step at an update.
+        spread: over which processes.
 
     >>> maker = LearnedStepGrids(bits=4, axis=None, lr=0.001)
     >>> maker.start(torch.tensor([0.5, -0.5]))
@@ -79,8 +95,10 @@ class LearnedStepGrids:
     tensor([0.3780])
     """
 
-    def __init__(self, *, bits: int, axis: int | None, lr: float) -> None:
-        self.bits, self.axis, self.lr = bits, axis, lr
+    def __init__(
+        self, *, bits: int, axis: int | None, lr: float, spread: Spread = ONE_PIECE
+    ) -> None:
+        self.bits, self.axis, self.lr, self.spread = bits, axis, lr, spread
         self.learned: LearnedPositive | None = None
         self.frozen = False
         self._gradient: Tensor | None = None
@@ -88,21 +106,22 @@ class LearnedStepGrids:
     def start(self, values: Tensor) -> None:
         """Take the first step size, unless an earlier fit learned one."""
         if self.learned is None:
-            first = initial_step(values, bits=self.bits, axis=self.axis)
-            self.learned = LearnedPositive(first, self.lr)
+            self.learned = LearnedPositive(self._first(values), self.lr)
+
+    def _first(self, values: Tensor) -> Tensor:
+        return initial_step(values, bits=self.bits, axis=self.axis, spread=self.spread)
 
     def grid(self, values: Tensor) -> AffineGrid:
         """The grid of the step of now."""
-        if self.learned is None:
-            step = initial_step(values, bits=self.bits, axis=self.axis)
-        else:
-            step = self.learned.value.to(values.device)
+        learned = self.learned
+        step = self._first(values) if learned is None else learned.value.to(values.device)
         zero = torch.zeros_like(step, dtype=torch.int32)
         return AffineGrid(step, zero, self.bits, True, self.axis)
 
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
         """Keep the step's gradient; take the weight's away where it is clipped."""
-        self._gradient, inside = step_gradient(gradient, values, self.grid(values))
+        grid = self.grid(values)
+        self._gradient, inside = step_gradient(gradient, values, grid, spread=self.spread)
         gradient.mul_(inside)
 
     def step(self, values: Tensor, *, event: bool) -> None:  # noqa: ARG002

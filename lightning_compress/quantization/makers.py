@@ -10,20 +10,24 @@ from torch import Tensor
 from lightning_compress.quantization.codebook_grids import CodebookGrids
 from lightning_compress.quantization.entropy_grids import EntropyGrids
 from lightning_compress.quantization.learned_step import LearnedStepGrids
-from lightning_compress.quantization.observers import MOMENTUM, find_range
+from lightning_compress.quantization.observers import MOMENTUM, find_range, minmax_range
 from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
+from lightning_compress.sharding import ONE_PIECE, Spread
 from lightning_compress.state import Grid
 
 __all__ = ["SCHEMES", "GridMaker", "RangeGrids", "make_maker"]
 
 SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
+_FOLLOWING = ("minmax", "moving_average")  # look at every step; the others search at events
 
 
 class GridMaker(Protocol):
     """The life of one weight's grid.
 
     `values` are always the masked latent values of the weight. `grid` changes nothing, so that
-    projecting twice is projecting once, and an average of weights may be projected too.
+    projecting twice is projecting once, and an average of weights may be projected too. Of a
+    sharded weight they are one process's rows; grids and states are those of the whole weight,
+    the same on every process.
     """
 
     def start(self, values: Tensor) -> None:
@@ -68,6 +72,7 @@ class RangeGrids:
         symmetric: around 0, else from the lowest to the highest value.
         axis: of the scales; None: one scale.
         observer: a name in `OBSERVERS`.
+        spread: over which processes.
 
     >>> import torch
     >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
@@ -76,14 +81,25 @@ class RangeGrids:
     tensor([0.1000])
     """
 
-    def __init__(self, *, bits: int, symmetric: bool, axis: int | None, observer: str) -> None:
+    def __init__(
+        self,
+        *,
+        bits: int,
+        symmetric: bool,
+        axis: int | None,
+        observer: str,
+        spread: Spread = ONE_PIECE,
+    ) -> None:
         self.bits, self.symmetric, self.axis, self.observer = bits, symmetric, axis, observer
+        self.spread = spread
         self.range: tuple[Tensor, Tensor] | None = None
         self.frozen = False
 
     def _found(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.observer in _FOLLOWING:
+            return minmax_range(values, self.axis, spread=self.spread)
         rules = {"bits": self.bits, "symmetric": self.symmetric}
-        return find_range(self.observer, values, self.axis, **rules)
+        return find_range(self.observer, self.spread.whole(values), self.axis, **rules)
 
     def start(self, values: Tensor) -> None:
         """Find the range, unless an earlier fit did."""
@@ -101,8 +117,7 @@ class RangeGrids:
 
     def step(self, values: Tensor, *, event: bool) -> None:
         """Follow the range."""
-        follows = self.observer in ("minmax", "moving_average")
-        if self.frozen or self.range is None or not (follows or event):
+        if self.frozen or self.range is None or not (self.observer in _FOLLOWING or event):
             return
         new = self._found(values)
         if self.observer == "moving_average":
@@ -135,7 +150,14 @@ class RangeGrids:
 
 
 def make_maker(
-    scheme: str, *, bits: int, axis: int | None, observer: str, lr: float, entropy: dict[str, float]
+    scheme: str,
+    *,
+    bits: int,
+    axis: int | None,
+    observer: str,
+    lr: float,
+    entropy: dict[str, float],
+    spread: Spread = ONE_PIECE,
 ) -> GridMaker:
     """The maker of a scheme.
 
@@ -146,6 +168,7 @@ def make_maker(
         observer: of "symmetric" and "affine".
         lr: of what learns.
         entropy: arguments of `EntropyGrids`.
+        spread: over which processes the weight's rows are.
 
     Raises:
         ValueError: for an unknown scheme.
@@ -153,9 +176,10 @@ def make_maker(
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r}: valid are {list(SCHEMES)}")
     if scheme == "learned_step":
-        return LearnedStepGrids(bits=bits, axis=axis, lr=lr)
+        return LearnedStepGrids(bits=bits, axis=axis, lr=lr, spread=spread)
     if scheme == "codebook":
-        return CodebookGrids(bits=bits, lr=lr)
+        return CodebookGrids(bits=bits, lr=lr, spread=spread)
     if scheme == "entropy":
-        return EntropyGrids(bits=bits, **entropy)
-    return RangeGrids(bits=bits, symmetric=scheme == "symmetric", axis=axis, observer=observer)
+        return EntropyGrids(bits=bits, **entropy, spread=spread)
+    symmetric = scheme == "symmetric"
+    return RangeGrids(bits=bits, symmetric=symmetric, axis=axis, observer=observer, spread=spread)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.sharding import ONE_PIECE, Spread
+
 __all__ = [
     "OBSERVERS",
     "RangeObserver",
@@ -32,8 +34,13 @@ def _rows(values: Tensor, axis: int | None) -> Tensor:
     return values.reshape(1, -1) if axis is None else values.transpose(0, axis).flatten(1)
 
 
-def minmax_range(values: Tensor, axis: int | None = None) -> Range:
+def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE) -> Range:
     """Smallest and largest value, widened to hold 0, each of shape (1,) or (size of axis,).
+
+    Args:
+        values: any tensor.
+        axis: one range for each index of it; None: one for all.
+        spread: over which processes, when these are one process's rows: ranges are the whole's.
 
     Raises:
         ValueError: when a value is not finite.
@@ -41,16 +48,28 @@ def minmax_range(values: Tensor, axis: int | None = None) -> Range:
     >>> minmax_range(torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), axis=0)
     (tensor([ 0., -3.]), tensor([2.0000, 0.5000]))
     """
-    return _extremes(_rows(values, axis))
+    bounds = _bounds(_rows(values, axis))
+    # Comparisons would lose a NaN: all processes must see it, to end alike.
+    bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
+    return _checked(spread.least(spread.widen(bounds, axis)))
+
+
+def _bounds(rows: Tensor) -> Tensor:
+    """The smallest value of each row, and the largest times -1: (2, rows)."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(2, rows.shape[0])
+    low, high = torch.aminmax(rows, dim=1)  # a NaN shows in both
+    return torch.stack([low, -high])
+
+
+def _checked(bounds: Tensor) -> Range:
+    if not bool(torch.isfinite(bounds).all()):
+        raise ValueError("cannot find the range of values that are NaN or infinite")
+    return bounds[0].clamp(max=0), (-bounds[1]).clamp(min=0)
 
 
 def _extremes(rows: Tensor) -> Range:
-    if rows.shape[1] == 0:
-        return rows.new_zeros(rows.shape[0]), rows.new_zeros(rows.shape[0])
-    low, high = torch.aminmax(rows, dim=1)  # a NaN shows in both
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise ValueError("cannot find the range of values that are NaN or infinite")
-    return low.clamp(max=0), high.clamp(min=0)
+    return _checked(_bounds(rows))
 
 
 def percentile_range(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.projection import Slot
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.bias_correction import channel_means, correct_biases
@@ -17,7 +18,8 @@ from lightning_compress.quantization.equalization import equalize_layers
 from lightning_compress.quantization.makers import make_maker
 from lightning_compress.quantization.observers import OBSERVERS
 from lightning_compress.quantization.quantizers import channel_axis, check_bits
-from lightning_compress.state import set_activation_grids, set_grid
+from lightning_compress.sharding import to_shards
+from lightning_compress.state import set_activation_grids
 from lightning_compress.targets import Coverage, Pattern, Selection, deployed_part, select
 
 __all__ = [
@@ -63,7 +65,8 @@ def quantize_weights(
     """Round weights in place to a grid over their range; zeros stay zero.
 
     The grids are remembered in the module (`compression_state`), so that a saved file holds whole
-    numbers. Activations are left alone. Jacob et al. 2018, arXiv:1712.05877.
+    numbers. Activations are left alone. Of a sharded module (FSDP2) all processes must call.
+    Jacob et al. 2018, arXiv:1712.05877.
 
     Args:
         module: the trained model.
@@ -90,18 +93,25 @@ def quantize_weights(
     _check_names(scheme, observer)
     if not step > 0:
         raise ValueError(f"step={step!r} must be above 0, in units of the weights' rms")
+    to_shards(module)
     selection = select(module, include, exclude)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
-        entropy = {"relative_step": step}
-        maker = make_maker(scheme, bits=bits, axis=axis, observer=observer, lr=0.0, entropy=entropy)
-        weight = target.parameter.detach()
-        if not bool(torch.isfinite(weight).all()):
+        slot = Slot(target)
+        maker = make_maker(
+            scheme,
+            bits=bits,
+            axis=axis,
+            observer=observer,
+            lr=0.0,
+            entropy={"relative_step": step},
+            spread=slot.spread,
+        )
+        if int(slot.spread.sum((~torch.isfinite(slot.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
-        maker.start(weight)
-        grid = maker.grid(weight)
-        target.parameter.copy_(grid.project(weight))
-        set_grid(target.layer, target.name, grid)
+        maker.start(slot.data)
+        slot.set_quantizer(maker.grid)
+        slot.project()
     return selection
 
 

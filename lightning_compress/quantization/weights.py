@@ -83,7 +83,7 @@ class WeightQuantizer:
         """
         for slot, maker in self.pairs:
             values = masked(slot)
-            if not bool(torch.isfinite(values).all()):
+            if not _finite(slot, values):
                 raise ValueError(f"{slot.path} holds weights that are NaN or infinite")
             maker.start(values)
         self.install()
@@ -107,7 +107,7 @@ class WeightQuantizer:
                 try:
                     moved = maker.step(values, event=event)
                 except ValueError as error:
-                    if bool(torch.isfinite(values).all()):
+                    if _finite(slot, values):
                         raise
                     raise FloatingPointError(
                         f"{slot.path} holds weights that are NaN or infinite: training has "
@@ -156,12 +156,14 @@ class WeightQuantizer:
         for slot, _ in self.pairs:
             slot.project()
             if slot.grid is not None:
-                bits += entropy_bits(slot.grid.quantize(slot.parameter))
+                bits += entropy_bits(slot.grid.quantize(slot.data), spread=slot.spread)
         self.predicted_bytes = bits / 8
 
     def state_dict(self) -> dict[str, Any]:
         """Latent weights, and all that makes the grids."""
-        latents = {slot.path: slot.latent for slot, _ in self.pairs if slot.latent is not None}
+        latents = {
+            one.path: one.whole(one.latent) for one, _ in self.pairs if one.latent is not None
+        }
         makers = {path: maker.state_dict() for path, maker in self.makers.items()}
         return {"latents": latents, "makers": makers, "predicted_bytes": self.predicted_bytes}
 
@@ -181,13 +183,18 @@ class WeightQuantizer:
             self.install()
         for slot, _ in self.pairs:
             if (latent := state["latents"].get(slot.path)) is not None:
-                slot.set_values(latent)
+                slot.set_values(slot.spread.part(latent))
 
 
 def masked(slot: Slot) -> Tensor:
     """Latent values with 0 where the mask prunes."""
     values = slot.values()
     return values if slot.pruned is None else values.masked_fill(slot.pruned, 0.0)
+
+
+def _finite(slot: Slot, values: Tensor) -> bool:
+    """Whether all values are numbers, those of other processes too."""
+    return int(slot.spread.sum((~torch.isfinite(values)).sum())) == 0
 
 
 def _rule(slot: Slot, maker: GridMaker, gradient: Tensor) -> None:

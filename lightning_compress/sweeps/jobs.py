@@ -62,8 +62,8 @@ def _before(folder: Path, fresh: Outcome) -> Outcome:
             return replace(fresh, state=known.state, seconds=known.seconds,
                            message=known.message, again=True)  # fmt: skip
         return replace(fresh, seconds=known.seconds)
-    for path in folder.glob("*/*.ckpt"):  # of other settings: not to go on from
-        path.unlink()
+    for path in (*folder.glob("*/*.ckpt"), folder / RESULTS):  # of other settings
+        path.unlink(missing_ok=True)
     return fresh
 
 
@@ -93,7 +93,6 @@ def _quoted(path: Path) -> str:
 def _run(job: Outcome, command: Sequence[str]) -> Outcome:
     """Start the process, wait for it and record how it ended."""
     folder, start = Path(job.folder), time.monotonic()
-    (folder / RESULTS).unlink(missing_ok=True)  # of an earlier try, with other settings
     job.write()
     with (folder / LOG).open("ab") as log:
         log.write(f"$ {shlex.join(command)}\n".encode())

@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
 
 
 def run_experiment(
-    cfg: DictConfig, folder: Path, *, names: dict[str, str] | None = None
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    names: dict[str, str] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run one experiment and write its files; returns what `results.json` holds.
 
@@ -60,6 +65,7 @@ def run_experiment(
         cfg: the composed config.
         folder: where everything goes; made if it does not exist.
         names: what "model" and "data" are called in print; their classes if not given.
+        begun: called when the folder is this run's, before anything is written there.
 
     Raises:
         OSError: when the folder cannot be written to; FolderInUseError when another run does.
@@ -67,6 +73,7 @@ def run_experiment(
     hint = ": choose another one with hydra.run.dir=... (hydra.sweep.dir=... for a sweep)"
     check_writable(folder, hint=hint)
     with sole_run(folder):
+        begun()
         return _run(cfg, folder, names or {})
 
 

@@ -45,9 +45,10 @@ def test_four_processes_have_equal_masks(tmp_path):
             assert torch.equal(mask, state["masks"][path])
 
 
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one_with_the_joined_batch(tmp_path, processes):
     (alone,) = run(tmp_path, "plain", 1)
-    first, _ = run(tmp_path, "plain", 2)
+    first, *_ = run(tmp_path, "plain", processes)
     for path, mask in alone["masks"].items():
         assert torch.equal(mask, first["masks"][path]), path
     for name, value in alone["model"].items():

@@ -1,10 +1,12 @@
-"""kill -9 at random moments: 54 times, of training, saving, reports and whole runs."""
+"""kill -9 at random moments: 60 times, of training, saving, reports, whole runs and sweeps."""
 
 import json
 import os
 import random
 import shutil
+import signal
 import time
+from pathlib import Path
 
 import fault_jobs
 import pytest
@@ -131,12 +133,69 @@ def test_whole_runs_that_go_on_from_folder_to_folder(tmp_path, start, finish, ca
     check(whole_run, tmp_path / "last")
 
 
-def check(whole, other):
+def test_sweeps(tmp_path, start, cache):
+    """The launcher is killed, or the job that it runs; the same command goes on each time."""
+    words = ["-m", *fault_jobs.SMALL, f"evaluate.cache_dir={cache}", "seed=0,1"]
+    homes = tmp_path / "whole", tmp_path / "killed"
+    for home in homes:
+        home.mkdir()
+    begin = time.monotonic()
+    sweep(start, homes[0], words)
+    usual, moments, done, killed = time.monotonic() - begin, random.Random(6), {}, []
+    while len(killed) < 6:
+        process = start(fault_jobs.app, homes[1], words)
+        process.join(usual * moments.uniform(0.1, 0.7))
+        if process.exitcode == 0:  # all done before six kills: once more from nothing
+            compare_sweeps(*homes)
+            shutil.rmtree(homes[1])
+            homes[1].mkdir()
+            done = {}
+            continue
+        victim = "job" if len(killed) % 2 else "launcher"
+        for pid in children(process.pid) if victim == "job" else [process.pid]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(victim)
+        process.join(300)
+        assert process.exitcode is not None
+        kept = {path: path.read_bytes() for path in homes[1].glob("multirun/*/*/results.json")}
+        assert done.keys() <= kept.keys()
+        # What is recorded as done is not done again; without the record it is measured once more.
+        assert all(kept[path] == content for path, content in done.items() if content)
+        for path, content in kept.items():
+            assert json.loads(content)["ratio"] > 1, path
+            recorded = json.loads((path.parent / "job.json").read_text())["state"] == "done"
+            done[path] = content if recorded else None
+    sweep(start, homes[1], words)
+    compare_sweeps(*homes)
+
+
+def compare_sweeps(*homes):
+    one, two = (sorted(home.glob("multirun/*/[0-9]")) for home in homes)
+    assert len(one) == len(two) == 2
+    for whole, other in zip(one, two, strict=True):
+        check(whole, other, sides=("compressed",))
+        assert json.loads((other / "job.json").read_text())["state"] == "done"
+    assert not rests(homes[1])
+
+
+def sweep(start, home, words):
+    process = start(fault_jobs.app, home, words)
+    process.join(600)
+    assert process.exitcode == 0, (home / f"{process.pid}.out").read_text()
+
+
+def children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def check(whole, other, sides=("dense", "compressed")):
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (whole, other))
     for key in ("ratio", "layers", "verdict", "steps"):
         assert one[key] == two[key], key
     for side in ("dense", "compressed"):
         assert one[side]["quality"] == two[side]["quality"]
+    for side in sides:
         states = [state(folder / side / "final.ckpt") for folder in (whole, other)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert (whole / "curves.csv").read_text() == (other / "curves.csv").read_text()

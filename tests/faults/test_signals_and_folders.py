@@ -77,8 +77,12 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_runs(
     words = [*words, "hydra.run.dir=one"]
     first = start(fault_jobs.app, tmp_path, [*words, SLOW])
     wait((tmp_path / "one" / "dense" / "begun").exists, first)
+    records = {path: path.read_bytes() for path in (tmp_path / "one" / ".hydra").iterdir()}
+    assert SLOW.encode() in records[tmp_path / "one" / ".hydra" / "overrides.yaml"]
     second = start(fault_jobs.app, tmp_path, words)
     second.join(60)
+    # What the first was told is still what its folder says.
+    assert records == {path: path.read_bytes() for path in (tmp_path / "one" / ".hydra").iterdir()}
     assert second.exitcode == 1
     errors = said(tmp_path, second)
     assert "error: another run is writing to " in errors
