@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults clean
+.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -35,9 +35,23 @@ bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz 
 	$(BIN)/python experiments/bench_coding.py --scale 1,10,100 \
 		$(if $(NNCODEC),--nncodec $(NNCODEC)) $(FILES)
 
-bench: bench-pruning-speed $(READY)  ## speed: callback overhead, coding; interleaved ratios
+bench: $(READY)  ## the headline's tables and picture on Fashion-MNIST (many hours; resumes)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
+	$(BIN)/python experiments/bench_headline.py
+	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
+
+bench-digits: $(READY)  ## the same rows on digits, one seed (a quarter of an hour; resumes)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
+	$(BIN)/python experiments/bench_headline.py --set digits --seeds 0
+	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
+
+bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 files; interleaved ratios
 	$(BIN)/python experiments/bench_coding.py
 	$(BIN)/python experiments/bench_int8.py
+
+bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own
+	$(BIN)/python -m pip install --quiet torchao
+	$(BIN)/python experiments/bench_pt2e.py
 
 bench-sweep: $(READY)  ## twelve small runs, one after another and two at a time
 	$(BIN)/python experiments/bench_sweep.py

@@ -92,30 +92,8 @@ class Table:
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    def best(self) -> list[str]:
-        """For the README: the dense row, the smallest file at no loss, and the smallest of all."""
-        ours = [arm for arm in self.arms if arm.startswith(OURS)]
-        fitting = [arm for arm in ours if self.within(arm)]
-        chosen = [max(fitting, key=self._ratio)] if fitting else []
-        chosen += [arm for arm in [max(ours, key=self._ratio)] if arm not in chosen] if ours else []
-        fast = [arm for arm in self.arms if "MACs, int8" in arm]
-        chosen += [max(fast, key=lambda arm: _fastest(self.arms[arm]))] if fast else []
-        return [self._short(arm) for arm in chosen]
-
-    def _short(self, arm: str) -> str:
-        rows = self.arms[arm]
-        change = self.quality(arm) / self.reference - 1
-        dense, own = self._over("dense", self.metric), self._over(arm, self.metric)
-        size = mean(row["int8_bytes"] or row["bytes"] for row in rows)
-        ratio = rows[0]["dense_bytes"] / size
-        speed = f", {_speed(rows, ', batch 1')} faster" if rows[0]["int8_bytes"] else ""
-        return (
-            f"| {self.title} | {arm} | {rows[0]['dense_bytes'] / 1e3:,.0f} → {size / 1e3:,.1f} kB "
-            f"| {ratio:.0f}×{speed} | {LABELS[self.metric]} {dense} → {own} ({change:+.1%}"
-            f"{', no loss' if self.within(arm) else ''}) |"
-        )
-
-    def _ratio(self, arm: str) -> float:
+    def ratio(self, arm: str) -> float:
+        """How many times smaller its file is."""
         return mean(row["ratio"] for row in self.arms[arm])
 
     def _over(self, arm: str, key: str) -> str:
@@ -131,10 +109,6 @@ class Table:
 def _left(rows: Sequence[Row]) -> str:
     left = [row["macs_left"] for row in rows if "macs_left" in row]
     return f"1/{1 / mean(left):.1f}" if left and mean(left) < 0.99 else "all" if left else "–"
-
-
-def _fastest(rows: Sequence[Row]) -> float:
-    return mean(row["speed"].get("int8, batch 1", 0.0) for row in rows)
 
 
 def _speed(rows: Sequence[Row], end: str) -> str:
@@ -154,13 +128,13 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         axis.axhspan(low, high, color="0.88", label="no loss")
         axis.axhline(table.reference, color="0.4", linewidth=1, linestyle="--", label="dense")
         ours = sorted(
-            (a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table._ratio
+            (a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table.ratio
         )
         single = [a for a in table.arms if a not in (*ours, *PEERS, "dense")]
         groups = {"zeros and grids": ours, "other ways of ours": single}
         groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
         for (label, arms), style in zip(groups.items(), ("o-", "s", "x"), strict=True):
-            x, y = [table._ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
+            x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
             axis.plot(x, y, style, label=label)
         axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
         axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
@@ -173,7 +147,7 @@ def plot(tables: Sequence[Table], path: Path) -> None:
 
 
 def main(source: Path, folder: Path) -> None:
-    """Writes headline.png, the tables into headline.md, and the best rows into the README."""
+    """Writes headline.png, and the tables into headline.md."""
     tables: dict[str, list[Table]] = {}
     for name in SETS:
         paths = [source / name / f"{model}.jsonl" for model in SETS[name]]
@@ -182,11 +156,6 @@ def main(source: Path, folder: Path) -> None:
     everything = [table for group in tables.values() for table in group]
     text = "\n\n".join(table.markdown() for table in everything)
     insert(folder / "headline.md", text, *MARKS)
-    heads = (
-        "| | | `torch.save` → file | smaller | quality, dense → compressed |\n|---|---|---|---|---|"
-    )
-    rows = [row for table in everything for row in table.best()]
-    insert(folder.parent / "README.md", "\n".join([heads, *rows]), *MARKS)
     plot(everything, folder / "headline.png")
 
 
