@@ -50,10 +50,10 @@ class PostTrainingQuantization(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes in the patterns before anything is trained."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):
-            select(pl_module, self.include, self.exclude)
+            self.coverage = select(pl_module, self.include, self.exclude).coverage
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Find the targets, for who asks before training ends."""
+        """Find the targets, which `configure_model` may have made since."""
         self.coverage = select(pl_module, self.include, self.exclude).coverage
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
