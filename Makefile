@@ -40,7 +40,7 @@ bench: $(READY)  ## the headline's tables and picture on Fashion-MNIST (many hou
 	$(BIN)/python experiments/bench_headline.py
 	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
 
-bench-digits: $(READY)  ## the same rows on digits, one seed (a quarter of an hour; resumes)
+bench-digits: $(READY)  ## the same rows on digits, one seed (an hour or two; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
 	$(BIN)/python experiments/bench_headline.py --set digits --seeds 0
 	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
