@@ -11,11 +11,9 @@ python experiments/bench_channels.py [--steps 600] [--seeds 0 1 2] [--out output
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -25,14 +23,12 @@ import torch
 from bench_rows import Rows, read_rows
 from finetuning import Start
 from lightning.pytorch.callbacks import ModelPruning
+from peers import teacher, torch_pruned
 from show_pruning_quality import insert
 from torch import nn
 
 from lightning_compress import (
     ChannelPruning,
-    KnowledgeDistillation,
-    Pair,
-    Perceptual,
     match_channels,
     save_compressed,
 )
@@ -60,15 +56,6 @@ METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
-
-
-def teacher(name: str, dense: nn.Module) -> KnowledgeDistillation:
-    """The dense twin, as `docs/distillation.md` found it best."""
-    if name == "dcgan":
-        pair = Pair("generator", loss=Perceptual())
-        return KnowledgeDistillation(dense, pairs=[pair], balance="gradient_norm")
-    pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss="bernoulli_kl")]
-    return KnowledgeDistillation(dense, pairs=pairs)
 
 
 def pruning(left: float, **more: Any) -> ChannelPruning:
@@ -121,7 +108,7 @@ class Bench:
         model = self.start.model()
         callbacks: list[Any] = [pruning(left, **more)]
         if taught:
-            callbacks.append(teacher(self.start.name, self.start.model()))
+            callbacks.append(teacher(self.start.model()))
         self.fit(model, callbacks)
         return self.measured(model, variant)
 
@@ -144,33 +131,10 @@ class Bench:
 
     def torch_pruning(self, variant: str, left: float) -> Row:
         """Torch-Pruning's high-level pruner at once, its groups and its sizes, then the steps."""
-        model = self.start.model()
-        target, found = left * deployed_cost(model)["macs"], {}
-        low, high = 3, 15  # sixteenths: the least that gives these MACs, or the most there is
-        while low < high or high not in found:
-            middle = (low + high) // 2
-            found[middle] = copy.deepcopy(model)
-            self._cut(found[middle], middle / 16)
-            enough = deployed_cost(found[middle])["macs"] <= target
-            low, high = (low, middle) if enough else (min(middle + 1, high), high)
-        self.fit(found[high], [])
-        return self.measured(found[high], variant) | {"ratio": high / 16}
-
-    def _cut(self, model: Any, ratio: float) -> None:
-        tp = import_module("torch_pruning")
-
-        for name in PARTS[self.start.name]:
-            part, inputs = model.parts()[name]
-            part.eval().requires_grad_(True)
-            tp.pruner.GroupNormPruner(
-                part,
-                inputs[0],
-                importance=tp.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=ratio,  # of each layer: with global_pruning it left the DCGAN whole
-                ignored_layers=[one for path, one in part.named_modules() if path in ENDS],
-                round_to=8,
-            ).step()
-        model.train()
+        ends = [f"{part}.{end}" for part in PARTS[self.start.name] for end in ENDS]
+        model, ratio = torch_pruned(self.start.model(), left, ends)
+        self.fit(model, [])
+        return self.measured(model, variant) | {"ratio": ratio}
 
     def ln_structured(self, variant: str, left: float) -> Row:
         """Lightning's own: channels as masks, whose layers keep their sizes."""

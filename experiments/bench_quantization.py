@@ -27,6 +27,7 @@ from lightning_compress import (
     quantize_static,
     save_compressed,
 )
+from lightning_compress.data import SplitDataModule
 from lightning_compress.workflow.quality import rows as images
 
 SEEDS = (0, 1, 2)
@@ -94,20 +95,21 @@ def row(start: Start, variant: str) -> dict[str, float]:
         callbacks.append(pruning)
     start.fit(model, callbacks)
     if variant.startswith("post-training"):
-        calibrate(start, model, weight_bits=int(variant[-3]))
+        calibrate(model, start.data, weight_bits=int(variant[-3]))
     found = start.quality(model)
     with TemporaryDirectory() as folder:
         info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
     return found | {"lcz": info.bytes, "ratio": round(info.ratio, 2)}
 
 
-def calibrate(start: Start, model: Any, *, weight_bits: int) -> None:
+def calibrate(model: Any, data: SplitDataModule, *, weight_bits: int) -> None:
     """Puts a trained model on grids by what its parts are fed in use."""
     z = model.latents(512, seed=1).split(128)
-    if start.name == "vae":
-        x = images(start.data.train_dataset)[0][:512].split(128)
+    if hasattr(model, "posterior"):
+        x = images(data.train_dataset)[0][:512].split(128)
         quantize_static(model.encoder, x, weight_bits=weight_bits)
-        z = [model.posterior(batch)[0] for batch in x]
+        with torch.no_grad():
+            z = [model.posterior(batch)[0] for batch in x]
         quantize_static(model.decoder, z, weight_bits=weight_bits)
     else:
         quantize_static(model.generator, z, weight_bits=weight_bits)

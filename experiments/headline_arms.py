@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_quantization import calibrate
 from headline_files import OnnxPart, Shipped, lcz
-from headline_runs import Runs, teacher
+from headline_runs import Runs
 from lightning.pytorch.callbacks import ModelPruning
+from peers import teacher, torch_pruned
 from torch import nn
 from torch.nn.utils import prune
 
 from lightning_compress import (
     ChannelPruning,
     GradualPruning,
+    KnowledgeDistillation,
     QuantizationAwareTraining,
     initialize_from_teacher,
-    quantize_static,
 )
 from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import inputs_in_use
-from lightning_compress.workflow.quality import rows as images
 from lightning_compress.workflow.training import build_model
 
 __all__ = ["ARMS", "HEADLINE", "Arm"]
@@ -53,6 +53,11 @@ def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
     )
 
 
+def taught_by_start(runs: Runs) -> KnowledgeDistillation:
+    """The dense start teaches."""
+    return teacher(runs.fresh())
+
+
 def int8(begin: float = 0.0) -> QuantizationAwareTraining:
     """For integer engines."""
     return QuantizationAwareTraining(weight_bits=8, activation_bits=8, begin=begin, freeze=0.9)
@@ -74,21 +79,13 @@ def together(sparsity: float, step: float, *, taught: bool = False) -> Arm:
         lambda runs: pruning(runs, sparsity),
         lambda runs: grids(runs, step),
     ]
-    return trained(*make, *([teacher] if taught else []))
+    return trained(*make, *([taught_by_start] if taught else []))
 
 
 def post_training(runs: Runs, home: Path) -> Shipped:
     """8 bits for the weights and activations of the dense model, found after training."""
     model = runs.fit(runs.fresh())
-    z: Any = model.latents(512, seed=1).split(128)
-    if runs.kind == "gan":
-        quantize_static(model.generator, z, weight_bits=8)
-    else:
-        x = images(runs.start.data.train_dataset)[0][:512].split(128)
-        quantize_static(model.encoder, x, weight_bits=8)
-        with torch.no_grad():
-            z = [model.posterior(batch)[0] for batch in x]
-        quantize_static(model.decoder, z, weight_bits=8)
+    calibrate(model, runs.start.data, weight_bits=8)
     return lcz(model, home, int8=runs.start.data)
 
 
@@ -100,7 +97,7 @@ def narrow(runs: Runs, home: Path) -> Shipped:
     dense = runs.fresh()
     for name in student.parts():
         initialize_from_teacher(getattr(student, name), getattr(dense, name))
-    return lcz(runs.fit(student, [teacher(runs)]), home)
+    return lcz(runs.fit(student, [taught_by_start(runs)]), home)
 
 
 def channels_int8(left: float, *, taught: bool = False) -> Arm:
@@ -109,7 +106,7 @@ def channels_int8(left: float, *, taught: bool = False) -> Arm:
         lambda _: ChannelPruning(budget={"macs": left}, end=0.4),
         lambda _: int8(begin=0.5),
     ]
-    return trained(*make, *([teacher] if taught else []), whole=True)
+    return trained(*make, *([taught_by_start] if taught else []), whole=True)
 
 
 def lightning_pruning(runs: Runs, home: Path) -> Shipped:
@@ -182,34 +179,10 @@ def torch_pruning(left: float) -> Arm:
     """Torch-Pruning's high-level pruner at once, then the steps."""
 
     def arm(runs: Runs, home: Path) -> Shipped:
-        model = runs.fresh()
-        target, found = left * deployed_cost(model)["macs"], {}
-        low, high = 3, 15  # sixteenths: the least that gives these MACs, or the most there is
-        while low < high or high not in found:
-            middle = (low + high) // 2
-            found[middle] = copy.deepcopy(model)
-            _cut(found[middle], middle / 16, runs)
-            enough = deployed_cost(found[middle])["macs"] <= target
-            low, high = (low, middle) if enough else (min(middle + 1, high), high)
-        return lcz(runs.fit(found[high]), home)
+        model, _ = torch_pruned(runs.fresh(), left, runs.model.spared)
+        return lcz(runs.fit(model), home)
 
     return arm
-
-
-def _cut(model: Any, ratio: float, runs: Runs) -> None:
-    tp: Any = import_module("torch_pruning")
-    for name, (part, inputs) in model.parts().items():
-        part.eval().requires_grad_(True)
-        ends = [one for path, one in part.named_modules() if f"{name}.{path}" in runs.model.spared]
-        tp.pruner.GroupNormPruner(
-            part,
-            inputs[0],
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=ratio,  # of each layer: with global_pruning it left a DCGAN whole
-            ignored_layers=ends,
-            round_to=8,
-        ).step()
-    model.train()
 
 
 def _deployed(model: Any) -> tuple[str, ...]:

@@ -12,9 +12,7 @@ import torch
 from finetuning import Start
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_compress import KnowledgeDistillation, Pair, Perceptual, StepKL
-
-__all__ = ["SETS", "Annealing", "Model", "Runs", "teacher"]
+__all__ = ["SETS", "Annealing", "Model", "Runs"]
 
 LATE = 0.1  # of the learning rate, at the end of each run
 
@@ -128,14 +126,3 @@ class Runs:
         torch.manual_seed(self.seed)
         self.start.fit(model, [*callbacks, Annealing()], epochs=self.model.epochs[1], steps=None)
         return model.cpu().eval()
-
-
-def teacher(runs: Runs, **more: Any) -> KnowledgeDistillation:
-    """The dense start, teaching as `docs/distillation.md` found it best."""
-    if runs.kind == "gan":
-        pairs, balance = [Pair("generator", loss=Perceptual())], "gradient_norm"
-    else:
-        pictures = StepKL() if runs.start.data.kind == "tokens" else "bernoulli_kl"
-        pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss=pictures)]
-        balance = None
-    return KnowledgeDistillation(runs.fresh(), pairs=pairs, balance=balance, **more)

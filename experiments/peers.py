@@ -1,0 +1,58 @@
+"""What a benchmark sets beside this package's own: other pruners, and the usual teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container
+from importlib import import_module
+from typing import Any
+
+from lightning_compress import KnowledgeDistillation, Pair, Perceptual, StepKL
+from lightning_compress.workflow.costs import deployed_cost
+
+__all__ = ["teacher", "torch_pruned"]
+
+
+def teacher(dense: Any) -> KnowledgeDistillation:
+    """A dense twin that teaches as `docs/distillation.md` found it best for its kind."""
+    if dense.kind == "gan":
+        pair = Pair("generator", loss=Perceptual())
+        return KnowledgeDistillation(dense, pairs=[pair], balance="gradient_norm")
+    outputs = StepKL() if getattr(dense, "discrete", False) else "bernoulli_kl"
+    pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss=outputs)]
+    return KnowledgeDistillation(dense, pairs=pairs)
+
+
+def torch_pruned(model: Any, left: float, ends: Container[str]) -> tuple[Any, float]:
+    """A copy cut by Torch-Pruning's high-level pruner, and the share that it took of each layer.
+
+    Args:
+        model: stays as it is.
+        left: the least share of its sixteenths that leaves so much of the MACs is taken, or the
+            largest there is.
+        ends: paths of layers that make outputs, which the pruner does not find itself.
+    """
+    target, found = left * deployed_cost(model)["macs"], {}
+    low, high = 3, 15
+    while low < high or high not in found:
+        middle = (low + high) // 2
+        found[middle] = copy.deepcopy(model)
+        _cut(found[middle], middle / 16, ends)
+        enough = deployed_cost(found[middle])["macs"] <= target
+        low, high = (low, middle) if enough else (min(middle + 1, high), high)
+    return found[high], high / 16
+
+
+def _cut(model: Any, ratio: float, ends: Container[str]) -> None:
+    tp: Any = import_module("torch_pruning")
+    for name, (part, inputs) in model.parts().items():
+        part.eval().requires_grad_(True)
+        tp.pruner.GroupNormPruner(
+            part,
+            inputs[0],
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio,  # of each layer: with global_pruning it left a DCGAN whole
+            ignored_layers=[one for path, one in part.named_modules() if f"{name}.{path}" in ends],
+            round_to=8,
+        ).step()
+    model.train()
