@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.conversion.blocks import rewrite_narrow, rewrite_transposed
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.finishing import finished_models
 from lightning_compress.conversion.folding import fold_batch_norm, lift_elementwise, norm_behind
@@ -22,7 +23,6 @@ from lightning_compress.conversion.rounding import (
 )
 from lightning_compress.conversion.saturation import seen_inputs
 from lightning_compress.conversion.sites import Site, find_sites, is_move
-from lightning_compress.conversion.transposed import rewrite_narrow, rewrite_transposed
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
 

@@ -1,4 +1,4 @@
-"""Convolutions in an exported graph, replaced by those with a fast int8 kernel."""
+"""Convolutions in an exported graph, replaced by those that make blocks of pixels in int8."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from lightning_compress.conversion.integers import IntegerWeight
 from lightning_compress.conversion.rewrites import InBlocks, conv_in_blocks, transposed_as_conv
+from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import Site, attribute
 from lightning_compress.errors import require
 
@@ -53,12 +54,8 @@ def rewrite_narrow(graph: Any, site: Site) -> None:
     if not (plain and few and min(kernel) > 1) or shape is None:
         return
     if all(isinstance(shape[axis], int) and shape[axis] % 2 == 0 for axis in (2, 3)):
-        _put(
-            graph,
-            site,
-            conv_in_blocks(torch.from_numpy(weight.symbols), padding=(pads[0], pads[1])),
-            1,
-        )
+        symbols = torch.from_numpy(weight.symbols)
+        _put(graph, site, conv_in_blocks(symbols, padding=(pads[0], pads[1])), 1)
 
 
 def _put(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
@@ -137,13 +134,10 @@ def _replace(graph: Any, node: Any, as_conv: InBlocks, groups: int) -> Any:
 
 
 def _crop_bounds(graph: Any, name: str, crop: tuple[int, int, int, int]) -> list[Any]:
-    ir = require("onnx_ir", extra="onnx")
     top, bottom, left, right = crop
     ends = [-bottom if bottom else TO_THE_END, -right if right else TO_THE_END]
-    bounds = []
-    for part, numbers in (("starts", [top, left]), ("ends", ends), ("axes", [2, 3])):
-        tensor = ir.tensor(np.asarray(numbers, np.int64), name=f"{name}.crop_{part}")
-        value = ir.val(tensor.name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
-        graph.register_initializer(value)
-        bounds.append(value)
-    return bounds
+    parts = {"starts": [top, left], "ends": ends, "axes": [2, 3]}
+    return [
+        initializer(graph, f"{name}.crop_{part}", np.asarray(numbers, np.int64))
+        for part, numbers in parts.items()
+    ]
