@@ -86,8 +86,8 @@ def _decode_runs(data: bytes, count: int) -> Symbols:
         return np.zeros(count, np.uint16)
     length = reader.varint(limit=max_runs(kept, count), what="the count of zero runs")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "zero runs")
-    runs = huffman.decode(coded, length)
-    return join_runs(runs, huffman.decode(reader.rest(), kept) + np.uint16(1), count)
+    runs, values = huffman.decode_together([(coded, length), (reader.rest(), kept)])
+    return join_runs(runs, values + np.uint16(1), count)
 
 
 # Adding a coder is one row here; the earlier row is taken when sizes are equal.

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.coding.logistic import fit_weights
-from lightning_compress.coding.planes import Plane, Weights, beyond, own_logits, start
-from lightning_compress.coding.waves import parts
+from lightning_compress.coding.planes import Plane, Weights
 
 __all__ = ["fitted"]
 
 _FIT = 1 << 15  # positions that weights are fitted to
+_SHORT = 1 << 18  # positions whose waves are taken two at a time
 _WORTH = 24  # bits that a plane's weights must save to be stored
 _SMALLEST = 2  # weights below it, in units of 1 / WEIGHT_ONE, are left out
 _FEW = 256  # decisions in a plane that are too few to learn weights from
@@ -34,6 +34,8 @@ def fitted(plane: Plane, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None) -
     if not count or len(at) < _FEW:
         return {}
     step = -(-len(at) // _FIT)
+    if len(at) <= _SHORT:  # two waves at a time: half the calls, for a byte in ten thousand
+        ends = ends[::-2][::-1]
     base, features = _sampled(plane, at, ends, bits, nodes, step)
     weights, saved = fit_weights(features, base, bits[::step])
     if saved * len(bits) / len(base) <= _WORTH:
@@ -48,20 +50,15 @@ def _sampled(
 
     All positions count, as they will when the plane is coded; logits are worked out for few.
     """
-    tables = range(len(plane.view.subsets))
     count = -(-len(at) // step)
-    of_nodes, totals = np.empty((2, 2, count), np.int64)
-    of_keys = np.empty((len(tables), 2, count), np.int64)
-    for part in parts(ends):
-        keys = plane.view.keys(at[part], tables)
+    base = np.empty(count, np.int64)
+    features = np.empty((len(plane.view.subsets), count), np.int64)
+    for part, keys in plane.waves(at, ends):
         own = None if nodes is None else nodes[part]
         some = slice(-part.start % step, None, step)
         to = slice(-(-part.start // step), -(-part.stop // step))
-        of_nodes[:, to] = plane.of_nodes(None if own is None else own[some])
-        totals[:, to] = plane.total
-        for table in tables:
-            of_keys[table, :, to] = plane.of_keys(table, keys[table][some])
+        base[to] = plane.base(None if own is None else own[some])
+        features[:, to] = plane.features(keys[:, some])
         if part.stop < len(at):
             plane.learn(keys, own, bits[part])
-    prior = start(totals)
-    return own_logits(of_nodes), np.stack([beyond(counts, prior) for counts in of_keys])
+    return base, features

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ONE", "WEIGHT_ONE", "fit_weights", "log2_256", "probability"]
+__all__ = ["ONE", "WEIGHT_ONE", "fit_weights", "log2_256", "log2_256_of", "probability"]
 
 ONE = 1 << 20  # probabilities are in units of 1 / ONE
 WEIGHT_ONE = 32  # a feature's weight is in units of 1 / WEIGHT_ONE
@@ -21,6 +21,7 @@ Ints = NDArray[np.int64]
 
 _LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION)))
 _LOG_TABLE = _LOG_TABLE.astype(np.int64)
+_LOGS: list[int] = _LOG_TABLE.tolist()
 _PROBABILITY = np.rint(ONE / (1 + np.exp2(-np.arange(-_LIMIT, _LIMIT + 1) / 256))) / ONE
 
 
@@ -35,6 +36,16 @@ def log2_256(values: Ints) -> Ints:
     top = values.astype(np.float64).view(np.int64) >> 52 - _FRACTION  # exact: 11 + 10 bits
     exponent = (top >> _FRACTION) - 1023
     return 256 * exponent + _LOG_TABLE.take(top & (1 << _FRACTION) - 1)
+
+
+def log2_256_of(value: int) -> int:
+    """`log2_256` of one number, which NumPy would take twenty times as long for.
+
+    >>> [log2_256_of(value) for value in (1, 2, 3, 1 << 40)]
+    [0, 256, 406, 10240]
+    """
+    exponent = value.bit_length() - 1
+    return 256 * exponent + _LOGS[(value << _FRACTION >> exponent) - (1 << _FRACTION)]
 
 
 def probability(logits: Ints) -> NDArray[np.float64]:
@@ -69,7 +80,7 @@ def fit_weights(
         gradient = x @ (p - y) + ridge @ weights
         step = np.linalg.solve((x * (p * (1 - p))) @ x.T + ridge, gradient)
         weights -= np.clip(step, -1, 1)
-        if np.abs(step).max() < 0.01:
+        if np.abs(step).max() < 0.05:  # what is left to do is about the square of it
             break
     whole = np.clip(np.rint(weights * WEIGHT_ONE), -128, 127).astype(np.int64)
     after = base + (whole / WEIGHT_ONE).astype(np.float32) @ x

@@ -11,7 +11,7 @@ from lightning_compress.coding.fitting import fitted
 from lightning_compress.coding.logistic import probability
 from lightning_compress.coding.planes import Plane, Weights
 from lightning_compress.coding.range_coder import BitDecoder, BitEncoder
-from lightning_compress.coding.waves import View, parts
+from lightning_compress.coding.waves import View
 
 __all__ = ["DecodingPass", "EncodingPass"]
 
@@ -36,16 +36,19 @@ class _Pass:
 
     def _walk(
         self,
-        plane: Plane,
-        weights: Weights,
+        name: str,
+        kinds: int,
         at: Ints,
         ends: Ints,
         nodes: Ints | None,
         coder: Callable[[slice, Chances], Bits],
     ) -> None:
         """Calls `coder`, which gives the bits, with each wave and its probabilities of a one."""
-        for part in parts(ends):
-            keys = self.view.keys(at[part], weights)
+        weights = self.weights[name]
+        if name not in self._planes:
+            self._planes[name] = Plane(self.view, kinds, weights)
+        plane = self._planes[name]
+        for part, keys in plane.waves(at, ends):
             own = None if nodes is None else nodes[part]
             bits = coder(part, probability(plane.logits(weights, keys, own)))
             if not (self.last and part.stop == len(at)):  # nobody would ask for it
@@ -84,8 +87,7 @@ class EncodingPass(_Pass):
             return bits
         if name not in self.weights:
             self.weights[name] = fitted(Plane(self.view, kinds), at, ends, bits, nodes)
-        plane = self._planes.setdefault(name, Plane(self.view, kinds))
-        self._walk(plane, self.weights[name], at, ends, nodes, encode)
+        self._walk(name, kinds, at, ends, nodes, encode)
         return bits
 
     def finish(self) -> bytes:
@@ -110,8 +112,7 @@ class DecodingPass(_Pass):
             found[part] = self._coder.decode(chances, part.stop - part.start)
             return found[part]
 
-        plane = self._planes.setdefault(name, Plane(self.view, kinds))
-        self._walk(plane, self.weights[name], at, ends, nodes, decode)
+        self._walk(name, kinds, at, ends, nodes, decode)
         return found
 
     def finish(self) -> None:

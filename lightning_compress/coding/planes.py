@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.coding.logistic import WEIGHT_ONE, log2_256
-from lightning_compress.coding.waves import View
+from lightning_compress.coding.logistic import WEIGHT_ONE, log2_256, log2_256_of
+from lightning_compress.coding.waves import View, parts
 
-__all__ = ["Plane", "Weights", "beyond", "own_logits", "start"]
+__all__ = ["Plane", "Weights"]
 
+_AT_ONCE = 1 << 18  # keys that are worked on in one go, rather than wave by wave, table by table
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
 _PRIOR = 6  # how many observations the whole plane's probability counts for in each table
 
@@ -22,98 +26,117 @@ class Plane:
     """Counts of zeros and ones: of the plane's nodes, and of each key of each table.
 
     The logit of a one is its node's, plus a weighed sum of what each table says beyond the plane's.
+    All tables stand behind each other in one array, so that one call does for all of them.
 
     Args:
         view: whose tables there are.
         nodes: how many values the node of a position can have.
+        tables: those that are counted, T of them; None: all.
     """
 
-    def __init__(self, view: View, nodes: int = 1) -> None:
+    def __init__(self, view: View, nodes: int = 1, tables: Iterable[int] | None = None) -> None:
         self.view = view
+        self._tables = tuple(range(len(view.subsets)) if tables is None else tables)
+        sizes = [view.sizes[table] for table in self._tables]
+        self._sizes = np.array(sizes, np.int64)
+        self._first = np.cumsum([0, *sizes], dtype=np.int64)[:-1, None]
+        self._most = max((view.positions(table) for table in self._tables), default=0)
         self._nodes = np.zeros((2, nodes), np.int64)
-        self._tables: dict[int, Ints] = {}  # made when they are first asked for
+        self._counts = np.zeros((2, sum(sizes)), np.int64)
 
-    @property
-    def total(self) -> Ints:
-        """(2, 1) the zeros and ones that have been counted."""
-        return self._nodes.sum(1, keepdims=True)
+    def keys(self, positions: Ints) -> Ints:
+        """(T, N) where the counts of each position are, table by table."""
+        keys = np.empty((len(self._tables), len(positions)), np.int64)
+        for row, places in zip(keys, self.view.keys(positions, self._tables), strict=True):
+            row[:] = places
+        keys += self._first
+        return keys
 
-    def of_nodes(self, nodes: Ints | None) -> Ints:
-        """(2, N) the zeros and ones that have been counted of each node; None: (2, 1)."""
-        return self._nodes if nodes is None else self._nodes.take(nodes, axis=1)
+    def waves(self, at: Ints, ends: Ints) -> Iterator[tuple[slice, Ints]]:
+        """The waves that are not empty, with their keys: those of a few positions all at once."""
+        keys = self.keys(at) if len(at) * len(self._tables) <= _AT_ONCE else None
+        for part in parts(ends):
+            yield part, self.keys(at[part]) if keys is None else keys[:, part]
 
-    def of_keys(self, table: int, keys: Ints) -> Ints:
-        """(2, N) the zeros and ones that have been counted of each key of a table."""
-        return self._table(table).take(keys, axis=1)
+    def base(self, nodes: Ints | None) -> Ints:
+        """(N,) what the node of each position says by itself; None: (1,), all have node 0."""
+        if nodes is None:
+            zeros, ones = self._nodes[:, 0].tolist()
+            return np.array([log2_256_of(2 * ones + 1) - log2_256_of(2 * zeros + 1)])
+        logs = log2_256(2 * self._nodes + 1)
+        return (logs[1] - logs[0]).take(nodes)
 
-    def logits(self, weights: Weights, keys: dict[int, Ints], nodes: Ints | None) -> Ints:
+    def features(self, keys: Ints, weights: Iterable[int] | None = None) -> Ints:
+        """(T, N) what the counts of each of (T, N) keys say beyond what the plane's do.
+
+        Args:
+            keys: of the positions.
+            weights: T whole numbers that tables' features are multiplied by; None: all 1.
+        """
+        each = np.array([1 for _ in self._tables] if weights is None else [*weights], np.int64)
+        if keys.size < self._counts.shape[1]:
+            return self._beyond(self._counts.take(keys, axis=1)) * each[:, None]
+        return (self._beyond(self._counts) * each.repeat(self._sizes)).take(keys)
+
+    def logits(self, weights: Weights, keys: Ints, nodes: Ints | None) -> Ints:
         """The logit of a one at each of N positions; (1,) if it is the same at all of them.
 
         Args:
-            weights: of the tables to be asked.
-            keys: (N,) by table.
+            weights: of the tables, in their order.
+            keys: (T, N) of the positions.
             nodes: (N,) of the positions; None: all 0.
         """
-        base = own_logits(self._nodes)
-        if nodes is not None:
-            base = base.take(nodes)
+        base = self.base(nodes)
         if not weights:
             return base
-        prior = start(self.total)
-        total = sum(w * self._feature(table, keys[table], prior) for table, w in weights.items())
-        return base + total // WEIGHT_ONE
+        if keys.size <= _AT_ONCE:
+            return base + self.features(keys, weights.values()).sum(0) // WEIGHT_ONE
+        total = np.zeros(keys.shape[1], np.int64)
+        for features in self._one_by_one(keys, weights.values()):
+            total += features
+        total //= WEIGHT_ONE
+        total += base
+        return total
 
-    def _feature(self, table: int, keys: Ints, prior: Ints) -> Ints:
-        """The feature of each key: worked out for all there are, or for those in `keys`."""
-        counts = self._table(table)
-        if len(keys) < counts.shape[1]:
-            return self._beyond(counts.take(keys, axis=1), prior, table)
-        return self._beyond(counts, prior, table).take(keys)
+    def _one_by_one(self, keys: Ints, weights: Iterable[int]) -> Iterator[Ints]:
+        """The rows of `features`, without all of them in memory at once."""
+        bounds = itertools.pairwise([*self._first[:, 0].tolist(), self._counts.shape[1]])
+        for row, weight, (start, stop) in zip(keys, weights, bounds, strict=True):
+            if len(row) < stop - start:
+                features = self._beyond(self._counts.take(row, axis=1))
+            else:
+                features = self._beyond(self._counts[:, start:stop]).take(row - start)
+            features *= weight
+            yield features
 
-    def _beyond(self, counts: Ints, prior: Ints, table: int) -> Ints:
-        most = min(self.view.positions(table), int(self._nodes.sum()))
-        if 2 * most >= counts.shape[1]:
-            return beyond(counts, prior)
-        logs = log2_256((np.arange(most + 1) << 16) + prior)
-        logs -= logs[:, :1]
-        return logs[1].take(counts[1]) - logs[0].take(counts[0])
+    def _beyond(self, counts: Ints) -> Ints:
+        """How far the logits of (2, ...) counts lie from those of the plane's alone."""
+        zeros, ones = self._nodes.sum(1).tolist()
+        share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
+        share = min(max(share, 1), 2 * _HALF - 1)
+        priors = _PRIOR * (2 * _HALF - share), _PRIOR * share
+        prior = np.array(priors).reshape(2, *[1] * (counts.ndim - 1))
+        most = min(self._most, zeros + ones)
+        if 2 * most < counts[0].size:
+            logs = log2_256((np.arange(most + 1) << 16) + prior.reshape(2, 1))
+            found = logs[1].take(counts[1]) - logs[0].take(counts[0])
+        else:
+            logs = log2_256((counts << 16) + prior)
+            found = logs[1] - logs[0]
+        found -= log2_256_of(priors[1]) - log2_256_of(priors[0])
+        return found
 
-    def learn(self, keys: dict[int, Ints], nodes: Ints | None, bits: Bits) -> None:
-        """Count a wave: in its nodes, and in the tables that `keys` are given for."""
+    def learn(self, keys: Ints, nodes: Ints | None, bits: Bits) -> None:
+        """Count a wave: in its nodes, and in the tables."""
         ones = bits.astype(np.int64)
         if nodes is None:
             self._nodes += np.bincount(ones, minlength=2)[:, None]
         else:
             _count(self._nodes, nodes, ones)
-        for table, places in keys.items():
-            _count(self._table(table), places, ones)
-
-    def _table(self, table: int) -> Ints:
-        if table not in self._tables:
-            self._tables[table] = np.zeros((2, self.view.sizes[table]), np.int64)
-        return self._tables[table]
-
-
-def own_logits(counts: Ints) -> Ints:
-    """(N,) what (2, N) counts of a node say by themselves."""
-    logs = log2_256(2 * counts + 1)
-    return logs[1] - logs[0]
-
-
-def start(total: Ints) -> Ints:
-    """(2, N) what a key's counts start from, times 2^16: shares of the plane's (2, N) total."""
-    zeros, ones = total
-    share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
-    share = np.minimum(np.maximum(share, 1), 2 * _HALF - 1)
-    return np.stack([2 * _HALF - share, share]) * _PRIOR
-
-
-def beyond(counts: Ints, prior: Ints) -> Ints:
-    """(N,) features: how far the logits of (2, N) counts lie from those of the `prior` alone."""
-    logs = log2_256((counts << 16) + prior) - log2_256(prior)
-    return logs[1] - logs[0]
+        for rows in (keys,) if keys.size <= _AT_ONCE else keys:
+            _count(self._counts, rows, ones)
 
 
 def _count(counts: Ints, keys: Ints, ones: Ints) -> None:
     """Takes as long as there are keys, however many there could be; `bincount` does not."""
-    np.add.at(counts.reshape(-1), keys + counts.shape[1] * ones, 1)
+    np.add.at(counts.reshape(-1), (keys + counts.shape[1] * ones).reshape(-1), 1)

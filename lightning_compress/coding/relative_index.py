@@ -61,8 +61,7 @@ def decode(data: bytes, count: int) -> Symbols:
     if width not in _WIDTHS:
         raise CorruptArtifactError(f"distances of {width} bits")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "distances")
-    steps = huffman.decode(coded, length)
-    values = huffman.decode(reader.rest(), length)
+    steps, values = huffman.decode_together([(coded, length), (reader.rest(), length)])
     places = np.cumsum(steps.astype(np.int64) + 1) - 1
     if steps.max() >> width or places[-1] >= count:
         raise CorruptArtifactError(f"a distance leads past the end at {count}")

@@ -83,8 +83,8 @@ class View:
         order = np.argsort(wave, kind="stable") + start
         return order, np.cumsum(np.bincount(wave, minlength=len(_ENDS)))
 
-    def keys(self, positions: Ints, tables: Iterable[int]) -> dict[int, Ints]:
-        """By table: the place of each position in it."""
+    def keys(self, positions: Ints, tables: Iterable[int]) -> list[Ints]:
+        """For each table: the place of each position in it."""
         row = self.b * self.c
         pairs = positions // self.c if self.c > 1 else positions
         first = positions // row
@@ -96,7 +96,7 @@ class View:
             (0, 2): lambda: positions - (pairs - first) * self.c,
             (1, 2): lambda: positions - first * row,
         }
-        return {table: places[self.subsets[table]]() for table in tables}
+        return [places[self.subsets[table]]() for table in tables]
 
 
 def parts(ends: Ints) -> list[slice]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from lightning_compress.coding import context, fitting, waves
+from lightning_compress.coding import context, fitting, planes, waves
 from lightning_compress.coding.logistic import WEIGHT_ONE, fit_weights
 from lightning_compress.coding.planes import Plane
 
@@ -94,6 +94,17 @@ def test_a_matrix_of_channels_times_places_is_seen_as_such():
     dense = rng.random((1, 25, 1)) ** 4  # the place in a picture of 5 x 5 tells the density
     symbols = (rng.random((40, 25, 30)) < dense).astype(np.uint16).reshape(-1)
     assert waves.best_view(symbols, (1000, 30)).shape == (40, 25, 30)
+
+
+def test_tables_at_once_and_one_by_one_give_one_stream(monkeypatch):
+    shape = (30, 40, 9)
+    symbols = sparse(shape)
+    streams = []
+    for at_once in (0, 1000, 1 << 30):
+        monkeypatch.setattr(planes, "_AT_ONCE", at_once)
+        streams.append(context.encode(symbols, shape))
+        assert np.array_equal(context.decode(streams[-1], shape), symbols)
+    assert len(set(streams)) == 1
 
 
 def test_memory_grows_with_the_tensor_and_not_faster():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.coding import huffman
+from lightning_compress.coding import huffman, lanes
 from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.coding.code_lengths import (
     MAX_ALPHABET,
@@ -126,6 +126,23 @@ def test_more_lanes_than_one_group(monkeypatch):
     monkeypatch.setattr(huffman, "_LANES", 3)
     assert huffman.encode(symbols) == whole
     assert (huffman.decode(whole, len(symbols)) == symbols).all()
+
+
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_streams_side_by_side_are_as_each_by_itself(monkeypatch, few):
+    """In lockstep and one by one, over groups that end within a stream."""
+    monkeypatch.setattr(lanes, "_FEW", few)
+    monkeypatch.setattr(huffman, "_LANES", 5)
+    rng = np.random.default_rng(2)
+    counts = (7 * BLOCK + 3, 0, 40, 2 * BLOCK, 4 * BLOCK + 1)
+    parts = [rng.geometric(0.1 + i / 6, n).astype(np.uint16) for i, n in enumerate(counts)]
+    parts.append(np.full(3 * BLOCK, 6, np.uint16))
+    streams = [(huffman.encode(part), len(part)) for part in parts]
+    for found, part in zip(huffman.decode_together(streams), parts, strict=True):
+        assert np.array_equal(found, part)
+    short = streams[4][0][:-3]
+    with pytest.raises(CorruptArtifactError):
+        huffman.decode_together([*streams[:4], (short, counts[4])])
 
 
 def test_a_small_stream_has_no_block_table():
