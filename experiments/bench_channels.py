@@ -1,9 +1,10 @@
 """Channel pruning on Fashion-MNIST: a DCGAN's generator and a VAE at a fraction of their MACs.
 
 Each pruned row starts from the same dense model, loses channels and trains on for equal steps; the
-dense row trains on for the same steps; "from scratch" is the same-size model, trained for the steps
-of both together. Finished rows are kept; seeds after the first make the main rows alone. Then the
-latency of "pruned, taught" under ONNX Runtime, fp32 and int8, beside the dense fp32 file, in turn.
+dense row trains on for the same steps, and is the teacher; "from scratch" is the same-size model,
+trained for the steps of both together. Finished rows are kept; seeds after the first make the main
+rows alone. Then the latency of "pruned, taught" under ONNX Runtime, fp32 and int8, beside the dense
+fp32 file, in turn.
 
 python experiments/bench_channels.py [--steps 600] [--seeds 0 1 2] [--out outputs/bench/channels]
 """
@@ -108,9 +109,15 @@ class Bench:
         model = self.start.model()
         callbacks: list[Any] = [pruning(left, **more)]
         if taught:
-            callbacks.append(teacher(self.start.model()))
+            callbacks.append(teacher(self.loaded(self.start.model(), "dense")))
         self.fit(model, callbacks)
         return self.measured(model, variant)
+
+    def loaded(self, model: Any, variant: str) -> Any:
+        """A model with the weights that a variant ended with."""
+        state = torch.load(self.weights(variant), weights_only=True)
+        match_channels(model, state).load_state_dict(state)
+        return model
 
     def scratch(self, variant: str, left: float) -> Row:
         """The same sizes as the pruned model has, other weights, and all the steps."""
@@ -177,10 +184,8 @@ def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
 
 def timed(bench: Bench, left: float, rounds: int) -> Row:
     """Milliseconds of the part that draws: dense fp32, pruned fp32 and int8, in turn."""
-    dense, small = bench.start.model(), bench.start.model()
-    dense.load_state_dict(torch.load(bench.weights("dense"), weights_only=True))
-    state = torch.load(bench.weights(f"pruned {left}, taught"), weights_only=True)
-    match_channels(small, state).load_state_dict(state)
+    dense = bench.loaded(bench.start.model(), "dense")
+    small = bench.loaded(bench.start.model(), f"pruned {left}, taught")
     name, (_, inputs) = next(iter(dense.parts().items()))
     with TemporaryDirectory() as folder:
         home = Path(folder)

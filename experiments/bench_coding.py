@@ -63,6 +63,19 @@ def on_grids(path: Path) -> dict[str, Steps]:
     return found
 
 
+def cut_at(path: Path, sparsity: float) -> dict[str, Steps]:
+    """The matrices of a file of dense weights: the smallest of each 0, the rest from -7 to 7."""
+    found: dict[str, Steps] = {}
+    for name, tensor in read_checkpoint(path).items():
+        if tensor.dim() > 1 and tensor.is_floating_point():
+            weights = tensor.double().numpy()
+            steps = np.rint(weights * (7 / np.abs(weights).max())).astype(np.int64)
+            steps[steps == 0] = np.sign(weights[steps == 0])
+            steps[np.abs(weights) <= np.quantile(np.abs(weights), sparsity)] = 0
+            found[name] = steps
+    return found
+
+
 def symbols_of(steps: Steps) -> NDArray[np.uint16]:
     """0, 1, 2, 3, 4 ... for 0, -1, +1, -2, +2 ..."""
     return (2 * np.abs(steps) - (steps < 0)).astype(np.uint16).reshape(-1)
@@ -189,11 +202,16 @@ def main() -> None:
     parser.add_argument("--scale", help="millions of weights of whole files, such as 1,10,100")
     parser.add_argument("--kinds", default="grid", help="of them: grid, values or grid,values")
     parser.add_argument("--nncodec", default=os.environ.get("NNCODEC_PYTHON"), help="interpreter")
+    parser.add_argument("--cut", help="also cut files of dense weights at, say, 0.8,0.9,0.95,0.98")
     options = parser.parse_args()
     for structured in (False, True) if options.weights else ():
         steps = synthetic(options.weights, 0.9, structured=structured)
         compare("rows and columns apart" if structured else "independent", {"w": steps}, options)
     for path in options.files:
+        for sparsity in map(float, options.cut.split(",")) if options.cut else ():
+            compare(f"{path} cut at {sparsity:.0%}", cut_at(path, sparsity), options)
+        if options.cut:
+            continue
         compare(str(path), on_grids(path), options)
         whole_file(path)
     if options.scale:

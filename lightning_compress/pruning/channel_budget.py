@@ -159,7 +159,9 @@ def cut_to(
         target: cost to come down to.
         rounding: in which steps, and to which floor.
         dense: units of each group at first, by name.
-        overshoot: whether the last block may bring the cost below the target.
+        overshoot: whether the last block may bring the cost below the target. Where it may not,
+            a block that saves too much waits until the target is lower: what other groups have
+            is not worth less for being small.
         relative: whether scores compare within groups alone; else they are changes of the loss.
     """
     left = [float(scores[group.units].sum()) for group in graph.groups]
@@ -167,14 +169,13 @@ def cut_to(
     taken = [0] * len(graph.groups)
     gone = np.zeros(graph.count, dtype=bool)
     cost = costs.total()
-    closed: set[int] = set()
     while cost > target * (1 + 1e-9):
         best: tuple[float, int, float, Labels] | None = None
         for index, group in enumerate(graph.groups):
             kept = len(group.units) - taken[index]
             size = rounding.step(kept)
             floor = rounding.floor(group, dense.get(group.name, len(group.units)))
-            if index in closed or kept - size < floor or taken[index] + size > len(group.free):
+            if kept - size < floor or taken[index] + size > len(group.free):
                 continue
             block = order[index][taken[index] : taken[index] + size]
             saved = costs.saving(index, block)
@@ -184,15 +185,15 @@ def cut_to(
                 worth *= first / kept / max(left[index], 1e-30)
                 if costs.kind == "channels":  # equal fractions of all groups
                     worth *= first
-            worth /= max(min(saved, cost - target), 1e-30)  # what is saved beyond is no gain
+            useful = min(saved, cost - target) if overshoot else saved  # beyond it is no gain
+            worth /= max(useful, 1e-30)
             if best is None or worth < best[0]:
                 best = worth, index, saved, block
         if best is None:
             break
         _, index, saved, block = best
         if not overshoot and cost - saved < target * (1 - 1e-9):
-            closed.add(index)  # a smaller block of another group may still fit
-            continue
+            break
         costs.take(index, block)
         left[index] -= float(scores[block].sum())
         gone[block] = True

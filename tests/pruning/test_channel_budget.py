@@ -104,6 +104,24 @@ def test_without_overshoot_nothing_goes_below_the_target():
     assert left(graph, cut(graph, "channels", 75, rounding=Rounding(8))) in ([16, 56], [8, 64])
 
 
+def test_small_steps_end_where_one_large_step_does():
+    """A cheap layer is not stripped because only its blocks fit between two events."""
+    module, inputs = VAE(image_size=28, width=64, latent_dim=32).parts()["encoder"]
+    graph = channel_graph(module, inputs)
+    total = Costs(graph, "macs").total()
+    at_once = left(graph, cut(graph, "macs", 0.25 * total, rounding=Rounding(8)))
+    dense = {group.name: len(group.units) for group in graph.groups}
+    for fraction in np.linspace(1, 0.25, 21)[1:]:
+        gone = cut_to(
+            graph, np.ones(graph.count), Costs(graph, "macs"), fraction * total,
+            rounding=Rounding(8), dense=dense, overshoot=bool(fraction == 0.25),
+        )  # fmt: skip
+        module = removed(module, graph, gone)
+        graph = channel_graph(module, inputs)
+    by_steps = left(graph, np.zeros(graph.count, dtype=bool))
+    assert np.abs(np.array(by_steps) - at_once).max() <= 8
+
+
 def test_group_norms_add_up_all_that_make_or_read_a_unit():
     module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
     graph = channel_graph(module, (torch.rand(2, 2),))
