@@ -38,6 +38,7 @@ from lightning_compress.evaluation.latency import latency_grid, onnx_runner
 from lightning_compress.models.networks import initialize_dcgan
 from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_path, write_int8_files
+from lightning_compress.workflow.training import build_model
 
 EPOCH = 300  # batches: the schedules see a run of so many steps an epoch
 MODELS: dict[str, tuple[list[str], int, list[str]]] = {
@@ -53,6 +54,7 @@ MODELS: dict[str, tuple[list[str], int, list[str]]] = {
         [],
     ),
 }
+WHOLE = "dcgan of width 64"
 METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
@@ -183,15 +185,29 @@ def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
 
 
 def timed(bench: Bench, left: float, rounds: int) -> Row:
-    """Milliseconds of the part that draws: dense fp32, pruned fp32 and int8, in turn."""
+    """Milliseconds of the part that draws, as trained here."""
     dense = bench.loaded(bench.start.model(), "dense")
     small = bench.loaded(bench.start.model(), f"pruned {left}, taught")
+    return in_turn(dense, small, bench.start.data, rounds)
+
+
+def timed_untrained(left: float, folder: Path, rounds: int) -> Row:
+    """The same of a DCGAN of the size that it ships with: 40 steps, since weights take no time."""
+    models: Any = {WHOLE: (["model=dcgan"], 0, [])}
+    start = Start(WHOLE, 0, folder, models)
+    dense, small = (build_model(start.cfg, start.data, seed=0) for _ in range(2))
+    start.fit(small, [pruning(left, frequency=2, fade=1)], steps=40)
+    return in_turn(dense, small.cpu(), start.data, rounds)
+
+
+def in_turn(dense: Any, small: Any, data: Any, rounds: int) -> Row:
+    """Milliseconds of the dense fp32 file, the pruned one in fp32 and in int8, called in turn."""
     name, (_, inputs) = next(iter(dense.parts().items()))
     with TemporaryDirectory() as folder:
         home = Path(folder)
         export_onnx(dense.eval().parts()[name][0], home / "dense.onnx", inputs)
         export_onnx(small.eval().parts()[name][0], home / "small.onnx", inputs)
-        write_int8_files(small, home, bench.start.data)
+        write_int8_files(small, home, data)
         files = {"dense": home / "dense.onnx", "fp32": home / "small.onnx"}
         if int8_path(home, name).exists():
             files["int8"] = int8_path(home, name)
@@ -241,6 +257,9 @@ def main() -> None:
                     rows.make(partial(make, bench, variant), **key, variant=variant)
             for left in args.left if seed == args.seeds[0] else []:
                 times.make(partial(timed, bench, left, args.rounds), **key, left=left)
+    for left in args.left if "dcgan" in args.models else []:
+        key = {"model": WHOLE, "seed": 0, "steps": args.steps, "left": left}
+        times.make(partial(timed_untrained, left, args.out, args.rounds), **key)
     print(tables(args.out, args.steps))
 
 
