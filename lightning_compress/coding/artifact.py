@@ -70,7 +70,8 @@ def save_compressed(
         module: of any kind; names of compiled modules are stored without `_orig_mod.`.
         path: of the file; its folder must exist.
         codec: of the symbols: "auto" for the smallest result tensor by tensor, "fast" for the
-            smallest of those that code 10 million weights a second, or one by its name:
+            smallest of those that take in 10 million weights a second and give back 25, or one by
+            its name:
             "arithmetic", "context", "huffman", "rle_huffman", "raw", "relative_index".
         float_dtype: "fp16" or "bf16" stores floats that are on no grid in that type; loading casts
             them back.
