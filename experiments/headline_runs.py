@@ -121,6 +121,14 @@ class Runs:
         """A copy of the dense start."""
         return self.start.model()
 
+    def dense(self) -> Any:
+        """The dense model after the steps that every row has, trained once."""
+        weights, model = self.folder / "finished.pt", self.fresh()
+        if not weights.exists():
+            torch.save(self.fit(model).state_dict(), weights)
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        return model.eval()
+
     def fit(self, model: Any, callbacks: Sequence[Callback] = ()) -> Any:
         """Trains a copy on, for the steps that every row has."""
         torch.manual_seed(self.seed)
