@@ -12,6 +12,7 @@ python experiments/bench_channels.py [--steps 600] [--seeds 0 1 2] [--out output
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +57,7 @@ MODELS: dict[str, tuple[list[str], int, list[str]]] = {
 }
 WHOLE = "dcgan of width 64"
 METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
+_NUMBER = re.compile(r"\d\.\d+")
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
 PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
@@ -286,6 +288,9 @@ def table(rows: list[Row], steps: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     wanted = [row for row in rows if row["steps"] == steps]
+    lefts = sorted({float(n) for row in wanted for n in _NUMBER.findall(row["variant"])})
+    order = ["dense", *(variant for left in lefts[::-1] for variant in variants(left))]
+    wanted.sort(key=lambda row: (list(MODELS).index(row["model"]), order.index(row["variant"])))
     for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in wanted):
         own = [row for row in wanted if (row["model"], row["variant"]) == (model, variant)]
         values = [row[METRIC[model]] for row in own]

@@ -1,8 +1,10 @@
 """Grids for the entropy coder on a whole VAE: trained at their step against found afterwards.
 
 A VAE of 0.87 million weights learns Fashion-MNIST; then its copies go on for equal steps: dense,
-pruned to 92 %, pruned and trained at the step. The pruned one is also put on the same grids when
-its training has ended. Finished rows are kept. python experiments/bench_entropy.py [rows.jsonl]
+pruned, pruned and trained at the step. The pruned one is also put on the same grids when
+its training has ended. All learning rates fall by one cosine. Finished rows are kept.
+
+python experiments/bench_entropy.py [rows.jsonl]
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from bench_rows import Rows
 from finetuning import MODELS, Start
+from headline_runs import Annealing
 
 from lightning_compress import (
     GradualPruning,
@@ -26,14 +29,15 @@ from lightning_compress import (
 )
 
 EPOCHS, MORE = 5, 5  # of the dense model, and of each copy
-STEPS = (1.0, 0.7)  # of the grids, in units of the rms of the non-zero weights
+# Zeros of the large layers, step in units of the rms of the non-zero weights, weight of the rate.
+TRAINED = ((0.9, 0.6, 4.0), (0.91, 0.7, 5.0), (0.925, 1.0, 20.0))
 PRUNED = "pruned, float"
 
 
-def callbacks(start: Start, step: float | None, rate: float) -> list[Any]:
+def callbacks(start: Start, zeros: float, step: float | None, rate: float) -> list[Any]:
     """Pruning, and the grid if it is trained at."""
     pruning = GradualPruning(
-        final_sparsity=0.925,  # of the large layers, which is 92 % of all
+        final_sparsity=zeros,
         end=0.4,
         criterion="taylor",
         scope="layer",
@@ -57,7 +61,7 @@ def measured(start: Start, model: Any) -> dict[str, float]:
 def row(start: Start, made: list[Any], path: Path | None = None) -> dict[str, float]:
     """One copy, trained on and measured; kept at `path` for the rows that go on from it."""
     model = start.model()
-    start.fit(model, made, epochs=MORE, steps=None)
+    start.fit(model, [*made, Annealing()], epochs=MORE, steps=None)
     if path is not None:
         torch.save(model.state_dict(), path)
     return measured(start, model)
@@ -76,23 +80,20 @@ def main(path: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     MODELS["vae-whole"] = (["model=vae"], EPOCHS, MODELS["vae"][2])
-    rows = Rows(path, keys=("variant", "step", "rate"))
+    rows = Rows(path, keys=("variant", "zeros", "step", "rate"))
     start = Start("vae-whole", 0, path.parent)
-    pruned = path.parent / "vae-whole-pruned.pt"
-    plain = {"step": None, "rate": 0.0}
-
-    def trained(step: float, rate: float) -> None:
-        made = callbacks(start, step, rate)
-        rows.make(partial(row, start, made), variant="trained", step=step, rate=rate)
-
-    trained(STEPS[0], 20.0)
-    rows.make(partial(row, start, callbacks(start, None, 0.0), pruned), variant=PRUNED, **plain)
-    for step in STEPS:
-        one = {"step": step, "rate": 0.0}
-        rows.make(partial(afterwards, start, pruned, step), variant="afterwards", **one)
-    rows.make(partial(row, start, []), variant="dense", **plain)
-    trained(STEPS[0], 0.0)
-    trained(STEPS[1], 20.0)
+    for zeros, step, rate in TRAINED:
+        made = callbacks(start, zeros, step, rate)
+        key: dict[str, Any] = {"zeros": zeros, "step": step, "rate": rate}
+        rows.make(partial(row, start, made), variant="trained", **key)
+    for zeros, step in dict.fromkeys((zeros, step) for zeros, step, _ in TRAINED):
+        pruned = path.parent / f"vae-whole-{zeros}.pt"
+        made = callbacks(start, zeros, None, 0.0)
+        key = {"zeros": zeros, "step": None, "rate": 0.0}
+        rows.make(partial(row, start, made, pruned), variant=PRUNED, **key)
+        make = partial(afterwards, start, pruned, step)
+        rows.make(make, variant="afterwards", **(key | {"step": step}))
+    rows.make(partial(row, start, []), variant="dense", zeros=0.0, step=None, rate=0.0)
 
 
 if __name__ == "__main__":
