@@ -38,7 +38,6 @@ class Plane:
         self.view = view
         self._tables = tuple(range(len(view.subsets)) if tables is None else tables)
         sizes = [view.sizes[table] for table in self._tables]
-        self._sizes = np.array(sizes, np.int64)
         self._first = np.cumsum([0, *sizes], dtype=np.int64)[:-1, None]
         self._most = max((view.positions(table) for table in self._tables), default=0)
         self._nodes = np.zeros((2, nodes), np.int64)
@@ -66,17 +65,9 @@ class Plane:
         logs = log2_256(2 * self._nodes + 1)
         return (logs[1] - logs[0]).take(nodes)
 
-    def features(self, keys: Ints, weights: Iterable[int] | None = None) -> Ints:
-        """(T, N) what the counts of each of (T, N) keys say beyond what the plane's do.
-
-        Args:
-            keys: of the positions.
-            weights: T whole numbers that tables' features are multiplied by; None: all 1.
-        """
-        each = np.array([1 for _ in self._tables] if weights is None else [*weights], np.int64)
-        if keys.size < self._counts.shape[1]:
-            return self._beyond(self._counts.take(keys, axis=1)) * each[:, None]
-        return (self._beyond(self._counts) * each.repeat(self._sizes)).take(keys)
+    def features(self, keys: Ints) -> Ints:
+        """(T, N) what the counts of each of (T, N) keys say beyond what the plane's do."""
+        return self._asked(keys, self._counts)
 
     def logits(self, weights: Weights, keys: Ints, nodes: Ints | None) -> Ints:
         """The logit of a one at each of N positions; (1,) if it is the same at all of them.
@@ -89,25 +80,21 @@ class Plane:
         base = self.base(nodes)
         if not weights:
             return base
+        each = [weights[table] for table in self._tables]
         if keys.size <= _AT_ONCE:
-            return base + self.features(keys, weights.values()).sum(0) // WEIGHT_ONE
-        total = np.zeros(keys.shape[1], np.int64)
-        for features in self._one_by_one(keys, weights.values()):
-            total += features
-        total //= WEIGHT_ONE
-        total += base
-        return total
+            total = (self.features(keys) * np.array(each)[:, None]).sum(0)
+        else:  # table by table: not all features in memory at once
+            total = np.zeros(keys.shape[1], np.int64)
+            bounds = itertools.pairwise([*self._first[:, 0].tolist(), self._counts.shape[1]])
+            for row, weight, (start, stop) in zip(keys, each, bounds, strict=True):
+                total += weight * self._asked(row - start, self._counts[:, start:stop])
+        return base + total // WEIGHT_ONE
 
-    def _one_by_one(self, keys: Ints, weights: Iterable[int]) -> Iterator[Ints]:
-        """The rows of `features`, without all of them in memory at once."""
-        bounds = itertools.pairwise([*self._first[:, 0].tolist(), self._counts.shape[1]])
-        for row, weight, (start, stop) in zip(keys, weights, bounds, strict=True):
-            if len(row) < stop - start:
-                features = self._beyond(self._counts.take(row, axis=1))
-            else:
-                features = self._beyond(self._counts[:, start:stop]).take(row - start)
-            features *= weight
-            yield features
+    def _asked(self, keys: Ints, counts: Ints) -> Ints:
+        """What counts say at keys: worked out for all there are, or for those that are asked."""
+        if keys.size < counts.shape[1]:
+            return self._beyond(counts.take(keys, axis=1))
+        return self._beyond(counts).take(keys)
 
     def _beyond(self, counts: Ints) -> Ints:
         """How far the logits of (2, ...) counts lie from those of the plane's alone."""
