@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from bench_rows import Rows
-from finetuning import MODELS, Start
-from headline_runs import Annealing
+from finetuning import MODELS, Annealing, Start
 
 from lightning_compress import (
     GradualPruning,

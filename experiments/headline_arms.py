@@ -94,7 +94,7 @@ def narrow(runs: Runs, home: Path) -> Shipped:
     cfg = copy.deepcopy(runs.start.cfg)
     cfg.model.width_multiplier = 0.25
     student: Any = build_model(cfg, runs.start.data, seed=runs.seed)
-    dense = runs.fresh()
+    dense = runs.dense()
     for name in student.parts():
         initialize_from_teacher(getattr(student, name), getattr(dense, name))
     return lcz(runs.fit(student, [taught(runs)]), home)

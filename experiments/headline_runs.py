@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import Start
-from lightning.pytorch import Callback, LightningModule, Trainer
+from finetuning import Annealing, Start
+from lightning.pytorch import Callback
 
-__all__ = ["SETS", "Annealing", "Model", "Runs"]
-
-LATE = 0.1  # of the learning rate, at the end of each run
+__all__ = ["SETS", "Model", "Runs"]
 
 
 @dataclass(frozen=True)
@@ -79,25 +76,6 @@ SETS: dict[str, dict[str, Model]] = {
         ),
     },
 }
-
-
-class Annealing(Callback):
-    """All learning rates go down to a tenth by a cosine: dense and compressed runs alike."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self.groups = [
-            (group, group["lr"])
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        ]
-        self.batches, self.seen = int(trainer.num_training_batches) * (trainer.max_epochs or 1), 0
-
-    def on_train_batch_start(self, *_: object) -> None:  # pyright: ignore
-        done = self.seen / self.batches
-        factor = LATE + (1 - LATE) * (1 + math.cos(math.pi * done)) / 2
-        for group, lr in self.groups:
-            group["lr"] = lr * factor
-        self.seen += 1
 
 
 class Runs:
