@@ -122,6 +122,24 @@ def test_small_steps_end_where_one_large_step_does():
     assert np.abs(np.array(by_steps) - at_once).max() <= 8
 
 
+def test_a_cheap_layer_does_not_fill_a_gap_that_is_too_small_for_others():
+    module, inputs = VAE(image_size=28, width=64, latent_dim=32).parts()["encoder"]
+    graph = channel_graph(module, inputs)
+    dense = {group.name: len(group.units) for group in graph.groups}
+    gone = cut(graph, "macs", 0.25 * Costs(graph, "macs").total(), rounding=Rounding(8))
+    module = removed(module, graph, gone)
+    graph = channel_graph(module, inputs)
+    costs = Costs(graph, "macs")
+    groups = [(index, one) for index, one in enumerate(graph.groups) if len(one.free)]
+    target = costs.total() - 1.1 * min(costs.saving(at, one.free[:8]) for at, one in groups)
+    for overshoot in (False, True):
+        gone = cut_to(
+            graph, np.ones(graph.count), Costs(graph, "macs"), target,
+            rounding=Rounding(8), dense=dense, overshoot=overshoot,
+        )  # fmt: skip
+        assert gone.any() == overshoot  # at the end it has to be met
+
+
 def test_group_norms_add_up_all_that_make_or_read_a_unit():
     module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
     graph = channel_graph(module, (torch.rand(2, 2),))
