@@ -27,9 +27,9 @@ from lightning_compress import (
     save_compressed,
 )
 
-EPOCHS, MORE = 5, 5  # of the dense model, and of each copy
+EPOCHS, MORE = 5, 8  # of the dense model, and of each copy
 # Zeros of the large layers, step in units of the rms of the non-zero weights, weight of the rate.
-TRAINED = ((0.9, 0.6, 4.0), (0.91, 0.7, 5.0), (0.925, 1.0, 20.0))
+TRAINED = ((0.89, 0.6, 4.0), (0.925, 1.0, 20.0))
 PRUNED = "pruned, float"
 
 
@@ -79,20 +79,21 @@ def main(path: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     MODELS["vae-whole"] = (["model=vae"], EPOCHS, MODELS["vae"][2])
-    rows = Rows(path, keys=("variant", "zeros", "step", "rate"))
+    rows = Rows(path, keys=("variant", "zeros", "step", "rate", "epochs"))
     start = Start("vae-whole", 0, path.parent)
     for zeros, step, rate in TRAINED:
         made = callbacks(start, zeros, step, rate)
-        key: dict[str, Any] = {"zeros": zeros, "step": step, "rate": rate}
+        key: dict[str, Any] = {"zeros": zeros, "step": step, "rate": rate, "epochs": MORE}
         rows.make(partial(row, start, made), variant="trained", **key)
     for zeros, step in dict.fromkeys((zeros, step) for zeros, step, _ in TRAINED):
         pruned = path.parent / f"vae-whole-{zeros}.pt"
         made = callbacks(start, zeros, None, 0.0)
-        key = {"zeros": zeros, "step": None, "rate": 0.0}
+        key = {"zeros": zeros, "step": None, "rate": 0.0, "epochs": MORE}
         rows.make(partial(row, start, made, pruned), variant=PRUNED, **key)
         make = partial(afterwards, start, pruned, step)
         rows.make(make, variant="afterwards", **(key | {"step": step}))
-    rows.make(partial(row, start, []), variant="dense", zeros=0.0, step=None, rate=0.0)
+    key = {"zeros": 0.0, "step": None, "rate": 0.0, "epochs": MORE}
+    rows.make(partial(row, start, []), variant="dense", **key)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from lightning_compress.coding.bits import ByteReader, varint
 from lightning_compress.coding.code_lengths import MAX_ALPHABET
 from lightning_compress.coding.passes import DecodingPass, EncodingPass
 from lightning_compress.coding.planes import Weights
-from lightning_compress.coding.waves import View, best_view, parts
+from lightning_compress.coding.waves import View, best_view
 from lightning_compress.errors import CorruptArtifactError
 
 __all__ = ["decode", "encode"]
@@ -135,8 +135,8 @@ def _code_magnitudes(
 
 def _kept(bits: Bits, ends: Ints) -> tuple[Ints, Ints]:
     """The places where `bits`, which go wave by wave, are set, and where waves of these end."""
-    counts = [np.count_nonzero(bits[part]) for part in parts(ends)]
-    return np.flatnonzero(bits), np.cumsum(counts, dtype=np.int64)
+    kept = np.flatnonzero(bits)
+    return kept, kept.searchsorted(ends)
 
 
 def _names(exponents: int) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.coding.logistic import fit_weights
+from lightning_compress.coding.foresight import Foresight
+from lightning_compress.coding.logistic import WEIGHT_ONE, fit_weights
 from lightning_compress.coding.planes import Plane, Weights
 
-__all__ = ["fitted"]
+__all__ = ["fitted", "fitted_ahead"]
 
-_FIT = 1 << 15  # positions that weights are fitted to
+_FIT = 1 << 14  # positions that weights are fitted to
 _SHORT = 1 << 18  # positions whose waves are taken two at a time
 _WORTH = 24  # bits that a plane's weights must save to be stored
 _SMALLEST = 2  # weights below it, in units of 1 / WEIGHT_ONE, are left out
@@ -30,15 +33,30 @@ def fitted(plane: Plane, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None) -
         bits: (N,) the decisions.
         nodes: (N,) of the positions; None: all 0.
     """
-    count = len(plane.view.subsets)
-    if not count or len(at) < _FEW:
+    if not plane.view.subsets or len(at) < _FEW:
         return {}
     step = -(-len(at) // _FIT)
     if len(at) <= _SHORT:  # two waves at a time: half the calls, for a byte in ten thousand
         ends = ends[::-2][::-1]
     base, features = _sampled(plane, at, ends, bits, nodes, step)
-    weights, saved = fit_weights(features, base, bits[::step])
-    if saved * len(bits) / len(base) <= _WORTH:
+    return _worth(base, features, bits[::step], len(at))
+
+
+def fitted_ahead(ahead: Foresight) -> tuple[Weights, Ints]:
+    """The same of a plane that is foreseen, and the logits (N,) that they make."""
+    count = len(ahead.at)
+    if not ahead.view.subsets or count < _FEW:
+        return {}, ahead.base
+    step = -(-count // _FIT)
+    features = ahead.features()
+    weights = _worth(ahead.base[::step], features[:, ::step], ahead.bits[::step], count)
+    return weights, ahead.base + _mixed(features, weights)
+
+
+def _worth(base: Ints, features: NDArray[Any], bits: Bits, count: int) -> Weights:
+    """Those of the tables that save more than they take, for so many decisions like these."""
+    weights, saved = fit_weights(features, base, bits)
+    if saved * count / len(bits) <= _WORTH:
         return {}
     return {table: w for table, w in enumerate(weights.tolist()) if abs(w) >= _SMALLEST}
 
@@ -62,3 +80,10 @@ def _sampled(
         if part.stop < len(at):
             plane.learn(keys, own, bits[part])
     return base, features
+
+
+def _mixed(features: NDArray[np.float32], weights: Weights) -> Ints:
+    """(N,) the weighed sum of the features, exact: see `Foresight.features`."""
+    each = np.zeros(len(features), np.float32)
+    each[list(weights)] = list(weights.values())
+    return (each @ features).astype(np.int64) // WEIGHT_ONE

@@ -6,6 +6,7 @@ Logits are base 2, in units of 1/256: `256 * log2(p / (1 - p))`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,11 @@ __all__ = ["ONE", "WEIGHT_ONE", "fit_weights", "log2_256", "log2_256_of", "proba
 ONE = 1 << 20  # probabilities are in units of 1 / ONE
 WEIGHT_ONE = 32  # a feature's weight is in units of 1 / WEIGHT_ONE
 _LIMIT = 16 * 256  # logits beyond it are cut
+_MANY = 1 << 12  # bits that weights are first fitted to a few of
 _FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's table
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 _LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION)))
 _LOG_TABLE = _LOG_TABLE.astype(np.int64)
@@ -58,7 +61,7 @@ def probability(logits: Ints) -> NDArray[np.float64]:
 
 
 def fit_weights(
-    features: NDArray[np.int64], offset: Ints, bits: NDArray[np.bool_]
+    features: NDArray[Any], offset: Ints, bits: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], float]:
     """Weights of least code length, by Newton's method, and how many bits they save.
 
@@ -70,25 +73,33 @@ def fit_weights(
     Returns:
         (F,) whole numbers from -128 to 127, `WEIGHT_ONE` standing for 1.
     """
-    unit = np.log(2) / 256
+    unit = math.log(2) / 256
     # Half the bits of a double are plenty: the weights end in steps of 1 / WEIGHT_ONE.
-    x, base = (features * unit).astype(np.float32), (offset * unit).astype(np.float32)
-    y, ridge = bits.astype(np.float32), np.eye(len(x), dtype=np.float32)
+    x = np.multiply(features, unit, dtype=np.float32)
+    base, y = np.multiply(offset, unit, dtype=np.float32), bits.astype(np.float32)
     weights = np.zeros(len(x), np.float32)
-    for _ in range(8):
-        p = 1 / (1 + np.exp(-(base + weights @ x)))
-        gradient = x @ (p - y) + ridge @ weights
-        step = np.linalg.solve((x * (p * (1 - p))) @ x.T + ridge, gradient)
-        weights -= np.clip(step, -1, 1)
-        if np.abs(step).max() < 0.05:  # what is left to do is about the square of it
-            break
+    for step in (8, 1) if len(y) > _MANY else (1,):  # close by means of a few, then to the point
+        weights = _newton(weights, np.ascontiguousarray(x[:, ::step]), base[::step], y[::step])
     whole = np.clip(np.rint(weights * WEIGHT_ONE), -128, 127).astype(np.int64)
     after = base + (whole / WEIGHT_ONE).astype(np.float32) @ x
     saved = _nats(base, bits) - _nats(after, bits)
     return whole, saved / math.log(2)
 
 
-def _nats(logits: NDArray[np.float32], bits: NDArray[np.bool_]) -> float:
+def _newton(weights: Floats, x: Floats, base: Floats, y: Floats) -> Floats:
+    """Weights of less code length, from some on."""
+    ridge = np.eye(len(x), dtype=np.float32)
+    for _ in range(8):
+        p = 1 / (1 + np.exp(-(base + weights @ x)))
+        gradient = x @ (p - y) + ridge @ weights
+        step = np.linalg.solve((x * (p * (1 - p))) @ x.T + ridge, gradient)
+        weights = weights - np.clip(step, -1, 1)
+        if np.abs(step).max() < 0.05:  # what is left to do is about the square of it
+            break
+    return weights
+
+
+def _nats(logits: Floats, bits: NDArray[np.bool_]) -> float:
     """What it costs to code bits with these natural logits."""
     wrong = np.where(bits, -logits, logits)
     costs = np.maximum(wrong, 0) + np.log(1 + np.exp(-np.abs(wrong)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.coding.fitting import fitted
+from lightning_compress.coding.fitting import fitted, fitted_ahead
+from lightning_compress.coding.foresight import AT_ONCE, Foresight
 from lightning_compress.coding.logistic import probability
 from lightning_compress.coding.planes import Plane, Weights
 from lightning_compress.coding.range_coder import BitDecoder, BitEncoder
@@ -61,6 +63,7 @@ class EncodingPass(_Pass):
     def __init__(self, view: View) -> None:
         super().__init__(view, {})
         self._coder = BitEncoder()
+        self._ahead = math.prod(view.shape) <= AT_ONCE
 
     def code(
         self, name: str, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None = None, kinds: int = 1
@@ -84,6 +87,11 @@ class EncodingPass(_Pass):
             return bits[part]
 
         if not len(at):
+            return bits
+        if self._ahead:
+            ahead = Foresight(self.view, at, ends, bits, nodes, kinds)
+            self.weights[name], logits = fitted_ahead(ahead)
+            self._coder.encode(bits, probability(logits))
             return bits
         if name not in self.weights:
             self.weights[name] = fitted(Plane(self.view, kinds), at, ends, bits, nodes)

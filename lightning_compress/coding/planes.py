@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_compress.coding.logistic import WEIGHT_ONE, log2_256, log2_256_of
 from lightning_compress.coding.waves import View, parts
 
-__all__ = ["Plane", "Weights"]
+__all__ = ["Plane", "Weights", "priors"]
 
 _AT_ONCE = 1 << 18  # keys that are worked on in one go, rather than wave by wave, table by table
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
@@ -99,10 +99,8 @@ class Plane:
     def _beyond(self, counts: Ints) -> Ints:
         """How far the logits of (2, ...) counts lie from those of the plane's alone."""
         zeros, ones = self._nodes.sum(1).tolist()
-        share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
-        share = min(max(share, 1), 2 * _HALF - 1)
-        priors = _PRIOR * (2 * _HALF - share), _PRIOR * share
-        prior = np.array(priors).reshape(2, *[1] * (counts.ndim - 1))
+        believed = priors(zeros, ones)
+        prior = np.array(believed).reshape(2, *[1] * (counts.ndim - 1))
         most = min(self._most, zeros + ones)
         if 2 * most < counts[0].size:
             logs = log2_256((np.arange(most + 1) << 16) + prior.reshape(2, 1))
@@ -110,7 +108,7 @@ class Plane:
         else:
             logs = log2_256((counts << 16) + prior)
             found = logs[1] - logs[0]
-        found -= log2_256_of(priors[1]) - log2_256_of(priors[0])
+        found -= log2_256_of(believed[1]) - log2_256_of(believed[0])
         return found
 
     def learn(self, keys: Ints, nodes: Ints | None, bits: Bits) -> None:
@@ -122,6 +120,13 @@ class Plane:
             _count(self._nodes, nodes, ones)
         for rows in (keys,) if keys.size <= _AT_ONCE else keys:
             _count(self._counts, rows, ones)
+
+
+def priors(zeros: int, ones: int) -> tuple[int, int]:
+    """What the counts of a plane add to those of each key, in units of 1 / 2^16."""
+    share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
+    share = min(max(share, 1), 2 * _HALF - 1)
+    return _PRIOR * (2 * _HALF - share), _PRIOR * share
 
 
 def _count(counts: Ints, keys: Ints, ones: Ints) -> None:

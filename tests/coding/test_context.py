@@ -4,9 +4,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from lightning_compress.coding import context, fitting, planes, waves
+from lightning_compress.coding import context, fitting, passes, planes, waves
+from lightning_compress.coding.foresight import Foresight
 from lightning_compress.coding.logistic import WEIGHT_ONE, fit_weights
 from lightning_compress.coding.planes import Plane
 
@@ -100,11 +103,55 @@ def test_tables_at_once_and_one_by_one_give_one_stream(monkeypatch):
     shape = (30, 40, 9)
     symbols = sparse(shape)
     streams = []
+    monkeypatch.setattr(passes, "AT_ONCE", 0)
     for at_once in (0, 1000, 1 << 30):
         monkeypatch.setattr(planes, "_AT_ONCE", at_once)
         streams.append(context.encode(symbols, shape))
         assert np.array_equal(context.decode(streams[-1], shape), symbols)
     assert len(set(streams)) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 17)),
+    share=st.floats(0, 1),
+    kinds=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_what_is_foreseen_is_what_the_waves_say(shape, share, kinds, seed):
+    rng = np.random.default_rng(seed)
+    view = waves.View(*shape)
+    at, ends = view.waves(0, int(np.prod(shape)))
+    kept, ends = context._kept(rng.random(len(at)) < rng.random(), ends)
+    at = at[kept]
+    if not len(at):
+        return
+    bits = rng.random(len(at)) < share * rng.random(shape[0])[at // (shape[1] * shape[2])]
+    nodes = rng.integers(0, kinds, len(at)) if kinds > 1 else None
+    ahead = Foresight(view, at, ends, bits, nodes, kinds)
+    base, features = fitting._sampled(Plane(view, kinds), at, ends, bits, nodes, 1)
+    assert (ahead.base == base).all()
+    assert (ahead.features() == features).all()
+
+
+@pytest.mark.parametrize("shape", [(30, 40, 9), (7, 5, 4), (200, 300)])
+def test_foresight_and_waves_give_one_stream(shape, monkeypatch):
+    symbols = sparse(shape)
+    streams = []
+    monkeypatch.setattr(fitting, "_SHORT", 0)
+    for most in (0, 1 << 18):
+        monkeypatch.setattr(passes, "AT_ONCE", most)
+        streams.append(context.encode(symbols, shape))
+        assert np.array_equal(context.decode(streams[-1], shape), symbols)
+    assert streams[0] == streams[1]
+
+
+def test_sums_of_foreseen_features_are_exact():
+    rng = np.random.default_rng(0)
+    features = rng.integers(-(1 << 14), 1 << 14, (6, 5000))
+    weights = dict(enumerate(rng.integers(-128, 128, 6).tolist()))
+    exact = (features * np.array(list(weights.values()))[:, None]).sum(0) // WEIGHT_ONE
+    assert (fitting._mixed(features.astype(np.float32), weights) == exact).all()
 
 
 def test_memory_grows_with_the_tensor_and_not_faster():
