@@ -63,7 +63,8 @@ class EncodingPass(_Pass):
     def __init__(self, view: View) -> None:
         super().__init__(view, {})
         self._coder = BitEncoder()
-        self._ahead = math.prod(view.shape) <= AT_ONCE
+        count = math.prod(view.shape)
+        self._ahead = count <= AT_ONCE and list(view.slabs()) == [(0, count)]
 
     def code(
         self, name: str, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None = None, kinds: int = 1
