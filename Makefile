@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults clean
+.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-lowest clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -17,6 +17,12 @@ test-slow: $(READY)  ## the tests that take minutes
 
 test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying processes, odd clocks
 	$(BIN)/python -m pytest -m faults tests/faults
+
+test-lowest: $(READY)  ## the same tests with the lowest version of each dependency but torch
+	mkdir -p .cache
+	$(BIN)/python tests/lowest_versions.py > .cache/lowest.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/lowest --requirement .cache/lowest.txt
+	PYTHONPATH=$(CURDIR)/.cache/lowest $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
 check: $(READY)  ## what must hold before a commit
 	$(BIN)/ruff format --check .

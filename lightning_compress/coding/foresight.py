@@ -13,7 +13,7 @@ from lightning_compress.coding.waves import View
 
 __all__ = ["AT_ONCE", "Foresight"]
 
-AT_ONCE = 1 << 18  # positions of the largest tensor for which this is worth its memory
+AT_ONCE = 1 << 19  # positions of the largest tensor for which this is worth its memory
 _KEYS = 1 << 17  # that are worked on in one go
 _NARROW = 64  # rows that are cheaper to add up in one call, which is slow along this axis
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
@@ -327,6 +327,7 @@ def test_a_wrong_file_is_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # an old NumPy's first call takes a second
 @given(st.data())
 def test_sums_that_may_be_cut_off_are_found(data):
     symbols = data.draw(arrays(np.int32, (3, 4), elements=st.integers(-127, 127)))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from lightning_compress.conversion import checks
 from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
 from lightning_compress.errors import MissingExtraError
 
@@ -214,3 +215,18 @@ def test_missing_onnx_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"lightning-compress\[onnx\]"):
         export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", torch.randn(2, 3))
+
+
+def test_an_onnx_runtime_without_a_kernel_is_named(tmp_path, monkeypatch):
+    """As 1.23 does for weights of several zero points, or the least of two uint8."""
+    errors = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+
+    def make_session(*_):
+        raise errors.NotImplemented("no implementation\nfor Min(13)")
+
+    monkeypatch.setattr(checks, "make_session", make_session)
+    message = r"m\.onnx: onnxruntime [\d.]+ cannot run .*\(no implementation for Min.*from 1\.27 on"
+    for int8 in (False, True):
+        with pytest.raises(RuntimeError, match=message):
+            export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", torch.randn(4, 3), int8=int8)
+    assert list(tmp_path.iterdir()) == []
