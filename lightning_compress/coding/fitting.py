@@ -17,7 +17,7 @@ _FIT = 1 << 14  # positions that weights are fitted to
 _SHORT = 1 << 18  # positions whose waves are taken two at a time
 _WORTH = 24  # bits that a plane's weights must save to be stored
 _SMALLEST = 2  # weights below it, in units of 1 / WEIGHT_ONE, are left out
-_FEW = 256  # decisions in a plane that are too few to learn weights from
+_FEW = 512  # decisions in a plane that are too few to learn weights from
 
 Ints = NDArray[np.int64]
 Bits = NDArray[np.bool_]

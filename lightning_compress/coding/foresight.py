@@ -36,7 +36,8 @@ class Foresight:
     def __init__(
         self, view: View, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None, kinds: int
     ) -> None:
-        lengths = np.diff(ends, prepend=0)
+        lengths = ends.copy()
+        lengths[1:] -= ends[:-1]
         lengths = lengths[lengths > 0]
         self.view, self.at, self.bits, self.waves = view, at, bits, len(lengths)
         self._wave = np.repeat(np.arange(len(lengths)), lengths)
@@ -90,7 +91,7 @@ class Foresight:
         zeros -= ones
         places -= kinds
         if kinds < _NARROW:
-            return np.cumsum(zeros, 0), np.cumsum(ones, 0)
+            return zeros.cumsum(0), ones.cumsum(0)
         for wave in range(1, self.waves):
             zeros[wave] += zeros[wave - 1]
             ones[wave] += ones[wave - 1]
