@@ -72,6 +72,7 @@ bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (
 
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
 	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl
+	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl docs/quantization.md
 
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(BIN)/python experiments/bench_budget.py outputs/bench/budget.jsonl

@@ -3,7 +3,9 @@
 Each row starts from the same dense model, trains 300 steps with the callbacks of its variant, and
 is measured on its grids, weights and activations alike. Finished rows are kept.
 
-python experiments/bench_quantization.py [rows.jsonl]
+python experiments/bench_quantization.py [rows.jsonl [page.md]]
+
+With a page, only the tables of the rows so far are put into it.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows
+from bench_rows import Rows, read_rows
 from finetuning import MODELS, Start
 from lightning.pytorch import Callback
+from show_pruning_quality import insert
 
 from lightning_compress import (
     GradualPruning,
@@ -34,6 +38,9 @@ SEEDS = (0, 1, 2)
 ONE_SEED = ("affine", "codebook", "learned_step")
 RATE = {"vae": 50.0, "dcgan": 0.2}  # of the entropy scheme: a twentieth of the loss at 2 bits
 PRUNED = "90 % zeros, "
+MARKS = ("<!-- figures -->", "<!-- /figures -->")
+METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
+TITLES = {"vae": "VAE | −ELBO, nats", "dcgan": "DCGAN | Fréchet distance"}
 
 
 def trained(
@@ -115,5 +122,38 @@ def calibrate(model: Any, data: SplitDataModule, *, weight_bits: int) -> None:
         quantize_static(model.generator, z, weight_bits=weight_bits)
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds; "against dense" compares each seed with its own dense row."""
+    lines = []
+    for name, metric in METRIC.items():
+        own = [row for row in rows if row["model"] == name]
+        dense = {row["seed"]: row[metric] for row in own if row["variant"] == "dense"}
+        lines += [f"| {TITLES[name]} | against dense | active units | `.lcz` ratio | seeds |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        for variant in VARIANTS:
+            found = [row for row in own if row["variant"] == variant]
+            if not found:
+                continue
+            more = [100 * (row[metric] / dense[row["seed"]] - 1) for row in found]
+            change = "" if variant == "dense" else f"{_spread(more, '+.1f')} %"
+            units = _spread([row["active_units"] for row in found], ".0f") if name == "vae" else ""
+            ratio = mean(row["ratio"] for row in found)
+            lines.append(
+                f"| {variant} | {_spread([row[metric] for row in found], '.2f')} | {change} "
+                f"| {units} | {ratio:.1f} | {len(found)} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _spread(values: list[float], style: str) -> str:
+    middle = format(mean(values), style)
+    return f"{middle} ± {format(stdev(values), style.lstrip('+'))}" if len(values) > 1 else middle
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench/quantization.jsonl"))
+    PATH = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench/quantization.jsonl")
+    if len(sys.argv) > 2:
+        insert(Path(sys.argv[2]), tables(read_rows(PATH)), *MARKS)
+    else:
+        main(PATH)
