@@ -80,20 +80,18 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     MODELS["vae-whole"] = (["model=vae"], EPOCHS, MODELS["vae"][2])
     rows = Rows(path, keys=("variant", "zeros", "step", "rate", "epochs"))
+    make = partial(rows.make, epochs=MORE)
     start = Start("vae-whole", 0, path.parent)
     for zeros, step, rate in TRAINED:
         made = callbacks(start, zeros, step, rate)
-        key: dict[str, Any] = {"zeros": zeros, "step": step, "rate": rate, "epochs": MORE}
-        rows.make(partial(row, start, made), variant="trained", **key)
+        make(partial(row, start, made), variant="trained", zeros=zeros, step=step, rate=rate)
     for zeros, step in dict.fromkeys((zeros, step) for zeros, step, _ in TRAINED):
         pruned = path.parent / f"vae-whole-{zeros}.pt"
         made = callbacks(start, zeros, None, 0.0)
-        key = {"zeros": zeros, "step": None, "rate": 0.0, "epochs": MORE}
-        rows.make(partial(row, start, made, pruned), variant=PRUNED, **key)
-        make = partial(afterwards, start, pruned, step)
-        rows.make(make, variant="afterwards", **(key | {"step": step}))
-    key = {"zeros": 0.0, "step": None, "rate": 0.0, "epochs": MORE}
-    rows.make(partial(row, start, []), variant="dense", **key)
+        key: dict[str, Any] = {"zeros": zeros, "rate": 0.0}
+        make(partial(row, start, made, pruned), variant=PRUNED, step=None, **key)
+        make(partial(afterwards, start, pruned, step), variant="afterwards", step=step, **key)
+    make(partial(row, start, []), variant="dense", zeros=0.0, step=None, rate=0.0)
 
 
 if __name__ == "__main__":

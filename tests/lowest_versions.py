@@ -9,9 +9,8 @@ from packaging.requirements import Requirement
 
 EXTRAS = ("", "onnx", "sweep", "tensorboard")
 LEFT_OUT = ("torch", "torchvision", "lightning-compress")
-THEIRS = [
-    "pyparsing==3.1.0"
-]  # of matplotlib 3.8, for which a newer one has deprecated what it uses
+# Of matplotlib 3.8, for which a newer one has deprecated what it uses.
+THEIRS = ["pyparsing==3.1.0"]
 
 
 def lowest(requirement: Requirement) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_compress.coding.logistic import log2_256
 from lightning_compress.coding.planes import priors
-from lightning_compress.coding.waves import View
+from lightning_compress.coding.waves import View, parts
 
 __all__ = ["AT_ONCE", "Foresight"]
 
@@ -36,49 +37,43 @@ class Foresight:
     def __init__(
         self, view: View, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None, kinds: int
     ) -> None:
-        lengths = ends.copy()
-        lengths[1:] -= ends[:-1]
-        lengths = lengths[lengths > 0]
+        lengths = [part.stop - part.start for part in parts(ends)]
         self.view, self.at, self.bits, self.waves = view, at, bits, len(lengths)
         self._wave = np.repeat(np.arange(len(lengths)), lengths)
-        self._counted = len(at) - int(lengths[-1])  # the last wave's are before none
+        self._counted = len(at) - lengths[-1]  # the last wave's are before none
         self._ones = np.flatnonzero(bits[: self._counted])
         places = np.zeros(len(at), np.int64) if nodes is None else nodes.copy()
         zeros, ones = self._before(places, kinds)
         self.base: Ints = (log2_256(2 * ones + 1) - log2_256(2 * zeros + 1)).take(places)
-        self._totals = zip(zeros.sum(1).tolist(), ones.sum(1).tolist(), strict=True)
+        self._totals = zeros.sum(1).tolist(), ones.sum(1).tolist()
 
     def features(self) -> NDArray[np.float32]:
         """(T, N) what the counts of each table say beyond the plane's.
 
-        Whole numbers below 2^14, since counts are below 2^19: six of them, times weights below 2^8,
-        still have an exact sum in single precision.
+        Whole numbers below 2^14, since counts are at most 2^19: six of them, times weights of at
+        most 2^7, still have an exact sum in single precision.
         """
-        self._priors = np.array([priors(*both) for both in self._totals]).T
-        logs = log2_256(self._priors)
-        self._shift = logs[1] - logs[0]
+        believed = np.array([priors(*both) for both in zip(*self._totals, strict=True)]).T
+        every = self.view.keys(self.at, range(len(self.view.subsets)))
         found = np.empty((len(self.view.subsets), len(self.at)), np.float32)
-        places = self.view.places(self.at)
-        buffer = np.empty((max(map(len, self._together()), default=0), len(self.at)), np.int64)
         for tables in self._together():
-            first, keys = 0, buffer[: len(tables)]
+            first, keys = 0, np.empty((len(tables), len(self.at)), np.int64)
             for row, table in zip(keys, tables, strict=True):
-                subset = self.view.subsets[table]
-                np.add(places[subset[-1]], first, out=row)
-                if len(subset) == 2:
-                    row += places[subset[0]] * self.view.shape[subset[1]]
+                np.add(next(every), first, out=row)
                 first += self.view.sizes[table]
-            found[tables] = self._asked(*_met(keys, first))
+            found[tables] = self._asked(*_met(keys, first), believed)
         return found
 
     def _together(self) -> Iterator[list[int]]:
-        """Tables that are worked on in one go: of like counts, and not too many."""
+        """Tables that follow each other and are worked on in one go: of like counts, and few."""
         step = max(_KEYS // len(self.at), 1)
-        subsets = self.view.subsets
-        for axes in (1, 2):
-            every = [table for table, subset in enumerate(subsets) if len(subset) == axes]
-            for first in every[::step]:
-                yield [table for table in every if first <= table < first + step]
+        for _, alike in itertools.groupby(range(len(self.view.subsets)), self._axes):
+            tables = list(alike)
+            for first in range(0, len(tables), step):
+                yield tables[first : first + step]
+
+    def _axes(self, table: int) -> int:
+        return len(self.view.subsets[table])
 
     def _before(self, places: Ints, kinds: int) -> tuple[Ints, Ints]:
         """(W, kinds) zeros, and ones, before each wave; makes (..., N) kinds places in these."""
@@ -97,22 +92,25 @@ class Foresight:
             ones[wave] += ones[wave - 1]
         return zeros, ones
 
-    def _asked(self, keys: Ints, kinds: int) -> Ints:
+    def _asked(self, keys: Ints, kinds: int, believed: Ints) -> Ints:
         """What counts say at (..., N) keys below `kinds`, which become something else."""
         zeros, ones = self._before(keys, kinds)
         if zeros.size <= keys.size:
-            return self._beyond(zeros, ones, np.arange(self.waves)[:, None]).take(keys)
-        return self._beyond(zeros.take(keys), ones.take(keys), self._wave)
+            wave = np.arange(self.waves)[:, None]
+            return self._beyond(zeros, ones, wave, believed).take(keys)
+        return self._beyond(zeros.take(keys), ones.take(keys), self._wave, believed)
 
-    def _beyond(self, zeros: Ints, ones: Ints, wave: Ints) -> Ints:
+    def _beyond(self, zeros: Ints, ones: Ints, wave: Ints, believed: Ints) -> Ints:
         """How far the logits of (..., N) counts lie from those of the plane's before waves."""
+        logs = log2_256(believed)
+        shift = logs[1] - logs[0]
         most = int(max(zeros.max(), ones.max())) + 1
         if self.waves * most >= zeros.size:
-            of_zeros = log2_256((zeros << 16) + self._priors[0].take(wave))
-            of_ones = log2_256((ones << 16) + self._priors[1].take(wave))
-            return of_ones - of_zeros - self._shift.take(wave)
-        logs = log2_256((np.arange(most) << 16) + self._priors[:, :, None])
-        logs[1] -= self._shift[:, None]
+            of_zeros = log2_256((zeros << 16) + believed[0].take(wave))
+            of_ones = log2_256((ones << 16) + believed[1].take(wave))
+            return of_ones - of_zeros - shift.take(wave)
+        logs = log2_256((np.arange(most) << 16) + believed[:, :, None])
+        logs[1] -= shift[:, None]
         first = wave * most
         return logs[1].take(ones + first) - logs[0].take(zeros + first)
 

@@ -83,15 +83,8 @@ class View:
         order = np.argsort(wave, kind="stable") + start
         return order, np.cumsum(np.bincount(wave, minlength=len(_ENDS)))
 
-    def places(self, positions: Ints) -> tuple[NDArray[np.int32], ...]:
-        """Where positions below 2^31 are along each axis."""
-        narrow = positions.astype(np.int32)
-        pairs = narrow // self.c if self.c > 1 else narrow
-        first = pairs // self.b if self.b > 1 else pairs
-        return first, pairs - first * self.b, narrow - pairs * self.c
-
-    def keys(self, positions: Ints, tables: Iterable[int]) -> list[Ints]:
-        """For each table: the place of each position in it."""
+    def keys(self, positions: Ints, tables: Iterable[int]) -> Iterator[Ints]:
+        """For each table, when it is asked for: the place of each position in it."""
         row = self.b * self.c
         pairs = positions // self.c if self.c > 1 else positions
         first = positions // row
@@ -103,7 +96,8 @@ class View:
             (0, 2): lambda: positions - (pairs - first) * self.c,
             (1, 2): lambda: positions - first * row,
         }
-        return [places[self.subsets[table]]() for table in tables]
+        for table in tables:
+            yield places[self.subsets[table]]()
 
 
 def parts(ends: Ints) -> list[slice]:

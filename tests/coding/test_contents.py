@@ -206,7 +206,7 @@ def test_lengths_past_32_bits_are_whole_numbers_like_any_other():
     assert read[0].payload_bytes == payload
     view = waves.View(3, 1 << 16, 1 << 15)
     assert list(view.slabs()) == [(i << 31, (i + 1) << 31) for i in range(3)]
-    keys = waves.View(2, 1 << 31, 1).keys(torch.tensor([(1 << 32) - 1]).numpy(), [0])
+    keys = list(waves.View(2, 1 << 31, 1).keys(torch.tensor([(1 << 32) - 1]).numpy(), [0]))
     assert keys[0].tolist() == [1]
 
 

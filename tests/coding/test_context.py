@@ -70,7 +70,7 @@ def test_keys_are_indices_along_the_axes():
     positions = np.random.default_rng(0).permutation(8 * 6 * 4)
     index = np.unravel_index(positions, view.shape)
     assert view.subsets == ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
-    keys = view.keys(positions, range(6))
+    keys = list(view.keys(positions, range(6)))
     for table, subset in enumerate(view.subsets):
         lengths = [view.shape[axis] for axis in subset]
         expected = np.ravel_multi_index([index[axis] for axis in subset], lengths)
