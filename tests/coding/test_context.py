@@ -1,6 +1,7 @@
 """The context coder's encoder: what it fits, on what it fits it, and what it takes."""
 
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -138,10 +139,13 @@ def test_what_is_foreseen_is_what_the_waves_say(shape, share, kinds, seed):
 def test_foresight_and_waves_give_one_stream(shape, monkeypatch):
     symbols = sparse(shape)
     streams = []
+    foreseen = mock.Mock(side_effect=Foresight)
+    monkeypatch.setattr(passes, "Foresight", foreseen)
     monkeypatch.setattr(fitting, "_SHORT", 0)
     for most in (0, 1 << 18):
         monkeypatch.setattr(passes, "AT_ONCE", most)
         streams.append(context.encode(symbols, shape))
+        assert foreseen.called == (most > 0)
         assert np.array_equal(context.decode(streams[-1], shape), symbols)
     assert streams[0] == streams[1]
 
