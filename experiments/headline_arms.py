@@ -34,11 +34,11 @@ __all__ = ["ARMS", "HEADLINE", "Arm"]
 Arm = Callable[[Runs, Path], Shipped]
 
 
-def pruning(runs: Runs, sparsity: float, end: float = 0.5) -> GradualPruning:
+def pruning(runs: Runs, sparsity: float, begin: float = 0.02, end: float = 0.5) -> GradualPruning:
     """By the change of the loss, each layer by the same fraction, the smallest left dense."""
     return GradualPruning(
         final_sparsity=sparsity,
-        begin=0.02,
+        begin=begin,
         end=end,
         criterion="taylor",
         scope="layer",
@@ -80,6 +80,16 @@ def together(sparsity: float, step: float, *, teach: bool = False) -> Arm:
         lambda runs: grids(runs, step),
     ]
     return trained(*make, *([taught] if teach else []))
+
+
+def everything(left: float, sparsity: float, step: float) -> Arm:
+    """Smaller layers first, then zeros in them, then grids for the coder, beside a teacher."""
+    return trained(
+        lambda _: ChannelPruning(budget={"macs": left}, end=0.25),
+        lambda runs: pruning(runs, sparsity, begin=0.3, end=0.6),
+        lambda runs: grids(runs, step),
+        taught,
+    )
 
 
 def post_training(runs: Runs, home: Path) -> Shipped:
@@ -202,6 +212,7 @@ ARMS: dict[str, Arm] = {
     "zeros and grids, 97 %": together(0.97, 0.7),
     "zeros and grids, 98.5 %": together(0.985, 0.7),
     "zeros and grids, 95 %, taught": together(0.95, 0.5, teach=True),
+    "all together: half of the MACs, 90 % zeros, grids, taught": everything(0.5, 0.9, 0.5),
     "a quarter of the MACs, int8": channels_int8(0.25),
     "a quarter of the MACs, int8, taught": channels_int8(0.25, teach=True),
     "a tenth of the MACs, int8": channels_int8(0.1),

@@ -14,7 +14,7 @@ from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import Site, attribute
 from lightning_compress.errors import require
 
-__all__ = ["rewrite_narrow", "rewrite_transposed"]
+__all__ = ["put_in_blocks", "rewrite_narrow", "rewrite_transposed"]
 
 KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
 TO_THE_END = np.iinfo(np.int64).max
@@ -34,13 +34,15 @@ def rewrite_transposed(graph: Any, site: Site) -> str | None:
         output_padding=tuple(attribute(node, "output_padding", [0, 0])),
         groups=groups,
     )
-    _put(graph, site, as_conv, groups)
+    put_in_blocks(graph, site, as_conv, groups)
     return None
 
 
 def rewrite_narrow(graph: Any, site: Site) -> None:
     """Let a Conv with few outputs make 2 x 2 pixels at a time, where its pictures are even."""
     node, weight = site.node, site.weight
+    if node.op_type != "Conv":
+        return
     if not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
         return
     pads, shape = list(attribute(node, "pads", [0, 0, 0, 0])), node.outputs[0].shape
@@ -55,12 +57,13 @@ def rewrite_narrow(graph: Any, site: Site) -> None:
         return
     if all(isinstance(shape[axis], int) and shape[axis] % 2 == 0 for axis in (2, 3)):
         symbols = torch.from_numpy(weight.symbols)
-        _put(graph, site, conv_in_blocks(symbols, padding=(pads[0], pads[1])), 1)
+        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=(pads[0], pads[1])), 1)
 
 
-def _put(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
+def put_in_blocks(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
+    """Replace a product by a Conv, DepthToSpace and Slice that give the same."""
     assert isinstance(site.weight, IntegerWeight)
-    site.weight = _as_conv_weight(site.weight, as_conv, groups)
+    site.weight = _as_conv_weight(site.weight, as_conv)
     if site.bias is not None:
         site.bias = as_conv.spread(torch.from_numpy(site.bias)).numpy()
     site.node = _replace(graph, site.node, as_conv, groups)
@@ -86,15 +89,17 @@ def _obstacle(site: Site) -> str | None:
     return None
 
 
-def _as_conv_weight(weight: IntegerWeight, as_conv: InBlocks, groups: int) -> IntegerWeight:
-    """Channel `(group, out, i, j)` or `(i, j, out)` of the convolution has the step of `out`."""
+def _as_conv_weight(weight: IntegerWeight, as_conv: InBlocks) -> IntegerWeight:
+    """Channel `(group, out, i, j)` or `(i, j, out)` of the convolution has the step of `out`.
+
+    Of a transposed convolution the groups share their steps.
+    """
 
     def spread(part: np.ndarray) -> np.ndarray:
         if part.size == 1:
             return part
-        return np.tile(as_conv.spread(torch.from_numpy(part.reshape(-1))), groups).reshape(
-            -1, 1, 1, 1
-        )
+        steps = as_conv.spread(torch.from_numpy(part.reshape(-1))).numpy()
+        return np.tile(steps, len(as_conv.weight) // len(steps)).reshape(-1, 1, 1, 1)
 
     return replace(
         weight,

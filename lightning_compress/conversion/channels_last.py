@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_compress.conversion.rounding import initializer
-from lightning_compress.conversion.sites import attribute, only_use
+from lightning_compress.conversion.sites import attribute, enlargement, only_use
 from lightning_compress.errors import require
 
 __all__ = ["channels_last_moves"]
@@ -74,18 +74,10 @@ def _shuffled(graph: Any, node: Any, value: Any, sizes: tuple[int, int, int]) ->
 
 def _enlarged(graph: Any, node: Any, value: Any, sizes: tuple[int, int, int]) -> list[Any]:
     """Each pixel and each row several times; only for whole factors, counted from the corner."""
-    plain = (
-        attribute(node, "mode", "nearest") == "nearest"
-        and attribute(node, "coordinate_transformation_mode", "half_pixel") == "asymmetric"
-        and attribute(node, "nearest_mode", "round_prefer_floor") == "floor"
-    )
-    given = node.outputs[0].shape
-    channels, height, width = sizes
-    if not plain or given is None or not all(isinstance(given[axis], int) for axis in (2, 3)):
+    factors = enlargement(node)
+    if factors is None:
         return []
-    (down, odd_rows), (along, odd_columns) = divmod(given[2], height), divmod(given[3], width)
-    if odd_rows or odd_columns or given[1] != channels:
-        return []
+    (down, along), (channels, height, width) = factors, sizes
     chain = Chain(graph, value)
     chain.transpose(TO_LAST)
     chain.repeat(along, axis=3)

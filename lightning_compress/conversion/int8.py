@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.conversion.blocks import rewrite_narrow, rewrite_transposed
+from lightning_compress.conversion.enlarged import let_sums_fit, rewrite_enlarged
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.finishing import finished_models
 from lightning_compress.conversion.folding import fold_batch_norm, lift_elementwise, norm_behind
@@ -79,6 +80,7 @@ def int8_model(
     model = onnx_program(plain, inputs, opset or OPSET, optimize=False).model
     sites = find_sites(model.graph, stored)
     if calibration is not None:
+        let_sums_fit(module, plain, sites, stored, grids)
         calibrate_sites(model.graph, plain, sites, calibration, percentile)
     result = Int8Model([model], plain, reasons=left)
     result.weights = {name: weight.source for name, weight in stored.items()}
@@ -119,7 +121,7 @@ def _rewrite(
             obstacle = rewrite_transposed(graph, site)
             if obstacle is not None:
                 site.whole, result.reasons[site.path] = False, obstacle
-        elif site.whole and narrow and site.node.op_type == "Conv":
+        elif site.whole and not rewrite_enlarged(graph, site) and narrow:
             rewrite_narrow(graph, site)
     for site in sites:
         _fold(graph, site, points)

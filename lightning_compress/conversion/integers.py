@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_compress.conversion.summed import Summed
 from lightning_compress.quantization.codebooks import CodebookGrid
 from lightning_compress.quantization.quantizers import AffineGrid, affine_grid, channel_axis
 from lightning_compress.state import Grid
@@ -29,6 +30,7 @@ class IntegerWeight:
         zero: the grid's zero point, int32, of the scale's shape.
         source: where the grid comes from, in words.
         stretch: what `symbols` were multiplied with, and `scale` divided by; a power of 2.
+        summed: how the symbols are sums of fewer numbers; None where they are not.
     """
 
     symbols: NDArray[np.int32]
@@ -36,6 +38,7 @@ class IntegerWeight:
     zero: NDArray[np.int32]
     source: str
     stretch: int = 1
+    summed: Summed | None = None
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -83,7 +86,9 @@ class IntegerWeight:
         for axis in (None, *range(symbols.ndim)):
             short = tuple(slice(None) if one == axis else slice(1) for one in range(symbols.ndim))
             if (scale == scale[short]).all() and (zero == zero[short]).all():
-                return replace(self, symbols=symbols, scale=scale[short], zero=zero[short])
+                return replace(
+                    self, symbols=symbols, scale=scale[short], zero=zero[short], summed=None
+                )
         raise ValueError("the moved scale runs along several axes")
 
     def nibbles(self) -> tuple[str, NDArray[np.int32], NDArray[np.int32] | None] | None:

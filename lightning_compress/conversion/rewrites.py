@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["InBlocks", "conv_in_blocks", "transposed_as_conv"]
+__all__ = ["InBlocks", "conv_in_blocks", "enlarged_as_conv", "summed_taps", "transposed_as_conv"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,50 @@ def conv_in_blocks(weight: Tensor, *, padding: tuple[int, int]) -> InBlocks:
     """
     places = [functional.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
     return InBlocks(torch.cat(places), padding, 2, (0, 0, 0, 0), offsets_first=True, stride=2)
+
+
+def summed_taps(weight: Tensor, factor: int) -> Tensor:
+    """What a convolution's kernel becomes on a picture whose pixels stand for `factor` each.
+
+    Args:
+        weight: (out, in / groups, kh, kw), of any dtype.
+        factor: by which nearest-neighbour upsampling enlarges rows and columns.
+
+    Returns:
+        (out, in / groups, kh + factor - 1, kw + factor - 1): sums of up to `factor^2` weights.
+    """
+    kh, kw = (size + factor - 1 for size in weight.shape[2:])
+    full = weight.new_zeros(*weight.shape[:2], kh, kw)
+    for row in range(factor):
+        for column in range(factor):
+            full[:, :, row : row + weight.shape[2], column : column + weight.shape[3]] += weight
+    return full
+
+
+def enlarged_as_conv(
+    weight: Tensor, *, factor: int, padding: tuple[int, int], groups: int = 1
+) -> InBlocks:
+    """Rewrite nearest-neighbour upsampling and a convolution of stride 1, exactly.
+
+    The two are a transposed convolution whose kernel holds sums of weights; a 3 x 3 kernel behind
+    a factor of 2 then has 4 taps a pixel in place of 9.
+
+    Args:
+        weight: (out, in / groups, kh, kw), of any dtype.
+        factor: of rows and columns, 2 or more.
+        padding: of (height, width), as `Conv2d` has it, less than the kernel.
+        groups: of the convolution.
+
+    >>> import torch
+    >>> x, weight = torch.rand(2, 3, 6, 8), torch.rand(4, 3, 3, 3)
+    >>> rewritten = enlarged_as_conv(weight, factor=2, padding=(1, 1))
+    >>> large = functional.interpolate(x, scale_factor=2)
+    >>> torch.allclose(rewritten(x), functional.conv2d(large, weight, padding=1), atol=1e-4)
+    True
+    """
+    full = summed_taps(weight.flip((2, 3)), factor)
+    split = full.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # (in, out / groups, ...)
+    cropped = tuple(size - 1 - pad for size, pad in zip(weight.shape[2:], padding, strict=True))
+    return transposed_as_conv(
+        split.contiguous(), stride=factor, padding=(cropped[0], cropped[1]), groups=groups
+    )

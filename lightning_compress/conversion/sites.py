@@ -18,6 +18,7 @@ __all__ = [
     "Site",
     "attribute",
     "constant",
+    "enlargement",
     "find_sites",
     "is_move",
     "modules_of",
@@ -108,6 +109,27 @@ def is_move(node: Any) -> bool:
     nearest = node.op_type == "Resize" and attribute(node, "mode", "nearest") == "nearest"
     plain_pool = node.op_type == "MaxPool" and len(node.outputs) == 1
     return nearest or plain_pool or (node.op_type in MOVES and node.op_type != "MaxPool")
+
+
+def enlargement(node: Any) -> tuple[int, int] | None:
+    """How often a Resize repeats each row and each column; None for any other node.
+
+    Only whole factors count, and sizes that the graph knows.
+    """
+    if node is None or node.op_type != "Resize":
+        return None
+    plain = (
+        attribute(node, "mode", "nearest") == "nearest"
+        and attribute(node, "coordinate_transformation_mode", "half_pixel") == "asymmetric"
+        and attribute(node, "nearest_mode", "round_prefer_floor") == "floor"
+    )
+    given, made = node.inputs[0].shape, node.outputs[0].shape
+    if not plain or given is None or made is None or len(given) != 4 or given[1] != made[1]:
+        return None
+    if not all(isinstance(shape[axis], int) for shape in (given, made) for axis in (2, 3)):
+        return None
+    (down, odd_rows), (along, odd_columns) = divmod(made[2], given[2]), divmod(made[3], given[3])
+    return None if odd_rows or odd_columns else (down, along)
 
 
 def modules_of(node: Any) -> list[str]:

@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.conversion.integers import CodebookWeight, IntegerWeight, StoredWeight
+from lightning_compress.conversion.integers import (
+    INT4,
+    CodebookWeight,
+    IntegerWeight,
+    StoredWeight,
+)
 from lightning_compress.conversion.rounding import grid_key, initializer
 from lightning_compress.conversion.sites import Site
+from lightning_compress.conversion.summed import Summed
 from lightning_compress.errors import require
 
 __all__ = ["place_bias", "place_weight", "rewrite_storage"]
@@ -148,6 +154,8 @@ def rewrite_storage(
         if isinstance(weight, CodebookWeight):
             _look_up(graph, node, name, weight)
             continue
+        if _add_up(graph, node, name, weight, around_128=whole.get(name, False)):
+            continue
         _pack(graph, node, name, weight)
         if name in whole:
             _give_zero_point(graph, node, name, weight, around_128=whole[name])
@@ -169,11 +177,16 @@ def _give_zero_point(
     """A zero point of the weight's own: ONNX Runtime fails where two weights share one."""
     if len(node.inputs) > 2:
         return
-    kind, point = np.int8, 0
     if around_128:
-        kind, point = np.uint8, 128
         stored = initializer(graph, f"{name}.around_128", (weight.symbols + 128).astype(np.uint8))
         _drop_input(graph, node, 0, stored)
+    _put_zero_point(graph, node, name, weight, around_128=around_128)
+
+
+def _put_zero_point(
+    graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_128: bool
+) -> None:
+    kind, point = (np.uint8, 128) if around_128 else (np.int8, 0)
     points = np.full(weight.scale.size, point, kind)
     node.resize_inputs(3)
     value = repeated(graph, node, f"{name}.zero_point", _vector(points, weight.axis))
@@ -220,6 +233,57 @@ def _pack(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
         graph.insert_before(node, step)
         value = step.outputs[0]
     _drop_input(graph, node, 0, _cast(graph, node, value, "INT8"))
+
+
+def _add_up(graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_128: bool) -> bool:
+    """Store the fewer numbers that a kernel is made of, and have them added up at session start."""
+    small = None
+    if weight.summed is not None and weight.summed.saves():
+        small = weight.summed.weights(weight.symbols // weight.stretch)
+    if small is None or weight.summed is None or len(node.inputs) > 2:
+        return False
+    ir = require("onnx_ir", extra="onnx")
+    if INT4[0] <= small.min(initial=0) and small.max(initial=0) <= INT4[1]:
+        stored = _int4(graph, f"{name}.int4", small, "int4")
+    else:
+        stored = initializer(graph, f"{name}.taps", small.astype(np.int8))
+    value = _cast(graph, node, stored, "FLOAT")
+    value = _sums(graph, node, value, weight.summed, (small.shape[0], small.shape[1]))
+    steps = [("Mul", weight.stretch)] if weight.stretch > 1 else []
+    for op, number in [*steps, *([("Add", 128)] if around_128 else [])]:
+        other = initializer(graph, f"number_{number}", np.asarray(number, np.float32))
+        step = ir.node(op, [value, other])
+        graph.insert_before(node, step)
+        value = step.outputs[0]
+    _drop_input(graph, node, 0, _cast(graph, node, value, "UINT8" if around_128 else "INT8"))
+    _put_zero_point(graph, node, name, weight, around_128=around_128)
+    return True
+
+
+def _sums(graph: Any, before: Any, value: Any, layout: Summed, size: tuple[int, int]) -> Any:
+    """Operators that do as `Summed.expand` to a weight, of `size` (out, in / groups), in floats."""
+    ir = require("onnx_ir", extra="onnx")
+    matrices = [layout.matrix(0), layout.matrix(1).T.copy()]
+    rows, columns = (
+        initializer(graph, f"sums_{layout.factor}_{layout.kernel[axis]}_{axis}", matrix)
+        for axis, matrix in enumerate(matrices)
+    )
+    shapes = [layout.split(*size), (-1, size[1], *layout.taps)]
+    split, final = (
+        initializer(graph, "shape_" + "_".join(map(str, shape)), np.asarray(shape, np.int64))
+        for shape in shapes
+    )
+    for op, inputs, attributes in (
+        ("MatMul", (rows, None), {}),
+        ("MatMul", (None, columns), {}),
+        ("Reshape", (None, split), {}),
+        ("Transpose", (None,), {"perm": list(layout.order)}),
+        ("Reshape", (None, final), {}),
+    ):
+        node = ir.node(op, [value if one is None else one for one in inputs], attributes)
+        graph.insert_before(before, node)
+        value = node.outputs[0]
+    return value
 
 
 def _multiply_out(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
