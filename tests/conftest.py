@@ -1,6 +1,8 @@
 """Settings that every test shares."""
 
+import contextlib
 import logging
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,13 @@ from lightning_compress.app import main
 from lightning_compress.commands import COMMANDS
 
 torch.set_num_threads(1)
+
+# TensorBoard brings absl, whose log handler closes the stream that stood at sys.stderr when it was
+# imported, once another stands there and Hydra sets up logging anew: in pytest, pytest's own.
+with contextlib.suppress(ImportError):
+    from absl.logging import get_absl_handler
+
+    get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)
