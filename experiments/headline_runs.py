@@ -48,6 +48,18 @@ SETS: dict[str, dict[str, Model]] = {
             "fid",
             ["generator.up2"],
         ),
+        "dcgan_wide": Model(
+            [
+                "model=dcgan",
+                "model.spectral_norm=true",
+                "model.discriminator_width=16",
+                "evaluate.metric=fid",
+            ],
+            FASHION,
+            (1, 2),
+            "fid",
+            ["generator.up2"],
+        ),
         "recurrent_vae": Model(
             ["model=recurrent_vae", "model.hidden=256"], WORDS, (1, 2), "neg_elbo", [], 10.0
         ),

@@ -17,7 +17,13 @@ from headline_arms import ARMS
 from headline_runs import SETS
 from show_pruning_quality import insert
 
-TITLES = {"vae": "VAE", "dcgan": "DCGAN", "recurrent_vae": "recurrent VAE", "wgan_gp": "WGAN-GP"}
+TITLES = {
+    "vae": "VAE",
+    "dcgan": "DCGAN of width 32",
+    "dcgan_wide": "DCGAN of width 64",
+    "recurrent_vae": "recurrent VAE",
+    "wgan_gp": "WGAN-GP",
+}
 WHERE = {"fashion": "Fashion-MNIST", "digits": "digits", "words": "English words"}
 LABELS = {
     "neg_elbo": "−ELBO, nats",
@@ -30,6 +36,7 @@ LABELS = {
 }
 MORE = ("perplexity", "active_units", "fid", "precision", "recall")
 OURS, PEERS = "zeros and grids", list(ARMS)[-4:]
+TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
 MARKS = ("<!-- headline -->", "<!-- /headline -->")
 Row = dict[str, Any]
 
@@ -130,15 +137,17 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         ours = sorted(
             (a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table.ratio
         )
-        single = [a for a in table.arms if a not in (*ours, *PEERS, "dense")]
-        groups = {"zeros and grids": ours, "other ways of ours": single}
+        joined = sorted((a for a in table.arms if a.endswith(TOGETHER)), key=table.ratio)
+        single = [a for a in table.arms if a not in (*ours, *joined, *PEERS, "dense")]
+        groups = {"channels, zeros and grids, taught": joined, "zeros and grids": ours}
+        groups |= {"other ways of ours": single}
         groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
-        for (label, arms), style in zip(groups.items(), ("o-", "s", "x"), strict=True):
+        for (label, arms), style in zip(groups.items(), ("D-", "o-", "s", "x"), strict=True):
             x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
             axis.plot(x, y, style, label=label)
         axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
         axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
-        worst = max([table.quality(arm) for arm in ours] + [high])
+        worst = max([table.quality(arm) for arm in (*ours, *joined)] + [high])
         axis.set_ylim(top=worst + 0.3 * (worst - low))
         axis.grid(alpha=0.3)
     axes[0][0].legend(frameon=False, fontsize=9)

@@ -23,6 +23,7 @@ from lightning_compress.pruning.parts import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.arguments import check_entropy, check_sides
+from lightning_compress.quantization.enlarging import EnlargedReaders
 from lightning_compress.quantization.makers import GridMaker, make_maker
 from lightning_compress.quantization.quantizers import channel_axis, check_bits
 from lightning_compress.quantization.weights import WeightQuantizer
@@ -38,6 +39,8 @@ class QuantizationAwareTraining(WeightCallback):
     2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
     linear layer and convolution and at the output of the last ones; when training has ended the
     layers remember these grids (`fake_quantized` computes with them, an export writes them).
+    Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
+    weights fit int8, for an export that multiplies before the picture is enlarged.
     Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
 
     Args:
@@ -133,6 +136,7 @@ class QuantizationAwareTraining(WeightCallback):
         self._last_step = 0
         self._told: set[str] = set()
         self._norms: list[nn.Module] = []
+        self._enlarged: EnlargedReaders | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets and hook their optimizers; what an earlier fit found goes on."""
@@ -155,6 +159,7 @@ class QuantizationAwareTraining(WeightCallback):
         if self.activation_bits is not None:
             self._claim("activations")
             self._find_activations(pl_module)
+            self._look_for_enlarged()
         parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
         kind = nn.modules.batchnorm._BatchNorm
         self._norms = [one for part in parts for one in part.modules() if isinstance(one, kind)]
@@ -277,6 +282,12 @@ class QuantizationAwareTraining(WeightCallback):
         for row in self.activation_coverage:
             if not row.selected:
                 rank_zero_info(f"{self.state_key}: activations of {row.path}: {row.reason}")
+
+    def _look_for_enlarged(self) -> None:
+        """Layers whose weights an int8 file adds up; found as they first run."""
+        if self.weights is not None:
+            layers = {slot.path: slot.target.layer for slot in self.slots}
+            self._enlarged = EnlargedReaders(layers, self.weights.make_room)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint, and begin if the window does."""
@@ -436,6 +447,8 @@ class QuantizationAwareTraining(WeightCallback):
     def _stop(self) -> None:
         if self.activations is not None:
             self.activations.detach()
+        if self._enlarged is not None:
+            self._enlarged.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Latent weights, all that makes the grids, and the clock."""

@@ -22,9 +22,10 @@ from lightning_compress.conversion.integers import (
     stored_weight,
 )
 from lightning_compress.conversion.plain import plain_copy
-from lightning_compress.conversion.rewrites import enlarged_as_conv, summed_taps
+from lightning_compress.conversion.rewrites import enlarged_as_conv
 from lightning_compress.conversion.sites import Site, attribute, enlargement
 from lightning_compress.conversion.summed import Summed
+from lightning_compress.quantization.enlarging import saves_by_sums, step_for_sums
 from lightning_compress.quantization.quantizers import AffineGrid
 
 __all__ = ["let_sums_fit", "rewrite_enlarged"]
@@ -60,8 +61,7 @@ def let_sums_fit(
             continue
         fresh = plain_copy(module) if fresh is None else fresh
         weight = fresh.get_parameter(site.parameter).detach().float()
-        sums = summed_taps(weight, factor).abs().flatten(1).amax(1)
-        widest = sums / (INT8[1] - factor**2 / 2)  # rounding adds half a step for each
+        widest = step_for_sums(weight, factor, 0, slack=0.0)
         scale = torch.where(widest > 0, widest, torch.ones_like(widest))
         grid = AffineGrid(scale, torch.zeros_like(scale, dtype=torch.int32), 8, True, 0)
         found = stored_weight(plain.get_submodule(site.path), weight, grid)
@@ -118,5 +118,4 @@ def _gain(site: Site) -> int | None:
     )
     if down != along or not plain or weight.axis not in (None, 0):
         return None
-    taps = [-(-(size + down - 1) // down) for size in kernel]
-    return down if taps[0] * taps[1] < kernel[0] * kernel[1] else None
+    return down if saves_by_sums(kernel, down) else None

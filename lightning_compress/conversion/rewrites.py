@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["InBlocks", "conv_in_blocks", "enlarged_as_conv", "summed_taps", "transposed_as_conv"]
+from lightning_compress.quantization.enlarging import summed_taps
+
+__all__ = ["InBlocks", "conv_in_blocks", "enlarged_as_conv", "transposed_as_conv"]
 
 
 @dataclass(frozen=True)
@@ -122,24 +124,6 @@ def conv_in_blocks(weight: Tensor, *, padding: tuple[int, int]) -> InBlocks:
     """
     places = [functional.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
     return InBlocks(torch.cat(places), padding, 2, (0, 0, 0, 0), offsets_first=True, stride=2)
-
-
-def summed_taps(weight: Tensor, factor: int) -> Tensor:
-    """What a convolution's kernel becomes on a picture whose pixels stand for `factor` each.
-
-    Args:
-        weight: (out, in / groups, kh, kw), of any dtype.
-        factor: by which nearest-neighbour upsampling enlarges rows and columns.
-
-    Returns:
-        (out, in / groups, kh + factor - 1, kw + factor - 1): sums of up to `factor^2` weights.
-    """
-    kh, kw = (size + factor - 1 for size in weight.shape[2:])
-    full = weight.new_zeros(*weight.shape[:2], kh, kw)
-    for row in range(factor):
-        for column in range(factor):
-            full[:, :, row : row + weight.shape[2], column : column + weight.shape[3]] += weight
-    return full
 
 
 def enlarged_as_conv(

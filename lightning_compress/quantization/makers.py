@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_compress.quantization.codebook_grids import CodebookGrids
+from lightning_compress.quantization.enlarging import LARGEST, step_for_sums
 from lightning_compress.quantization.entropy_grids import EntropyGrids
 from lightning_compress.quantization.learned_step import LearnedStepGrids
 from lightning_compress.quantization.observers import MOMENTUM, find_range, minmax_range
@@ -94,12 +96,19 @@ class RangeGrids:
         self.spread = spread
         self.range: tuple[Tensor, Tensor] | None = None
         self.frozen = False
+        self.enlarged = 1  # factor of what the layer reads: sums of its weights are to fit int8
 
     def _found(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.observer in _FOLLOWING:
-            return minmax_range(values, self.axis, spread=self.spread)
-        rules = {"bits": self.bits, "symmetric": self.symmetric}
-        return find_range(self.observer, self.spread.whole(values), self.axis, **rules)
+            low, high = minmax_range(values, self.axis, spread=self.spread)
+        else:
+            rules = {"bits": self.bits, "symmetric": self.symmetric}
+            low, high = find_range(self.observer, self.spread.whole(values), self.axis, **rules)
+        levels = 2 ** (self.bits - 1) - 1
+        if self.symmetric and self.enlarged**2 * levels > LARGEST:
+            step = step_for_sums(self.spread.whole(values), self.enlarged, self.axis)
+            high = torch.maximum(high, levels * step)
+        return low, high
 
     def start(self, values: Tensor) -> None:
         """Find the range, unless an earlier fit did."""
@@ -142,11 +151,12 @@ class RangeGrids:
 
     def state_dict(self) -> dict[str, Any]:
         """The range."""
-        return {"range": self.range, "frozen": self.frozen}
+        return {"range": self.range, "frozen": self.frozen, "enlarged": self.enlarged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self.range, self.frozen = state["range"], state["frozen"]
+        self.enlarged = state.get("enlarged", 1)  # files of before know of none
 
 
 def make_maker(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_compress.projection import Slot
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.activations import activation_layers
 from lightning_compress.quantization.bias_correction import channel_means, correct_biases
-from lightning_compress.quantization.calibration import calibrate, calibration_batches
+from lightning_compress.quantization.calibration import (
+    calibrate,
+    calibration_batches,
+    run_batch,
+)
+from lightning_compress.quantization.enlarging import EnlargedReaders
 from lightning_compress.quantization.equalization import equalize_layers
-from lightning_compress.quantization.makers import make_maker
+from lightning_compress.quantization.makers import RangeGrids, make_maker
 from lightning_compress.quantization.observers import OBSERVERS
 from lightning_compress.quantization.quantizers import channel_axis, check_bits
 from lightning_compress.sharding import to_shards
@@ -93,6 +100,31 @@ def quantize_weights(
     _check_names(scheme, observer)
     if not step > 0:
         raise ValueError(f"step={step!r} must be above 0, in units of the weights' rms")
+    return _put_on_grids(
+        module,
+        bits,
+        scheme=scheme,
+        per_channel=per_channel,
+        observer=observer,
+        step=step,
+        include=include,
+        exclude=exclude,
+    )
+
+
+def _put_on_grids(
+    module: nn.Module,
+    bits: int,
+    *,
+    scheme: str,
+    per_channel: bool,
+    observer: str,
+    include: Sequence[Pattern] | Pattern | None,
+    exclude: Sequence[Pattern] | Pattern,
+    step: float = 0.5,
+    enlarged: Mapping[str, int] | None = None,
+) -> Selection:
+    """`enlarged`: weight -> factor of the picture that it reads, for sums that fit int8."""
     to_shards(module)
     selection = select(module, include, exclude)
     for target in selection.targets:
@@ -107,6 +139,8 @@ def quantize_weights(
             entropy={"relative_step": step},
             spread=slot.spread,
         )
+        if isinstance(maker, RangeGrids) and enlarged:
+            maker.enlarged = enlarged.get(target.path, 1)
         if int(slot.spread.sum((~torch.isfinite(slot.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
         maker.start(slot.data)
@@ -174,7 +208,8 @@ def quantize_static(
 ) -> PostTrainingReport:
     """Round weights in place, and find the ranges of activations on calibration data.
 
-    The layers remember the grids of their activations: `fake_quantized` computes with them.
+    The layers remember the grids of their activations: `fake_quantized` computes with them. Behind
+    nearest-neighbour upsampling, steps leave room for sums of weights: see `export_onnx`.
 
     Args:
         module: the trained model, called on each batch; a GAN's generator, a VAE's decoder.
@@ -207,7 +242,7 @@ def quantize_static(
     with _evaluating(module):
         equalized = equalize_layers(module, layers) if equalize else []
         means = channel_means(module, layers, batches) if bias_correction else {}
-        quantize_weights(
+        _put_on_grids(
             module,
             weight_bits,
             scheme=scheme,
@@ -215,6 +250,7 @@ def quantize_static(
             observer=observer,
             include=include,
             exclude=exclude,
+            enlarged=_enlarged(module, selection, batches[0]),
         )
         corrected = correct_biases(module, layers, batches, means)
         parts = deployed_part(module)
@@ -222,6 +258,22 @@ def quantize_static(
         calibrate(module, side, batches)
         side.leave_grids()
     return PostTrainingReport(selection.coverage, activations, equalized, corrected)
+
+
+@torch.enable_grad()
+def _enlarged(module: nn.Module, selection: Selection, batch: object) -> dict[str, int]:
+    """Weights that read an enlarged picture -> how often it repeats a pixel."""
+    found: dict[str, int] = {}
+    layers = {target.path: target.layer for target in selection.targets}
+    finder = EnlargedReaders(layers, found.__setitem__)
+    run_batch(module, tree_map(_differentiable, batch))
+    finder.stop()
+    return found
+
+
+def _differentiable(value: Any) -> Any:
+    floats = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if floats else value
 
 
 def _check_names(scheme: str, observer: str = "minmax") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_compress.projection import Slot
 from lightning_compress.quantization.entropy_grids import EntropyGrids, steer
-from lightning_compress.quantization.makers import GridMaker
+from lightning_compress.quantization.makers import GridMaker, RangeGrids
 from lightning_compress.quantization.rate import entropy_bits
 
 __all__ = ["WeightQuantizer"]
@@ -64,6 +64,12 @@ class WeightQuantizer:
                 slot.set_quantizer(maker.grid)
                 slot.gradient_rule = partial(_rule, slot, maker)
             self.pairs[index] = (slot, maker)
+
+    def make_room(self, path: str, factor: int) -> None:
+        """From its next range on, sums of a weight that reads an enlarged picture fit int8."""
+        for slot, maker in self.pairs:
+            if slot.path == path and isinstance(maker, RangeGrids):
+                maker.enlarged = factor
 
     def set_step(self, relative_step: float) -> None:
         """Another step for all entropy grids, frozen ones too."""

@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_compress import compression_state, fake_quantized, onnx_session, quantize_static
+from lightning_compress import (
+    compression_state,
+    fake_quantized,
+    onnx_session,
+    quantize_static,
+    quantize_weights,
+)
 from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.conversion.rewrites import enlarged_as_conv, summed_taps
+from lightning_compress.conversion.rewrites import enlarged_as_conv
 from lightning_compress.conversion.summed import Summed
+from lightning_compress.quantization.enlarging import summed_taps
 
 KERNELS = st.tuples(st.integers(1, 5), st.integers(1, 5))
 
@@ -138,7 +145,8 @@ def test_without_trained_grids_all_of_them_multiply_before(shape, runtime, tmp_p
 def test_trained_grids_stay_as_they_are(bits, before, tmp_path):
     torch.manual_seed(0)
     module, batches = settled(drawer()), [torch.randn(32, 6) for _ in range(2)]
-    quantize_static(module, batches, weight_bits=bits)
+    quantize_static(module, batches, weight_bits=4)
+    quantize_weights(module, bits)  # without a look at what layers read
     weights = {name: one.clone() for name, one in module.named_parameters()}
     info = export_onnx(module, tmp_path / "m.onnx", batches[0], int8=True)
     assert taps(info.path)[0] == ((2, 2) if before else (3, 3))
