@@ -37,6 +37,7 @@ LABELS = {
 MORE = ("perplexity", "active_units", "fid", "precision", "recall")
 OURS, PEERS = "zeros and grids", list(ARMS)[-4:]
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
+TICKS = (3, 10, 30, 100, 300)
 MARKS = ("<!-- headline -->", "<!-- /headline -->")
 Row = dict[str, Any]
 
@@ -64,6 +65,11 @@ class Table:
     def quality(self, arm: str) -> float:
         """Mean over seeds."""
         return mean(row[self.metric] for row in self.arms[arm])
+
+    def noise(self, arm: str) -> float:
+        """Standard deviation over seeds; 0 of one."""
+        values = [row[self.metric] for row in self.arms[arm]]
+        return stdev(values) if len(values) > 1 else 0.0
 
     def within(self, arm: str) -> bool:
         """No loss: by the dense rows' spread or 2 %, whichever is smaller."""
@@ -144,9 +150,13 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
         for (label, arms), style in zip(groups.items(), ("D-", "o-", "s", "x"), strict=True):
             x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
-            axis.plot(x, y, style, label=label)
+            spread = [table.noise(arm) for arm in arms]
+            axis.errorbar(x, y, spread, fmt=style, elinewidth=1, label=label)
         axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
         axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
+        axis.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
+        axis.minorticks_off()
+        axis.set_xlim(TICKS[0], TICKS[-1])
         worst = max([table.quality(arm) for arm in (*ours, *joined)] + [high])
         axis.set_ylim(top=worst + 0.3 * (worst - low))
         axis.grid(alpha=0.3)
