@@ -148,10 +148,13 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         groups = {"channels, zeros and grids, taught": joined, "zeros and grids": ours}
         groups |= {"other ways of ours": single}
         groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
-        for (label, arms), style in zip(groups.items(), ("D-", "o-", "s", "x"), strict=True):
+        for (label, arms), (style, colour) in zip(
+            groups.items(), (("D-", "C0"), ("o-", "C1"), ("s", "C2"), ("x", "C3")), strict=True
+        ):
             x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
-            spread = [table.noise(arm) for arm in arms]
-            axis.errorbar(x, y, spread, fmt=style, elinewidth=1, label=label)
+            if arms:
+                spread = [table.noise(arm) for arm in arms]
+                axis.errorbar(x, y, spread, fmt=style, color=colour, elinewidth=1, label=label)
         axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
         axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
         axis.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
@@ -160,8 +163,14 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         worst = max([table.quality(arm) for arm in (*ours, *joined)] + [high])
         axis.set_ylim(top=worst + 0.3 * (worst - low))
         axis.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    pairs = [axis.get_legend_handles_labels() for axis in axes[0]]
+    shown = {
+        label: handle
+        for handles, labels in pairs
+        for handle, label in zip(handles, labels, strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), frameon=False, ncol=len(shown), loc="lower center")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
 
 
