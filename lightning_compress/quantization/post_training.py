@@ -229,7 +229,8 @@ def quantize_static(
             by.
         TargetError: for patterns that match nothing.
 
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> report = quantize_static(net, [torch.rand(8, 2)])
     >>> [row.path for row in report.activations if row.selected]
     ['0', '2']

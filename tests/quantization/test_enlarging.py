@@ -30,7 +30,8 @@ from lightning_compress.state import compression_state
 )
 def test_sums_of_whole_numbers_fit(bits, factor, axis, observer, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(4, 3, 3, 3, generator=generator) + torch.randn(4, 1, 1, 1)
+    weight = torch.randn(4, 3, 3, 3, generator=generator)
+    weight += torch.randn(4, 1, 1, 1, generator=generator)
     plain, roomy = (
         RangeGrids(bits=bits, symmetric=True, axis=axis, observer=observer) for _ in range(2)
     )
