@@ -14,7 +14,7 @@ from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import Site, attribute
 from lightning_compress.errors import require
 
-__all__ = ["put_in_blocks", "rewrite_narrow", "rewrite_transposed"]
+__all__ = ["plain_padding", "put_in_blocks", "rewrite_narrow", "rewrite_transposed"]
 
 KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
 TO_THE_END = np.iinfo(np.int64).max
@@ -45,19 +45,22 @@ def rewrite_narrow(graph: Any, site: Site) -> None:
         return
     if not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
         return
-    pads, shape = list(attribute(node, "pads", [0, 0, 0, 0])), node.outputs[0].shape
-    plain = (
-        attribute(node, "group", 1) == 1
-        and set(attribute(node, "strides", [1, 1])) == {1}
-        and set(attribute(node, "dilations", [1, 1])) == {1}
-        and pads[:2] == pads[2:]
-    )
+    padding, shape = plain_padding(node), node.outputs[0].shape
     kernel, few = weight.symbols.shape[2:], 4 * weight.symbols.shape[0] <= KERNEL_CHANNELS
-    if not (plain and few and min(kernel) > 1) or shape is None:
+    if padding is None or shape is None or attribute(node, "group", 1) > 1:
+        return
+    if not (few and min(kernel) > 1):
         return
     if all(isinstance(shape[axis], int) and shape[axis] % 2 == 0 for axis in (2, 3)):
         symbols = torch.from_numpy(weight.symbols)
-        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=(pads[0], pads[1])), 1)
+        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=padding), 1)
+
+
+def plain_padding(node: Any) -> tuple[int, int] | None:
+    """The padding of a Conv of stride and dilation 1 that pads both ends alike, else None."""
+    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
+    ones = {*attribute(node, "strides", [1, 1]), *attribute(node, "dilations", [1, 1])} == {1}
+    return (pads[0], pads[1]) if ones and pads[:2] == pads[2:] else None
 
 
 def put_in_blocks(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:

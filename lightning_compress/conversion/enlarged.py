@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.conversion.blocks import put_in_blocks
+from lightning_compress.conversion.blocks import plain_padding, put_in_blocks
 from lightning_compress.conversion.integers import (
     INT8,
     IntegerWeight,
@@ -26,7 +26,7 @@ from lightning_compress.conversion.rewrites import enlarged_as_conv
 from lightning_compress.conversion.sites import Site, attribute, enlargement
 from lightning_compress.conversion.summed import Summed
 from lightning_compress.quantization.enlarging import saves_by_sums, step_for_sums
-from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.quantization.quantizers import grid_of_range
 
 __all__ = ["let_sums_fit", "rewrite_enlarged"]
 
@@ -61,9 +61,8 @@ def let_sums_fit(
             continue
         fresh = plain_copy(module) if fresh is None else fresh
         weight = fresh.get_parameter(site.parameter).detach().float()
-        widest = step_for_sums(weight, factor, 0, slack=0.0)
-        scale = torch.where(widest > 0, widest, torch.ones_like(widest))
-        grid = AffineGrid(scale, torch.zeros_like(scale, dtype=torch.int32), 8, True, 0)
+        width = INT8[1] * step_for_sums(weight, factor, 0, slack=0.0)
+        grid = grid_of_range(-width, width, bits=8, symmetric=True, axis=0)
         found = stored_weight(plain.get_submodule(site.path), weight, grid)
         source = "range of sums for enlarged pictures, symmetric, per channel, 8 bits"
         site.weight = stored[site.parameter] = replace(found, source=source)
@@ -72,13 +71,12 @@ def let_sums_fit(
 
 def rewrite_enlarged(graph: Any, site: Site) -> bool:
     """Let a Conv read a picture before its enlargement, where that saves and its sums fit."""
-    factor = _gain(site)
-    if factor is None or not isinstance(site.weight, IntegerWeight):
+    factor, padding = _gain(site), plain_padding(site.node)
+    if factor is None or padding is None or not isinstance(site.weight, IntegerWeight):
         return False
     node, groups = site.node, attribute(site.node, "group", 1)
-    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
     symbols = torch.from_numpy(site.weight.symbols)
-    as_conv = enlarged_as_conv(symbols, factor=factor, padding=(pads[0], pads[1]), groups=groups)
+    as_conv = enlarged_as_conv(symbols, factor=factor, padding=padding, groups=groups)
     sums = as_conv.weight
     if int(sums.min()) < INT8[0] or int(sums.max()) > INT8[1]:
         return False
@@ -108,14 +106,9 @@ def _gain(site: Site) -> int | None:
     if node.op_type != "Conv" or not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
         return None
     down, along = enlargement(node.inputs[0].producer()) or (1, 1)
-    kernel = weight.symbols.shape[2:]
-    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
-    plain = (
-        set(attribute(node, "strides", [1, 1])) == {1}
-        and set(attribute(node, "dilations", [1, 1])) == {1}
-        and pads[:2] == pads[2:]
-        and all(pad < size for pad, size in zip(pads[:2], kernel, strict=True))
-    )
-    if down != along or not plain or weight.axis not in (None, 0):
+    kernel, padding = weight.symbols.shape[2:], plain_padding(node)
+    if down != along or padding is None or weight.axis not in (None, 0):
+        return None
+    if any(pad >= size for pad, size in zip(padding, kernel, strict=True)):
         return None
     return down if saves_by_sums(kernel, down) else None

@@ -238,7 +238,7 @@ def _pack(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
 def _add_up(graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_128: bool) -> bool:
     """Store the fewer numbers that a kernel is made of, and have them added up at session start."""
     small = None
-    if weight.summed is not None and weight.summed.saves():
+    if weight.summed is not None:
         small = weight.summed.weights(weight.symbols // weight.stretch)
     if small is None or weight.summed is None or len(node.inputs) > 2:
         return False

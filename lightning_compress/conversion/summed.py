@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +70,3 @@ class Summed:
     def order(self) -> tuple[int, ...]:
         """Offsets come first among the channels, but behind the groups where there are several."""
         return (3, 5, 0, 1, 2, 4, 6) if self.groups == 1 else (0, 1, 3, 5, 2, 4, 6)
-
-    def saves(self) -> bool:
-        """Whether the weight has fewer numbers than the kernel."""
-        return math.prod(self.kernel) < self.factor**2 * math.prod(self.taps)

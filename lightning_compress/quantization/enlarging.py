@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.quantization.hooks import hook_input
 
 __all__ = ["LARGEST", "EnlargedReaders", "saves_by_sums", "step_for_sums", "summed_taps"]
 
@@ -47,6 +48,7 @@ def step_for_sums(weight: Tensor, factor: int, axis: int | None, *, slack: float
         axis: 0 for a step an output channel; None: one for all.
         slack: room for larger sums, as a fraction.
 
+    >>> import torch
     >>> step_for_sums(torch.ones(1, 1, 3, 3), 2, None, slack=0.0) == 4 / 125
     tensor([True])
     """
@@ -72,6 +74,7 @@ class EnlargedReaders:
         layers: by path.
         tell: is called with a path and the factor, for each that is found.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Upsample(scale_factor=2), nn.Conv2d(1, 1, 3))
     >>> finder = EnlargedReaders({"0": net[0], "2": net[2]}, lambda *found: print(found))
     >>> _ = net(torch.zeros(1, 1, 4, 4))
@@ -83,47 +86,29 @@ class EnlargedReaders:
         self._handles: dict[str, RemovableHandle] = {}
         for path, layer in layers.items():
             if _may_save(layer):
-                look = _Look(partial(self._look, path, layer, tell))
-                self._handles[path] = layer.register_forward_pre_hook(look, prepend=True)
+                look = partial(self._look, path, layer, tell)
+                self._handles[path] = hook_input(layer, look, first=True)
 
     def _look(
         self, path: str, layer: nn.Module, tell: Callable[[str, int], None], x: Tensor
-    ) -> None:
-        if x.grad_fn is None or path not in self._handles:
-            return
-        self._handles.pop(path).remove()
-        factor = _factor(x.grad_fn)
-        if factor is not None and saves_by_sums(tuple(layer.weight.shape[2:]), factor):  # pyright: ignore
-            tell(path, factor)
+    ) -> Tensor:
+        if x.grad_fn is not None and path in self._handles:
+            self._handles.pop(path).remove()
+            factor = _factor(x.grad_fn)
+            if factor is not None and saves_by_sums(tuple(layer.weight.shape[2:]), factor):  # pyright: ignore
+                tell(path, factor)
+        return x
+
+    @property
+    def looking(self) -> bool:
+        """Whether any layer is still to be looked at."""
+        return bool(self._handles)
 
     def stop(self) -> None:
         """Remove the hooks that are left."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-
-
-class _Look:
-    """A hook that copies of a module do not inherit."""
-
-    def __init__(self, look: Callable[[Tensor], None]) -> None:
-        self.look: Any = torch.compiler.disable(look)
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and self.look is not None:
-            self.look(args[0])
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Look:
-        copy = _Look(lambda _: None)
-        copy.look = None
-        return copy
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
-def _inert() -> _Look:
-    return _Look(lambda _: None)
 
 
 def _may_save(layer: nn.Module) -> bool:

@@ -47,8 +47,8 @@ class _OutputHook(_Hook):
         return self.change(output)
 
 
-def hook_input(layer: nn.Module, change: Change) -> RemovableHandle:
-    """Change the first input of a layer at each forward pass.
+def hook_input(layer: nn.Module, change: Change, *, first: bool = False) -> RemovableHandle:
+    """Change the first input of a layer at each forward pass, `first` before all other hooks.
 
     >>> layer = nn.Identity()
     >>> handle = hook_input(layer, lambda x: x + 1)
@@ -56,7 +56,7 @@ def hook_input(layer: nn.Module, change: Change) -> RemovableHandle:
     tensor([1.])
     >>> handle.remove()
     """
-    return layer.register_forward_pre_hook(_InputHook(change), with_kwargs=True)
+    return layer.register_forward_pre_hook(_InputHook(change), with_kwargs=True, prepend=first)
 
 
 def hook_output(layer: nn.Module, change: Change) -> RemovableHandle:

@@ -156,7 +156,8 @@ class RangeGrids:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self.range, self.frozen = state["range"], state["frozen"]
-        self.enlarged = state.get("enlarged", 1)  # files of before know of none
+        # What the layer reads does not change: a state of before it was seen takes nothing away.
+        self.enlarged = max(self.enlarged, state.get("enlarged", 1))
 
 
 def make_maker(

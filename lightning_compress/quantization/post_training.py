@@ -267,8 +267,11 @@ def _enlarged(module: nn.Module, selection: Selection, batch: object) -> dict[st
     found: dict[str, int] = {}
     layers = {target.path: target.layer for target in selection.targets}
     finder = EnlargedReaders(layers, found.__setitem__)
-    run_batch(module, tree_map(_differentiable, batch))
-    finder.stop()
+    try:
+        if finder.looking:
+            run_batch(module, tree_map(_differentiable, batch))
+    finally:
+        finder.stop()
     return found
 
 

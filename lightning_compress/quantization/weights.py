@@ -56,9 +56,11 @@ class WeightQuantizer:
 
     def replace(self, path: str, maker: GridMaker, *, started: bool) -> None:
         """Give a weight another maker, which looks at it at once if the others have begun."""
-        for index, (slot, _) in enumerate(self.pairs):
+        for index, (slot, old) in enumerate(self.pairs):
             if slot.path != path:
                 continue
+            if isinstance(old, RangeGrids) and isinstance(maker, RangeGrids):
+                maker.enlarged = old.enlarged
             if started:
                 maker.start(masked(slot))
                 slot.set_quantizer(maker.grid)

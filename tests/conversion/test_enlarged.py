@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exported import run, taps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +13,6 @@ from torch.nn import functional
 from lightning_compress import (
     compression_state,
     fake_quantized,
-    onnx_session,
     quantize_static,
     quantize_weights,
 )
@@ -101,21 +101,6 @@ def kinds(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-def taps(path):
-    return [
-        tuple(one.ints)
-        for node in onnx.load(path).graph.node
-        if node.op_type == "Conv"
-        for one in node.attribute
-        if one.name == "kernel_shape"
-    ]
-
-
-def run(path, x):
-    session = onnx_session(path, threads=1)
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-
-
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     "shape", [{}, {"groups": 2}, {"factor": 3}, {"kernel": 5}, {"norm": False}], ids=str
@@ -135,10 +120,10 @@ def test_without_trained_grids_all_of_them_multiply_before(shape, runtime, tmp_p
     assert info.parity["onnxruntime"].more < 0.003
     dense = export_onnx(module, tmp_path / "dense.onnx", batches[0])
     z = torch.randn(64, 6)
-    away = np.abs(run(info.path, z) - run(dense.path, z))
+    away = np.abs(run(info.path, (z,))[0] - run(dense.path, (z,))[0])
     assert away.mean() < 0.02
-    one = run(info.path, z[:1])
-    np.testing.assert_allclose(one, run(info.path, z)[:1], atol=1e-6)
+    one = run(info.path, (z[:1],))[0]
+    np.testing.assert_allclose(one, run(info.path, (z,))[0][:1], atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "before"), [(8, False), (6, True), (4, True)])
@@ -158,7 +143,7 @@ def test_trained_grids_stay_as_they_are(bits, before, tmp_path):
     z = torch.randn(64, 6)
     with torch.no_grad(), fake_quantized(module):
         expected = module(z).numpy()
-    away = np.abs(run(info.path, z) - expected) / float(grid.scale)
+    away = np.abs(run(info.path, (z,))[0] - expected) / float(grid.scale)
     assert (away > 1.01).mean() < 0.003
     assert (away < 0.02).mean() > 0.9
 
@@ -208,7 +193,7 @@ def test_other_readers_and_shared_weights_lose_nothing(shared, tmp_path):
         assert "min/max" in info.weights["first.weight"]
     dense = export_onnx(module, tmp_path / "dense.onnx", batches[0])
     x = batches[0]
-    assert np.abs(run(info.path, x) - run(dense.path, x)).max() < 0.05
+    assert np.abs(run(info.path, (x,))[0] - run(dense.path, (x,))[0]).max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -229,4 +214,4 @@ def test_where_it_would_not_save_or_not_be_exact_it_stays(layers, tmp_path):
     info = export_onnx(module, tmp_path / "m.onnx", batches[0], int8=True, calibration=batches)
     assert {source.split(",")[0] for source in info.weights.values()} == {"min/max range"}
     dense = export_onnx(module, tmp_path / "dense.onnx", batches[0])
-    assert np.abs(run(info.path, batches[0]) - run(dense.path, batches[0])).max() < 0.05
+    assert np.abs(run(info.path, (batches[0],))[0] - run(dense.path, (batches[0],))[0]).max() < 0.05

@@ -7,12 +7,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exported import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from lightning_compress import CompressionState, compression_state, onnx_session, quantize_weights
+from lightning_compress import CompressionState, compression_state, quantize_weights
 from lightning_compress.conversion import finishing
 from lightning_compress.conversion.integers import IntegerWeight
 from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
@@ -123,12 +124,6 @@ def train_grids(module, inputs, bits=8):
                 affine_grid(y, bits=8, symmetric=False) if ends else None,
             ),
         )
-
-
-def run(path, inputs):
-    session = onnx_session(path, threads=1)
-    names = [entry.name for entry in session.get_inputs()]
-    return session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
 
 
 @pytest.mark.parametrize(

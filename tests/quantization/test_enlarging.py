@@ -2,9 +2,9 @@
 
 import copy
 
-import onnx
 import pytest
 import torch
+from exported import taps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
@@ -99,16 +99,6 @@ class Drawer(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def taps(info):
-    return [
-        tuple(one.ints)
-        for node in onnx.load(info.path).graph.node
-        if node.op_type == "Conv"
-        for one in node.attribute
-        if one.name == "kernel_shape"
-    ]
-
-
 def trained(tmp_path, *more, seed=0, **arguments):
     torch.manual_seed(seed)
     model = Drawer()
@@ -128,10 +118,28 @@ def test_training_leaves_a_grid_that_the_file_can_add_up(begin, observer, tmp_pa
         "last.weight": 1,
     }
     info = export_onnx(model, tmp_path / "m.onnx", torch.randn(4, 6), int8=True)
-    assert taps(info)[0] == (2, 2)
+    assert taps(info.path)[0] == (2, 2)
     assert "trained grid" in info.weights["first.weight"]
     assert info.parity["onnxruntime"].more < 0.01
     assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_other_bits_and_an_older_state_take_no_room_away(tmp_path):
+    model, callback = trained(tmp_path)
+    maker = callback.weights.makers["first.weight"]
+    maker.load_state_dict({"range": maker.range, "frozen": True})
+    assert maker.enlarged == 2
+    callback.steer(bits={"first.weight": 7})
+    assert callback.weights.makers["first.weight"].enlarged == 2
+    symbols = compression_state(model.first).grids["weight"].quantize(model.first.weight)
+    assert int(summed_taps(symbols, 2).abs().max()) <= 127
+
+
+def test_hooks_go_when_the_module_fails():
+    module = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 8, 3))
+    with pytest.raises(RuntimeError):
+        quantize_static(module, [torch.rand(1, 3, 4, 4)])
+    assert not module[1]._forward_pre_hooks
 
 
 def test_without_activations_on_grids_weights_keep_their_range(tmp_path):
@@ -172,7 +180,7 @@ def test_static_quantization_sees_it_too(first, tmp_path):
     ).eval()
     quantize_static(module, rows)
     info = export_onnx(module, tmp_path / "m.onnx", rows[0], int8=True)
-    assert taps(info) == [(2, 2)]
+    assert taps(info.path) == [(2, 2)]
     assert module[3].weight.requires_grad
     assert module[3].weight.grad is None
 
