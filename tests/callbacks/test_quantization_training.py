@@ -292,6 +292,7 @@ def test_batchnorm_stands_still_from_freeze_on(tmp_path):
 
 
 def test_ranges_and_steps_stand_still_from_freeze_on(tmp_path):
+    torch.manual_seed(1)  # a model that reaches its clip in every batch: else that does not learn
     model, seen = TinyAutoencoder(), []
     callback = quantizing("learned_step", freeze=8, pact=True)
 
