@@ -5,6 +5,7 @@ ships a file. Seeds 1, 2 ... make the headline rows alone: their spread is the n
 are kept, so that a stopped command goes on. `show_headline.py` makes the tables and the picture.
 
 python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
+    [--speeds]
 """
 
 from __future__ import annotations
@@ -17,18 +18,35 @@ from pathlib import Path
 import torch
 from bench_rows import Rows
 from headline_arms import ARMS, HEADLINE
-from headline_files import Row, measured
+from headline_files import Row, measured, speeds_of
 from headline_runs import SETS, Runs
 
 ROUNDS = 100
 
 
+def home_of(runs: Runs, arm: str) -> Path:
+    """The folder of a row's files."""
+    return runs.folder / "".join(one if one.isalnum() else "-" for one in arm)
+
+
 def row(runs: Runs, arm: str) -> Row:
     """Trains, ships and measures."""
-    home = runs.folder / "".join(one if one.isalnum() else "-" for one in arm)
+    home = home_of(runs, arm)
     home.mkdir(exist_ok=True)
     shipped = ARMS[arm](runs, home)
     return measured(runs, shipped, runs.folder / "dense", ROUNDS)
+
+
+def measure_again(runs: Runs, rows: Rows) -> None:
+    """Speeds of finished rows of a seed, on a host that is quieter now, say."""
+    dense = home_of(runs, "dense")
+    for one in rows.known.values():
+        home = home_of(runs, one["arm"])
+        if one["seed"] != runs.seed:
+            continue
+        if any(home.glob("*.onnx")):
+            rows.amend(one, speed=speeds_of(runs, home, dense, ROUNDS))
+        print(one["arm"], one["speed"] if any(home.glob("*.onnx")) else "no files", flush=True)
 
 
 def main() -> None:
@@ -39,6 +57,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="of the set; all")
     parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)}")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/headline"))
+    parser.add_argument(
+        "--speeds",
+        action="store_true",
+        help="only measure rows' speeds anew, where files are there",
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -47,6 +70,9 @@ def main() -> None:
         for name in args.models or SETS[args.name]:
             runs = Runs(name, SETS[args.name][name], seed, folder / f"{name}-{seed}")
             rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
+            if args.speeds:
+                measure_again(runs, rows)
+                continue
             for arm in args.arms or (ARMS if seed == args.seeds[0] else HEADLINE):
                 if runs.kind == "recurrent_vae" and "MACs" in arm and "Torch" in arm:
                     continue  # it cuts no recurrent layers

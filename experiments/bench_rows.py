@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.files import write_atomically
+
 
 class Rows:
-    """The rows of one file.
+    """The rows of one file, which is whole at any moment; one process at a time writes it.
 
     Args:
         path: of the file, which is made.
@@ -21,8 +23,8 @@ class Rows:
         self.path, self.keys = path, keys
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_rows(path) if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         self.known = {self._key(row): row for row in found}
+        self._write()  # without a row that a kill cut short: the next would go on in its line
 
     def make(self, measure: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
         """The row of a key: what is known, or what `measure` gives, written at once."""
@@ -35,6 +37,15 @@ class Rows:
         self.known[self._key(key)] = row
         print(row, flush=True)
         return row
+
+    def amend(self, row: dict[str, Any], **values: Any) -> None:
+        """Put other values into a known row."""
+        row.update(values)
+        self._write()
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.known.values())
+        write_atomically(self.path, lines.encode(), what="rows")
 
     def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.keys)

@@ -19,7 +19,7 @@ from lightning_compress.evaluation.latency import latency_grid, onnx_runner, ope
 from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
 
-__all__ = ["OnnxPart", "Shipped", "lcz", "measured"]
+__all__ = ["OnnxPart", "Shipped", "lcz", "measured", "speeds_of"]
 
 Row = dict[str, Any]
 
@@ -93,17 +93,29 @@ def measured(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
 
 
 def speeds(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
-    """Times faster than the dense fp32 file under ONNX Runtime, one thread, calls in turn."""
+    """Times faster than the dense fp32 file, see `speeds_of`; writes the file of the part first."""
     name, (_, inputs) = next(iter(runs.fresh().parts().items()))
-    part = getattr(shipped.model, name)
-    if shipped.onnx:
-        file = part.path
-    else:
-        file = shipped.home / f"{name}.onnx"
-        export_onnx(part, file, inputs)
-    files = {"fp32": dense / f"{name}.onnx", "this": file}
-    if int8_path(shipped.home, name).exists():
-        files["int8"] = int8_path(shipped.home, name)
+    if not shipped.onnx:
+        part = getattr(shipped.model, name)
+        export_onnx(part, shipped.home / f"{name}.onnx", inputs)
+    return speeds_of(runs, shipped.home, dense, rounds)
+
+
+def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
+    """Times faster than the dense fp32 file under ONNX Runtime, one thread, calls in turn.
+
+    Args:
+        runs: of the model.
+        home: folder of a row's files; where there is no fp32 file its int8 file is what it ships.
+        dense: folder of the dense row's.
+        rounds: calls of each.
+    """
+    name, (_, inputs) = next(iter(runs.fresh().parts().items()))
+    file, whole = home / f"{name}.onnx", int8_path(home, name)
+    files = {"fp32": dense / f"{name}.onnx", "this": file if file.exists() else whole}
+    if file.exists() and whole.exists():
+        files["int8"] = whole
+    file = files["this"]
     runners: dict[str, Callable[..., Any]] = {
         key: partial(onnx_runner, path) for key, path in files.items()
     }

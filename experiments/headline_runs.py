@@ -35,7 +35,7 @@ class Model:
     rate: float = 0.0
 
 
-FASHION, WORDS = ["data=fashion_mnist"], ["data=text_lines", "data.file=/usr/share/dict/words"]
+FASHION = ["data=fashion_mnist"]
 NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
 SETS: dict[str, dict[str, Model]] = {
@@ -61,7 +61,11 @@ SETS: dict[str, dict[str, Model]] = {
             ["generator.up2"],
         ),
         "recurrent_vae": Model(
-            ["model=recurrent_vae", "model.hidden=256"], WORDS, (1, 2), "neg_elbo", [], 10.0
+            ["model=recurrent_vae", "model.hidden=256"],
+            ["data=fashion_rows"],
+            (1, 3),
+            "neg_elbo",
+            rate=10.0,
         ),
         "wgan_gp": Model(
             ["model=wgan_gp", *NARROW, "model.lr=2e-4"], FASHION, (1, 2), "fid", ["generator.up2"]

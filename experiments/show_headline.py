@@ -24,7 +24,7 @@ TITLES = {
     "recurrent_vae": "recurrent VAE",
     "wgan_gp": "WGAN-GP",
 }
-WHERE = {"fashion": "Fashion-MNIST", "digits": "digits", "words": "English words"}
+WHERE = {"fashion": "Fashion-MNIST", "digits": "digits"}
 LABELS = {
     "neg_elbo": "−ELBO, nats",
     "fid": "Fréchet distance",
@@ -53,8 +53,7 @@ class Table:
 
     def __init__(self, name: str, model: str, rows: Sequence[Row]) -> None:
         self.metric = SETS[name][model].metric
-        place = "words" if "text_lines" in SETS[name][model].data[0] else name
-        self.title = f"{TITLES[model]}, {WHERE[place]}"
+        self.title = f"{TITLES[model]}, {WHERE[name]}"
         known = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
         self.arms = {arm: [row for row in rows if row["arm"] == arm] for arm in known}
         values = [row[self.metric] for row in self.arms["dense"]]

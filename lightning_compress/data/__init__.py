@@ -7,7 +7,7 @@ Every module here has `kind`, `labelled`, `dims`, `fingerprint` and the three sp
 from lightning_compress.data.base import SplitDataModule
 from lightning_compress.data.cifar import CIFAR10
 from lightning_compress.data.digits import DigitRows, Digits
-from lightning_compress.data.idx_images import IdxImages
+from lightning_compress.data.idx_images import IdxImages, IdxRows
 from lightning_compress.data.image_folder import ImageFolder
 from lightning_compress.data.text_lines import TextLines
 
@@ -16,6 +16,7 @@ __all__ = [
     "DigitRows",
     "Digits",
     "IdxImages",
+    "IdxRows",
     "ImageFolder",
     "SplitDataModule",
     "TextLines",

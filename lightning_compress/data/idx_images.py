@@ -1,4 +1,4 @@
-"""Image sets in the four IDX files of MNIST: MNIST, Fashion-MNIST, or one's own."""
+"""Sets in the four IDX files of MNIST, as images or row by row: MNIST, Fashion-MNIST, one's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lightning_compress.data.base import LoaderOptions
 
-__all__ = ["IdxImages"]
+__all__ = ["IdxImages", "IdxRows"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,29 @@ class IdxImages(SplitDataModule):
             "data.download=true",
         ]
         return "\n".join([*lines, f"Ways to get it: {'; '.join(filter(None, ways))}"])
+
+
+class IdxRows(IdxImages):
+    """The images of `IdxImages` read row by row from the top: x (N, image_size, image_size).
+
+    The same rows lie in the same splits as those of `IdxImages` with the same arguments, which
+    it shares.
+
+    >>> IdxRows().dims
+    {'steps': 28, 'features': 28, 'num_classes': 10}
+    """
+
+    kind: ClassVar[Kind] = "sequence"
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """`steps`, `features`, `num_classes`; known before `setup`."""
+        sizes = {"steps": self.image_size, "features": self.image_size}
+        return {**sizes, "num_classes": self.num_classes}
+
+    def _read(self, folder: Path, image_file: str, label_file: str) -> tuple[Tensor, Tensor]:
+        images, labels = super()._read(folder, image_file, label_file)
+        return images.squeeze(1), labels
 
 
 def _existing(folder: Path, name: str) -> Path:

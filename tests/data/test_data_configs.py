@@ -67,6 +67,7 @@ def sources(tmp_path):
         "image_folder": {"folder": str(images), "image_size": 8},
         "text_lines": {"file": str(text)},
         "fashion_mnist": idx,
+        "fashion_rows": idx,
         "mnist": idx,
         "digits": {},
         "digit_rows": {},

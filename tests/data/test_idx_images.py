@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from lightning_compress.data import IdxImages
+from lightning_compress.data import IdxImages, IdxRows
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 SETS = {"fashion_mnist": datasets.FashionMNIST, "mnist": datasets.MNIST}
@@ -68,6 +68,18 @@ def test_batches_and_dims(tmp_path):
     assert (x.shape, x.dtype, y.dtype) == ((8, 1, 28, 28), torch.float32, torch.int64)
     assert 0 <= x.min() < x.max() <= 1
     assert data.dims == {"channels": 1, "image_size": 28, "num_classes": 10}
+
+
+def test_rows_are_the_images_read_from_the_top(tmp_path):
+    folder = write_set(tmp_path)
+    images, rows = (one(folder, val_size=10, seed=3, limit=9) for one in (IdxImages, IdxRows))
+    for data in (images, rows):
+        data.setup()
+    for whole, read in zip(images.splits, rows.splits, strict=True):
+        assert torch.equal(whole.tensors[0][:, 0], read.tensors[0])
+        assert torch.equal(whole.tensors[1], read.tensors[1])
+    assert rows.dims == {"steps": 28, "features": 28, "num_classes": 10}
+    assert (rows.kind, rows.labelled) == ("sequence", True)
 
 
 def test_frames(tmp_path):

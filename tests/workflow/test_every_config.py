@@ -124,6 +124,12 @@ def _cifar(folder, images):
 OWN_ARGUMENTS = {
     "cifar10": ["data.folder={0}/cifar", "data.val_size=20"],
     "fashion_mnist": ["data.folder={0}/idx", "data.val_size=20"],
+    "fashion_rows": [
+        "data.folder={0}/idx",
+        "data.val_size=20",
+        "model=recurrent_vae",
+        "model.hidden=16",
+    ],
     "mnist": ["data.folder={0}/idx", "data.val_size=20"],
     "image_folder": [
         "data.folder={0}/pictures",
