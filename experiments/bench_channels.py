@@ -59,13 +59,14 @@ WHOLE = "dcgan of width 64"
 METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
 _NUMBER = re.compile(r"\d\.\d+")
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
+WIDE = {"vae": "decoder.project", "dcgan": "generator.project"}  # the drawing part's first layer
 PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
 
 
 def pruning(left: float, **more: Any) -> ChannelPruning:
     """What is measured."""
-    return ChannelPruning(budget={"macs": left}, end=0.4, **more)
+    return ChannelPruning(budget={"macs": left}, **{"end": 0.4, **more})
 
 
 Row = dict[str, Any]
@@ -109,13 +110,27 @@ class Bench:
         self.fit(model, [])
         return self.measured(model, variant)
 
-    def pruned(self, variant: str, left: float, *, taught: bool = False, **more: Any) -> Row:
+    def pruned(
+        self,
+        variant: str,
+        left: float,
+        *,
+        taught: bool = False,
+        leaves: float | None = None,
+        **more: Any,
+    ) -> Row:
         model = self.start.model()
         callbacks: list[Any] = [pruning(left, **more)]
         if taught:
-            callbacks.append(teacher(self.loaded(self.start.model(), "dense")))
+            callbacks.append(teacher(self.loaded(self.start.model(), "dense"), leaves=leaves))
         self.fit(model, callbacks)
         return self.measured(model, variant)
+
+    def alike(self, variant: str, left: float, **more: Any) -> Row:
+        """Early, and the same fraction of all layers but the drawing part's wide first one."""
+        protect = [WIDE[self.start.name]]
+        how = {"scope": "layer", "criterion": "taylor", "protect": protect, "end": 0.1}
+        return self.pruned(variant, left, **how, **more)
 
     def loaded(self, model: Any, variant: str) -> Any:
         """A model with the weights that a variant ended with."""
@@ -180,6 +195,9 @@ def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
         f"pruned {left}, taught, taylor": lambda b, v: b.pruned(
             v, left, taught=True, criterion="taylor"
         ),
+        f"pruned {left}, alike": lambda b, v: b.alike(v, left),
+        f"pruned {left}, alike, taught to the end": lambda b, v: b.alike(v, left, taught=True),
+        f"pruned {left}, alike, taught": lambda b, v: b.alike(v, left, taught=True, leaves=0.5),
         f"from scratch {left}": lambda b, v: b.scratch(v, left),
         f"torch-pruning {left}": lambda b, v: b.torch_pruning(v, left),
         f"ln_structured {left}": lambda b, v: b.ln_structured(v, left),

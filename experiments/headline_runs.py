@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Model:
         epochs: of the dense start, and of each row after it.
         metric: that judges it; lower is better.
         spared: its smallest layers, which pruning leaves dense.
+        channels: how it loses channels, where all is done together; beside the budget.
         rate: weight of the entropy coder's bits in its loss, where grids are trained for them.
     """
 
@@ -33,14 +34,24 @@ class Model:
     metric: str
     spared: Sequence[str] = ()
     rate: float = 0.0
+    channels: Mapping[str, Any] = field(default_factory=dict)
 
 
 FASHION = ["data=fashion_mnist"]
 NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
+EARLY = {"scope": "layer", "criterion": "taylor", "end": 0.1}
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
 SETS: dict[str, dict[str, Model]] = {
     "fashion": {
-        "vae": Model(["model=vae"], FASHION, (1, 3), "neg_elbo", ENDS, 10.0),
+        "vae": Model(
+            ["model=vae"],
+            FASHION,
+            (1, 3),
+            "neg_elbo",
+            ENDS,
+            10.0,
+            {**EARLY, "protect": ["decoder.project"]},
+        ),
         "dcgan": Model(
             ["model=dcgan", "model.spectral_norm=true", *NARROW],
             FASHION,
@@ -65,7 +76,9 @@ SETS: dict[str, dict[str, Model]] = {
             ["data=fashion_rows"],
             (1, 3),
             "neg_elbo",
-            rate=10.0,
+            ["*.weight_ih_l0", "encoder.mu", "encoder.logvar", "decoder.output"],
+            10.0,
+            EARLY,
         ),
         "wgan_gp": Model(
             ["model=wgan_gp", *NARROW, "model.lr=2e-4"], FASHION, (1, 2), "fid", ["generator.up2"]

@@ -7,20 +7,27 @@ from collections.abc import Container
 from importlib import import_module
 from typing import Any
 
-from lightning_compress import KnowledgeDistillation, Pair, Perceptual, StepKL
+from lightning_compress import KnowledgeDistillation, Pair, Perceptual, Ramp, StepKL
 from lightning_compress.workflow.costs import deployed_cost
 
 __all__ = ["teacher", "torch_pruned"]
 
 
-def teacher(dense: Any) -> KnowledgeDistillation:
-    """A dense twin that teaches as `docs/distillation.md` found it best for its kind."""
+def teacher(dense: Any, *, leaves: float | None = None) -> KnowledgeDistillation:
+    """A dense twin that teaches as `docs/distillation.md` found it best for its kind.
+
+    Args:
+        dense: the twin.
+        leaves: fraction of the run after which a VAE's no longer teaches, growing weaker all the
+            time; None: it stays.
+    """
     if dense.kind == "gan":
         pair = Pair("generator", loss=Perceptual())
         return KnowledgeDistillation(dense, pairs=[pair], balance="gradient_norm")
     outputs = StepKL() if getattr(dense, "discrete", False) else "bernoulli_kl"
     pairs = [Pair("encoder", loss="gaussian_kl"), Pair("decoder", loss=outputs)]
-    return KnowledgeDistillation(dense, pairs=pairs)
+    weight = 1.0 if leaves is None else Ramp(initial=1.0, final=0.0, end=leaves)
+    return KnowledgeDistillation(dense, pairs=pairs, weight=weight)
 
 
 def torch_pruned(model: Any, left: float, ends: Container[str]) -> tuple[Any, float]:

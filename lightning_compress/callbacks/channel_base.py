@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_compress.adaptive.levers import ChannelLever, Lever, Limits
 from lightning_compress.callbacks.channel_carry import place_inputs
 from lightning_compress.callbacks.masking import MaskCallback
-from lightning_compress.pruning.channel_budget import Scores
+from lightning_compress.pruning.channel_budget import Compare, Scores
 from lightning_compress.pruning.channel_files import CHANNELS
 from lightning_compress.pruning.channel_goal import Goal
 from lightning_compress.pruning.channel_plan import ChannelPlan
+from lightning_compress.pruning.channel_scores import ABSOLUTE
 from lightning_compress.pruning.channel_training import Cutter
 from lightning_compress.pruning.channels import Flags
 from lightning_compress.pruning.criteria import CRITERIA, Criterion, make_criterion
@@ -26,13 +27,16 @@ from lightning_compress.state import removed_channels
 
 __all__ = ["ChannelCallback"]
 
+_SCOPES = ("global", "layer")
+
 
 class ChannelCallback(MaskCallback):
     """Base of `ChannelPruning`: all but when channels go.
 
     Args:
         goal: how much is to be left.
-        criterion: see `ChannelPruning`.
+        scope: see `ChannelPruning`.
+        criterion: the same.
         channelwise: the same.
         window: as for `MaskCallback`.
     """
@@ -43,6 +47,7 @@ class ChannelCallback(MaskCallback):
         self,
         *,
         goal: Goal,
+        scope: str,
         criterion: str | Callable[[Tensor], Tensor] | Criterion,
         channelwise: Sequence[Any],
         **window: Any,
@@ -53,6 +58,9 @@ class ChannelCallback(MaskCallback):
         if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
             valid = sorted([*CRITERIA, "batchnorm"])
             raise ValueError(f"criterion={criterion!r}: valid are {valid}")
+        if scope not in _SCOPES:
+            raise ValueError(f"scope={scope!r}: valid are {list(_SCOPES)}")
+        self.scope = scope
         self._gatherings = Gatherings(
             [Gathering(make_criterion("magnitude" if by_norms else criterion))]
         )
@@ -66,6 +74,12 @@ class ChannelCallback(MaskCallback):
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._resumed: tuple[list[int] | None, int] | None = None
+
+    @property
+    def _compare(self) -> Compare:
+        if self.scope == "layer":
+            return "fraction"
+        return "loss" if self.criterion in ABSOLUTE else "group"
 
     def _claim(self) -> None:
         """Channels are no masks: another callback may mask what stays."""
@@ -83,7 +97,12 @@ class ChannelCallback(MaskCallback):
         )
         goal, first = self.goal, self.goal.begin(self.plan.graph)
         self.cutter = Cutter(
-            self.plan, self.projector, rounding=goal.rounding, dense=goal.dense, kept=self.kept
+            self.plan,
+            self.projector,
+            rounding=goal.rounding,
+            dense=goal.dense,
+            kept=self.kept,
+            compare=self._compare,
         )
         if first and (said := goal.measure(self.cutter, self._scores)):
             rank_zero_info(f"{self.state_key}: {said}")

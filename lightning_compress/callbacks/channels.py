@@ -23,7 +23,6 @@ from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channel_budget import Rounding
 from lightning_compress.pruning.channel_goal import Goal
 from lightning_compress.pruning.channel_plan import roots_of
-from lightning_compress.pruning.channel_scores import ABSOLUTE
 from lightning_compress.pruning.channel_surgery import match_channels
 from lightning_compress.pruning.criteria import Criterion
 from lightning_compress.pruning.events import Events
@@ -37,12 +36,12 @@ _EVENTS = 20
 class ChannelPruning(ChannelCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
-    At events the channels that are worth least are chosen, over all layers together; what reads
-    them fades to 0 within a few steps; then they are removed from all layers, from the
-    optimizer's state and from averages. Each time the smaller model is compared with the one
-    whose channels are 0: they are the same function, or the run stops. Inputs and outputs of the
-    part that ships keep their sizes: latent size, image channels, mu and logvar, logits. Beside a
-    `QualityBudget`, that one says how many go, and when; where it goes back, they come back.
+    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
+    steps; then they are removed from all layers, from the optimizer's state and from averages.
+    Each time the smaller model is compared with the one whose channels are 0: they are the same
+    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
+    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
+    go, and when; where it goes back, they come back.
 
     Args:
         final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
@@ -51,6 +50,8 @@ class ChannelPruning(ChannelCallback):
         round_to: channels that a layer keeps are a multiple of it: others are slow.
         min_keep: fraction of its channels that each layer keeps in any case.
         protect: path globs or layer classes that keep their channels, beside `exclude`.
+        scope: "global" compares the channels of all layers, "layer" takes the same fraction of
+            each, the worst of its own.
         criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
             `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
         schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
@@ -82,6 +83,7 @@ class ChannelPruning(ChannelCallback):
         round_to: int = 8,
         min_keep: float = 0.0,
         protect: Sequence[Pattern] | Pattern = (),
+        scope: str = "global",
         criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
         schedule: Callable[[float], float] | None = None,
         begin: float = 0.0,
@@ -117,6 +119,7 @@ class ChannelPruning(ChannelCallback):
             exclude=[*spared[0], *spared[1]],
             goal=goal,
             criterion=criterion,
+            scope=scope,
             channelwise=channelwise,
             name=name,
         )
@@ -195,10 +198,7 @@ class ChannelPruning(ChannelCallback):
         assert self.cutter is not None
         target = self.goal.ask(self.events.position)
         over = self.events.over or self.led
-        relative = self.criterion not in ABSOLUTE
-        gone = self.cutter.choose(
-            self._scores(), self.kind, target, overshoot=over, relative=relative
-        )
+        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from lightning_compress.pruning.channel_labels import Labels
 from lightning_compress.pruning.channels import ChannelGraph, ChannelGroup, Flags
 
-__all__ = ["KINDS", "Costs", "Rounding", "check_budget", "cut_to", "floor_of"]
+__all__ = ["KINDS", "Compare", "Costs", "Rounding", "check_budget", "cut_to", "floor_of"]
 
 KINDS = ("macs", "params", "latency")
 Scores = NDArray[np.float64]
+Compare = Literal["group", "loss", "fraction"]
 
 
 def check_budget(budget: Mapping[str, float]) -> tuple[str, float]:
@@ -143,14 +145,14 @@ def cut_to(
     rounding: Rounding,
     dense: Mapping[str, int],
     overshoot: bool,
-    relative: bool = True,
+    compare: Compare = "group",
 ) -> Flags:
     """Units to remove, greedily: always the block that is worth least for what it saves.
 
-    Scores that are relative say what a unit is worth among the units of its group. A block is then
-    worth its share of what the group has left, and more the less of the first group that is: the
-    price of a group grows as first size / size, so that groups that cost as a product of their
-    sizes shrink alike, and none is stripped because its channels are costly.
+    Scores that compare within groups say what a unit is worth among the units of its own. A block
+    is then worth its share of what the group has left, and more the less of the first group that
+    is: the price of a group grows as first size / size, so that groups that cost as a product of
+    their sizes shrink alike, and none is stripped because its channels are costly.
 
     Args:
         graph: of the module of now.
@@ -162,7 +164,9 @@ def cut_to(
         overshoot: whether the last block may bring the cost below the target. Where it may not,
             a block that saves too much waits until the target is lower: what other groups have
             is not worth less for being small.
-        relative: whether scores compare within groups alone; else they are changes of the loss.
+        compare: "group": scores compare within groups alone; "loss": they are changes of the loss;
+            "fraction": equal fractions of all groups go, the next block where most of the first
+            group is left behind it; scores choose within groups, and between equal ones.
     """
     left = [float(scores[group.units].sum()) for group in graph.groups]
     order = [group.free[np.argsort(scores[group.free], kind="stable")] for group in graph.groups]
@@ -170,7 +174,7 @@ def cut_to(
     gone = np.zeros(graph.count, dtype=bool)
     cost = costs.total()
     while cost > target * (1 + 1e-9):
-        best: tuple[float, int, float, Labels] | None = None
+        best: tuple[tuple[float, float], int, float, Labels] | None = None
         for index, group in enumerate(graph.groups):
             kept = len(group.units) - taken[index]
             size = rounding.step(kept)
@@ -180,15 +184,16 @@ def cut_to(
             block = order[index][taken[index] : taken[index] + size]
             saved = costs.saving(index, block)
             worth = float(scores[block].sum())
-            if relative:
-                first = dense.get(group.name, len(group.units))
+            first = dense.get(group.name, len(group.units))
+            if compare != "loss":
                 worth *= first / kept / max(left[index], 1e-30)
                 if costs.kind == "channels":  # equal fractions of all groups
                     worth *= first
             useful = min(saved, cost - target) if overshoot else saved  # beyond it is no gain
-            worth /= max(useful, 1e-30)
-            if best is None or worth < best[0]:
-                best = worth, index, saved, block
+            turn = (size - kept) / first if compare == "fraction" else 0.0
+            key = turn, worth / max(useful, 1e-30)
+            if best is None or key < best[0]:
+                best = key, index, saved, block
         if best is None:
             break
         _, index, saved, block = best

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.projection import Projector, Slot
-from lightning_compress.pruning.channel_budget import Costs, Rounding, Scores, cut_to
+from lightning_compress.pruning.channel_budget import Compare, Costs, Rounding, Scores, cut_to
 from lightning_compress.pruning.channel_plan import ChannelPlan
 from lightning_compress.pruning.channel_scores import (
     ABSOLUTE,
@@ -42,6 +42,7 @@ class Cutter:
         rounding: in which steps channels go.
         dense: units of each group at first, by name.
         kept: of these, those that stay, by the name of the group; follows each removal.
+        compare: how channels of different groups compare, see `cut_to`.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Cutter:
         rounding: Rounding,
         dense: Mapping[str, int],
         kept: dict[str, list[int]],
+        compare: Compare = "group",
     ) -> None:
         self.plan, self.projector = plan, projector
+        self.compare: Compare = compare
         self.rounding, self.dense, self.kept = rounding, dense, kept
 
     def cost(self, kind: str) -> float:
@@ -67,7 +70,6 @@ class Cutter:
         target: float,
         *,
         overshoot: bool = True,
-        relative: bool = True,
     ) -> Flags:
         """Units to remove, so that the cost comes down to a target; see `cut_to`."""
         graph = self.plan.graph
@@ -79,7 +81,7 @@ class Cutter:
             rounding=self.rounding,
             dense=self.dense,
             overshoot=overshoot,
-            relative=relative,
+            compare=self.compare,
         )
 
     def own_scores(self, criterion: str) -> Scores:

@@ -47,6 +47,19 @@ def test_layers_end_smaller_and_train_on(tmp_path, optimizer):
     assert all(not one.equal(two) for one, two in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize(("scope", "sizes"), [("global", (4, 12)), ("layer", (8, 8))])
+def test_each_layer_loses_the_same_fraction_where_that_is_asked(tmp_path, scope, sizes):
+    torch.manual_seed(0)
+    model = Wide()
+    with torch.no_grad():  # in the encoder all but four channels are worth nothing
+        model.encoder[0].weight[4:] = 0
+        model.encoder[3].weight[:, 4:] = 0
+        model.encoder[1].weight[4:] = 0
+
+    run(tmp_path, model, ChannelPruning(**FAST, scope=scope, end=0.2))
+    assert (model.encoder[0].out_features, model.decoder[0].out_features) == sizes
+
+
 def test_the_optimizers_state_is_cut_with_the_weights(tmp_path):
     torch.manual_seed(0)
     model, seen = Wide(), {}
@@ -195,6 +208,7 @@ def time_ratio(small, dense, repeats=41):
         ({"round_to": 0}, "round_to=0 must be a whole number, 1 or more"),
         ({"fade": -1}, "fade=-1 must be"),
         ({"min_keep": 2}, r"min_keep=2 must lie in \[0, 1\]"),
+        ({"scope": "erk"}, r"scope='erk': valid are \['global', 'layer'\]"),
         ({"criterion": "charm"}, "criterion='charm': valid are .*batchnorm"),
         ({"on_miss": "cry"}, "on_miss='cry'"),
     ],

@@ -5,6 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress.evaluation.cost import macs, parameter_counts
@@ -84,6 +86,36 @@ def test_layers_whose_channels_are_alike_shrink_alike(kind, share):
         assert np.all(np.abs(fractions - 0.5) < 0.13)
     else:
         assert fractions[:2].max() < 0.6
+
+
+@given(
+    widths=st.lists(st.sampled_from([16, 24, 64, 96, 128]), min_size=2, max_size=4),
+    kind=st.sampled_from(["channels", "macs", "params"]),
+    share=st.floats(0.1, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_equal_fractions_go_whatever_the_scores_say(widths, kind, share, seed):
+    graph = network(4, *widths, 4)
+    scores = np.random.default_rng(seed).lognormal(sigma=3, size=graph.count)
+    target = share * Costs(graph, kind).total()
+    gone = cut(graph, kind, target, scores=scores, rounding=Rounding(8), compare="fraction")
+    kept = np.array(left(graph, gone))
+    # no block went where more would have been left had it gone elsewhere
+    after = ((kept - 8) / widths)[kept > 8].max(initial=0.0)
+    assert (kept / widths)[kept < widths].min(initial=1.0) >= after
+    for group in graph.groups:
+        own, out = scores[group.units], gone[group.units]
+        if len(group.free) and out.any():
+            assert own[out].max() <= own[~out].min()
+
+
+def test_of_groups_with_as_much_left_the_least_worth_for_its_cost_goes():
+    graph = network(4, 16, 16, 4)
+    scores = np.ones(graph.count)
+    scores[graph.groups[0].units[:8]] = 0.1
+    for one, expected in ((scores, [8, 16]), (scores[::-1].copy(), [16, 8])):
+        gone = cut(graph, "channels", 24, scores=one, rounding=Rounding(8), compare="fraction")
+        assert left(graph, gone) == expected
 
 
 def test_rounding_and_floors():

@@ -23,8 +23,8 @@ QUICK = [
     "evaluate.latency_repeats=1",
     "evaluate.samples=32",
     "data.batch_size=8",
-    "compression.prune.end=1.0",
 ]
+TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over too late for it
 DATA_OF = {"recurrent_vae": "digit_rows"}
 
 
@@ -39,8 +39,9 @@ def cache(tmp_path_factory):
 
 def run(folder, cache, *overrides):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        words = [*QUICK, f"evaluate.cache_dir={cache}", *overrides]
-        cfg = compose("train", overrides=words)
+        prunes = "prune" in (compose("train", overrides=[*overrides]).compression or {})
+        words = [*QUICK, *([TO_THE_END] if prunes else []), f"evaluate.cache_dir={cache}"]
+        cfg = compose("train", overrides=[*words, *overrides])
     return cfg, run_experiment(cfg, folder)
 
 
@@ -281,6 +282,8 @@ def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
     overrides = ["trainer.limit_train_batches=12"]  # criteria look at some gradients first
     if experiment.startswith("fashion"):
         overrides += [f"data.folder={folders}/idx", "data.val_size=20"]
+    if experiment == "fashion_vae_fast":  # of so narrow a model too few channels are free
+        overrides += ["compression.channels.round_to=2"]
     cfg, results = run(
         folders / "run",
         cache,
