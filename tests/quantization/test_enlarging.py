@@ -135,6 +135,17 @@ def test_other_bits_and_an_older_state_take_no_room_away(tmp_path):
     assert int(summed_taps(symbols, 2).abs().max()) <= 127
 
 
+def test_a_layer_that_never_runs_is_not_looked_for_after_training(tmp_path):
+    torch.manual_seed(0)
+    model = Drawer()
+    model.spare = nn.Conv2d(4, 8, 3, padding=1)
+    callback = QuantizationAwareTraining(include=["spare", "first"])
+    with pytest.raises(ValueError, match=r"\['spare'\] were never seen"):
+        quiet_trainer(tmp_path, callback).fit(model, batches())
+    assert not model.spare._forward_pre_hooks
+    assert not model.first._forward_pre_hooks
+
+
 def test_hooks_go_when_the_module_fails():
     module = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 8, 3))
     with pytest.raises(RuntimeError):
