@@ -159,8 +159,12 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         axis.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
         axis.minorticks_off()
         axis.set_xlim(TICKS[0], TICKS[-1])
-        worst = max([table.quality(arm) for arm in (*ours, *joined)] + [high])
-        axis.set_ylim(top=worst + 0.3 * (worst - low))
+        worst = max([table.quality(a) + table.noise(a) for a in (*ours, *joined)] + [high])
+        top = worst + 0.3 * (worst - low)
+        axis.set_ylim(top=top)
+        for arm in (one for one in table.arms if table.quality(one) > top):
+            text = f"{table.quality(arm):.0f} ↑"  # far above what is shown
+            axis.annotate(text, (table.ratio(arm), top), va="top", ha="center", color="C3")
         axis.grid(alpha=0.3)
     pairs = [axis.get_legend_handles_labels() for axis in axes[0]]
     shown = {
