@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows, read_rows
-from finetuning import Start
+from bench_rows import Rows, as_file_name, read_rows
+from finetuning import EARLY, Start
 from lightning.pytorch.callbacks import ModelPruning
 from peers import teacher, torch_pruned
 from show_pruning_quality import insert
@@ -90,7 +90,7 @@ class Bench:
         self.start.fit(model, callbacks, epochs=epochs, steps=batches)
 
     def weights(self, variant: str) -> Path:
-        name = "".join(one if one.isalnum() else "-" for one in variant)
+        name = as_file_name(variant)
         return self.folder / f"{self.start.name}-{self.start.seed}-{name}.pt"
 
     def measured(self, model: Any, variant: str) -> Row:
@@ -132,8 +132,7 @@ class Bench:
         That one goes too where little is to be left: alone it is 8 % of the VAE.
         """
         protect = [WIDE[self.start.name]] if left > 0.1 else []
-        how = {"scope": "layer", "criterion": "taylor", "protect": protect, "end": 0.1}
-        return self.pruned(variant, left, **how, **more)
+        return self.pruned(variant, left, protect=protect, **EARLY, **more)
 
     def loaded(self, model: Any, variant: str) -> Any:
         """A model with the weights that a variant ended with."""
@@ -229,21 +228,21 @@ def in_turn(dense: Any, small: Any, data: Any, rounds: int, *, whole: bool = Fal
     Of the part that draws, or the sums over the files of all parts.
     """
     parts = dense.parts()
-    sums: dict[str, float] = {}
+    sums: dict[tuple[str, str], float] = {}  # by setting and file
     with TemporaryDirectory() as folder:
         home = Path(folder)
         write_int8_files(small, home, data)
         for name in [*parts] if whole else [*parts][:1]:
-            for key, at in _part_in_turn(dense, small, name, home, rounds).items():
-                sums[key] = sums.get(key, 0.0) + at
-    found = {}
-    for key, ms in sums.items():
-        faster = sums[key.replace(key.partition(" ")[0], "dense", 1)] / ms
-        found[key] = {"ms": round(ms, 3), "faster": round(faster, 2)}
-    return found
+            for setting, times in _part_in_turn(dense, small, name, home, rounds).items():
+                for key, at in times.items():
+                    sums[setting, key] = sums.get((setting, key), 0.0) + at.median_ms
+    return {
+        f"{key} {setting}": {"ms": round(ms, 3), "faster": round(sums[setting, "dense"] / ms, 2)}
+        for (setting, key), ms in sums.items()
+    }
 
 
-def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) -> dict[str, float]:
+def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) -> Any:
     inputs = dense.parts()[name][1]
     export_onnx(dense.eval().parts()[name][0], home / "dense.onnx", inputs)
     export_onnx(small.eval().parts()[name][0], home / "small.onnx", inputs)
@@ -253,10 +252,7 @@ def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) ->
     runners: dict[str, Callable[..., Any]] = {
         key: partial(onnx_runner, file) for key, file in files.items()
     }
-    grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
-    return {
-        f"{key} {kind}": at.median_ms for kind, times in grid.items() for key, at in times.items()
-    }
+    return latency_grid(runners, inputs, threads=(1,), repeats=rounds)
 
 
 def main() -> None:
@@ -297,9 +293,8 @@ def main() -> None:
                 times.make(make, **key, left=left)
                 for what in ("alike", "alike, all parts") if name == "vae" else ():
                     make = partial(timed, bench, f"pruned {left}, alike, taught", args.rounds)
-                    key["model"] = f"{name}, {what}"
-                    times.make(partial(make, whole=what.endswith("parts")), **key, left=left)
-                    key["model"] = name
+                    make = partial(make, whole=what.endswith("parts"))
+                    times.make(make, **key | {"model": f"{name}, {what}"}, left=left)
     for left in args.left if "dcgan" in args.models else []:
         key = {"model": WHOLE, "seed": 0, "steps": args.steps, "left": left}
         times.make(partial(timed_untrained, left, args.out, args.rounds), **key)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_rows import Rows
+from bench_rows import Rows, as_file_name
 from headline_arms import ARMS, HEADLINE
 from headline_files import Row, measured, speeds_of
 from headline_runs import SETS, Runs
@@ -26,7 +26,7 @@ ROUNDS = 100
 
 def home_of(runs: Runs, arm: str) -> Path:
     """The folder of a row's files."""
-    return runs.folder / "".join(one if one.isalnum() else "-" for one in arm)
+    return runs.folder / as_file_name(arm)
 
 
 def row(runs: Runs, arm: str) -> Row:
@@ -44,9 +44,10 @@ def measure_again(runs: Runs, rows: Rows) -> None:
         home = home_of(runs, one["arm"])
         if one["seed"] != runs.seed:
             continue
-        if any(home.glob("*.onnx")):
+        there = any(home.glob("*.onnx"))
+        if there:
             rows.amend(one, speed=speeds_of(runs, home, dense, ROUNDS))
-        print(one["arm"], one["speed"] if any(home.glob("*.onnx")) else "no files", flush=True)
+        print(one["arm"], one["speed"] if there else "no files", flush=True)
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ class Rows:
         return tuple(row[name] for name in self.keys)
 
 
+def as_file_name(text: str) -> str:
+    """A row's name as a file's: letters and digits, all else a dash."""
+    return "".join(one if one.isalnum() else "-" for one in text)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows; one that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

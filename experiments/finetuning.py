@@ -18,9 +18,10 @@ from lightning_compress.data import SplitDataModule
 from lightning_compress.workflow.quality import Evaluator
 from lightning_compress.workflow.training import build_model
 
-__all__ = ["MODELS", "STEPS", "Annealing", "Start"]
+__all__ = ["EARLY", "MODELS", "STEPS", "Annealing", "Start"]
 
 STEPS = 300
+EARLY = {"scope": "layer", "criterion": "taylor", "end": 0.1}  # how a VAE's channels go best
 LATE = 0.1  # of the learning rate, at the end of a run with `Annealing`
 MODELS = {
     "vae": (

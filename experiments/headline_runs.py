@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import Annealing, Start
+from finetuning import EARLY, Annealing, Start
 from lightning.pytorch import Callback
 
 __all__ = ["SETS", "Model", "Runs"]
@@ -39,7 +39,6 @@ class Model:
 
 FASHION = ["data=fashion_mnist"]
 NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
-EARLY = {"scope": "layer", "criterion": "taylor", "end": 0.1}
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
 SETS: dict[str, dict[str, Model]] = {
     "fashion": {
