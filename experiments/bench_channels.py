@@ -44,6 +44,7 @@ from lightning_compress.workflow.training import build_model
 EPOCH = 300  # batches: the schedules see a run of so many steps an epoch
 MODELS: dict[str, tuple[list[str], int, list[str]]] = {
     "vae": (["model=vae"], 2, []),
+    "vae_wide": (["model=vae", "model.width=64"], 2, []),
     "dcgan": (
         [
             "model=dcgan",
@@ -56,11 +57,15 @@ MODELS: dict[str, tuple[list[str], int, list[str]]] = {
     ),
 }
 WHOLE = "dcgan of width 64"
-METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
+METRIC = {"vae": "neg_elbo", "vae_wide": "neg_elbo", "dcgan": "fid"}
 _NUMBER = re.compile(r"\d\.\d+")
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
-WIDE = {"vae": "decoder.project", "dcgan": "generator.project"}  # the drawing part's first layer
-PARTS = {"vae": ("encoder", "decoder"), "dcgan": ("generator",)}
+WIDE = {
+    "vae": "decoder.project",
+    "vae_wide": "decoder.project",
+    "dcgan": "generator.project",
+}  # the drawing part's first layer
+PARTS = {"vae": ("encoder", "decoder"), "vae_wide": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
 
 

@@ -1,23 +1,30 @@
 """The headline: every method and its peers on the same dense models, for equal steps.
 
 Each row goes on from the same dense model (the dense row too), is measured on the test split, and
-ships a file. Seeds 1, 2 ... make the headline rows alone: their spread is the noise. Finished rows
-are kept, so that a stopped command goes on. `show_headline.py` makes the tables and the picture.
+ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
+rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and the picture.
 
 python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
     [--speeds]
+
+Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
+makes one):
+    python3 -m venv /tmp/nncodec && /tmp/nncodec/bin/pip install nncodec h5py
+    export NNCODEC_PYTHON=/tmp/nncodec/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
 from bench_rows import Rows, as_file_name
-from headline_arms import ARMS, HEADLINE
+from headline_arms import ARMS, NNCODEC
 from headline_files import Row, measured, speeds_of
 from headline_runs import SETS, Runs
 
@@ -74,9 +81,12 @@ def main() -> None:
             if args.speeds:
                 measure_again(runs, rows)
                 continue
-            for arm in args.arms or (ARMS if seed == args.seeds[0] else HEADLINE):
+            for arm in args.arms or (ARMS if seed == args.seeds[0] else runs.model.main):
                 if runs.kind == "recurrent_vae" and "MACs" in arm and "Torch" in arm:
                     continue  # it cuts no recurrent layers
+                if "nncodec" in arm and shutil.which(os.environ.get(NNCODEC, "")) is None:
+                    print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
+                    continue
                 rows.make(partial(row, runs, arm), model=name, seed=seed, arm=arm)
 
 

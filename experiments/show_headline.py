@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from bench_rows import read_rows
-from headline_arms import ARMS
+from headline_arms import ARMS, PEERS
 from headline_runs import SETS
 from show_pruning_quality import insert
 
@@ -35,7 +35,7 @@ LABELS = {
     "recall": "recall",
 }
 MORE = ("perplexity", "active_units", "fid", "precision", "recall")
-OURS, PEERS = "zeros and grids", list(ARMS)[-4:]
+OURS = "zeros and grids"
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
 TICKS = (3, 10, 30, 100, 300)
 MARKS = ("<!-- headline -->", "<!-- /headline -->")
