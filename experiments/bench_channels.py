@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,31 +42,43 @@ from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_path, write_int8_files
 from lightning_compress.workflow.training import build_model
 
+EPOCHS = 2  # of the dense start
 EPOCH = 300  # batches: the schedules see a run of so many steps an epoch
-MODELS: dict[str, tuple[list[str], int, list[str]]] = {
-    "vae": (["model=vae"], 2, []),
-    "vae_wide": (["model=vae", "model.width=64"], 2, []),
-    "dcgan": (
-        [
-            "model=dcgan",
-            "model.width=32",
-            "model.discriminator_width=16",
-            "evaluate.metric=fid",
-        ],
-        2,
-        [],
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is pruned.
+
+    Args:
+        overrides: of its config.
+        metric: that judges it; lower is better.
+        parts: that ship, the one that draws among them.
+        project: the wide first layer of the part that draws.
+        lefts: fractions of the MACs; those of the command line if empty.
+        only: the variant made beside the dense one, `{}` for the fraction; all if None.
+    """
+
+    overrides: Sequence[str]
+    metric: str
+    parts: Sequence[str]
+    project: str
+    lefts: Sequence[float] = ()
+    only: str | None = None
+
+
+VAE = "neg_elbo", ("encoder", "decoder"), "decoder.project"
+NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
+MODELS = {
+    "vae": Model(["model=vae"], *VAE),
+    "vae_wide": Model(
+        ["model=vae", "model.width=64", "model.lr=5e-4"], *VAE, (0.167,), "pruned {}, alike, taught"
     ),
+    "dcgan": Model(["model=dcgan", *NARROW], "fid", ("generator",), "generator.project"),
 }
 WHOLE = "dcgan of width 64"
-METRIC = {"vae": "neg_elbo", "vae_wide": "neg_elbo", "dcgan": "fid"}
 _NUMBER = re.compile(r"\d\.\d+")
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
-WIDE = {
-    "vae": "decoder.project",
-    "vae_wide": "decoder.project",
-    "dcgan": "generator.project",
-}  # the drawing part's first layer
-PARTS = {"vae": ("encoder", "decoder"), "vae_wide": ("encoder", "decoder"), "dcgan": ("generator",)}
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
 
 
@@ -136,7 +149,7 @@ class Bench:
 
         That one goes too where little is to be left: alone it is 8 % of the VAE.
         """
-        protect = [WIDE[self.start.name]] if left > 0.1 else []
+        protect = [MODELS[self.start.name].project] if left > 0.2 else []
         return self.pruned(variant, left, protect=protect, **EARLY, **more)
 
     def loaded(self, model: Any, variant: str) -> Any:
@@ -164,7 +177,7 @@ class Bench:
 
     def torch_pruning(self, variant: str, left: float) -> Row:
         """Torch-Pruning's high-level pruner at once, its groups and its sizes, then the steps."""
-        ends = [f"{part}.{end}" for part in PARTS[self.start.name] for end in ENDS]
+        ends = [f"{part}.{end}" for part in MODELS[self.start.name].parts for end in ENDS]
         model, ratio = torch_pruned(self.start.model(), left, ends)
         self.fit(model, [])
         return self.measured(model, variant) | {"ratio": ratio}
@@ -191,7 +204,7 @@ class Bench:
         return self.measured(model, variant)
 
 
-MAIN = ("dense", "taught", "from scratch")  # how variants end or begin that all seeds make
+MAIN = ("taught", "from scratch")  # how variants end or begin that all seeds make
 
 
 def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
@@ -260,6 +273,15 @@ def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) ->
     return latency_grid(runners, inputs, threads=(1,), repeats=rounds)
 
 
+def timings(name: str, left: float) -> list[tuple[str, str, bool]]:
+    """What is timed of a model: its name in the table, a variant, and whether all parts are."""
+    alike = f"pruned {left}, alike, taught"
+    both = [(f"{name}, alike", alike, False), (f"{name}, alike, all parts", alike, True)]
+    if MODELS[name].only is not None:
+        return both
+    return [(name, f"pruned {left}, taught", False), *(both if name == "vae" else [])]
+
+
 def main() -> None:
     """Makes the missing rows, seed after seed, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -283,23 +305,22 @@ def main() -> None:
     times = Rows(args.out / "latency.jsonl", keys=("model", "seed", "steps", "left"))
     for seed in args.seeds:
         for name in args.models:
-            overrides, epochs, spared = MODELS[name]
-            models = {name: (overrides, args.epochs or epochs, spared)}
-            bench = Bench(Start(name, seed, args.out, models), args.steps, args.out)
-            made = {"dense": lambda b, v: b.dense(v)}
-            for left in args.left:
-                made |= variants(left)
+            model = MODELS[name]
+            start = {name: ([*model.overrides], args.epochs or EPOCHS, [])}
+            bench = Bench(Start(name, seed, args.out, start), args.steps, args.out)
             key = {"model": name, "seed": seed, "steps": args.steps}
-            for variant, make in made.items():
-                if seed == args.seeds[0] or variant.startswith(MAIN) or variant.endswith(MAIN):
-                    rows.make(partial(make, bench, variant), **key, variant=variant)
-            for left in args.left if seed == args.seeds[0] else []:
-                make = partial(timed, bench, f"pruned {left}, taught", args.rounds)
-                times.make(make, **key, left=left)
-                for what in ("alike", "alike, all parts") if name == "vae" else ():
-                    make = partial(timed, bench, f"pruned {left}, alike, taught", args.rounds)
-                    make = partial(make, whole=what.endswith("parts"))
-                    times.make(make, **key | {"model": f"{name}, {what}"}, left=left)
+            first, lefts = seed == args.seeds[0], model.lefts or args.left
+            rows.make(partial(bench.dense, "dense"), **key, variant="dense")
+            for left in lefts:
+                only = model.only and model.only.format(left)
+                for variant, make in variants(left).items():
+                    main = first or variant.endswith(MAIN) or variant.startswith(MAIN)
+                    if variant == only if only else main:
+                        rows.make(partial(make, bench, variant), **key, variant=variant)
+            for left in lefts if first else []:
+                for what, variant, whole in timings(name, left):
+                    make = partial(timed, bench, variant, args.rounds, whole=whole)
+                    times.make(make, **key | {"model": what}, left=left)
     for left in args.left if "dcgan" in args.models else []:
         key = {"model": WHOLE, "seed": 0, "steps": args.steps, "left": left}
         times.make(partial(timed_untrained, left, args.out, args.rounds), **key)
@@ -334,12 +355,12 @@ def table(rows: list[Row], steps: int) -> str:
     wanted.sort(key=lambda row: (list(MODELS).index(row["model"]), order.index(row["variant"])))
     for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in wanted):
         own = [row for row in wanted if (row["model"], row["variant"]) == (model, variant)]
-        values = [row[METRIC[model]] for row in own]
+        values = [row[MODELS[model].metric] for row in own]
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         macs, params = (mean(row[one] for row in own) for one in ("macs", "params"))
         lines.append(
             f"| {model} | {variant} | {macs:.1f}× fewer | {params:.1f}× fewer "
-            f"| {METRIC[model]} {mean(values):.2f}{spread} | {len(own)} |"
+            f"| {MODELS[model].metric} {mean(values):.2f}{spread} | {len(own)} |"
         )
     return "\n".join(lines)
 
