@@ -55,28 +55,32 @@ class Model:
         metric: that judges it; lower is better.
         parts: that ship, the one that draws among them.
         project: the wide first layer of the part that draws.
-        lefts: fractions of the MACs; those of the command line if empty.
-        only: the variant made beside the dense one, `{}` for the fraction; all if None.
     """
 
     overrides: Sequence[str]
     metric: str
     parts: Sequence[str]
     project: str
-    lefts: Sequence[float] = ()
-    only: str | None = None
 
 
-VAE = "neg_elbo", ("encoder", "decoder"), "decoder.project"
-NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
 MODELS = {
-    "vae": Model(["model=vae"], *VAE),
-    "vae_wide": Model(
-        ["model=vae", "model.width=64", "model.lr=5e-4"], *VAE, (0.167,), "pruned {}, alike, taught"
+    "vae": Model(["model=vae"], "neg_elbo", ("encoder", "decoder"), "decoder.project"),
+    "dcgan": Model(
+        [
+            "model=dcgan",
+            "model.width=32",
+            "model.discriminator_width=16",
+            "evaluate.metric=fid",
+        ],
+        "fid",
+        ("generator",),
+        "generator.project",
     ),
-    "dcgan": Model(["model=dcgan", *NARROW], "fid", ("generator",), "generator.project"),
 }
-WHOLE = "dcgan of width 64"
+UNTRAINED: dict[str, tuple[list[str], dict[str, Any], bool]] = {
+    "dcgan of width 64": (["model=dcgan"], {}, False),
+    "vae of width 96, alike, all parts": (["model=vae", "model.width=96"], EARLY, True),
+}  # wider ones, whose speed alone is measured: overrides, how channels go, whether of all parts
 _NUMBER = re.compile(r"\d\.\d+")
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
@@ -204,7 +208,7 @@ class Bench:
         return self.measured(model, variant)
 
 
-MAIN = ("taught", "from scratch")  # how variants end or begin that all seeds make
+MAIN = ("dense", "taught", "from scratch")  # how variants end or begin that all seeds make
 
 
 def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
@@ -231,13 +235,13 @@ def timed(bench: Bench, variant: str, rounds: int, *, whole: bool = False) -> Ro
     return in_turn(dense, small, bench.start.data, rounds, whole=whole)
 
 
-def timed_untrained(left: float, folder: Path, rounds: int) -> Row:
-    """The same of a DCGAN of the size that it ships with: 40 steps, since weights take no time."""
-    models: Any = {WHOLE: (["model=dcgan"], 0, [])}
-    start = Start(WHOLE, 0, folder, models)
+def timed_untrained(name: str, left: float, folder: Path, rounds: int) -> Row:
+    """The same of a wider model: 20 steps, since the values of weights take no time."""
+    overrides, more, whole = UNTRAINED[name]
+    start = Start(name, 0, folder, {name: (overrides, 0, [])})
     dense, small = (build_model(start.cfg, start.data, seed=0) for _ in range(2))
-    start.fit(small, [pruning(left, frequency=2, fade=1)], steps=40)
-    return in_turn(dense, small.cpu(), start.data, rounds)
+    start.fit(small, [pruning(left, **more | {"end": 0.5}, frequency=2, fade=1)], steps=20)
+    return in_turn(dense, small.cpu(), start.data, rounds, whole=whole)
 
 
 def in_turn(dense: Any, small: Any, data: Any, rounds: int, *, whole: bool = False) -> Row:
@@ -277,9 +281,25 @@ def timings(name: str, left: float) -> list[tuple[str, str, bool]]:
     """What is timed of a model: its name in the table, a variant, and whether all parts are."""
     alike = f"pruned {left}, alike, taught"
     both = [(f"{name}, alike", alike, False), (f"{name}, alike, all parts", alike, True)]
-    if MODELS[name].only is not None:
-        return both
     return [(name, f"pruned {left}, taught", False), *(both if name == "vae" else [])]
+
+
+def make_rows(name: str, seed: int, rows: Rows, times: Rows, args: argparse.Namespace) -> None:
+    """The missing rows of a model and seed; all there are of the first seed."""
+    start = {name: ([*MODELS[name].overrides], args.epochs or EPOCHS, [])}
+    bench = Bench(Start(name, seed, args.out, start), args.steps, args.out)
+    key = {"model": name, "seed": seed, "steps": args.steps}
+    made = {"dense": lambda b, v: b.dense(v)}
+    for left in args.left:
+        made |= variants(left)
+    first = seed == args.seeds[0]
+    for variant, make in made.items():
+        if first or variant.startswith(MAIN) or variant.endswith(MAIN):
+            rows.make(partial(make, bench, variant), **key, variant=variant)
+    for left in args.left if first else []:
+        for what, variant, whole in timings(name, left):
+            make = partial(timed, bench, variant, args.rounds, whole=whole)
+            times.make(make, **key | {"model": what}, left=left)
 
 
 def main() -> None:
@@ -305,25 +325,11 @@ def main() -> None:
     times = Rows(args.out / "latency.jsonl", keys=("model", "seed", "steps", "left"))
     for seed in args.seeds:
         for name in args.models:
-            model = MODELS[name]
-            start = {name: ([*model.overrides], args.epochs or EPOCHS, [])}
-            bench = Bench(Start(name, seed, args.out, start), args.steps, args.out)
-            key = {"model": name, "seed": seed, "steps": args.steps}
-            first, lefts = seed == args.seeds[0], model.lefts or args.left
-            rows.make(partial(bench.dense, "dense"), **key, variant="dense")
-            for left in lefts:
-                only = model.only and model.only.format(left)
-                for variant, make in variants(left).items():
-                    main = first or variant.endswith(MAIN) or variant.startswith(MAIN)
-                    if variant == only if only else main:
-                        rows.make(partial(make, bench, variant), **key, variant=variant)
-            for left in lefts if first else []:
-                for what, variant, whole in timings(name, left):
-                    make = partial(timed, bench, variant, args.rounds, whole=whole)
-                    times.make(make, **key | {"model": what}, left=left)
-    for left in args.left if "dcgan" in args.models else []:
-        key = {"model": WHOLE, "seed": 0, "steps": args.steps, "left": left}
-        times.make(partial(timed_untrained, left, args.out, args.rounds), **key)
+            make_rows(name, seed, rows, times, args)
+    for name in UNTRAINED:
+        for left in args.left if name.split()[0] in args.models else []:
+            key = {"model": name, "seed": 0, "steps": args.steps, "left": left}
+            times.make(partial(timed_untrained, name, left, args.out, args.rounds), **key)
     print(tables(args.out, args.steps))
 
 
