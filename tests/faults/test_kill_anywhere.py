@@ -73,17 +73,18 @@ def test_saving_in_turn(tmp_path, start, wait):
     pair = [fault_jobs.module(fill) for fill in (0, 1)]
     valid = [{name: value.tolist() for name, value in one.state_dict().items()} for one in pair]
     save_compressed(pair[0], path, "raw")
-    moments, left = random.Random(2), 0
-    for _ in range(14):
+    moments, left, kills = random.Random(2), 0, 0
+    while kills < 14 or not left:  # until some came in the middle of a write
+        assert kills < 200, "no kill came in the middle of a write"
         begun.unlink(missing_ok=True)
         process = start(fault_jobs.save_in_turn, tmp_path)
         wait(begun.exists, process)
         assert strike(process, moments.uniform(0, 0.3))
+        kills += 1
         found = {name: value.tolist() for name, value in read_tensors(path).items()}
         assert found in valid
         left += len(rests(tmp_path))
         assert len(rests(tmp_path)) <= 1  # each write removes what a killed one left
-    assert left  # some kills came in the middle of a write
     save_compressed(pair[1], path, "raw")
     assert not rests(tmp_path)
 
