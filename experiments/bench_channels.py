@@ -153,7 +153,7 @@ class Bench:
 
         That one goes too where little is to be left: alone it is 8 % of the VAE.
         """
-        protect = [MODELS[self.start.name].project] if left > 0.2 else []
+        protect = [MODELS[self.start.name].project] if left > 0.1 else []
         return self.pruned(variant, left, protect=protect, **EARLY, **more)
 
     def loaded(self, model: Any, variant: str) -> Any:

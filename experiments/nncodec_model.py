@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nncodec.nn import decode, encode
 
 
-def through(weights: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Bytes of the bitstream, with nncodec's own settings, and what it decodes to."""
-    stream = encode(weights, {"verbose": False})
+def through(weights: dict[str, Any], folder: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of the bitstream, with nncodec's own settings, and what it decodes to.
+
+    nncodec leaves the bitstream in the folder too; without one, in the one that it is run in.
+    """
+    stream = encode(weights, {"verbose": False, "results": str(folder)})
     return len(stream), decode(stream)
 
 
 if __name__ == "__main__":
     source, target = sys.argv[1:]
     loaded = np.load(source)
-    size, decoded = through({name: loaded[name] for name in loaded.files})
+    size, decoded = through({name: loaded[name] for name in loaded.files}, Path(target).parent)
     np.savez(target, **decoded)
     print(size)
