@@ -38,9 +38,8 @@ docs: $(READY)  ## the pages of docs/ as a site in outputs/site
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/mkdocs build --quiet
 
-bench-coding: $(READY)  ## sizes and speeds of the coders: FILES="run/model.lcz ..." NNCODEC=<python>
-	$(BIN)/python experiments/bench_coding.py --scale 1,10,100 \
-		$(if $(NNCODEC),--nncodec $(NNCODEC)) $(FILES)
+bench-coding: $(READY) nncodec  ## sizes and speeds of the coders: FILES="run/model.lcz ..."
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_coding.py --scale 1,10,100 $(FILES)
 
 bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (many hours; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"

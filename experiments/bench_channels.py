@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows, as_file_name, read_rows
+from bench_rows import Rows, as_file_name, mean_and_spread, read_rows
 from finetuning import EARLY, Start
 from lightning.pytorch.callbacks import ModelPruning
 from peers import teacher, torch_pruned
@@ -362,11 +362,10 @@ def table(rows: list[Row], steps: int) -> str:
     for model, variant in dict.fromkeys((row["model"], row["variant"]) for row in wanted):
         own = [row for row in wanted if (row["model"], row["variant"]) == (model, variant)]
         values = [row[MODELS[model].metric] for row in own]
-        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         macs, params = (mean(row[one] for row in own) for one in ("macs", "params"))
         lines.append(
             f"| {model} | {variant} | {macs:.1f}× fewer | {params:.1f}× fewer "
-            f"| {MODELS[model].metric} {mean(values):.2f}{spread} | {len(own)} |"
+            f"| {MODELS[model].metric} {mean_and_spread(values)} | {len(own)} |"
         )
     return "\n".join(lines)
 

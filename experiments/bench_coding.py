@@ -1,11 +1,11 @@
 """Size and speed of the coders, on symbols of known entropy and on trained models, one thread.
 
-python experiments/bench_coding.py [--weights 2000000] [--scale 1,10,100] [--nncodec PYTHON]
+python experiments/bench_coding.py [--weights 2000000] [--scale 1,10,100]
     [file.lcz | checkpoint ...]
 
 nncodec pins an older NumPy, so it runs in an environment of its own:
     python3 -m venv /tmp/nncodec && /tmp/nncodec/bin/pip install nncodec h5py
-    python experiments/bench_coding.py --nncodec /tmp/nncodec/bin/python model.lcz
+    NNCODEC_PYTHON=/tmp/nncodec/bin/python python experiments/bench_coding.py model.lcz
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import gzip
 import itertools
 import lzma
 import multiprocessing
-import os
 import shutil
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peers import NNCODEC, nncodec_python
 from torch import nn
 
 from lightning_compress.coding.artifact import load_compressed, save_compressed, write_tensors
@@ -121,10 +121,10 @@ def general(tensors: Mapping[str, Steps]) -> dict[str, int]:
     return sizes
 
 
-def nncodec(tensors: Mapping[str, Steps], python: str | None) -> dict[str, int]:
+def nncodec(tensors: Mapping[str, Steps]) -> dict[str, int]:
     """Bytes of DeepCABAC's payloads, without side information, in each tensor's best order."""
-    if python is None:
-        print("nncodec left out: see --help for the two lines that install it")
+    if (python := nncodec_python()) is None:
+        print(f"nncodec left out: {NNCODEC} names no interpreter, see --help")
         return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "steps.npz")
@@ -143,7 +143,7 @@ def compare(title: str, tensors: Mapping[str, Steps], options: argparse.Namespac
     for codec in (*CODECS, "fast"):
         size, there, back = code(codec, tensors, options.repeats)
         print(f"{codec:16} {size:9} {size / bound:8.4f} {there:12.1f} {back:12.1f}")
-    for name, size in {**nncodec(tensors, options.nncodec), **general(tensors)}.items():
+    for name, size in {**nncodec(tensors), **general(tensors)}.items():
         print(f"{name:16} {size:9} {size / bound:8.4f}")
 
 
@@ -203,7 +203,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", help="millions of weights of whole files, such as 1,10,100")
     parser.add_argument("--kinds", default="grid", help="of them: grid, values or grid,values")
-    parser.add_argument("--nncodec", default=os.environ.get("NNCODEC_PYTHON"), help="interpreter")
     parser.add_argument("--cut", help="also cut files of dense weights at, say, 0.8,0.9,0.95,0.98")
     options = parser.parse_args()
     for structured in (False, True) if options.weights else ():

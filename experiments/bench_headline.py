@@ -16,17 +16,16 @@ makes one):
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
 from bench_rows import Rows, as_file_name
-from headline_arms import ARMS, NNCODEC
+from headline_arms import ARMS
 from headline_files import Row, measured, speeds_of
 from headline_runs import SETS, Runs
+from peers import NNCODEC, nncodec_python
 
 ROUNDS = 100
 
@@ -84,7 +83,7 @@ def main() -> None:
             for arm in args.arms or (ARMS if seed == args.seeds[0] else runs.model.main):
                 if runs.kind == "recurrent_vae" and "MACs" in arm and "Torch" in arm:
                     continue  # it cuts no recurrent layers
-                if "nncodec" in arm and shutil.which(os.environ.get(NNCODEC, "")) is None:
+                if "nncodec" in arm and nncodec_python() is None:
                     print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
                     continue
                 rows.make(partial(row, runs, arm), model=name, seed=seed, arm=arm)

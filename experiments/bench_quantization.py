@@ -14,12 +14,12 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows, read_rows
+from bench_rows import Rows, mean_and_spread, read_rows
 from finetuning import MODELS, Start
 from lightning.pytorch import Callback
 from show_pruning_quality import insert
@@ -135,20 +135,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
             if not found:
                 continue
             more = [100 * (row[metric] / dense[row["seed"]] - 1) for row in found]
-            change = "" if variant == "dense" else f"{_spread(more, '+.1f')} %"
-            units = _spread([row["active_units"] for row in found], ".0f") if name == "vae" else ""
+            change = "" if variant == "dense" else f"{mean_and_spread(more, '+.1f')} %"
+            units = (
+                mean_and_spread([row["active_units"] for row in found], ".0f")
+                if name == "vae"
+                else ""
+            )
             ratio = mean(row["ratio"] for row in found)
+            quality = mean_and_spread([row[metric] for row in found])
             lines.append(
-                f"| {variant} | {_spread([row[metric] for row in found], '.2f')} | {change} "
-                f"| {units} | {ratio:.1f} | {len(found)} |"
+                f"| {variant} | {quality} | {change} | {units} | {ratio:.1f} | {len(found)} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def _spread(values: list[float], style: str) -> str:
-    middle = format(mean(values), style)
-    return f"{middle} ± {format(stdev(values), style.lstrip('+'))}" if len(values) > 1 else middle
 
 
 if __name__ == "__main__":

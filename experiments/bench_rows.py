@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from lightning_compress.files import write_atomically
@@ -54,6 +55,12 @@ class Rows:
 def as_file_name(text: str) -> str:
     """A row's name as a file's: letters and digits, all else a dash."""
     return "".join(one if one.isalnum() else "-" for one in text)
+
+
+def mean_and_spread(values: Sequence[float], style: str = ".2f") -> str:
+    """A table's cell: the mean, and over more than one seed the standard deviation."""
+    middle = format(mean(values), style)
+    return f"{middle} ± {format(stdev(values), style.lstrip('+'))}" if len(values) > 1 else middle
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

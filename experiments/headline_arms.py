@@ -18,7 +18,7 @@ from bench_rows import as_file_name
 from headline_files import OnnxPart, Shipped, lcz
 from headline_runs import Runs
 from lightning.pytorch.callbacks import ModelPruning
-from peers import teacher, torch_pruned
+from peers import NNCODEC, teacher, torch_pruned
 from torch import nn
 from torch.nn.utils import prune
 
@@ -34,9 +34,8 @@ from lightning_compress.conversion.onnx import export_onnx
 from lightning_compress.workflow.int8 import inputs_in_use
 from lightning_compress.workflow.training import build_model
 
-__all__ = ["ARMS", "NNCODEC", "PEERS", "Arm"]
+__all__ = ["ARMS", "PEERS", "Arm"]
 
-NNCODEC = "NNCODEC_PYTHON"  # names an interpreter that has nncodec, which pins an older NumPy
 HELPER = Path(__file__).with_name("nncodec_model.py")
 
 Arm = Callable[[Runs, Path], Shipped]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Container
 from importlib import import_module
 from typing import Any
@@ -10,7 +12,14 @@ from typing import Any
 from lightning_compress import KnowledgeDistillation, Pair, Perceptual, Ramp, StepKL
 from lightning_compress.workflow.costs import deployed_cost
 
-__all__ = ["teacher", "torch_pruned"]
+__all__ = ["NNCODEC", "nncodec_python", "teacher", "torch_pruned"]
+
+NNCODEC = "NNCODEC_PYTHON"  # names an interpreter that has nncodec, which pins an older NumPy
+
+
+def nncodec_python() -> str | None:
+    """That interpreter, if there is one."""
+    return shutil.which(os.environ.get(NNCODEC, ""))
 
 
 def teacher(dense: Any, *, leaves: float | None = None) -> KnowledgeDistillation:

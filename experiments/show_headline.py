@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib as mpl
-from bench_rows import read_rows
+from bench_rows import mean_and_spread, read_rows
 from headline_arms import ARMS, PEERS
 from headline_runs import SETS
 from show_pruning_quality import insert
@@ -111,8 +111,7 @@ class Table:
     def _over(self, arm: str, key: str) -> str:
         values = [row[key] for row in self.arms[arm]]
         digits = 3 if abs(mean(values)) < 1 else 1 if key == "active_units" else 2
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):.{digits}f}{spread}"
+        return mean_and_spread(values, f".{digits}f")
 
     def _why(self) -> str:
         return "the dense seeds' spread" if self.allowed == self.spread else "2 %"

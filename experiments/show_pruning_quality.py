@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
-from bench_rows import read_rows
+from bench_rows import mean_and_spread, read_rows
 
 METRICS = {"vae": ("neg_elbo", "−ELBO, nats"), "dcgan": ("fid", "Fréchet distance")}
 TITLES = {"vae": "VAE, Fashion-MNIST", "dcgan": "DCGAN, Fashion-MNIST"}
@@ -70,8 +70,7 @@ def shown(rows: list[dict[str, Any]], metric: str) -> str:
     if not rows:
         return "–"
     values = [row[metric] for row in rows]
-    spread = f" ± {stdev(values):.2f} (n={len(values)})" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
+    return mean_and_spread(values) + (f" (n={len(values)})" if len(values) > 1 else "")
 
 
 def table(cells: Cells, model: str) -> str:

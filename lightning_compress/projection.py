@@ -51,8 +51,7 @@ class Slot:
         self.shards: Shards | None = shards_of(target.parameter)
         self.spread: Spread = self.shards or ONE_PIECE
         self.pruned: Tensor | None = None  # True where the weight is 0
-        self.mask_owner: str | None = None  # the callback that makes the mask: there can be one
-        self.owners: dict[str, str] = {}  # the same for the "grid" and for "activations"
+        self.owners: dict[str, str] = {}  # the one callback of its "mask", "grid", "activations"
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent
         self.latent: Tensor | None = None

@@ -123,6 +123,24 @@ class WeightCallback(Callback):
         self.projector.asleep = False
         self.projector.project()
 
+    def claim(self, what: str, done: str) -> None:
+        """Have the targets' masks, say, for itself.
+
+        Args:
+            what: no other callback may make: `mask`, `grid` or `activations`.
+            done: to a target, for the error's text.
+
+        Raises:
+            TargetError: where another callback has it.
+        """
+        for slot in self.slots:
+            owner = slot.owners.setdefault(what, self.state_key)
+            if owner != self.state_key:
+                raise TargetError(
+                    f"{slot.path} is {done} by {owner} and by {self.state_key}: include or "
+                    "exclude it so that one of them has it"
+                )
+
     def on_weight_step(self, trainer: Trainer) -> None:
         """React to a step of an optimizer, before its weights are projected."""
 

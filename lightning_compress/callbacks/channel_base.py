@@ -81,7 +81,7 @@ class ChannelCallback(MaskCallback):
             return "fraction"
         return "loss" if self.criterion in ABSOLUTE else "group"
 
-    def _claim(self) -> None:
+    def claim(self, what: str, done: str) -> None:
         """Channels are no masks: another callback may mask what stays."""
 
     def _make_plan(

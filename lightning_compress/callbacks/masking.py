@@ -96,7 +96,7 @@ class MaskCallback(WeightCallback):
         """Find the targets, hook their optimizers and say how many there are."""
         earlier = {slot.path: slot for slot in self.slots}
         super().on_fit_start(trainer, pl_module)
-        self._claim()
+        self.claim("mask", "pruned")
         if any(slot.shards is not None for slot in self.slots):
             self.check_sharded()
         if self.events.in_fractions:
@@ -112,15 +112,6 @@ class MaskCallback(WeightCallback):
             f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
             f"{skipped} parameters left as they are"
         )
-
-    def _claim(self) -> None:
-        for slot in self.slots:
-            if slot.mask_owner not in (None, self.state_key):
-                raise TargetError(
-                    f"{slot.path} is pruned by {slot.mask_owner} and by {self.state_key}: "
-                    "include or exclude it so that one of them has it"
-                )
-            slot.mask_owner = self.state_key
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and read the clock."""

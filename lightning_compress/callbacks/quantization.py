@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_compress.adaptive.levers import BitsLever, Lever, Limits, StepLever
 from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
-from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.channels import Kept
 from lightning_compress.pruning.events import Events
@@ -146,7 +145,7 @@ class QuantizationAwareTraining(WeightCallback):
         self.events.reset()
         self._told, self.frozen, self._left = set(), False, False
         if self.weight_bits is not None:
-            self._claim("grid")
+            self.claim("grid", "quantized")
             self._asked_bits = self._find_bits(pl_module)
             # What a budget came to in an earlier fit goes on.
             self.bits = {path: self.bits.get(path, n) for path, n in self._asked_bits.items()}
@@ -157,7 +156,7 @@ class QuantizationAwareTraining(WeightCallback):
                 replace(row, selected=False, reason=row.reason or why) for row in self.coverage
             ]
         if self.activation_bits is not None:
-            self._claim("activations")
+            self.claim("activations", "quantized")
             self._find_activations(pl_module)
             self._look_for_enlarged()
         parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
@@ -243,15 +242,6 @@ class QuantizationAwareTraining(WeightCallback):
             self.weights.replace(path, self._make_maker(slot), started=self.started)
             if self.frozen:
                 self.weights.freeze_one(path)
-
-    def _claim(self, side: str) -> None:
-        for slot in self.slots:
-            owner = slot.owners.setdefault(side, self.state_key)
-            if owner != self.state_key:
-                raise TargetError(
-                    f"{slot.path} is quantized by {owner} and by {self.state_key}: include or "
-                    "exclude it so that one of them has it"
-                )
 
     def _make_maker(self, slot: Slot) -> GridMaker:
         total = sum(one.target.numel for one in self.slots)
