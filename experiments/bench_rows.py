@@ -18,12 +18,21 @@ class Rows:
     Args:
         path: of the file, which is made.
         keys: what tells rows apart.
+
+    Raises:
+        ValueError: for a file of rows that lack one, such as those of an earlier benchmark.
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
         self.path, self.keys = path, keys
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_rows(path) if path.exists() else []
+        for number, row in enumerate(found, 1):
+            if missing := [key for key in keys if key not in row]:
+                raise ValueError(
+                    f"{path}, row {number}: no {missing[0]!r}; rows are told apart by "
+                    f"{list(keys)}: move the file away, or give another"
+                )
         self.known = {self._key(row): row for row in found}
         self._write()  # without a row that a kill cut short: the next would go on in its line
 

@@ -48,3 +48,11 @@ def test_amended_values_stand_in_the_file_and_the_rest_stays(rows_of, tmp_path):
     assert [row.get("speed") for row in found] == [{"this": 2.0}, {"this": 1.0}, None]
     assert [row["fid"] for row in found] == [1.0, 1.0, 4.0]
     assert rows_of(tmp_path / "rows.jsonl").known[("vae", 0)]["speed"] == {"this": 2.0}
+
+
+def test_rows_of_other_keys_are_refused_and_stay(rows_of, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"model": "vae", "seed": 0}\n{"arm": "small", "seed": 1}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 2: no 'model'; .*\['model', 'seed'\]"):
+        rows_of(file)
+    assert len(lines(file)) == 2
