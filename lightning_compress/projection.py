@@ -11,7 +11,8 @@ Nothing here knows Lightning: `Projector.of(module)`, `add`, `attach(optimizers)
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,6 +159,20 @@ class Slot:
         data = self.data
         data.copy_(torch.where(data == expected, self.latent, data))
         self._holds_latent = True
+
+    @contextmanager
+    def unprojected(self) -> Iterator[None]:
+        """The latent values in the parameter's place for a moment, between two updates."""
+        if self.latent is None:
+            yield
+            return
+        visible = self.data.clone()
+        self.restore()
+        try:
+            yield
+        finally:
+            self.data.copy_(visible)
+            self._holds_latent = False
 
     @torch.no_grad()
     def project(self, *, same_grid: bool = False) -> None:

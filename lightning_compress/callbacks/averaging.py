@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ class ProjectedEMA(EMAWeightAveraging):
                 f"ProjectedEMA cannot average {sharded}, which are sharded (FSDP2): leave it out, "
                 "or train with DDP"
             )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average what the optimizer moves, not what is on masks and grids."""
+        with self._unprojected():
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where updates follow epochs."""
+        with self._unprojected():
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @contextmanager
+    def _unprojected(self) -> Iterator[None]:
+        slots = self._projector.slots.values() if self._projector else ()
+        with ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(slot.unprojected())
+            yield
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the projected average into the module."""

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector, Slot
@@ -21,6 +22,11 @@ _ENDLESS = (
     "begin and end are fractions of the run, but the run has no end: set max_epochs or max_steps "
     "of the Trainer, or give begin and end in optimizer steps (int)"
 )
+_NO_LENGTH = (
+    "begin and end are fractions of the run, but the training data have no length: set max_steps "
+    "or limit_train_batches of the Trainer, or give begin and end in optimizer steps (int)"
+)
+_SOME_ZEROS = 0.05  # of a weight, which no training makes by itself
 
 
 def check_run_ends(trainer: Trainer) -> None:
@@ -49,7 +55,8 @@ def run_progress(trainer: Trainer) -> float:
     if trainer.max_steps > 0:
         done.append((trainer.global_step + 1) / trainer.max_steps)
     if not done:
-        raise ValueError(_ENDLESS)
+        endless = epochs is None or epochs < 0
+        raise ValueError(_ENDLESS if endless else _NO_LENGTH)
     return min(max(done), 1.0)
 
 
@@ -64,6 +71,11 @@ class WeightCallback(Callback):
 
     order = 0  # of several callbacks on one weight: masks go before grids
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        one = super().__new__(cls)
+        one._made_with = args, kwargs
+        return one
+
     def __init__(
         self,
         *,
@@ -74,6 +86,7 @@ class WeightCallback(Callback):
         self.include, self.exclude, self.name = include, exclude, name
         self.coverage: list[Coverage] = []
         self.slots: list[Slot] = []
+        self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
 
@@ -90,10 +103,15 @@ class WeightCallback(Callback):
         return self._projector
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes before anything is built or trained."""
+        """Find mistakes before anything is built or trained; begin anew with another module."""
         self._loaded = None  # what validate or test may have left here
         if stage != "fit":
             return
+        layers = {id(layer) for layer in pl_module.modules()}
+        if self.slots and not any(id(slot.target.layer) in layers for slot in self.slots):
+            rank_zero_info(f"{self.state_key} begins anew: its last fit was of another module")
+            args, kwargs = self._made_with
+            type(self).__init__(self, *args, **kwargs)
         _refuse_plain_averaging(trainer)
         if not is_overridden("configure_model", pl_module):
             select(pl_module, self.include, self.exclude)
@@ -120,8 +138,25 @@ class WeightCallback(Callback):
         if self._loaded is not None:
             self.restore_state(self._loaded)
             self._loaded = None
+        self._tell_of_lost_masks()
         self.projector.asleep = False
         self.projector.project()
+
+    def _tell_of_lost_masks(self) -> None:
+        """Warn where zeros of an earlier run have no mask any more."""
+        lost = []
+        for slot in self.slots:
+            mine = slot.owners.get("mask") in (None, self.state_key)
+            if mine and slot.pruned is None and slot.grid is None:
+                zeros = (slot.data == 0).float().mean().item()
+                if _SOME_ZEROS <= zeros < 1:
+                    lost.append(f"{slot.path} ({zeros:.0%})")
+        if lost:
+            rank_zero_warn(
+                f"{self.state_key}: zeros that no mask keeps, so that training fills them: "
+                f"{', '.join(lost)}. If they were pruned before, list that fit's pruning callback "
+                "(the same object), or resume with ckpt_path"
+            )
 
     def claim(self, what: str, done: str) -> None:
         """Have the targets' masks, say, for itself.
@@ -148,8 +183,12 @@ class WeightCallback(Callback):
         """Apply what `state_dict` saved, to slots that exist."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the weights are in place."""
-        self._loaded = state_dict
+        """Keep the state until the weights are in place.
+
+        One without steps is of no run: others save and load before training begins, such as
+        `LearningRateFinder`.
+        """
+        self._loaded = state_dict if state_dict.get("steps") else None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remove the hooks."""

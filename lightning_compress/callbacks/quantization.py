@@ -363,8 +363,18 @@ class QuantizationAwareTraining(WeightCallback):
         if self.weights is not None:
             self.weights.freeze()
         if self.activations is not None:
-            self.activations.freeze()
+            self._freeze_activations(self.activations)
         self.frozen = True
+
+    def _freeze_activations(self, side: ActivationQuantizer) -> None:
+        bare = side.without_range()
+        side.freeze(spare=True)
+        for path, why in bare.items():
+            rank_zero_warn(f"{self.state_key}: activations of {path} stay as they are: {why}")
+        self.activation_coverage = [
+            replace(row, selected=False, reason=bare[row.path]) if row.path in bare else row
+            for row in self.activation_coverage
+        ]
 
     def _show(self) -> None:
         if self.weights is not None:
@@ -401,7 +411,7 @@ class QuantizationAwareTraining(WeightCallback):
         """Leave the grids of activations in the layers.
 
         Raises:
-            ValueError: when no batch went through a layer.
+            ValueError: when no batch went through any of them.
         """
         for norm in self._norms if self.freeze_batchnorm else ():
             norm.train(pl_module.training)
@@ -411,7 +421,8 @@ class QuantizationAwareTraining(WeightCallback):
                 f"{self.state_key}: the run ended before begin={begin!r}: nothing is quantized"
             )
         elif self.activations is not None:
-            self.activations.freeze()
+            if not self.frozen:
+                self._freeze_activations(self.activations)
             self.activations.leave_grids()
             self._left = True
 
@@ -446,13 +457,23 @@ class QuantizationAwareTraining(WeightCallback):
             "weights": None if self.weights is None else self.weights.state_dict(),
             "activations": None if self.activations is None else self.activations.state_dict(),
             "steps": [] if self._projector is None else list(self._projector.steps),
+            "scheme": self.scheme,
+            "asked_bits": dict(self._asked_bits),
             "events": self.events.state_dict(),
             "flags": (self.started, self.frozen),
             "bits": dict(self.bits),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back; a checkpoint of other weights or layers is a ValueError."""
+        """Put everything back.
+
+        Raises:
+            ValueError: for a checkpoint of other weights or layers, another scheme or other bits.
+        """
+        self._check_same("scheme", state.get("scheme", self.scheme), self.scheme)
+        asked = state.get("asked_bits", self._asked_bits)
+        for path in sorted(set(asked) & set(self._asked_bits)):
+            self._check_same(f"weight_bits of {path}", asked[path], self._asked_bits[path])
         self.started, self.frozen = state["flags"]
         sides = (("weights", self.weight_bits), ("activations", self.activation_bits))
         for side, bits in sides:
@@ -466,6 +487,13 @@ class QuantizationAwareTraining(WeightCallback):
             self.activations.load_state_dict(state["activations"])
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
+
+    def _check_same(self, what: str, saved: object, asked: object) -> None:
+        if saved != asked:
+            raise ValueError(
+                f"{self.state_key}: the checkpoint has {what} {saved!r}, this run {asked!r}: "
+                "give what it has, or begin from its weights alone"
+            )
 
     def _restore_bits(self, bits: Mapping[str, int]) -> None:
         """Makers of the bits that a run had come to, before their own state is put back."""

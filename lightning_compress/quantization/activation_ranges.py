@@ -203,24 +203,31 @@ class ActivationQuantizer:
         for one in self.inputs.values():
             one.forget_gradient()
 
-    def freeze(self) -> None:
+    def without_range(self) -> dict[str, str]:
+        """Layers whose inputs have no range: path and reason."""
+        reasons = {True: "always 0: the layer before is dead", False: "never seen in training mode"}
+        bare = {path: one for path, one in self.inputs.items() if one.grid() is None}
+        flat = {path: one for path, one in self.inputs.items() if one.zero_width}
+        return {path: reasons[path in flat] for path in (*bare, *flat)}
+
+    def freeze(self, *, spare: bool = False) -> None:
         """Keep all ranges.
+
+        Args:
+            spare: layers without a range stay as they are, unless there is no other.
 
         Raises:
             ValueError: for layers that were never run in training mode, or only on zeros.
         """
-        unseen = [path for path, one in self.inputs.items() if one.grid() is None]
-        if unseen:
+        bare = self.without_range()
+        if bare and not (spare and len(bare) < len(self.inputs)):
+            found = "; ".join(f"{path}: {why}" for path, why in bare.items())
             raise ValueError(
-                f"the activations of {unseen} were never seen: no batch went through these layers "
-                "in training mode before the ranges were frozen. Exclude them, or freeze later"
+                f"inputs that have no range when ranges are frozen: {found}. Exclude these layers, "
+                "or freeze later"
             )
-        flat = [path for path, one in self.inputs.items() if one.zero_width]
-        if flat:
-            raise ValueError(
-                f"the activations of {flat} were always 0: a range of zero width has no grid. The "
-                "layer before is dead; exclude these layers if that is meant"
-            )
+        for path in bare:
+            self.inputs[path].observer.range = None
         if self.last is None and self._finder is not None:
             self.last = self._finder.found()
             self.detach()
@@ -237,7 +244,8 @@ class ActivationQuantizer:
         """Let the layers remember their grids."""
         for path, layer in self.layers.items():
             output = self.outputs[path].grid() if path in (self.last or ()) else None
-            set_activation_grids(layer, ActivationGrids(self.inputs[path].grid(), output))
+            grids = ActivationGrids(self.inputs[path].grid(), output)
+            set_activation_grids(layer, None if grids == ActivationGrids() else grids)
 
     def state_dict(self) -> dict[str, Any]:
         """All ranges, and which layers are last."""

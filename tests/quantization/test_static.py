@@ -205,7 +205,7 @@ def test_equalization_helps_where_channels_differ():
         ([], "calibration data are empty"),
         ([torch.empty(0, 2, 9, 9)], "calibration data are empty"),
         ([torch.full((1, 2, 9, 9), float("nan"))], "batch 0 of the calibration data holds NaN"),
-        ([torch.zeros(3, 2, 9, 9)], r"\['0'\] were always 0: a range of zero width"),
+        ([torch.zeros(3, 2, 9, 9)], r"no range .* 0: always 0: the layer before is dead"),
     ],
 )
 def test_bad_data_are_named(data, message):
@@ -238,7 +238,7 @@ def test_bad_arguments_are_named_and_nothing_changes():
 def test_a_layer_that_no_batch_meets_is_named():
     net = Branched()
     net.forward = lambda x: net.a(x)
-    with pytest.raises(ValueError, match=r"\['b', 'c'\] were never seen"):
+    with pytest.raises(ValueError, match="b: never seen in training mode; c: never seen"):
         quantize_static(net, torch.randn(4, 3))
 
 
