@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in argv if word not in sweep]
     if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
         words.append(f"hydra.sweep.dir={sweep_folder(words)}")
+    if not sweep and any(word.startswith("ckpt_path=") for word in words):
+        words = _as_before(words)
     sys.argv = [sys.argv[0], *sweep[:1], *words]
     stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
@@ -89,7 +91,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
         results = run_experiment(cfg, folder, names=names, begun=begun)
         page = write_report([folder])
     except (InterruptedRunError, KeyboardInterrupt) as stop:
-        command = resume_command(_shown(folder), list(runtime.overrides.task))
+        command = resume_command(_shown(folder), sys.argv[1:])
         print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from None
     except HopelessRunError as stop:
@@ -101,6 +103,15 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
         _fail(_message(error))
     print_summary(results)
     print(f"report: {_shown(page)}")
+
+
+def _as_before(words: Sequence[str]) -> list[str]:
+    from lightning_compress.workflow.records import with_recorded
+
+    try:
+        return with_recorded(words)
+    except (HydraException, OSError, ValueError) as error:
+        _fail(_message(error))
 
 
 def _report(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,6 +67,10 @@ def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
         (["compression.prune.final_sparsty=0.5"], "compression.prune.final_sparsity"),
         (["modle=vae"], "Closest: model"),
         (["model=vea"], "vae"),
+        (["experiment=fashon_dcgan"], "fashion_dcgan_small"),
+        (["sweep=grit"], "grid"),
+        (["threads=0"], "threads=0 must be 1 or more"),
+        (["ckpt_path=nowhere"], "nothing to resume from"),
         (["compression=[prone]"], "prune"),
         (["compression.prune.final_sparsity=1.0"], "final_sparsity=1.0: a sparsity lies in [0, 1)"),
         (["compression.prune.final_sparsity=-0.5"], "final_sparsity=-0.5"),
@@ -123,9 +128,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_same(tmp_path, mo
         "trainer.limit_train_batches=4",
     ]
 
-    def start(folder, *extra):
+    def start(folder, *extra, told=words):
         return subprocess.Popen(
-            [sys.executable, *words, f"hydra.run.dir={folder}", *extra],
+            [sys.executable, *told, f"hydra.run.dir={folder}", *extra],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -154,9 +159,14 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_same(tmp_path, mo
     cut.send_signal(signal.SIGINT)
     _, errors = cut.communicate()
     assert cut.returncode == 130, errors
-    assert "ckpt_path=cut" in errors
+    command = shlex.split(errors.splitlines()[-1])
+    assert command[-1] == "ckpt_path=cut"
+    assert {*words[2:], "hydra.run.dir=cut"} <= {*command}
 
-    resumed = start("resumed", "ckpt_path=cut")
+    if model == "vae":
+        _, errors = start("other", "ckpt_path=cut", "seed=7", told=words[:2]).communicate()
+        assert "goes on with a run of other settings: seed was 0 and is 7" in errors
+    resumed = start("resumed", "ckpt_path=cut", told=words[:2])  # all else as it was told before
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     one, other = (

@@ -38,6 +38,7 @@ from lightning_compress.workflow.identity import config_hash, dense_recipe
 from lightning_compress.workflow.int8 import int8_bytes, int8_rows, write_int8_files
 from lightning_compress.workflow.locks import sole_run
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
+from lightning_compress.workflow.records import check_same_run
 from lightning_compress.workflow.resume import Earlier
 from lightning_compress.workflow.training import Trained, build_model, load_trained, train
 
@@ -79,8 +80,13 @@ def run_experiment(
 
 def _run(cfg: DictConfig, folder: Path, names: dict[str, str]) -> dict[str, Any]:
     if cfg.threads is not None:
+        if cfg.threads < 1:
+            raise ValueError(f"threads={cfg.threads!r} must be 1 or more, or null for all")
         torch.set_num_threads(cfg.threads)
-    earlier = Earlier.at(cfg.ckpt_path).carried_to(folder)
+    earlier = Earlier.at(cfg.ckpt_path)
+    if earlier.folder is not None:
+        check_same_run(cfg, earlier.folder)
+    earlier = earlier.carried_to(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg), what="the config")
     compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
     data: SplitDataModule = instantiate(cfg.data, _convert_="all")

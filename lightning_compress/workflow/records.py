@@ -1,19 +1,102 @@
-"""What a run was told, in the files where Hydra would write it: `.hydra/` in its folder."""
+"""What a run was told, where Hydra would write it: `.hydra/` in its folder. Written, read again."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomically
 
-__all__ = ["RECORDS", "write_records"]
+__all__ = ["CKPT_PATH", "RECORDS", "check_same_run", "run_folder", "with_recorded", "write_records"]
 
 RECORDS = ".hydra"
+CKPT_PATH = "ckpt_path="
+# What does not change what a run trains: where things lie, and what is measured afterwards.
+_FREE = re.compile(
+    r"(threads|ckpt_path|baseline|dense_cache|baseline_seeds|hopeless|callbacks|logger|evaluate"
+    r"|export)\b|data\.(folder|file|download|num_workers)$"
+    r"|trainer\.(?!max_epochs|max_steps|limit_train_batches|accumulate|gradient_clip|precision)"
+)
+
+
+def with_recorded(words: Sequence[str]) -> list[str]:
+    """A command line that goes on with a run: what that run was told, then what is said now.
+
+    Args:
+        words: overrides and flags; without a `ckpt_path=` they stay as they are.
+    """
+    paths = [word for word in words if word.startswith(CKPT_PATH)]
+    told = told_to(run_folder(_text(paths[-1]))) if paths else []
+    keys = {_key(word) for word in words}
+    return [*(one for one in told if _key(one) not in {*keys, "ckpt_path"}), *words]
+
+
+def run_folder(ckpt_path: str) -> Path:
+    """The folder of the run that a folder or one of its checkpoints belongs to."""
+    path = Path(ckpt_path)
+    return path if path.is_dir() else path.parent.parent
+
+
+def told_to(folder: Path) -> list[str]:
+    """The overrides that a run's command had; none where nothing is recorded."""
+    file = folder / RECORDS / "overrides.yaml"
+    if not file.is_file():
+        return []
+    known: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return [str(word) for word in known]
+
+
+def _text(word: str) -> str:
+    return str(OverridesParser.create().parse_override(word).value())
+
+
+def _key(word: str) -> str:
+    return re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
+
+
+def check_same_run(cfg: DictConfig, folder: Path) -> None:
+    """Check that a run that goes on is told what it was told before.
+
+    Args:
+        cfg: of now.
+        folder: of the earlier run; one without a record is not checked.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = (dict(_leaves(one)) for one in (OmegaConf.load(file), cfg))
+    keys = [key for key in {**before, **now} if not _FREE.match(key)]
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{CKPT_PATH}{cfg.ckpt_path} goes on with a run of other settings: "
+            f"{'; '.join(changed)}. Leave these out, or leave ckpt_path out for a new run"
+        )
+
+
+def _leaves(cfg: Any) -> Iterator[tuple[str, object]]:
+    def walk(node: object, at: str) -> Iterator[tuple[str, object]]:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                yield from walk(value, f"{at}.{key}" if at else str(key))
+        else:
+            yield at, node
+
+    return walk(OmegaConf.to_container(cfg, resolve=True), "")
 
 
 @rank_zero_only

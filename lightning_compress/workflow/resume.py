@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_compress.files import atomic_file
+from lightning_compress.workflow.records import CKPT_PATH, run_folder
 from lightning_compress.workflow.training import FINAL, INTERRUPTED, LAST
 
 __all__ = ["Earlier", "resume_command"]
@@ -45,7 +47,7 @@ class Earlier:
         path = Path(ckpt_path)
         if not path.exists():
             raise FileNotFoundError(f"ckpt_path={ckpt_path!r}: there is nothing to resume from")
-        folder = path if path.is_dir() else path.parent.parent
+        folder = run_folder(ckpt_path)
         if not any(folder.glob("*/*.ckpt")) and not (folder / RECORD).is_file():
             raise FileNotFoundError(
                 f"ckpt_path={ckpt_path!r}: {folder} is no run folder, it holds neither {RECORD} "
@@ -87,14 +89,18 @@ class Earlier:
         return path
 
 
-def resume_command(folder: Path, overrides: list[str]) -> str:
+def resume_command(folder: Path, words: Sequence[str]) -> str:
     """The command line that goes on with an interrupted run.
 
-    >>> resume_command(Path("outputs/a b"), ["model=vae"])
-    "lightning-compress model=vae 'ckpt_path=outputs/a b'"
+    Args:
+        folder: of the run.
+        words: overrides and flags of its command.
+
+    >>> resume_command(Path("outputs/a b"), ["--config-dir=mine", "model=vae"])
+    "lightning-compress --config-dir=mine model=vae 'ckpt_path=outputs/a b'"
     """
-    kept = [one for one in overrides if not one.startswith("ckpt_path=")]
-    return shlex.join(["lightning-compress", *kept, f"ckpt_path={_value(str(folder))}"])
+    kept = [one for one in words if not one.startswith(CKPT_PATH)]
+    return shlex.join(["lightning-compress", *kept, f"{CKPT_PATH}{_value(str(folder))}"])
 
 
 def _value(text: str) -> str:
