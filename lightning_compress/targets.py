@@ -92,7 +92,7 @@ def deployed_part(module: nn.Module) -> tuple[str, ...]:
     inner = getattr(module, "_orig_mod", module)
     declared = getattr(inner, "deployed", None)
     if declared is not None:
-        return tuple(declared)
+        return (declared,) if isinstance(declared, str) else tuple(declared)
     children = {name for name, _ in inner.named_children()}
     for part in (("generator",), ("encoder", "decoder"), ("decoder",)):
         if children.issuperset(part):
@@ -159,8 +159,10 @@ def _matches(pattern: Pattern, path: str, layer: nn.Module) -> bool:
 
 
 def _glob(pattern: str, path: str) -> bool:
-    # "generator" and "generator.*" both mean everything below; "" is the module itself.
-    return pattern == "" or fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+    # "generator" and "generator.*" both mean everything below; "" is the module itself. A path is
+    # itself whatever it holds, brackets of a key such as "x[0]" too.
+    written = pattern in ("", path) or path.startswith(f"{pattern.removesuffix('.*')}.")
+    return written or fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
 def _check_patterns(module: nn.Module, patterns: Iterable[Pattern]) -> None:
@@ -222,6 +224,8 @@ def _why_unfit(
         return "not a floating-point tensor, or empty"
     if not parameter.requires_grad:
         return "frozen (requires_grad is False)"
+    if getattr(layer, "sparse", False) and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return "its gradients are sparse (sparse=True), which no mask can follow"
     if name in _MAGNITUDE:
         return "magnitude of a weight_norm"
     if ".parametrizations." in path and (reason := _why_not_parametrized(layer)):

@@ -112,6 +112,26 @@ def test_a_custom_layer_is_taken_by_name():
     assert paths(module) == ["head.weight"]
 
 
+def test_a_path_with_brackets_is_itself():
+    module = nn.ModuleDict({"x[0]": nn.Linear(2, 2), "x0": nn.Linear(2, 2)})
+    for pattern in ("x[0].weight", "x[0]", "x[0].*"):  # a path, and a glob
+        assert paths(module, [pattern]) == ["x[0].weight", "x0.weight"]
+    assert paths(module, None, ["x0"]) == ["x[0].weight"]
+
+
+def test_one_deployed_part_may_be_a_word():
+    module = gan()
+    module.deployed = "discriminator"
+    assert deployed_part(module) == ("discriminator",)
+    assert paths(module) == ["discriminator.0.weight"]
+
+
+def test_sparse_gradients_are_told():
+    module = nn.ModuleDict({"emb": nn.Embedding(3, 2, sparse=True), "head": nn.Linear(2, 2)})
+    assert "sparse=True" in reasons(module, ["emb", "head"])["emb.weight"]
+    assert paths(module, ["emb", "head"]) == ["head.weight"]
+
+
 def test_patterns_that_match_nothing_name_the_closest():
     with pytest.raises(TargetError, match=r"'generatr\.\*' matches no parameter.*generator"):
         select(gan(), ["generatr.*"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.coding.values import DTYPES, dtype_name
 from lightning_compress.quantization.codebooks import CodebookGrid
@@ -51,6 +52,7 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
         if stored_name(key) not in tensors:
             raise KeyError(f"{key!r} is no entry of the module's state_dict")
         tensors[stored_name(key)] = tensor
+    tensors = {name: one.resolve_conj().resolve_neg() for name, one in tensors.items()}
     known = compression_state(module, masks=False)
     grids: dict[str, Grid] = {}
     for path, grid in known.grids.items():
@@ -100,6 +102,8 @@ def check_tensor(key: str, tensor: object) -> None:
     Raises:
         TypeError: naming the entry, for anything but a dense tensor of a known dtype.
     """
+    if is_lazy(tensor):
+        raise TypeError(f"{key!r} has no shape yet: run one batch through the lazy layer first")
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         raise TypeError(f"{key!r} is no dense tensor with values: {str(tensor)[:80]}")
     if dtype_name(tensor.dtype) not in DTYPES:
@@ -132,7 +136,8 @@ def shared_memory(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> d
         tensor = tensors[name]
         if tensor.numel():
             here = local_part(tensor).data_ptr()
-            place = (tensor.device, here, tensor.dtype, tensor.shape, tensor.stride())
+            views = (tensor.is_conj(), tensor.is_neg())  # other values in the same memory
+            place = (tensor.device, here, tensor.dtype, tensor.shape, tensor.stride(), *views)
             if (source := sources.setdefault(place, name)) != name:
                 shared[name] = source
     return shared

@@ -392,6 +392,7 @@ class WithExtra(nn.Linear):
         (WithExtra(1, 1), "'_extra_state' is no dense tensor"),
         (nn.Linear(1, 1, device="meta"), "'weight' is no dense tensor with values"),
         (Holder(torch.eye(2).to_sparse()), "'t0' is no dense tensor"),
+        (nn.Sequential(nn.LazyLinear(2)), "'0.weight' has no shape yet: run one batch"),
     ],
 )
 def test_entries_that_cannot_be_stored_are_named(tmp_path, module, text):
@@ -412,6 +413,18 @@ def test_views_of_one_memory_are_not_taken_for_ties(tmp_path):
     assert [t.kind == "tied" for t in info.per_tensor.values()] == [False] * 4 + [True]
     fresh = Holder(*(torch.zeros(t.shape) for t in model.buffers()))
     assert_same(load_compressed(tmp_path / "a.lcz", fresh), model)
+
+
+def test_views_with_other_values_in_the_same_memory(tmp_path):
+    a = torch.randn(3, 3, dtype=torch.complex64)
+    model = Holder(a, a.conj(), a.imag, a.conj().imag)
+    save_compressed(model, tmp_path / "a.lcz")
+    kinds = [torch.complex64] * 2 + [torch.float32] * 2
+    fresh = Holder(*(torch.zeros(3, 3, dtype=kind) for kind in kinds))
+    for one, other in zip(
+        load_compressed(tmp_path / "a.lcz", fresh).buffers(), model.buffers(), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_missing_files_are_an_os_error(tmp_path):
