@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import TinyAutoencoder, batches, quiet_trainer
 
-from lightning_compress import Constant, GradualPruning, ProjectedEMA, sparsity
+from lightning_compress import (
+    Constant,
+    GradualPruning,
+    ProjectedEMA,
+    Projector,
+    QuantizationAwareTraining,
+    sparsity,
+)
 
 
 def test_validation_checkpoint_and_end_are_projected(tmp_path):
@@ -46,6 +54,31 @@ def test_the_average_is_the_textbook_one_on_what_stays(tmp_path):
     for weight in history[1:]:
         expected = 0.8 * expected + 0.2 * weight
     torch.testing.assert_close(model.decoder.weight, expected * (history[-1] != 0))
+
+
+def test_the_average_is_of_what_the_optimizer_moves(tmp_path):
+    latents, visible = [], []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            slot = Projector.find(pl_module).slots["decoder.weight"]
+            latents.append(slot.values().clone())
+            visible.append(slot.data.clone())
+
+    model = TinyAutoencoder()
+    coarse = QuantizationAwareTraining(weight_bits=2, activation_bits=None)
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    quiet_trainer(
+        tmp_path, coarse, ProjectedEMA(decay=0.8), Record(), saver, enable_checkpointing=True
+    ).fit(model, batches())
+    expected = latents[0]
+    for weight in latents[1:]:
+        expected = 0.8 * expected + 0.2 * weight
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    raw = saved["averaging_state"]["raw_average"]["decoder.weight"]
+    torch.testing.assert_close(raw, expected)
+    assert torch.equal(saved["current_model_state"]["decoder.weight"], visible[-1])
+    assert not torch.equal(latents[-1], visible[-1])
 
 
 def test_resume_goes_on_from_the_raw_average(tmp_path):

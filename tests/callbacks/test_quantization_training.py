@@ -482,15 +482,29 @@ def test_what_training_shows_to_be_wrong_is_told(tmp_path):
         def forward(self, x):
             return self.decoder[0](self.encoder(x))
 
-    with pytest.raises(ValueError, match=r"activations of \['decoder.1'\] were never seen"):
-        quiet_trainer(tmp_path, quantizing(activation_bits=8)).fit(Unused(), batches())
+    spare = Unused()
+    callback = quantizing(activation_bits=8)
+    with pytest.warns(UserWarning, match=r"activations of decoder.1 stay as they are: never seen"):
+        quiet_trainer(tmp_path, callback).fit(spare, batches())
+    known = compression_state(spare).activations
+    assert set(known) == {"encoder.0", "decoder.0"}
+    rows = {row.path: row.reason for row in callback.activation_coverage if not row.selected}
+    assert rows == {"decoder.1": "never seen in training mode"}
+    with pytest.raises(ValueError, match=r"decoder\.1: never seen"):
+        quiet_trainer(tmp_path, quantizing(include="decoder.1", activation_bits=8)).fit(
+            Unused(), batches()
+        )
 
     class Dead(TinyAutoencoder):
         def forward(self, x):
             return self.decoder(self.encoder(x) * 0)
 
-    with pytest.raises(ValueError, match=r"\['decoder'\] were always 0: a range of zero width"):
-        quiet_trainer(tmp_path, quantizing()).fit(Dead(), batches())
+    dead = Dead()
+    with pytest.warns(UserWarning, match=r"activations of decoder stay as they are: always 0"):
+        quiet_trainer(tmp_path, quantizing()).fit(dead, batches())
+    known = compression_state(dead).activations
+    assert known["decoder"].input is None
+    assert known["encoder.0"].input is not None
     poisoned = batches()
     poisoned.dataset.tensors[0][5, 2] = float("nan")
     with pytest.raises(FloatingPointError, match=r"activations of encoder.0 are NaN or infinite"):
