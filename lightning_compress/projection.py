@@ -52,6 +52,7 @@ class Slot:
         self.shards: Shards | None = shards_of(target.parameter)
         self.spread: Spread = self.shards or ONE_PIECE
         self.pruned: Tensor | None = None  # True where the weight is 0
+        self.unit = 1  # positions that a mask prunes together, at most
         self.owners: dict[str, str] = {}  # the one callback of its "mask", "grid", "activations"
         self.quantizer: Quantizer | None = None
         self.dense_gradient = False  # pruned positions keep training, hidden in the latent

@@ -12,11 +12,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.callbacks.channel_calls import Calls
 from lightning_compress.callbacks.distillation import KnowledgeDistillation
 from lightning_compress.distillation.inputs import placed, sample_inputs
 from lightning_compress.errors import TargetError
 from lightning_compress.pruning.channels import Kept
-from lightning_compress.targets import clean_path
+from lightning_compress.targets import Target, clean_path
 
 __all__ = [
     "Samples",
@@ -28,6 +29,11 @@ __all__ = [
 ]
 
 _ROWS = 2  # examples that are kept of a batch
+_WAYS = (
+    "Lightning calls training_step and not the module: say what belongs together by "
+    "example_input_array and a forward(), by parts(), or by an attribute deployed that names the "
+    "networks that ship"
+)
 
 
 class Samples:
@@ -35,18 +41,26 @@ class Samples:
 
     Args:
         module: the whole.
-        roots: paths of the modules.
+        roots: paths of the modules; in place of the whole itself, the networks that are called.
+        targets: weights that they hold.
     """
 
-    def __init__(self, module: nn.Module, roots: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, roots: Sequence[str], targets: Sequence[Target]) -> None:
         self._found: dict[str, tuple[Any, ...]] = {}
         self._handles: list[Any] = []
         self.roots = list(roots)
+        self._calls: Calls | None = None
+        self.watched = False  # whether the roots are those that were called
         for root in self.roots:
             part = module.get_submodule(root)
             known = sample_inputs(module, clean_path(root), part)
             if known is not None:
                 self._found[root] = known
+                continue
+            if not root:
+                others = tuple(f"{one}." for one in roots if one)
+                paths = [one.path for one in targets if not one.path.startswith(others)]
+                self._calls = Calls(module, paths, keep=_few)
                 continue
 
             def look(_module: nn.Module, args: Any, root: str = root) -> None:
@@ -59,6 +73,30 @@ class Samples:
         """Whether inputs of all modules are known."""
         return all(root in self._found for root in self.roots)
 
+    def settle(self) -> list[str]:
+        """After a step of the optimizer: the networks that were called take the whole's place.
+
+        Returns:
+            Targets that none of them holds, by path.
+
+        Raises:
+            TargetError: when none was called.
+        """
+        if self._calls is None:
+            return []
+        called, missed = self._calls.roots(), self._calls.missed()
+        if not called:
+            raise TargetError(f"no network was called that holds {missed}. {_WAYS}")
+        self._calls.stop()
+        self._calls, self.watched = None, True
+        self.roots = [*(one for one in self.roots if one), *called]
+        self._found |= called
+        return missed
+
+    def explain(self, error: TargetError) -> TargetError:
+        """An error of the networks that were called, with the ways out."""
+        return TargetError(f"{error}. Called were {self.roots}. {_WAYS}")
+
     def take(self) -> dict[str, tuple[Any, ...]]:
         """The inputs, by path; looking ends."""
         self.stop()
@@ -69,9 +107,11 @@ class Samples:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._calls is not None:
+            self._calls.stop()
 
     def __str__(self) -> str:
-        return str([root for root in self.roots if root not in self._found])
+        return str([root or "the module" for root in self.roots if root not in self._found])
 
 
 def _few(args: Any) -> Any:

@@ -127,6 +127,7 @@ class ChannelPruning(ChannelCallback):
         self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
         self._samples: Samples | None = None
+        self._began = 0  # steps of the optimizer when the fit began
         self._handle: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,8 +154,8 @@ class ChannelPruning(ChannelCallback):
         """Find the targets, and sample inputs of the networks that hold them."""
         super().on_fit_start(trainer, pl_module)
         claim_run(self, trainer)
-        roots = roots_of(pl_module, [slot.target for slot in self.slots])
-        self._samples = Samples(pl_module, roots)
+        targets = [slot.target for slot in self.slots]
+        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
         self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
         self.goal.steered = None
 
@@ -166,7 +167,7 @@ class ChannelPruning(ChannelCallback):
             ValueError: for a budget that cannot be met.
         """
         super().on_train_start(trainer, pl_module)
-        self._tapped = tapped_features(trainer)
+        self._tapped, self._began = tapped_features(trainer), self._last_step
         if self._samples is not None and self._samples.complete:
             self._make_plan(pl_module, self._samples.take())
 
@@ -207,13 +208,26 @@ class ChannelPruning(ChannelCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remove what has faded: no graph of this batch is alive any more."""
-        if self.plan is None and self._samples is not None and self._samples.complete:
-            self._make_plan(pl_module, self._samples.take())
+        if self.plan is None:
+            self._plan_from_calls(pl_module)
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.cutter is not None:
             pl_module.log(f"{self.name}/{self.kind}_left", self.left)
+
+    def _plan_from_calls(self, module: LightningModule) -> None:
+        assert self._samples is not None
+        if self._last_step > self._began and (missed := self._samples.settle()):
+            rank_zero_warn(
+                f"{self.state_key}: no batch called what holds {missed}: all of it stays"
+            )
+        if not self._samples.complete:
+            return
+        try:
+            self._make_plan(module, self._samples.take())
+        except TargetError as error:
+            raise (self._samples.explain(error) if self._samples.watched else error) from None
 
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the chosen channels from everything that has them.
@@ -240,18 +254,20 @@ class ChannelPruning(ChannelCallback):
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
         if self.cutter is None:
-            rank_zero_warn(f"{self.state_key}: no batch went through {self._samples}")
+            self._miss(f"{self.state_key}: no batch went through {self._samples}")
             return
         wanted = self.goal.final
         if not self.led and self.left > wanted * (1 + 1e-9):
-            message = (
+            self._miss(
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
                 f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
                 "of fading were over"
             )
-            if self.on_miss == "raise":
-                raise RuntimeError(message)
-            rank_zero_warn(message)
+
+    def _miss(self, message: str) -> None:
+        if self.on_miss == "raise":
+            raise RuntimeError(message)
+        rank_zero_warn(message)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what each layer got, when nobody changes it any more."""

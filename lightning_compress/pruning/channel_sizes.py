@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_compress.modes import evaluating
 
 __all__ = ["check_sizes", "fit_sizes", "set_sizes", "sizes_known", "sizes_of_layers"]
 
@@ -13,6 +16,7 @@ _CONVS = nn.modules.conv._ConvNd
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _CELLS = (nn.GRUCell, nn.LSTMCell, nn.RNNCell)
 
+_SAME_SHAPE = {"_SpectralNorm", "_WeightNorm"}  # parametrizations that keep a weight's shape
 _BIASED: dict[type[nn.Module], str] = {
     nn.Linear: "out_features",
     _CONVS: "out_channels",
@@ -86,10 +90,23 @@ def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None
                 layer.flatten_parameters()
 
 
+def _shape(layer: Any, name: str) -> tuple[int, ...]:
+    """The shape of a weight. To compute it in training mode would move spectral_norm's vectors."""
+    if not parametrize.is_parametrized(layer, name):
+        return tuple(getattr(layer, name).shape)
+    stored = layer.parametrizations[name]
+    if {type(step).__name__ for step in stored} <= _SAME_SHAPE:
+        free = stored.original1 if hasattr(stored, "original1") else stored.original
+        return tuple(free.shape)
+    with evaluating(layer):
+        return tuple(getattr(layer, name).shape)
+
+
 def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
     """The sizes that a layer should know, by the shapes of its tensors."""
     if isinstance(layer, nn.Linear):
-        return {"out_features": layer.weight.shape[0], "in_features": layer.weight.shape[1]}
+        outputs, inputs = _shape(layer, "weight")
+        return {"out_features": outputs, "in_features": inputs}
     if isinstance(layer, _CONVS):
         return _conv_sizes(layer, before)
     if isinstance(layer, nn.GroupNorm) and layer.weight is not None:
@@ -100,18 +117,19 @@ def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
         known = layer.weight if layer.weight is not None else layer.running_mean
         return {} if known is None else {"num_features": len(known)}
     if isinstance(layer, nn.Embedding):
-        return {"embedding_dim": layer.weight.shape[1]}
+        return {"embedding_dim": _shape(layer, "weight")[1]}
     if isinstance(layer, nn.PReLU):
         return {"num_parameters": len(layer.weight)}
     if isinstance(layer, _CELLS):
-        return {"input_size": layer.weight_ih.shape[1], "hidden_size": layer.weight_hh.shape[1]}
+        inputs, shown = _shape(layer, "weight_ih")[1], _shape(layer, "weight_hh")[1]
+        return {"input_size": inputs, "hidden_size": shown}
     if isinstance(layer, nn.RNNBase):
         return _recurrent_sizes(layer)
     return {}
 
 
 def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
-    first, second = layer.weight.shape[:2]
+    first, second = _shape(layer, "weight")[:2]
     if before["groups"] > 1 and before["groups"] == before["in_channels"]:  # depthwise
         each = before["out_channels"] // before["in_channels"]
         groups = first if layer.transposed else first // each
@@ -124,10 +142,10 @@ def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
 
 
 def _recurrent_sizes(layer: Any) -> dict[str, int]:
-    shown = layer.weight_hh_l0.shape[1]
-    sizes = {"input_size": layer.weight_ih_l0.shape[1]}
+    shown = _shape(layer, "weight_hh_l0")[1]
+    sizes = {"input_size": _shape(layer, "weight_ih_l0")[1]}
     if layer.proj_size:
-        return {**sizes, "proj_size": shown, "hidden_size": layer.weight_hr_l0.shape[1]}
+        return {**sizes, "proj_size": shown, "hidden_size": _shape(layer, "weight_hr_l0")[1]}
     return {**sizes, "hidden_size": shown}
 
 

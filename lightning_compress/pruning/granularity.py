@@ -33,6 +33,9 @@ class _NoRest:
 class _Unstructured(_NoRest):
     limit, pools = 1.0, False
 
+    def size(self, shape: torch.Size, layout: Layout) -> int:  # noqa: ARG002
+        return 1
+
     def units(
         self,
         scores: Tensor,
@@ -66,8 +69,13 @@ class _Pooled(_NoRest):
         def spread(mask: Tensor) -> Tensor:
             return layout.restore(self.flags(mask, view_shape, layout), scores.shape)
 
-        view_shape = view.shape
-        return Units(pooled.float(), shut, pooled.numel(), scores.shape, spread)
+        view_shape, size = view.shape, self.size(scores.shape, layout)
+        return Units(pooled.float(), shut, pooled.numel(), scores.shape, spread, size=size)
+
+    def size(self, shape: torch.Size, layout: Layout) -> int | Tensor:
+        ones = layout.canonical(torch.ones(1, dtype=torch.float64).expand(shape))
+        sizes = self.sums(ones, layout).long()
+        return int(sizes[0]) if (sizes == sizes[0]).all() else sizes
 
 
 def _row_sums(view: Tensor, layout: Layout) -> Tensor:  # noqa: ARG001

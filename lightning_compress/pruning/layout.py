@@ -57,6 +57,5 @@ def layout_of(module: nn.Module, path: str) -> Layout:
     if isinstance(layer, nn.modules.conv._ConvNd) and name.startswith("weight"):
         return Layout(transposed=layer.transposed, groups=layer.groups)
     if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and re.match("weight_[ih]h", name):
-        weight = getattr(layer, name)
-        return Layout(gates=weight.shape[0] // layer.hidden_size)
+        return Layout(gates=module.get_parameter(path).shape[0] // layer.hidden_size)
     return Layout()

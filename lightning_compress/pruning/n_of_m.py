@@ -41,6 +41,10 @@ class KeepNOfM:
         """The sparsity of the finished pattern."""
         return 1 - self.n / self.m
 
+    def size(self, shape: torch.Size, layout: Layout) -> int:  # noqa: ARG002
+        """Each weight is a unit."""
+        return 1
+
     def units(
         self,
         scores: Tensor,

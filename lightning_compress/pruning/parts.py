@@ -40,12 +40,14 @@ class Part:
         curve: from position to sparsity.
         asked: the highest sparsity asked so far.
         slots: the targets, in a fit.
+        fixed: the pattern of n:m leaves dense what it does not fit: what was asked counts.
     """
 
     pattern: Pattern | None
     curve: Curve
     asked: float = 0.0
     slots: list[Slot] = field(default_factory=list)
+    fixed: bool = False
 
     def paths(self) -> list[str]:
         """Paths of the targets."""
@@ -82,13 +84,19 @@ class Part:
     def miss(self, end: float) -> str:
         """What is missing at the end of a run, in words; empty when nothing is."""
         final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
-        if round(final * total) <= round(self.asked * total):
+        reached = self.sparsity
+        late = round(final * total) > round(self.asked * total)
+        units = [slot.unit for slot in self.slots]
+        near = max(max(units), sum(units) / 2)  # with scope="layer" each rounds by itself
+        if not late and (self.fixed or (final - reached) * total <= near):
             return ""
         of = "" if self.pattern is None else f" of {self.pattern!r}"
-        return (
-            f"ended at sparsity {self.sparsity:.4f}{of} instead of {final:.4f}: the run ended "
-            f"before end={end!r} of the schedule"
+        why = (
+            f"the run ended before end={end!r} of the schedule"
+            if late
+            else "min_keep or whole units kept more, or zeros went with removed channels"
         )
+        return f"ended at sparsity {reached:.4f}{of} instead of {final:.4f}: {why}"
 
     def ask(self, sparsity: float) -> float:
         """The sparsity to reach now: it never falls, whatever the schedule does."""
@@ -123,13 +131,16 @@ def make_schedules(
         if not final_sparsity:
             raise ValueError("final_sparsity={} names no pattern")
         parts = {one: _check_limit(value, limit) for one, value in final_sparsity.items()}
-        return [Part(one, _with_final(schedule, value, begin, end)) for one, value in parts.items()]
+        return [
+            Part(one, _with_final(schedule, value, begin, end), fixed=limit < 1)
+            for one, value in parts.items()
+        ]
     given = schedule.final_sparsity if isinstance(schedule, Schedule) else final_sparsity
     if schedule is None or isinstance(schedule, Schedule):
         default = given == _DEFAULTS["final_sparsity"]
         given = limit if limit < 1 and default else _check_limit(given, limit)
-        return [Part(None, _with_final(schedule, given, begin, end))]
-    return [Part(None, schedule)]
+        return [Part(None, _with_final(schedule, given, begin, end), fixed=limit < 1)]
+    return [Part(None, schedule, fixed=limit < 1)]
 
 
 def by_pattern(
@@ -185,7 +196,7 @@ def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
 def split_parts(parts: Sequence[Part]) -> list[Part]:
     """A part for each target, which has been asked what its mask prunes now."""
     return [
-        Part(slot.path, part.curve, asked=slot.sparsity, slots=[slot])
+        Part(slot.path, part.curve, asked=slot.sparsity, slots=[slot], fixed=part.fixed)
         for part in parts
         for slot in part.slots
     ]

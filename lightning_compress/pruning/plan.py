@@ -14,7 +14,7 @@ from lightning_compress.pruning.layout import Layout
 from lightning_compress.pruning.normed import normed_axis, row_leaders
 from lightning_compress.pruning.regrowth import exchange
 from lightning_compress.pruning.scopes import Scope
-from lightning_compress.pruning.units import Granularity, Units
+from lightning_compress.pruning.units import Granularity, Units, largest
 
 __all__ = ["MaskPlan"]
 
@@ -49,7 +49,7 @@ class MaskPlan:
         Args:
             slots: the targets.
             scores: of each, low ones go first.
-            sparsity: of all together.
+            sparsity: of all together, of their weights; met to half a unit.
         """
         signed = self.granularity.pools and any(bool((one < 0).any()) for one in scores)
         units = [self._units(*pair, signed=signed) for pair in zip(slots, scores, strict=True)]
@@ -70,7 +70,7 @@ class MaskPlan:
         return magnitude.spread(exchange(active, magnitude.scores, grown.scores, fraction))
 
     def check(self, slots: Sequence[Slot]) -> None:
-        """Check that the granularity fits the targets.
+        """Check that the granularity fits the targets, and tell them the size of its units.
 
         Raises:
             TargetError: where it would take whole rows of a weight_norm.
@@ -81,6 +81,9 @@ class MaskPlan:
                 f"{normed} are under weight_norm, which divides by the norm of each row: single "
                 "weights can be pruned there (granularity='unstructured' or 'n:m'), whole rows not"
             )
+        for slot in slots:
+            size = self.granularity.size(slot.parameter.shape, self.layouts[slot.path])
+            slot.unit = largest(size)
 
     def notes(self, slots: Sequence[Slot]) -> list[str]:
         """What of the targets the granularity cannot take."""
@@ -95,6 +98,7 @@ class MaskPlan:
         if (axis := normed_axis(slot.target)) is not None:
             scores = scores.masked_fill(row_leaders(slot.values(), axis, closed), math.inf)
         units = self.granularity.units(scores, layout, closed=closed, signed=signed)
+        slot.unit = units.largest
         if slot.shards is None:
             return units
         weight = slot.parameter

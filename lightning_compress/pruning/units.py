@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.pruning.layout import Layout
 from lightning_compress.sharding import Shards
 
-__all__ = ["Granularity", "Units"]
+__all__ = ["Granularity", "Units", "largest"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Units:
         shape: of the weight.
         spread: from a unit mask (of the shape of `scores`) to the weight's mask.
         shards: of a weight that is spread over processes: `scores` and `closed` are one's part.
+        size: weights in each unit: one number, or one a unit, of the shape of `scores`.
     """
 
     scores: Tensor
@@ -34,6 +35,12 @@ class Units:
     shape: torch.Size
     spread: Callable[[Tensor], Tensor]
     shards: Shards | None = None
+    size: int | Tensor = 1
+
+    @property
+    def largest(self) -> int:
+        """Weights in the largest unit."""
+        return largest(self.size)
 
     @property
     def open(self) -> int:
@@ -44,6 +51,11 @@ class Units:
         """How many are True, over all processes that share the weight."""
         found = flags.sum()
         return int(found if self.shards is None else self.shards.sum(found))
+
+
+def largest(size: int | Tensor) -> int:
+    """The largest of the sizes of units; see `Units.size`."""
+    return size if isinstance(size, int) else int(size.max())
 
 
 class Granularity(Protocol):
@@ -70,6 +82,10 @@ class Granularity(Protocol):
             closed: True where a weight is pruned and must not return.
             signed: scores may be negative: pool by the sum instead of the L2 norm.
         """
+        ...
+
+    def size(self, shape: torch.Size, layout: Layout) -> int | Tensor:
+        """Weights in each unit of a weight of a shape; see `Units.size`."""
         ...
 
     def rest(self, shapes: Mapping[str, torch.Size], layouts: Mapping[str, Layout]) -> list[str]:

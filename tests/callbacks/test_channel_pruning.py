@@ -8,6 +8,7 @@ import torch
 from shrinking import FAST, Wide, run
 from tiny import TinyGAN, batches, quiet_trainer
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_compress import (
     ChannelPruning,
@@ -93,6 +94,26 @@ def test_a_gan_keeps_its_discriminator(tmp_path, raw):
     }
     for parameter, state in [*generator.state.items(), *discriminator.state.items()]:
         assert state["exp_avg"].shape == parameter.shape
+
+
+@pytest.mark.parametrize("ships", ["generator", "discriminator"])
+def test_a_gan_under_spectral_norm(tmp_path, ships):
+    torch.manual_seed(0)
+    model = TinyGAN()
+    model.deployed = (ships,)
+    for net in (model.generator, model.discriminator):
+        net.insert(2, spectral_norm(nn.Linear(8, 8)))
+        net.insert(3, nn.ReLU())
+    net = getattr(model, ships)
+    net[0], net[4] = spectral_norm(net[0]), spectral_norm(net[4])
+    pruning = ChannelPruning(**FAST, end=0.5, scope="layer", on_miss="raise")
+    quiet_trainer(tmp_path, pruning, max_epochs=5).fit(model, batches())
+    assert (net[0].out_features, net[2].in_features, net[2].out_features) == (4, 4, 4)
+    assert net[4].in_features == 4
+    for layer in (net[0], net[2], net[4]):
+        for _ in range(200):  # each look is a step towards the largest singular value
+            weight = layer.weight.detach()
+        assert torch.linalg.matrix_norm(weight, 2) == pytest.approx(1.0, abs=0.01)
 
 
 def test_gradients_that_accumulate_are_cut(tmp_path):

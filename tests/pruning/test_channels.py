@@ -1,5 +1,6 @@
 """Channels are found and removed exactly, in all our models and in odd modules."""
 
+import copy
 import re
 from functools import partial
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 from lightning_compress.pruning.channel_removal import compare, masked, outputs_of, removed
 from lightning_compress.pruning.channel_sizes import check_sizes
+from lightning_compress.pruning.channel_surgery import match_channels
 from lightning_compress.pruning.channels import channel_graph
 
 ZOO = {
@@ -258,6 +261,39 @@ def test_odd_modules(name):
     if name != "parametrized":
         randomize(module)
     check_exact(module, inputs())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_sizes_are_read_without_a_step_of_spectral_norm(training):
+    torch.manual_seed(0)
+    module = normed().train(training)
+    before = copy.deepcopy(module.state_dict())
+    assert check_sizes(module) == []
+    inputs = image()
+    graph = channel_graph(module, inputs)
+    gone = every_other(graph)
+    zeroed = masked(module, graph, gone)
+    small = removed(zeroed, graph, gone)
+    assert compare(small, inputs, outputs_of(zeroed, inputs), graph, gone) == ""
+    for path, one in module.state_dict().items():
+        assert one.equal(before[path]), path
+    full = match_channels(normed().train(training), small.state_dict())
+    full.load_state_dict(small.state_dict())
+    assert check_sizes(full) == []
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.GRUCell])
+def test_sizes_of_an_unknown_parametrization_are_those_of_what_it_makes(kind):
+    class Half(nn.Module):
+        def forward(self, x):
+            assert not self.training
+            return x[:, : x.shape[1] // 2]
+
+    layer, name = kind(8, 8), "weight" if kind is nn.Linear else "weight_ih"
+    register_parametrization(layer.eval(), name, Half().eval(), unsafe=True)
+    layer.train()
+    size = "in_features" if kind is nn.Linear else "input_size"
+    assert check_sizes(layer) == [f"(root): {size} is 8, the tensors say 4"]
 
 
 class Latent(nn.Module):

@@ -17,11 +17,11 @@ from lightning_compress.pruning.scopes import (
 from lightning_compress.pruning.units import Units
 
 
-def units(*scores, closed=None):
-    closed = closed or [None] * len(scores)
+def units(*scores, closed=None, sizes=None):
+    closed, sizes = closed or [None] * len(scores), sizes or [1] * len(scores)
     return [
-        Units(one, shut, one.numel(), one.shape, lambda mask: mask)
-        for one, shut in zip(scores, closed, strict=True)
+        Units(one, shut, one.numel(), one.shape, lambda mask: mask, size=size)
+        for one, shut, size in zip(scores, closed, sizes, strict=True)
     ]
 
 
@@ -121,3 +121,49 @@ def test_kept_counts_add_up_within_their_bounds(rows, total):
     assert sum(counts) == min(max(total, sum(floors)), sum(ceilings))
     for count, low, high in zip(counts, floors, ceilings, strict=True):
         assert low <= count <= high
+
+
+def weights_gone(masks, sizes):
+    return sum(
+        int((~mask).sum()) * size if isinstance(size, int) else int(size[~mask].sum())
+        for mask, size in zip(masks, sizes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("scope", [together_masks, layer_masks, erk_masks])
+@given(st.floats(0, 1), st.integers(0, 1000))
+@settings(deadline=None)
+def test_units_of_one_size_are_counted_whatever_it_is(scope, sparsity, seed):
+    scores = random_scores(seed, (7, 9), (4, 5), (11,))
+    one = scope(units(*scores), sparsity, [1, 2, 0])
+    nine = scope(units(*scores, sizes=[9, 9, 9]), sparsity, [1, 2, 0])
+    assert all(torch.equal(*pair) for pair in zip(one, nine, strict=True))
+
+
+@given(st.floats(0, 1), st.integers(0, 1000))
+@settings(deadline=None)
+def test_of_units_of_several_sizes_the_lowest_go_until_the_weights_are_met(sparsity, seed):
+    sizes = [3, torch.tensor([5, 5, 5, 5, 1]), 20]
+    scores = random_scores(seed, (12,), (5,), (6,))
+    masks = together_masks(units(*scores, sizes=sizes), sparsity, [0] * 3)
+    each = torch.cat([torch.tensor(3).expand(12), sizes[1], torch.tensor(20).expand(6)])
+    order = torch.cat(scores).argsort(stable=True)
+    wanted = round(sparsity * int(each.sum()))
+    count = min(range(24), key=lambda count: abs(int(each[order[:count]].sum()) - wanted))
+    expected = torch.ones(23, dtype=torch.bool).index_fill(0, order[:count], False)
+    assert torch.equal(torch.cat(masks), expected)
+
+
+@pytest.mark.parametrize("scope", [together_masks, erk_masks])
+@given(st.lists(st.floats(0, 0.8), min_size=2, max_size=6), st.integers(0, 1000))
+@settings(deadline=None)
+def test_weights_are_met_to_half_a_unit_and_nothing_returns(scope, sparsities, seed):
+    sizes, closed = [18, 2, torch.tensor([4] * 16 + [1])], [None] * 3
+    scores, total = random_scores(seed, (20,), (40,), (17,)), 360 + 80 + 65
+    for sparsity in sorted(sparsities):
+        masks = scope(units(*scores, closed=closed, sizes=sizes), sparsity, [1, 1, 1])
+        for mask, shut in zip(masks, closed, strict=True):
+            assert shut is None or not (mask & shut).any()
+            assert mask.any()
+        assert abs(weights_gone(masks, sizes) - sparsity * total) <= 18 / 2 + 0.5
+        closed = [~mask for mask in masks]
