@@ -127,6 +127,7 @@ class ChannelPruning(ChannelCallback):
         self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
         self._samples: Samples | None = None
+        self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
         self._began = 0  # steps of the optimizer when the fit began
         self._handle: Any = None
 
@@ -167,6 +168,9 @@ class ChannelPruning(ChannelCallback):
             ValueError: for a budget that cannot be met.
         """
         super().on_train_start(trainer, pl_module)
+        if self._samples is not None and self._given:
+            self._samples.give(pl_module, self._given)
+            self._given = None
         self._tapped, self._began = tapped_features(trainer), self._last_step
         if self._samples is not None and self._samples.complete:
             self._make_plan(pl_module, self._samples.take())
@@ -274,6 +278,16 @@ class ChannelPruning(ChannelCallback):
         if self.plan is not None:
             report_table(self)
         super().on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `ChannelCallback` saves, and the inputs: without them a resumed run looks again."""
+        inputs = None if self.plan is None else dict(self.plan.inputs)
+        return {**super().state_dict(), "inputs": inputs}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put all back; the networks are looked at when the module is in its place."""
+        super().restore_state(state)
+        self._given = state.get("inputs")
 
     def stop(self) -> None:
         """Free statistics and hooks."""

@@ -61,7 +61,7 @@ class GradualPruning(MaskCallback):
         criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
             Low scores go first. An event waits until its statistics are gathered.
         granularity: "unstructured", "n:m", ("block", (r, c)), "row", "column", "channel" or
-            "filter": see `make_granularity`. Exact in units; n:m ends at 1 - n/m.
+            "filter": see `make_granularity`. Zeros are exact to a unit; n:m ends at 1 - n/m.
         scope: "global" compares all targets together, "layer" prunes each by the same fraction,
             "erk" by Erdos-Renyi-Kernel densities.
         regrow: None: what is pruned stays so. "straight_through": pruned weights keep training

@@ -92,6 +92,44 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind, stop):
         assert one.equal(two)
 
 
+class Called(Wide):
+    """What runs is known from its `training_step` alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(self.encoder, self.decoder)
+        self.deployed = ("",)
+        self.forward = self.net.forward
+
+
+def test_networks_that_a_batch_has_shown_are_known_when_a_run_goes_on(tmp_path):
+    def callback():
+        return ChannelPruning(**FAST, end=0.8)
+
+    torch.manual_seed(0)
+    whole = Called()
+    start = {name: one.clone() for name, one in whole.state_dict().items()}
+    expected = state_of(whole, run(tmp_path / "whole", whole, callback(), epochs=4))
+    half = Called()
+    half.load_state_dict(start)
+    trainer = quiet_trainer(
+        tmp_path / "half",
+        callback(),
+        Stop(tmp_path / "half.ckpt", 2),
+        max_epochs=4,
+        enable_checkpointing=True,
+    )
+    with pytest.warns(UserWarning, match="the run ended before end="):
+        trainer.fit(half, batches(), batches(count=2))
+    resumed = Called()
+    trainer = quiet_trainer(tmp_path / "resumed", callback(), max_epochs=4)
+    trainer.fit(
+        resumed, batches(), batches(count=2), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    for one, two in zip(expected, state_of(resumed, trainer), strict=True):
+        assert one.equal(two)
+
+
 def test_a_checkpoint_rebuilds_the_small_model(tmp_path):
     torch.manual_seed(0)
     model = Own()
