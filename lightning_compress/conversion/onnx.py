@@ -101,7 +101,8 @@ def export_onnx(
         tolerance: largest absolute difference from PyTorch, at the sample's and at other batch
             sizes. Where activations are rounded, the measure is one step of the output's grid.
         runtime: "onnxruntime" or "openvino": which one an int8 file is to be fastest in. Both
-            run either file.
+            run either file; where OpenVINO, if it is installed, cannot and was not asked for, a
+            warning says why and `OnnxInfo.parity` leaves it out.
 
     Raises:
         OnnxMismatchError: when the file's outputs differ by more than `tolerance`, or by more than
@@ -177,7 +178,7 @@ def _export_int8(
     parity: dict[str, Parity] = {}
     data = files[0]
     if built.rounds:
-        data, parity = check_int8(built, files, settings, shown, path)
+        data, parity = check_int8(built, files, settings, shown, path, runtime=runtime)
         error = parity["onnxruntime"].max_abs_error
     else:
         error = check_float(plain, data, inputs, tolerance, path, settings)
