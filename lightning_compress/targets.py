@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.errors import TargetError
@@ -38,12 +39,21 @@ _MAGNITUDE = {"original0", "weight_g"}
 
 @dataclass(frozen=True)
 class Target:
-    """One parameter to compress: its path, and the layer and attribute that hold it."""
+    """One parameter to compress.
+
+    Args:
+        path: its first one.
+        layer: that holds it there.
+        name: of the layer's attribute.
+        parameter: itself.
+        tied: paths in other layers that hold it and would be selected.
+    """
 
     path: str
     layer: nn.Module
     name: str
     parameter: nn.Parameter
+    tied: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -125,13 +135,15 @@ def select(
     unwanted = _patterns(exclude)
     _check_patterns(module, [*(wanted or ()), *unwanted])
     parts = deployed_part(module) if wanted is None else ()
-    selection, seen = Selection(), {}
+    selection, seen, tied = Selection(), {}, defaultdict(list)
     for owner, layer in module.named_modules(remove_duplicate=True):
         for name, parameter in layer.named_parameters(recurse=False):
             path = f"{owner}.{name}" if owner else name
-            reason = _tied(seen, parameter, path) or _why_not(
-                path, layer, name, parameter, wanted, unwanted, parts
-            )
+            reason = _why_not(path, layer, name, parameter, wanted, unwanted, parts)
+            first = seen.setdefault(id(parameter), path)
+            if first != path:
+                tied[first] += [] if reason else [path]
+                reason = f"tied to {first}"
             if not reason:
                 selection.targets.append(Target(path, layer, name, parameter))
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
@@ -139,7 +151,8 @@ def select(
     if not selection.targets:
         lines = "; ".join(f"{row.path}: {row.reason}" for row in selection.coverage[:8])
         raise TargetError(f"no parameter is left to compress ({lines or 'no parameters at all'})")
-    return selection
+    targets = [replace(one, tied=tuple(tied[one.path])) for one in selection.targets]
+    return Selection(targets, selection.coverage)
 
 
 def _patterns(given: Sequence[Pattern] | Pattern) -> list[Pattern]:
@@ -181,11 +194,6 @@ def _check_patterns(module: nn.Module, patterns: Iterable[Pattern]) -> None:
         names += sorted({name.rsplit(".", 1)[0] for name in names if "." in name})
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
         raise TargetError(f"the pattern {pattern!r} matches no parameter; closest: {close}")
-
-
-def _tied(seen: dict[int, str], parameter: Tensor, path: str) -> str:
-    first = seen.setdefault(id(parameter), path)
-    return "" if first == path else f"tied to {first}"
 
 
 def _why_not(

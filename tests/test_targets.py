@@ -67,6 +67,8 @@ def test_tied_weights_count_once():
     module["b"].weight = first.weight
     assert paths(module) == ["a.weight"]
     assert reasons(module)["b.weight"] == "tied to a.weight"
+    assert [target.tied for target in select(module).targets] == [("b.weight",)]
+    assert select(module, exclude="b").targets[0].tied == ()
 
 
 @pytest.mark.parametrize(

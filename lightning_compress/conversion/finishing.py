@@ -32,7 +32,8 @@ def finished_models(
 
     The first model is the fastest. A second one, if there is one, cuts off no sum on CPUs without
     VNNI either: more of its weights stand around 128. In both, those do whose inputs do not rest
-    at 0, since sums of such inputs are large all the time.
+    at 0, since sums of such inputs are large all the time. The optimizer stores equal weights once,
+    so that all products of one parameter have it alike.
     """
     graph = model.graph
     placed: dict[str, StoredWeight] = {}
@@ -48,11 +49,14 @@ def finished_models(
         if not site.whole or not isinstance(site.weight, IntegerWeight):
             continue
         if is_cut_off(site.weight, site.node.op_type, seen, site.path):
-            risky.add(name)
+            risky.add(site.parameter)
         if site.input_grid is not None and bool(site.input_grid.zero_point.any()):
-            shifted.add(name)
-    whole = {name for name, site in zip(placed, sites, strict=True) if site.whole}
+            shifted.add(site.parameter)
+    whole = {site.parameter for site in sites if site.whole}
+    parameters = {name: site.parameter for name, site in zip(placed, sites, strict=True)}
     reasons = _place_others(graph, stored, placed)
+    parameters |= {f"{name}.shared": name for name in stored if f"{name}.shared" in placed}
+    parameters = {name: whose for name, whose in parameters.items() if whose in whole}
     require("onnxscript.optimizer", extra="onnx").optimize(model)
     if channels_last:
         channels_last_moves(model)
@@ -60,7 +64,7 @@ def finished_models(
     levels = [risky & shifted] + ([risky] if risky - shifted else [])
     copies = [model, *(ir.from_proto(ir.to_proto(model)) for _ in levels[1:])]
     for one, around_128 in zip(copies, levels, strict=True):
-        _finish(one, placed, {name: name in around_128 for name in whole})
+        _finish(one, placed, {name: whose in around_128 for name, whose in parameters.items()})
     return copies, reasons
 
 

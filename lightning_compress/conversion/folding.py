@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_compress.conversion.integers import IntegerWeight
 from lightning_compress.conversion.sites import Site, attribute, constant, is_move, only_use
 
-__all__ = ["fold_batch_norm", "lift_elementwise", "norm_behind"]
+__all__ = ["fold_batch_norm", "lift_elementwise", "norm_behind", "norm_factors"]
 
 ELEMENTWISE = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh")
 
@@ -53,9 +53,7 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
     if site.node.op_type == "ConvTranspose" and attribute(site.node, "group", 1) > 1:
         return None  # its steps run along the channels of a group, a norm's factors along all
     norm, repeats = found
-    gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
-    factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
-    shift = beta - mean * factor
+    factor, shift = norm_factors(norm)
     spread = np.tile if _offsets_first(site) else np.repeat
     factor, shift = spread(factor, repeats), spread(shift, repeats)
     shape = [1] * site.weight.symbols.ndim
@@ -69,6 +67,13 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(norm, safe=True)
     return new
+
+
+def norm_factors(norm: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What a BatchNormalization multiplies each channel with, and what it adds then."""
+    gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
+    factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
+    return factor, beta - mean * factor
 
 
 def _offsets_first(site: Site) -> bool:

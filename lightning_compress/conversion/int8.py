@@ -6,13 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.conversion.blocks import rewrite_narrow, rewrite_transposed
 from lightning_compress.conversion.enlarged import let_sums_fit, rewrite_enlarged
 from lightning_compress.conversion.exporter import onnx_program
 from lightning_compress.conversion.finishing import finished_models
-from lightning_compress.conversion.folding import fold_batch_norm, lift_elementwise, norm_behind
+from lightning_compress.conversion.folding import (
+    fold_batch_norm,
+    lift_elementwise,
+    norm_behind,
+    norm_factors,
+)
 from lightning_compress.conversion.integers import CodebookWeight
 from lightning_compress.conversion.planning import calibrate_sites
 from lightning_compress.conversion.quantizable import put_on_grids, weight_grids
@@ -23,7 +29,7 @@ from lightning_compress.conversion.rounding import (
     round_output,
 )
 from lightning_compress.conversion.saturation import seen_inputs
-from lightning_compress.conversion.sites import Site, find_sites, is_move
+from lightning_compress.conversion.sites import Site, find_sites, is_move, name_modules_once
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
 
@@ -78,7 +84,8 @@ def int8_model(
     grids = weight_grids(module, plain)
     stored, left = put_on_grids(plain, grids, everything=not grids or calibration is not None)
     model = onnx_program(plain, inputs, opset or OPSET, optimize=False).model
-    sites = find_sites(model.graph, stored)
+    name_modules_once(model.graph, plain)
+    sites = find_sites(model.graph, plain, stored)
     if calibration is not None:
         let_sums_fit(module, plain, sites, stored, grids)
         calibrate_sites(model.graph, plain, sites, calibration, percentile)
@@ -163,12 +170,15 @@ def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:
 
 
 def _step_behind(value: Any) -> float | None:
-    """The step of the rounding that an output comes from, through activations and moves."""
-    node = value.producer()
-    while node is not None and (is_move(node) or node.op_type in ("Tanh", "Sigmoid", "Relu")):
+    """The step of the rounding that an output comes from, through activations, moves and norms."""
+    node, slope = value.producer(), 1.0
+    passed = ("Tanh", "Sigmoid", "Relu", "BatchNormalization")
+    while node is not None and (is_move(node) or node.op_type in passed):
+        if node.op_type == "BatchNormalization":
+            slope *= float(np.abs(norm_factors(node)[0]).max())
         node = node.inputs[0].producer()
     while node is not None and node.op_type in ("DequantizeLinear", "BitShift", "Min"):
         node = node.inputs[0].producer()
     if node is None or node.op_type != "QuantizeLinear":
         return None
-    return float(node.inputs[1].const_value.numpy())
+    return slope * float(node.inputs[1].const_value.numpy())

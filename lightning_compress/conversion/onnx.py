@@ -23,6 +23,7 @@ from lightning_compress.conversion.int8 import RUNTIMES, int8_model
 from lightning_compress.conversion.parity import Parity
 from lightning_compress.conversion.plain import plain_copy
 from lightning_compress.conversion.runtime import executed_ops, session_options
+from lightning_compress.conversion.supported import refuse_unsupported
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
 
@@ -100,14 +101,16 @@ def export_onnx(
         tolerance: largest absolute difference from PyTorch, at the sample's and at other batch
             sizes. Where activations are rounded, the measure is one step of the output's grid.
         runtime: "onnxruntime" or "openvino": which one an int8 file is to be fastest in. Both
-            run either file.
+            run either file; where OpenVINO, if it is installed, cannot and was not asked for, a
+            warning says why and `OnnxInfo.parity` leaves it out.
 
     Raises:
         OnnxMismatchError: when the file's outputs differ by more than `tolerance`, or by more than
             a step.
         ValueError: when the inputs do not share a batch size or the module fixes it, the opset
-            cannot be reached, the calibration is empty, not finite or given without `int8`, or the
-            file would exceed 2 GiB.
+            cannot be reached, the calibration is empty, not finite or given without `int8`, the
+            file would exceed 2 GiB, or numbers or a layer have no place in it (bfloat16; with
+            `int8` all but float32; an LSTM with a projection).
         MissingExtraError: when onnx, onnxscript or onnxruntime is not installed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -118,6 +121,7 @@ def export_onnx(
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
     inputs = tuple(part.detach().cpu() for part in as_inputs(sample))
     plain = plain_copy(module)
+    refuse_unsupported(plain, inputs, int8=int8)
     if int8:
         return _export_int8(
             module,
@@ -174,7 +178,7 @@ def _export_int8(
     parity: dict[str, Parity] = {}
     data = files[0]
     if built.rounds:
-        data, parity = check_int8(built, files, settings, shown, path)
+        data, parity = check_int8(built, files, settings, shown, path, runtime=runtime)
         error = parity["onnxruntime"].max_abs_error
     else:
         error = check_float(plain, data, inputs, tolerance, path, settings)

@@ -37,7 +37,9 @@ def calibrate_sites(
     for site, plan in zip(sites, planned, strict=True):
         gives = not is_rounded(plan, planned, points)
         norm = norm_behind(site)
-        places[site.path] = (site.input_grid is None, gives and norm is None)
+        # A layer that is called twice gives on a grid where one of its calls needs it.
+        _, known_to_give = places.get(site.path, (False, False))
+        places[site.path] = (site.input_grid is None, known_to_give or (gives and norm is None))
         if gives and norm is not None:
             places[modules_of(norm[0])[-1]] = (False, True)
     calibrate(plain, places, calibration, percentile=percentile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
@@ -12,22 +14,24 @@ from lightning_compress.state import Grid, compression_state
 __all__ = ["put_on_grids", "weight_grids"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+HOOKED = ("_orig", "_v")  # what the older spectral_norm and weight_norm make a weight from
+SAME_FACTOR = 1e-5  # of a tensor: what float rounding explains
 OFF_GRID = 1e-2  # of a step: what float rounding explains
 
 
 def weight_grids(module: nn.Module, plain: nn.Module) -> dict[str, Grid]:
     """Grids by the names that parameters have in the plain copy.
 
-    A parametrization that scales a weight (spectral_norm, weight_norm) scales its steps.
+    A spectral_norm or weight_norm, of the new form (a parametrization) or the older, scales a
+    weight, and so its steps.
     """
     weights = dict(plain.named_parameters(remove_duplicate=False))
     grids: dict[str, Grid] = {}
     for path, grid in compression_state(module).grids.items():
-        head, found, tail = path.partition("parametrizations.")
-        if not found:
+        name = _plain_name(path, weights)
+        if name == path:
             grids[path] = grid
             continue
-        name = head + tail.split(".")[0]
         original = module.get_parameter(path).detach().cpu().float()
         scaled = _scaled(grid, original, weights[name].detach().float())
         if scaled is not None:
@@ -35,19 +39,32 @@ def weight_grids(module: nn.Module, plain: nn.Module) -> dict[str, Grid]:
     return grids
 
 
+def _plain_name(path: str, known: Container[str]) -> str:
+    """What a parameter is called once its norms are folded into it."""
+    head, found, tail = path.partition("parametrizations.")
+    if found:
+        return head + tail.split(".")[0]
+    folded = (path.removesuffix(end) for end in HOOKED if path.endswith(end))
+    return path if path in known else next((name for name in folded if name in known), path)
+
+
 def _scaled(grid: Grid, original: Tensor, weight: Tensor) -> AffineGrid | None:
-    """The grid of `weight`, a multiple of `original` in each of the grid's channels."""
+    """The grid of `weight`, a multiple of `original` in each channel.
+
+    Where the channels of a weight_norm share a step before it, they have one each behind it.
+    """
     if not isinstance(grid, AffineGrid) or original.shape != weight.shape:
         return None
-    rows = (
-        part.reshape(1, -1) if grid.axis is None else part.transpose(0, grid.axis).flatten(1)
-        for part in (original, weight)
-    )
-    before, after = rows
+    axis = grid.axis or 0
+    before, after = (part.transpose(0, axis).flatten(1) for part in (original, weight))
     factor = after.abs().amax(1) / before.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-    factor = torch.where(factor > 0, factor, torch.ones_like(factor))
+    most = factor.max()
+    factor = torch.where(factor > 0, factor, most if most > 0 else torch.ones_like(most))
+    if grid.axis is None and torch.allclose(factor, factor[0], rtol=SAME_FACTOR, atol=0.0):
+        axis, factor = None, factor[:1]
     scale = grid.scale.cpu() * factor
-    return AffineGrid(scale, grid.zero_point.cpu(), grid.bits, grid.symmetric, grid.axis)
+    zero = grid.zero_point.cpu().expand_as(scale)
+    return AffineGrid(scale, zero, grid.bits, grid.symmetric, axis)
 
 
 @torch.no_grad()

@@ -20,9 +20,15 @@ Uses = list[tuple[Any, int]]
 
 
 def initializer(graph: Any, name: str, array: np.ndarray) -> Any:
-    """A new named constant of the graph; an existing one of that name is used again."""
-    if name in graph.initializers:
-        return graph.initializers[name]
+    """A new named constant of the graph; an existing one of equal numbers is used again.
+
+    Where the numbers differ, as with the biases of a layer that two norms follow, so does the name.
+    """
+    while name in graph.initializers:
+        known = graph.initializers[name].const_value.numpy()
+        if known.dtype == array.dtype and np.array_equal(known, array):
+            return graph.initializers[name]
+        name = f"{name}_"
     ir = require("onnx_ir", extra="onnx")
     tensor = ir.tensor(array, name=name)
     value = ir.val(name, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
@@ -83,10 +89,10 @@ def output_points(
             for value in node.outputs
             if value.is_graph_output() or any(use.node not in inside for use in value.uses())
         ]
-        if grids.output is not None and len(given) == 1:
-            points[given[0]] = grids.output
-        if (grids.output is not None and len(given) != 1) or grids.input is not None:
-            missing[path] = "its activation grids belong to no product or single output"
+        if grids.output is not None:
+            points.update(dict.fromkeys(given, grids.output))  # of each call
+        if (grids.output is not None and not given) or grids.input is not None:
+            missing[path] = "its activation grids belong to no product or output"
     return points, missing
 
 

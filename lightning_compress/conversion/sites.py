@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from lightning_compress.conversion.integers import StoredWeight
 from lightning_compress.quantization.quantizers import AffineGrid
@@ -22,11 +23,12 @@ __all__ = [
     "find_sites",
     "is_move",
     "modules_of",
+    "name_modules_once",
     "only_use",
-    "owner",
     "readers",
 ]
 
+SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators that hand values on as they are: rounding before them or after them is the same.
 MOVES = ("DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze")
@@ -63,11 +65,6 @@ class Site:
     def channel_axis(self) -> int:
         """The weight's axis of output channels."""
         return {"ConvTranspose": 1, "MatMul": 1}.get(self.node.op_type, 0)
-
-
-def owner(parameter: str) -> str:
-    """The path of the layer that holds a parameter."""
-    return parameter.rpartition(".")[0]
 
 
 def constant(value: Any) -> NDArray | None:
@@ -132,17 +129,42 @@ def enlargement(node: Any) -> tuple[int, int] | None:
     return None if odd_rows or odd_columns else (down, along)
 
 
+def _scopes(node: Any) -> list[str]:
+    return ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+
+
 def modules_of(node: Any) -> list[str]:
     """Paths of the modules whose forward made a node, from the outermost to the innermost."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    return scopes[:-1]
+    return _scopes(node)[:-1]
 
 
-def find_sites(graph: Any, stored: Mapping[str, StoredWeight]) -> list[Site]:
-    """Products with a weight of `stored`; a transposed weight is laid out as its product reads it.
+def name_modules_once(graph: Any, module: nn.Module) -> None:
+    """Let nodes know a module of several paths by its first one, as grids are kept.
 
     Args:
-        graph: an `onnx_ir` graph as the exporter gives it, not optimized.
+        graph: an `onnx_ir` graph as the exporter gives it; its nodes are changed.
+        module: that was exported.
+    """
+    first: dict[nn.Module, str] = {}
+    names = {
+        path: first.setdefault(part, path)
+        for path, part in module.named_modules(remove_duplicate=False)
+    }
+    for node in graph:
+        if scopes := _scopes(node):
+            paths = [names.get(path, path) for path in scopes[:-1]]
+            node.metadata_props[SCOPES] = repr([*paths, scopes[-1]])
+
+
+def find_sites(graph: Any, module: nn.Module, stored: Mapping[str, StoredWeight]) -> list[Site]:
+    """Products with a weight of `stored`; a transposed weight is laid out as its product reads it.
+
+    A layer that is called twice has two sites of one path, and a weight of two layers one in each.
+    A product that a layer's weight enters elsewhere is none: the layer's grids are not its own.
+
+    Args:
+        graph: an `onnx_ir` graph as the exporter gives it, with each module named once.
+        module: that was exported.
         stored: parameter name -> weight.
     """
     sites = []
@@ -159,10 +181,18 @@ def find_sites(graph: Any, stored: Mapping[str, StoredWeight]) -> list[Site]:
             if node.op_type != "MatMul":
                 continue
             weight = weight.moved(np.transpose)
-        found = _bias(node, weight.values.shape)
-        if found is not None:
-            sites.append(Site(owner(value.name), node, value.name, weight, *found))
+        path, found = _holder(node, module, value.name), _bias(node, weight.values.shape)
+        if path is not None and found is not None:
+            sites.append(Site(path, node, value.name, weight, *found))
     return sites
+
+
+def _holder(node: Any, module: nn.Module, parameter: str) -> str | None:
+    """The path of the layer whose forward made a node, if the layer itself holds the parameter."""
+    path = next(reversed(modules_of(node)), "")
+    own = module.get_submodule(path).parameters(recurse=False)
+    weight = module.get_parameter(parameter)
+    return path if any(one is weight for one in own) else None
 
 
 def _is_plain(node: Any) -> bool:

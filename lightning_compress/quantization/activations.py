@@ -30,6 +30,8 @@ def activation_layers(
 ) -> tuple[dict[str, nn.Module], list[Coverage]]:
     """Layers with a target weight whose input goes onto a grid, by path, and why others do not.
 
+    All layers that hold a tied weight are among them: each reads something else.
+
     >>> from lightning_compress.targets import select
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 2))
     >>> layers, coverage = activation_layers(net, select(net).targets)
@@ -38,8 +40,8 @@ def activation_layers(
     """
     layers: dict[str, nn.Module] = {}
     rows: dict[str, Coverage] = {}
-    for target in targets:
-        path = _owner(target.path)
+    for parameter in (path for target in targets for path in (target.path, *target.tied)):
+        path = _owner(parameter)
         layer = module.get_submodule(path)
         reason = _why_float(layer)
         rows[path] = Coverage(path, (), not reason, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 import torch
@@ -37,10 +38,14 @@ def equalize_layers(module: nn.Module, paths: Collection[str] | None = None) -> 
     [('0', True, 'into 2'), ('2', False, 'the output lets no factor pass')]
     """
     flow, modules = Dataflow.of(module), dict(module.named_modules())
+    holders = Counter(one for layer in modules.values() for one in layer.parameters(recurse=False))
     rows = [Coverage(path, (), False, reason) for path, reason in flow.stopped.items()]
     pairs = []
     for path, after in flow.next_layer.items():
         reason = _why_not(modules[path], modules[after])
+        changed = [*modules[path].parameters(recurse=False), modules[after].weight]
+        if any(holders[one] > 1 for one in changed):
+            reason = f"it or {after} shares its weight with another layer"
         if paths is not None and not {path, after} <= set(paths):
             reason = f"it or {after} is no target"
         if not reason:

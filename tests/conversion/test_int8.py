@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from lightning_compress import CompressionState, compression_state, quantize_weights
-from lightning_compress.conversion import finishing
+from lightning_compress.conversion import checks, finishing
 from lightning_compress.conversion.integers import IntegerWeight
 from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
 from lightning_compress.conversion.saturation import is_cut_off
@@ -210,6 +210,23 @@ def test_openvino_agrees(tmp_path):
     module, sample = DCGAN(image_size=16, width=8).parts()["generator"]
     info = export_onnx(module.eval(), tmp_path / "m.onnx", sample, int8=True, calibration=[sample])
     assert info.parity["openvino"].more == 0
+
+
+def test_a_file_that_openvino_cannot_run_is_written_unless_it_was_asked_for(tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("operator\n not converted")
+
+    monkeypatch.setattr(checks, "_openvino_runner", refuse)
+    module, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU()), torch.randn(8, 6)
+    arguments = {"sample": x, "int8": True, "calibration": [x]}
+    with pytest.raises(RuntimeError, match=r"operator not converted\); none was written"):
+        export_onnx(module, tmp_path / "m.onnx", **arguments, runtime="openvino")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.warns(UserWarning, match=r"OpenVINO cannot run.*operator not converted") as said:
+        info = export_onnx(module, tmp_path / "m.onnx", **arguments)
+    assert said[0].filename == __file__
+    assert info.path.exists()
+    assert set(info.parity) == {"onnxruntime"}
 
 
 def test_without_calibration_weights_alone_are_stored_and_nothing_is_lost(tmp_path):

@@ -230,3 +230,26 @@ def test_an_onnx_runtime_without_a_kernel_is_named(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match=message):
             export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", torch.randn(4, 3), int8=int8)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize(
+    ("module", "sample", "message"),
+    [
+        (nn.Linear(4, 2).bfloat16(), torch.ones(2, 4).bfloat16(), r"'weight' is torch\.bfloat16"),
+        (nn.LSTM(4, 8, proj_size=3), torch.ones(2, 5, 4), "LSTM with proj_size=3.*train it with"),
+    ],
+    ids=["bfloat16", "projection"],
+)
+def test_what_no_file_holds_is_refused_by_name(module, sample, message, int8, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(module, tmp_path / "m.onnx", sample, int8=int8)
+
+
+def test_float64_is_for_float_files_alone(tmp_path):
+    module, sample = nn.Linear(4, 2).double(), torch.ones(2, 4).double()
+    export_onnx(module, tmp_path / "m.onnx", sample)
+    with pytest.raises(ValueError, match=r"'weight' is torch\.float64.*module\.float\(\)"):
+        export_onnx(module, tmp_path / "q.onnx", sample, int8=True)
+    with pytest.raises(ValueError, match=r"input 0 is torch\.float64"):
+        export_onnx(nn.Linear(4, 2), tmp_path / "q.onnx", sample, int8=True)

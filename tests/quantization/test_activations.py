@@ -135,6 +135,14 @@ def test_layers_that_stay_float_say_why():
     assert all(reason.startswith("weights only, ") for reason in reasons.values())
 
 
+def test_all_layers_of_a_tied_weight_get_a_grid():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    net[2].weight = net[0].weight
+    layers, coverage = activation_layers(net, select(net).targets)
+    assert list(layers) == ["0", "2"]
+    assert [row.path for row in coverage if row.selected] == ["0", "2"]
+
+
 def test_training_sees_one_range_a_step_and_evaluation_moves_nothing():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     side = ActivationQuantizer({"0": net[0], "2": net[2]}, bits=4)

@@ -180,6 +180,9 @@ def test_what_cannot_be_equalized_says_why():
     shared = nn.Linear(3, 3)
     twice = nn.Sequential(shared, nn.ReLU(), shared)
     assert not any(row.selected for row in equalize_layers(twice))
+    tied = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    tied[2].weight = tied[0].weight
+    assert "shares its weight" in equalize_layers(tied)[0].reason
 
 
 def test_equalization_helps_where_channels_differ():
