@@ -102,7 +102,7 @@ def check_tensor(key: str, tensor: object) -> None:
     Raises:
         TypeError: naming the entry, for anything but a dense tensor of a known dtype.
     """
-    if is_lazy(tensor):
+    if isinstance(tensor, Tensor) and is_lazy(tensor):
         raise TypeError(f"{key!r} has no shape yet: run one batch through the lazy layer first")
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         raise TypeError(f"{key!r} is no dense tensor with values: {str(tensor)[:80]}")
