@@ -29,6 +29,7 @@ PRODUCTS_PER_STEP = 2
 MOST_BEYOND = 0.01  # share of numbers beyond a step, for each product
 MOST_CUT_OFF = 0.001
 RUNS_ALL = "1.27"  # the first ONNX Runtime with weights of several zero points
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
 
 
@@ -178,7 +179,7 @@ def check_int8(
         raise OnnxMismatchError(
             f"{path}: {found.more:.2%} of {found.elements} numbers differ from the fake-quantized "
             f"module by more than one step ({most:.0%} allowed), at most by "
-            f"{found.largest:.1f} steps ({allowed} allowed); no file was written"
+            f"{found.largest:.1f} steps ({allowed} allowed); no file was written{_way_out(built)}"
         )
     parity = {"onnxruntime": found}
     try:
@@ -190,6 +191,17 @@ def check_int8(
             raise RuntimeError(f"{reason}; none was written") from error
         warnings.warn(f"{reason}; ONNX Runtime can", stacklevel=4)  # the caller of export_onnx
     return data, parity
+
+
+def _way_out(built: Int8Model) -> str:
+    """What to do where a norm divides a difference of a step by a spread that is smaller."""
+    names = {type(part).__name__ for part in built.plain.modules() if isinstance(part, NORMS)}
+    if not names:
+        return ""
+    return (
+        f". {', '.join(sorted(names))}: a norm by the spread of its own input can magnify a step "
+        "in front of it. Export without calibration: weights alone are whole numbers then"
+    )
 
 
 def _range(outputs: Any) -> float:

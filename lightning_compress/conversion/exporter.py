@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ def onnx_program(
     Raises:
         ValueError: when the opset cannot be reached or the module fixes its batch size.
     """
-    batch = torch.export.Dim("batch", min=1)
     with _exporter_warnings_ignored(), torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -39,12 +39,18 @@ def onnx_program(
             verbose=False,
             opset_version=opset,
             optimize=optimize,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=_dynamic_batch(module, len(inputs)),
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     _check_request(program.model, opset)
     return program
+
+
+def _dynamic_batch(module: nn.Module, count: int) -> tuple[Any, ...]:
+    """One batch axis for `count` inputs; those that `*inputs` takes in stand in a tuple."""
+    axes = ({0: torch.export.Dim("batch", min=1)},) * count
+    return tuple(inspect.signature(module.forward).bind(*axes).arguments.values())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lightning_compress.conversion.folding import (
     norm_factors,
 )
 from lightning_compress.conversion.integers import CodebookWeight
-from lightning_compress.conversion.planning import calibrate_sites
+from lightning_compress.conversion.planning import calibrate_sites, find_float_layers
 from lightning_compress.conversion.quantizable import put_on_grids, weight_grids
 from lightning_compress.conversion.rounding import (
     is_rounded,
@@ -37,6 +37,7 @@ __all__ = ["RUNTIMES", "Int8Model", "int8_model"]
 
 OPSET = 21  # the first with 4-bit whole numbers
 RUNTIMES = ("onnxruntime", "openvino")
+NO_GRID = "its input has no grid: weights alone are whole numbers (give calibration inputs)"
 
 Calibration = Iterable[Tensor | tuple[Tensor, ...]]
 
@@ -86,6 +87,7 @@ def int8_model(
     model = onnx_program(plain, inputs, opset or OPSET, optimize=False).model
     name_modules_once(model.graph, plain)
     sites = find_sites(model.graph, plain, stored)
+    find_float_layers(plain, sites)
     if calibration is not None:
         let_sums_fit(module, plain, sites, stored, grids)
         calibrate_sites(model.graph, plain, sites, calibration, percentile)
@@ -161,7 +163,7 @@ def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:
     if isinstance(site.weight, CodebookWeight):
         reason = "its weights are centres of a codebook, not multiples of a step"
     elif site.input_grid is None:
-        reason = "its input has no grid: weights alone are whole numbers (give calibration inputs)"
+        reason = site.why_float or NO_GRID
     elif not rounded and site.node.op_type not in ("Gemm", "MatMul"):
         reason = "its output is not rounded before it is used (give calibration inputs)"
     if reason is not None:

@@ -48,6 +48,7 @@ class Site:
         output: the product's value, with the bias added.
         input_grid: of what the layer reads.
         output_grid: of `output`, when the layer rounds it itself.
+        why_float: why calibration gives its layer no grids; empty where it does.
         whole: whether it multiplies whole numbers, in a runtime that has the kernels.
     """
 
@@ -59,6 +60,7 @@ class Site:
     output: Any
     input_grid: AffineGrid | None = None
     output_grid: AffineGrid | None = None
+    why_float: str = ""
     whole: bool = False
 
     @property

@@ -14,7 +14,7 @@ from lightning_compress.quantization.hooks import hook_input, hook_output
 from lightning_compress.state import activation_grids
 from lightning_compress.targets import Coverage, Target
 
-__all__ = ["activation_layers", "fake_quantized"]
+__all__ = ["activation_layers", "fake_quantized", "why_float"]
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _FUSED = "attention runs inside one fused operation, in float"
@@ -43,7 +43,7 @@ def activation_layers(
     for parameter in (path for target in targets for path in (target.path, *target.tied)):
         path = _owner(parameter)
         layer = module.get_submodule(path)
-        reason = _why_float(layer)
+        reason = why_float(layer)
         rows[path] = Coverage(path, (), not reason, reason)
         if not reason:
             layers[path] = layer
@@ -56,7 +56,8 @@ def _owner(path: str) -> str:
     return (head if found else path.rpartition(".")[0]).rstrip(".")
 
 
-def _why_float(layer: nn.Module) -> str:
+def why_float(layer: nn.Module) -> str:
+    """Why a layer's activations go onto no grid; empty for one whose do."""
     for kinds, why in _REASONS:
         if isinstance(layer, kinds):
             return f"weights only, {type(layer).__name__}: {why}"

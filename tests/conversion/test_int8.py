@@ -338,6 +338,11 @@ def test_a_wrong_file_is_refused(tmp_path, monkeypatch):
         )
     assert forgotten
     assert list(tmp_path.iterdir()) == []
+    module.append(nn.GroupNorm(2, 4))
+    with pytest.raises(OnnxMismatchError, match=r"GroupNorm: .* Export without calibration"):
+        export_onnx(
+            module, tmp_path / "m.onnx", torch.randn(4, 6), int8=True, calibration=calibration
+        )
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # an old NumPy's first call takes a second

@@ -154,6 +154,28 @@ def test_a_sample_of_one_still_gives_a_dynamic_batch(tmp_path):
         assert run(tmp_path / "m.onnx", inputs(count))[0].shape == (count, 6, 5)
 
 
+class Star(nn.Module):
+    """Takes a first input and any number of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, first, *others):
+        return self.layer(first) + sum(self.layer(other) for other in others)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("wrap", [nn.Module.eval, nn.DataParallel], ids=["plain", "data_parallel"])
+def test_inputs_may_be_taken_in_by_a_star(wrap, count, tmp_path):
+    module = wrap(Star()).eval()
+    info = export_onnx(module, tmp_path / "m.onnx", (torch.randn(2, 4),) * count)
+    inputs = tuple(torch.randn(5, 4) for _ in range(count))
+    with torch.no_grad():
+        expected = module(*inputs)
+    np.testing.assert_allclose(run(info.path, inputs)[0], expected, atol=1e-5)
+
+
 def test_the_opset_can_be_asked_for(tmp_path):
     export_onnx(nn.Linear(3, 2), tmp_path / "m.onnx", torch.randn(2, 3), opset=18)
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 18
