@@ -19,6 +19,7 @@ __all__ = [
     "clear_grid",
     "compression_state",
     "forget_removed",
+    "has_grid",
     "note_removed",
     "removed_channels",
     "set_activation_grids",
@@ -110,6 +111,11 @@ def removed_channels(module: nn.Module) -> RemovedChannels:
 def set_grid(layer: nn.Module, name: str, grid: Grid) -> None:
     """Remember that `layer.<name>` lies on a grid."""
     layer.__dict__.setdefault(_ATTRIBUTE, {})[name] = grid
+
+
+def has_grid(layer: nn.Module, name: str) -> bool:
+    """Whether `layer.<name>` lies on a grid, as `set_grid` left it."""
+    return name in layer.__dict__.get(_ATTRIBUTE, {})
 
 
 def clear_grid(layer: nn.Module, name: str) -> None:

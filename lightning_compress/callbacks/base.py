@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.sharding import to_shards
+from lightning_compress.state import has_grid
 from lightning_compress.targets import Coverage, Pattern, select
 
 __all__ = ["WeightCallback", "check_run_ends", "run_progress"]
@@ -138,16 +139,19 @@ class WeightCallback(Callback):
         if self._loaded is not None:
             self.restore_state(self._loaded)
             self._loaded = None
-        self._tell_of_lost_masks()
+        else:
+            self._tell_of_lost_masks()
         self.projector.asleep = False
         self.projector.project()
 
     def _tell_of_lost_masks(self) -> None:
-        """Warn where zeros of an earlier run have no mask any more."""
+        """Warn where zeros of an earlier run have no mask any more; a grid makes zeros too."""
         lost = []
         for slot in self.slots:
             mine = slot.owners.get("mask") in (None, self.state_key)
-            if mine and slot.pruned is None and slot.grid is None:
+            rounded = slot.owners.get("grid") not in (None, self.state_key)
+            rounded = rounded or has_grid(slot.target.layer, slot.target.name)
+            if mine and slot.pruned is None and not rounded:
                 zeros = (slot.data == 0).float().mean().item()
                 if _SOME_ZEROS <= zeros < 1:
                     lost.append(f"{slot.path} ({zeros:.0%})")
