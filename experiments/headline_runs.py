@@ -56,16 +56,6 @@ SETS: dict[str, dict[str, Model]] = {
             10.0,
             {**EARLY, "protect": ["decoder.project"]},
         ),
-        "vae_wide": Model(
-            ["model=vae", "model.width=64", "model.lr=5e-4"],
-            FASHION,
-            (1, 3),
-            "neg_elbo",
-            ["dense", "a sixth of the MACs, 70 % zeros, grids, taught"],
-            ENDS,
-            10.0,
-            EARLY,
-        ),
         "dcgan": Model(
             ["model=dcgan", "model.spectral_norm=true", *NARROW],
             FASHION,

@@ -18,8 +18,7 @@ from headline_runs import SETS
 from show_pruning_quality import insert
 
 TITLES = {
-    "vae": "VAE of width 32",
-    "vae_wide": "VAE of width 64",
+    "vae": "VAE",
     "dcgan": "DCGAN of width 32",
     "dcgan_wide": "DCGAN of width 64",
     "recurrent_vae": "recurrent VAE",
