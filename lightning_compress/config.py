@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["config_dir", "explain"]
+__all__ = ["config_dir", "explain", "override_key"]
 
 
 def config_dir() -> Path:
@@ -38,12 +38,21 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
     known = [*groups, *_keys(overrides)]
     for word in overrides:
-        key = re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
+        key = override_key(word)
         if word.startswith(("-", "+", "hydra")) or "=" not in word or key in known:
             continue
         if close := difflib.get_close_matches(key, known, n=4, cutoff=0.4):
             text += f"\n{key!r} is no key of the config. Closest: {', '.join(close)}"
     return text
+
+
+def override_key(word: str) -> str:
+    """The key that an override of the command line is about.
+
+    >>> override_key("+compression.prune.end=0.5"), override_key("logger@all=csv")
+    ('compression.prune.end', 'logger')
+    """
+    return re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
 
 
 def _keys(overrides: Sequence[str]) -> Iterator[str]:

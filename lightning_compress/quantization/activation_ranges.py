@@ -205,10 +205,12 @@ class ActivationQuantizer:
 
     def without_range(self) -> dict[str, str]:
         """Layers whose inputs have no range: path and reason."""
-        reasons = {True: "always 0: the layer before is dead", False: "never seen in training mode"}
-        bare = {path: one for path, one in self.inputs.items() if one.grid() is None}
-        flat = {path: one for path, one in self.inputs.items() if one.zero_width}
-        return {path: reasons[path in flat] for path in (*bare, *flat)}
+        dead, unseen = "always 0: the layer before is dead", "never seen in training mode"
+        return {
+            path: dead if one.zero_width else unseen
+            for path, one in self.inputs.items()
+            if one.zero_width or one.grid() is None
+        }
 
     def freeze(self, *, spare: bool = False) -> None:
         """Keep all ranges.

@@ -12,9 +12,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.config import override_key
 from lightning_compress.files import write_atomically
 
-__all__ = ["CKPT_PATH", "RECORDS", "check_same_run", "run_folder", "with_recorded", "write_records"]
+__all__ = [
+    "CKPT_PATH",
+    "RECORDS",
+    "check_same_run",
+    "run_folder",
+    "told_to",
+    "with_recorded",
+    "write_records",
+]
 
 RECORDS = ".hydra"
 CKPT_PATH = "ckpt_path="
@@ -34,8 +43,8 @@ def with_recorded(words: Sequence[str]) -> list[str]:
     """
     paths = [word for word in words if word.startswith(CKPT_PATH)]
     told = told_to(run_folder(_text(paths[-1]))) if paths else []
-    keys = {_key(word) for word in words}
-    return [*(one for one in told if _key(one) not in {*keys, "ckpt_path"}), *words]
+    keys = {override_key(word) for word in words}
+    return [*(one for one in told if override_key(one) not in {*keys, "ckpt_path"}), *words]
 
 
 def run_folder(ckpt_path: str) -> Path:
@@ -55,10 +64,6 @@ def told_to(folder: Path) -> list[str]:
 
 def _text(word: str) -> str:
     return str(OverridesParser.create().parse_override(word).value())
-
-
-def _key(word: str) -> str:
-    return re.split(r"[=@]", word.lstrip("+~"), maxsplit=1)[0]
 
 
 def check_same_run(cfg: DictConfig, folder: Path) -> None:

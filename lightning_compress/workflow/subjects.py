@@ -17,6 +17,7 @@ from lightning_compress.data import SplitDataModule
 from lightning_compress.evaluation.fidelity import fidelity
 from lightning_compress.evaluation.likelihood import accuracy, likelihood
 from lightning_compress.workflow.quality import METRICS, Evaluator, generate, rows
+from lightning_compress.workflow.records import told_to
 from lightning_compress.workflow.training import build_model, load_trained, train
 
 __all__ = ["Subject", "find_subject"]
@@ -131,16 +132,7 @@ def _of_run(path: Path, words: Sequence[str]) -> Subject:
     if path.is_dir() and not weights.is_file() and cfg.baseline is not None:
         weights = Path(cfg.baseline)
     model = load_trained(cfg, data, weights).model
-    return Subject(cfg, _overrides_of(home), data, model, str(weights))
-
-
-def _overrides_of(home: Path) -> tuple[str, ...]:
-    """What a run was started with, from Hydra's own notes."""
-    notes = home / ".hydra" / "overrides.yaml"
-    if not notes.is_file():
-        return ()
-    words = OmegaConf.load(notes)
-    return tuple(str(word) for word in words) if words is not None else ()
+    return Subject(cfg, tuple(told_to(home)), data, model, str(weights))
 
 
 def _data(cfg: DictConfig) -> SplitDataModule:
