@@ -5,7 +5,7 @@ ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the
 rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
 
 python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
-    [--speeds]
+    [--again speed|controls]
 
 Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
 makes one):
@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 from bench_rows import Rows, as_file_name
 from headline_arms import ARMS
-from headline_files import Row, measured, speeds_of
+from headline_files import Row, controls, measured, speeds_of
 from headline_runs import SETS, Runs
 from peers import NNCODEC, nncodec_python
+
+from lightning_compress import load_compressed
 
 ROUNDS = 100
 
@@ -40,20 +42,38 @@ def row(runs: Runs, arm: str) -> Row:
     home = home_of(runs, arm)
     home.mkdir(exist_ok=True)
     shipped = ARMS[arm](runs, home)
-    return measured(runs, shipped, runs.folder / "dense", ROUNDS)
+    found = measured(runs, shipped, home_of(runs, "dense"), ROUNDS)
+    return found | controls(runs, arm, shipped.model)
 
 
-def measure_again(runs: Runs, rows: Rows) -> None:
-    """Speeds of finished rows of a seed, on a host that is quieter now, say."""
-    dense = home_of(runs, "dense")
+def speed_again(runs: Runs, arm: str) -> Row | None:
+    """On a host that is quieter now, say."""
+    home = home_of(runs, arm)
+    if not any(home.glob("*.onnx")):
+        return None
+    return {"speed": speeds_of(runs, home, home_of(runs, "dense"), ROUNDS)}
+
+
+def controls_again(runs: Runs, arm: str) -> Row | None:
+    """Of rows that were made before there were any."""
+    file = home_of(runs, arm) / "model.lcz"
+    if not file.exists():
+        return None
+    model = runs.fresh()
+    load_compressed(file, model.deployed_module())
+    return controls(runs, arm, model.eval())
+
+
+AGAIN = {"speed": speed_again, "controls": controls_again}
+
+
+def measure_again(runs: Runs, rows: Rows, what: str) -> None:
+    """A part of what finished rows of a seed say."""
     for one in rows.known.values():
-        home = home_of(runs, one["arm"])
-        if one["seed"] != runs.seed:
-            continue
-        there = any(home.glob("*.onnx"))
-        if there:
-            rows.amend(one, speed=speeds_of(runs, home, dense, ROUNDS))
-        print(one["arm"], one["speed"] if there else "no files", flush=True)
+        if one["seed"] == runs.seed:
+            found = AGAIN[what](runs, one["arm"])
+            rows.amend(one, **(found or {}))
+            print(one["arm"], "no files" if found is None else found, flush=True)
 
 
 def main() -> None:
@@ -62,12 +82,12 @@ def main() -> None:
     parser.add_argument("--set", default="fashion", choices=list(SETS), dest="name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", help="of the set; all")
-    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)}")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="of each model"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/headline"))
     parser.add_argument(
-        "--speeds",
-        action="store_true",
-        help="only measure rows' speeds anew, where files are there",
+        "--again", choices=list(AGAIN), help="only measure this anew, where rows' files are there"
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -77,12 +97,11 @@ def main() -> None:
         for name in args.models or SETS[args.name]:
             runs = Runs(name, SETS[args.name][name], seed, folder / f"{name}-{seed}")
             rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
-            if args.speeds:
-                measure_again(runs, rows)
+            if args.again:
+                measure_again(runs, rows, args.again)
                 continue
-            for arm in args.arms or (ARMS if seed == args.seeds[0] else runs.model.main):
-                if runs.kind == "recurrent_vae" and "MACs" in arm and "Torch" in arm:
-                    continue  # it cuts no recurrent layers
+            more = runs.model.more if seed == args.seeds[0] else ()
+            for arm in args.arms or [*runs.model.main, *more]:
                 if "nncodec" in arm and nncodec_python() is None:
                     print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
                     continue

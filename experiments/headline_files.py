@@ -16,12 +16,17 @@ from lightning_compress import export_onnx, onnx_session, save_compressed
 from lightning_compress.data import SplitDataModule
 from lightning_compress.evaluation.cost import torch_bytes
 from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
+from lightning_compress.evaluation.likelihood import likelihood
+from lightning_compress.quantization.activations import fake_quantized
 from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
+from lightning_compress.workflow.quality import rows
 
-__all__ = ["OnnxPart", "Shipped", "lcz", "measured", "speeds_of"]
+__all__ = ["OnnxPart", "Shipped", "controls", "lcz", "measured", "speeds_of"]
 
 Row = dict[str, Any]
+BOUND = 64  # samples of the importance-weighted bound
+PICTURES = 2000  # of the test split that it is measured on
 
 
 @dataclass
@@ -90,6 +95,22 @@ def measured(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
         row |= {f"{key}_left": cost[key] / whole[key] for key in ("macs", "params")}
         row["nonzero_left"] = cost["nonzero_params"] / whole["params"]
     return row | {"speed": speeds(runs, shipped, dense, rounds)}
+
+
+def controls(runs: Runs, arm: str, model: Any) -> Row:
+    """Of a dense row the real data's own noise; of a VAE's main rows a tighter bound.
+
+    `neg_iwae` has 64 samples, on the first 2,000 pictures: the same ones, and the same noise, for
+    all rows.
+    """
+    found: Row = {}
+    if arm == "dense":
+        found["measure"] = runs.start.evaluator(model).describe()
+    if runs.kind in ("vae", "recurrent_vae") and arm in runs.model.main:
+        x = rows(runs.start.data.test_dataset)[0][:PICTURES]
+        with fake_quantized(model):
+            found["neg_iwae"] = likelihood(model, x, importance_samples=BOUND)["neg_iwae"]
+    return found
 
 
 def speeds(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:

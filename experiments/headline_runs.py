@@ -24,6 +24,7 @@ class Model:
         epochs: of the dense start, and of each row after it.
         metric: that judges it; lower is better.
         main: the rows that all seeds make.
+        more: those that the first seed makes besides.
         spared: its smallest layers, which pruning leaves dense.
         rate: weight of the entropy coder's bits in its loss, where grids are trained for them.
         channels: how it loses channels, where all is done together; beside the budget.
@@ -34,16 +35,38 @@ class Model:
     epochs: tuple[int, int]
     metric: str
     main: Sequence[str]
+    more: Sequence[str]
     spared: Sequence[str] = ()
     rate: float = 0.0
     channels: Mapping[str, Any] = field(default_factory=dict)
 
 
-SIXTEENTH = ("dense", "a sixteenth of the MACs, 60 % zeros, grids, taught")
-GRIDS = ("dense", "zeros and grids, 90 %")
+GRIDS = "zeros and grids, 90 %"
+SIXTEENTH = "a sixteenth of the MACs, 60 % zeros, grids, taught"
+INT8 = "a quarter of the MACs, int8, taught"
+OTHERS = (
+    "Lightning ModelPruning 90 %, gzip",
+    "torch prune 90 %, ONNX Runtime int8",
+    "Deep Compression, 90 %",
+    "nncodec",
+    "90 % zeros, nncodec",
+)  # what a user would take instead
+COMMON = (
+    "90 % zeros",
+    "a quarter of the MACs",
+    "trained W8A8",
+    "post-training W8A8",
+    "a quarter of the width, taught",
+    "90 % zeros, 4 bits",
+    INT8,
+    *OTHERS,
+)
+TORCH_PRUNING = "Torch-Pruning, a quarter of the MACs"  # which cuts no recurrent layers
+BRIEF = ("90 % zeros", "trained W8A8", "post-training W8A8", INT8, *OTHERS)
 FASHION = ["data=fashion_mnist"]
 NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
+VAE_CHANNELS = {**EARLY, "protect": ["decoder.project"]}
 SETS: dict[str, dict[str, Model]] = {
     "fashion": {
         "vae": Model(
@@ -51,17 +74,26 @@ SETS: dict[str, dict[str, Model]] = {
             FASHION,
             (1, 3),
             "neg_elbo",
-            [*GRIDS, "half of the MACs, 90 % zeros, grids, taught"],
+            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught"],
+            [*COMMON, TORCH_PRUNING, "zeros and grids, 97 %", "zeros and grids, 98.5 %"],
             ENDS,
             10.0,
-            {**EARLY, "protect": ["decoder.project"]},
+            VAE_CHANNELS,
         ),
         "dcgan": Model(
             ["model=dcgan", "model.spectral_norm=true", *NARROW],
             FASHION,
             (1, 2),
             "fid",
-            SIXTEENTH,
+            ["dense", SIXTEENTH],
+            [
+                *COMMON,
+                TORCH_PRUNING,
+                GRIDS,
+                "zeros and grids, 97 %",
+                "half of the MACs, 90 % zeros, grids, taught",
+                "a sixteenth of the MACs, 50 % zeros, grids, taught",
+            ],
             ["generator.up2"],
         ),
         "dcgan_wide": Model(
@@ -75,6 +107,7 @@ SETS: dict[str, dict[str, Model]] = {
             (1, 2),
             "fid",
             ["dense", "a sixteenth of the MACs, 70 % zeros, grids, taught"],
+            [],
             ["generator.up2"],
         ),
         "recurrent_vae": Model(
@@ -83,6 +116,12 @@ SETS: dict[str, dict[str, Model]] = {
             (1, 3),
             "neg_elbo",
             ["dense", "half of the MACs, 65 % zeros, grids, taught"],
+            [
+                *COMMON,
+                GRIDS,
+                "half of the MACs, 70 % zeros, grids, taught",
+                "a quarter of the MACs, 80 % zeros, grids, taught",
+            ],
             ["*.weight_ih_l0", "encoder.mu", "encoder.logvar", "decoder.output"],
             10.0,
             EARLY,
@@ -92,36 +131,42 @@ SETS: dict[str, dict[str, Model]] = {
             FASHION,
             (1, 2),
             "fid",
-            SIXTEENTH,
+            ["dense", SIXTEENTH],
+            [*COMMON, TORCH_PRUNING, GRIDS],
             ["generator.up2"],
         ),
     },
     "digits": {
         "vae": Model(
-            ["model=vae"],
+            ["model=vae", "model.width=16"],
             ["data=digits", "data.batch_size=32"],
-            (10, 50),
+            (3, 9),
             "neg_elbo",
-            GRIDS,
+            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught"],
+            [*BRIEF, TORCH_PRUNING],
             ENDS,
             1.0,
+            VAE_CHANNELS,
         ),
         "dcgan": Model(
-            ["model=dcgan", "model.width=32", "model.discriminator_width=16"],
+            ["model=dcgan", "model.width=16", "model.discriminator_width=16"],
             ["data=digits", "data.batch_size=32"],
-            (10, 50),
+            (3, 9),
             "kid",
-            SIXTEENTH,
+            ["dense", SIXTEENTH],
+            [*BRIEF, TORCH_PRUNING],
             ["generator.up2"],
         ),
         "recurrent_vae": Model(
             ["model=recurrent_vae"],
             ["data=digit_rows", "data.batch_size=32"],
-            (10, 50),
+            (3, 9),
             "neg_elbo",
-            GRIDS,
+            ["dense", GRIDS],
+            BRIEF,
             [],
             1.0,
+            EARLY,
         ),
     },
 }

@@ -1,0 +1,110 @@
+"""The headline's benchmark: its plan names rows that there are, its tables say what rows say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_compress import load_compressed
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+MEASURE = {
+    "feature": "a network",
+    "feature_accuracy": 0.9,
+    "samples": 397,
+    "floor": {"fid": 4.3, "kid": 0.01, "precision": 0.95, "recall": 0.94},
+}
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
+def row(arm, seed, value, ratio, **more):
+    speed = {f"this{engine}, batch {n}": 1.0 for engine in ("", ", OpenVINO") for n in (1, 16)}
+    row = {"model": "vae", "seed": seed, "arm": arm, "neg_elbo": value, "ratio": ratio}
+    row |= {"active_units": 20, "fid": 9.0, "precision": 0.8, "recall": 0.5, "file": ".lcz"}
+    return row | {"bytes": 1000, "macs_left": 1.0, "speed": speed} | more
+
+
+def test_each_row_of_the_plan_is_there_and_each_that_is_there_is_planned():
+    from headline_arms import ARMS, PEERS
+    from headline_runs import OTHERS, SETS, TORCH_PRUNING
+
+    plans = [[*model.main, *model.more] for group in SETS.values() for model in group.values()]
+    assert all(len(set(plan)) == len(plan) and plan[0] == "dense" for plan in plans)
+    assert {arm for plan in plans for arm in plan} == set(ARMS)
+    assert set(PEERS) == {*OTHERS, TORCH_PRUNING}
+    for plan in plans:  # its weights are those of the row before
+        for arm in (one for one in plan if one.endswith(", nncodec")):
+            assert plan.index(arm) > plan.index(arm.removesuffix(", nncodec"))
+
+
+def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_path):
+    from show_headline import main
+
+    home, page = tmp_path / "rows" / "digits", tmp_path / "headline.md"
+    home.mkdir(parents=True)
+    main_rows = [
+        row("dense", 0, 25.0, 1.2, measure=MEASURE, neg_iwae=24.5),
+        row("dense", 1, 25.2, 1.2),
+    ]
+    others = [
+        row("zeros and grids, 90 %", 0, 25.15, 50.0, neg_iwae=24.9),
+        row("90 % zeros", 0, 25.3, 10.0),
+    ]
+    text = "".join(json.dumps(one) + "\n" for one in [*main_rows, *others])
+    (home / "vae.jsonl").write_text(text)
+    page.write_text("before\n<!-- headline -->\n<!-- /headline -->\nafter\n")
+    main(tmp_path / "rows", tmp_path)
+    said = page.read_text()
+    assert said.startswith("before\n")
+    assert said.endswith("after\n")
+    assert "Dense: 25.10 ± 0.14; no loss means at most 0.141 worse" in said
+    assert "right on 90.0% of the test images" in said
+    assert "Fréchet distance 4.3, precision 0.950, recall 0.940" in said
+    lines = {line.split("|")[1].strip(): line for line in said.splitlines() if line[:2] == "| "}
+    assert "| 50.0× | 25.15 | +0.2% ✓ | 24.90 |" in lines["zeros and grids, 90 %"]
+    assert "| 10.0× | 25.30 | +0.8% | – |" in lines["90 % zeros"]
+    assert (tmp_path / "headline.png").stat().st_size > 10_000
+
+
+def test_an_unknown_row_is_refused_by_name(tmp_path):
+    done = bench("--arms", "95 % zeros", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "invalid choice: '95 % zeros'" in done.stderr
+    assert "'90 % zeros'" in done.stderr
+
+
+def bench(*args):
+    command = [sys.executable, str(EXPERIMENTS / "bench_headline.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_rows_are_made_from_nothing_and_kept(tmp_path):
+    from headline_runs import SETS
+
+    arms = ["dense", "zeros and grids, 90 %", "post-training W8A8"]
+    told = ["--set", "digits", "--models", "recurrent_vae", "--seeds", "0", "--out", str(tmp_path)]
+    done = bench(*told, "--arms", *arms)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "digits" / "recurrent_vae.jsonl"
+    rows = {one["arm"]: one for one in map(json.loads, file.read_text().splitlines())}
+    assert list(rows) == arms
+    assert rows["dense"]["measure"]["floor"]["samples"] == 198
+    for arm in SETS["digits"]["recurrent_vae"].main:
+        assert rows[arm]["neg_iwae"] < rows[arm]["neg_elbo"]
+    small = rows["zeros and grids, 90 %"]
+    path = tmp_path / "digits" / "recurrent_vae-0" / "zeros-and-grids--90--" / "model.lcz"
+    assert small["bytes"] == path.stat().st_size
+    assert small["ratio"] > 20
+    assert small["nonzero_left"] < 0.2
+    assert rows["post-training W8A8"]["int8_bytes"] > 0
+    before = file.read_bytes()
+    assert bench(*told, "--arms", *arms).returncode == 0
+    assert file.read_bytes() == before
+    assert load_compressed(path)
