@@ -41,12 +41,12 @@ docs: $(READY)  ## the pages of docs/ as a site in outputs/site
 bench-coding: $(READY) nncodec  ## sizes and speeds of the coders: FILES="run/model.lcz ..."
 	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_coding.py --scale 1,10,100 $(FILES)
 
-bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (many hours; resumes)
+bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (a day or two; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
 	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_headline.py
 	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
 
-bench-digits: $(READY) nncodec  ## the same rows on digits, one seed (an hour or two; resumes)
+bench-digits: $(READY) nncodec  ## small models on digits, one seed (about ten minutes; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
 	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_headline.py --set digits --seeds 0
 	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs

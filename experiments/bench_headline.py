@@ -55,9 +55,9 @@ def speed_again(runs: Runs, arm: str) -> Row | None:
 
 
 def controls_again(runs: Runs, arm: str) -> Row | None:
-    """Of rows that were made before there were any."""
+    """Of main rows that were made before there were any."""
     file = home_of(runs, arm) / "model.lcz"
-    if not file.exists():
+    if not file.exists() or arm not in runs.model.main:
         return None
     model = runs.fresh()
     load_compressed(file, model.deployed_module())
@@ -73,7 +73,7 @@ def measure_again(runs: Runs, rows: Rows, what: str) -> None:
         if one["seed"] == runs.seed:
             found = AGAIN[what](runs, one["arm"])
             rows.amend(one, **(found or {}))
-            print(one["arm"], "no files" if found is None else found, flush=True)
+            print(one["arm"], "left as it is" if found is None else found, flush=True)
 
 
 def main() -> None:

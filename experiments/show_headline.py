@@ -5,6 +5,7 @@ python experiments/show_headline.py outputs/bench/headline docs
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,6 @@ from headline_arms import ARMS, PEERS
 from headline_runs import SETS
 from show_pruning_quality import insert
 
-TITLES = {
-    "vae": "VAE",
-    "dcgan": "DCGAN of width 32",
-    "dcgan_wide": "DCGAN of width 64",
-    "recurrent_vae": "recurrent VAE",
-    "wgan_gp": "WGAN-GP",
-}
 WHERE = {"fashion": "Fashion-MNIST", "digits": "digits"}
 LABELS = {
     "neg_elbo": "−ELBO, nats",
@@ -54,7 +48,7 @@ class Table:
 
     def __init__(self, name: str, model: str, rows: Sequence[Row]) -> None:
         self.metric = SETS[name][model].metric
-        self.title = f"{TITLES[model]}, {WHERE[name]}"
+        self.title = f"{SETS[name][model].title}, {WHERE[name]}"
         known = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
         self.arms = {arm: [row for row in rows if row["arm"] == arm] for arm in known}
         values = [row[self.metric] for row in self.arms["dense"]]
@@ -140,57 +134,64 @@ def _left(rows: Sequence[Row]) -> str:
 
 
 def _speed(rows: Sequence[Row], end: str) -> str:
-    """Of the int8 file where there is one."""
-    kind = "int8" if f"int8{end}" in rows[0]["speed"] else "this"
-    return f"{mean(row['speed'][kind + end] for row in rows):.1f}×"
+    """Of the int8 file where there is one; a dash where the engine refuses the file."""
+    kind = "int8" if "int8, batch 1" in rows[0]["speed"] else "this"
+    found = [row["speed"].get(kind + end) for row in rows]
+    return "–" if None in found else f"{mean(found):.1f}×"
 
 
-def plot(tables: Sequence[Table], path: Path) -> None:
-    """A panel a model: how many times smaller, and how much worse."""
+def plot(sets: Sequence[Sequence[Table]], path: Path) -> None:
+    """A row a set of data, a panel a model: how many times smaller, and how much worse."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(tables), figsize=(4.6 * len(tables), 4), squeeze=False)
-    for axis, table in zip(axes[0], tables, strict=True):
-        low, high = table.reference - table.allowed, table.reference + table.allowed
-        axis.axhspan(low, high, color="0.88", label="no loss")
-        axis.axhline(table.reference, color="0.4", linewidth=1, linestyle="--", label="dense")
-        ours = sorted(
-            (a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table.ratio
-        )
-        joined = sorted((a for a in table.arms if a.endswith(TOGETHER)), key=table.ratio)
-        single = [a for a in table.arms if a not in (*ours, *joined, *PEERS, "dense")]
-        groups = {"channels, zeros and grids, taught": joined, "zeros and grids": ours}
-        groups |= {"other ways of ours": single}
-        groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
-        for (label, arms), (style, colour) in zip(
-            groups.items(), (("D-", "C0"), ("o-", "C1"), ("s", "C2"), ("x", "C3")), strict=True
-        ):
-            x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
-            if arms:
-                spread = [table.noise(arm) for arm in arms]
-                axis.errorbar(x, y, spread, fmt=style, color=colour, elinewidth=1, label=label)
-        axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
-        axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
-        axis.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
-        axis.minorticks_off()
-        axis.set_xlim(TICKS[0], TICKS[-1])
-        worst = max([table.quality(a) + table.noise(a) for a in (*ours, *joined)] + [high])
-        top = worst + 0.3 * (worst - low)
-        axis.set_ylim(top=top)
-        for arm in (one for one in table.arms if table.quality(one) > top):
-            text = f"{table.quality(arm):.0f} ↑"  # far above what is shown
-            axis.annotate(text, (table.ratio(arm), top), va="top", ha="center", color="C3")
-        axis.grid(alpha=0.3)
-    pairs = [axis.get_legend_handles_labels() for axis in axes[0]]
-    shown = {
-        label: handle
-        for handles, labels in pairs
-        for handle, label in zip(handles, labels, strict=True)
-    }
+    columns = max(map(len, sets))
+    size = (4.6 * columns, 4 * len(sets))
+    figure, axes = plt.subplots(len(sets), columns, figsize=size, squeeze=False)
+    shown: dict[str, Any] = {}
+    for tables, line in zip(sets, axes, strict=True):
+        for axis, table in itertools.zip_longest(line, tables):
+            if table is None:
+                axis.set_axis_off()
+            else:
+                shown |= panel(axis, table)
     figure.legend(shown.values(), shown.keys(), frameon=False, ncol=len(shown), loc="lower center")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.07 / len(sets), 1, 1))
     figure.savefig(path, dpi=110)
+
+
+def panel(axis: Any, table: Table) -> dict[str, Any]:
+    """One model's; what its legend would be."""
+    low, high = table.reference - table.allowed, table.reference + table.allowed
+    axis.axhspan(low, high, color="0.88", label="no loss")
+    axis.axhline(table.reference, color="0.4", linewidth=1, linestyle="--", label="dense")
+    ours = sorted((a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table.ratio)
+    joined = sorted((a for a in table.arms if a.endswith(TOGETHER)), key=table.ratio)
+    single = [a for a in table.arms if a not in (*ours, *joined, *PEERS, "dense")]
+    groups = {"channels, zeros and grids, taught": joined, "zeros and grids": ours}
+    groups |= {"other ways of ours": single}
+    groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
+    for (label, arms), (style, colour) in zip(
+        groups.items(), (("D-", "C0"), ("o-", "C1"), ("s", "C2"), ("x", "C3")), strict=True
+    ):
+        x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
+        if arms:
+            spread = [table.noise(arm) for arm in arms]
+            axis.errorbar(x, y, spread, fmt=style, color=colour, elinewidth=1, label=label)
+    axis.set(title=table.title, xscale="log", xlabel="times smaller than torch.save")
+    axis.set_ylabel(f"{LABELS[table.metric]} (lower is better)")
+    axis.set_xticks(TICKS, [f"{tick}×" for tick in TICKS])
+    axis.minorticks_off()
+    axis.set_xlim(TICKS[0], TICKS[-1])
+    worst = max([table.quality(a) + table.noise(a) for a in (*ours, *joined)] + [high])
+    top = worst + 0.3 * (worst - low)
+    axis.set_ylim(top=top)
+    for arm in (one for one in table.arms if table.quality(one) > top):
+        text = f"{table.quality(arm):.3g} ↑"  # far above what is shown
+        axis.annotate(text, (table.ratio(arm), top), va="top", ha="center", color="C3")
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def main(source: Path, folder: Path) -> None:
@@ -203,7 +204,7 @@ def main(source: Path, folder: Path) -> None:
     everything = [table for group in tables.values() for table in group]
     text = "\n\n".join(table.markdown() for table in everything)
     insert(folder / "headline.md", text, *MARKS)
-    plot(everything, folder / "headline.png")
+    plot([group for group in tables.values() if group], folder / "headline.png")
 
 
 if __name__ == "__main__":
