@@ -5,7 +5,7 @@ ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the
 rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
 
 python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
-    [--again speed|controls]
+    [--again speed|quality|controls]
 
 Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
 makes one):
@@ -19,6 +19,7 @@ import argparse
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_rows import Rows, as_file_name
@@ -54,17 +55,29 @@ def speed_again(runs: Runs, arm: str) -> Row | None:
     return {"speed": speeds_of(runs, home, home_of(runs, "dense"), ROUNDS)}
 
 
-def controls_again(runs: Runs, arm: str) -> Row | None:
-    """Of main rows that were made before there were any."""
+def model_of(runs: Runs, arm: str) -> Any:
+    """The model of a row's file; None where it ships none that fits a model of ours."""
     file = home_of(runs, arm) / "model.lcz"
     if not file.exists() or arm not in runs.model.main:
         return None
     model = runs.fresh()
     load_compressed(file, model.deployed_module())
-    return controls(runs, arm, model.eval())
+    return model.eval()
 
 
-AGAIN = {"speed": speed_again, "controls": controls_again}
+def quality_again(runs: Runs, arm: str) -> Row | None:
+    """Of main rows, where the measure itself has changed."""
+    model = model_of(runs, arm)
+    return None if model is None else runs.start.quality(model)
+
+
+def controls_again(runs: Runs, arm: str) -> Row | None:
+    """Of main rows that were made before there were any."""
+    model = model_of(runs, arm)
+    return None if model is None else controls(runs, arm, model)
+
+
+AGAIN = {"speed": speed_again, "quality": quality_again, "controls": controls_again}
 
 
 def measure_again(runs: Runs, rows: Rows, what: str) -> None:

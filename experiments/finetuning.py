@@ -67,7 +67,8 @@ class Start:
 
     Args:
         name: in `MODELS`.
-        seed: of weights, noise and order.
+        seed: of weights and noise; splits, order and the network whose features judge pictures are
+            the same for all seeds.
         folder: where the dense weights are kept.
         models: overrides, epochs and small layers by name.
         data: overrides that choose the data.
@@ -86,7 +87,7 @@ class Start:
     ) -> None:
         overrides, self.epochs, self.spared = models[name]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            self.cfg = compose("train", [*overrides, *data, f"seed={seed}"])
+            self.cfg = compose("train", [*overrides, *data, f"seed={seed}", "data.seed=0"])
         self.name, self.seed, self.pictures = name, seed, pictures
         self.data_name = data[0].partition("=")[2]
         self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")

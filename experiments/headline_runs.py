@@ -194,7 +194,7 @@ class Runs:
     Args:
         name: of the model.
         model: what it is.
-        seed: of weights, noise and order.
+        seed: of weights and noise.
         folder: where its weights are kept.
     """
 
