@@ -113,8 +113,7 @@ def main() -> None:
             if args.again:
                 measure_again(runs, rows, args.again)
                 continue
-            more = runs.model.more if seed == args.seeds[0] else ()
-            for arm in args.arms or [*runs.model.main, *more]:
+            for arm in args.arms or runs.model.plan(first=seed == args.seeds[0]):
                 if "nncodec" in arm and nncodec_python() is None:
                     print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
                     continue

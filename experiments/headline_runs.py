@@ -42,6 +42,10 @@ class Model:
     rate: float = 0.0
     channels: Mapping[str, Any] = field(default_factory=dict)
 
+    def plan(self, *, first: bool) -> list[str]:
+        """The rows of the first seed, or of another."""
+        return list(dict.fromkeys([*self.main, *(self.more if first else ())]))
+
 
 GRIDS = "zeros and grids, 90 %"
 SIXTEENTH = "a sixteenth of the MACs, 60 % zeros, grids, taught"
@@ -77,7 +81,7 @@ SETS: dict[str, dict[str, Model]] = {
             FASHION,
             (1, 3),
             "neg_elbo",
-            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught"],
+            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught", INT8],
             [*COMMON, TORCH_PRUNING, "zeros and grids, 97 %", "zeros and grids, 98.5 %"],
             ENDS,
             10.0,

@@ -34,8 +34,11 @@ def test_each_row_of_the_plan_is_there_and_each_that_is_there_is_planned():
     from headline_arms import ARMS, PEERS
     from headline_runs import OTHERS, SETS, TORCH_PRUNING
 
-    plans = [[*model.main, *model.more] for group in SETS.values() for model in group.values()]
+    models = [model for group in SETS.values() for model in group.values()]
+    plans = [model.plan(first=True) for model in models]
     assert all(len(set(plan)) == len(plan) and plan[0] == "dense" for plan in plans)
+    for model, plan in zip(models, plans, strict=True):
+        assert model.plan(first=False) == plan[: len(model.main)] == [*model.main]
     assert {arm for plan in plans for arm in plan} == set(ARMS)
     assert set(PEERS) == {*OTHERS, TORCH_PRUNING}
     for plan in plans:  # its weights are those of the row before
