@@ -11,6 +11,7 @@ __all__ = ["WATCH", "stop_with_launcher"]
 
 WATCH = "LIGHTNING_COMPRESS_LAUNCHER"  # the process id that a sweep's job belongs to
 SECONDS = 1.0
+PATIENCE = 30.0  # seconds to save and end in, before the next interrupt
 
 
 def stop_with_launcher() -> None:
@@ -28,4 +29,6 @@ def stop_with_launcher() -> None:
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(SECONDS)
-    os.kill(os.getpid(), signal.SIGINT)
+    while True:  # Python drops an interrupt that comes while it collects garbage
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)

@@ -1,0 +1,44 @@
+"""A job ends with the process that launched it, also when an interrupt got lost."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+JOB = """
+import os, pathlib, time
+from lightning_compress.sweeps import watching
+watching.SECONDS = watching.PATIENCE = 0.1
+watching.stop_with_launcher()
+assert watching.WATCH not in os.environ  # its own children do not watch
+seen = pathlib.Path("seen")
+seen.write_text("0")
+deadline = time.monotonic() + 60
+for number in (1, 2):  # the first one is lost, as one that comes in a finalizer is
+    try:
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        seen.write_text(str(number))
+"""
+LAUNCHER = """
+import os, pathlib, subprocess, sys, time
+from lightning_compress.sweeps.watching import WATCH
+environment = {**os.environ, WATCH: str(os.getpid())}
+job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environment)
+while not pathlib.Path("seen").exists():
+    time.sleep(0.01)
+time.sleep(0.3)
+assert job.poll() is None and pathlib.Path("seen").read_text() == "0"
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="parents are watched on POSIX alone")
+def test_a_job_is_interrupted_until_it_ends(tmp_path):
+    subprocess.run([sys.executable, "-c", LAUNCHER, JOB], cwd=tmp_path, check=True, timeout=60)
+    deadline = time.monotonic() + 30
+    while (tmp_path / "seen").read_text() != "2":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
