@@ -6,6 +6,7 @@ python experiments/show_headline.py outputs/bench/headline docs
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ LABELS = {
 MORE = ("neg_iwae", "perplexity", "active_units", "fid", "precision", "recall")
 OURS = "zeros and grids"
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
-TICKS = (3, 10, 30, 100, 300)
+TICKS = (1, 3, 10, 30, 100, 300)
+COLUMNS = 3  # of panels
 MARKS = ("<!-- headline -->", "<!-- /headline -->")
 Row = dict[str, Any]
 
@@ -140,23 +142,22 @@ def _speed(rows: Sequence[Row], end: str) -> str:
     return "–" if None in found else f"{mean(found):.1f}×"
 
 
-def plot(sets: Sequence[Sequence[Table]], path: Path) -> None:
-    """A row a set of data, a panel a model: how many times smaller, and how much worse."""
+def plot(tables: Sequence[Table], path: Path) -> None:
+    """A panel a model: how many times smaller, and how much worse."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = max(map(len, sets))
-    size = (4.6 * columns, 4 * len(sets))
-    figure, axes = plt.subplots(len(sets), columns, figsize=size, squeeze=False)
+    lines = math.ceil(len(tables) / COLUMNS)
+    size = (4.6 * COLUMNS, 4 * lines)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=size, squeeze=False)
     shown: dict[str, Any] = {}
-    for tables, line in zip(sets, axes, strict=True):
-        for axis, table in itertools.zip_longest(line, tables):
-            if table is None:
-                axis.set_axis_off()
-            else:
-                shown |= panel(axis, table)
+    for axis, table in itertools.zip_longest(axes.flat, tables):
+        if table is None:
+            axis.set_axis_off()
+        else:
+            shown |= panel(axis, table)
     figure.legend(shown.values(), shown.keys(), frameon=False, ncol=len(shown), loc="lower center")
-    figure.tight_layout(rect=(0, 0.07 / len(sets), 1, 1))
+    figure.tight_layout(rect=(0, 0.07 / lines, 1, 1))
     figure.savefig(path, dpi=110)
 
 
@@ -204,7 +205,7 @@ def main(source: Path, folder: Path) -> None:
     everything = [table for group in tables.values() for table in group]
     text = "\n\n".join(table.markdown() for table in everything)
     insert(folder / "headline.md", text, *MARKS)
-    plot([group for group in tables.values() if group], folder / "headline.png")
+    plot(everything, folder / "headline.png")
 
 
 if __name__ == "__main__":
