@@ -189,7 +189,8 @@ def panel(axis: Any, table: Table) -> dict[str, Any]:
     axis.set_ylim(top=top)
     for arm in (one for one in table.arms if table.quality(one) > top):
         text = f"{table.quality(arm):.3g} ↑"  # far above what is shown
-        axis.annotate(text, (table.ratio(arm), top), va="top", ha="center", color="C3")
+        place: Any = {"va": "top", "ha": "center", "rotation": 90}
+        axis.annotate(text, (table.ratio(arm), top), color="C3", fontsize=8, **place)
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     return dict(zip(labels, handles, strict=True))
@@ -205,7 +206,7 @@ def main(source: Path, folder: Path) -> None:
     everything = [table for group in tables.values() for table in group]
     text = "\n\n".join(table.markdown() for table in everything)
     insert(folder / "headline.md", text, *MARKS)
-    plot(everything, folder / "headline.png")
+    plot(tables["fashion"] or everything, folder / "headline.png")
 
 
 if __name__ == "__main__":
