@@ -24,11 +24,9 @@ from typing import Any
 import torch
 from bench_rows import Rows, as_file_name
 from headline_arms import ARMS
-from headline_files import Row, controls, measured, speeds_of
+from headline_files import Row, controls, loaded, measured, speeds_of
 from headline_runs import SETS, Runs
 from peers import NNCODEC, nncodec_python
-
-from lightning_compress import load_compressed
 
 ROUNDS = 100
 
@@ -56,13 +54,10 @@ def speed_again(runs: Runs, arm: str) -> Row | None:
 
 
 def model_of(runs: Runs, arm: str) -> Any:
-    """The model of a row's file; None where it ships none that fits a model of ours."""
-    file = home_of(runs, arm) / "model.lcz"
-    if not file.exists() or arm not in runs.model.main:
-        return None
-    model = runs.fresh()
-    load_compressed(file, model.deployed_module())
-    return model.eval()
+    """The model of a main row's file; None of other rows, whose sizes may not be ours."""
+    home = home_of(runs, arm)
+    main = arm in runs.model.main and (home / "model.lcz").exists()
+    return loaded(runs, home) if main else None
 
 
 def quality_again(runs: Runs, arm: str) -> Row | None:

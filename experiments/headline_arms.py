@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bench_quantization import calibrate
 from bench_rows import as_file_name
-from headline_files import OnnxPart, Shipped, lcz
+from headline_files import OnnxPart, Shipped, lcz, loaded
 from headline_runs import Runs
 from lightning.pytorch.callbacks import ModelPruning
 from peers import NNCODEC, teacher, torch_pruned
@@ -28,7 +28,6 @@ from lightning_compress import (
     KnowledgeDistillation,
     QuantizationAwareTraining,
     initialize_from_teacher,
-    load_compressed,
 )
 from lightning_compress.conversion.onnx import export_onnx
 from lightning_compress.workflow.int8 import inputs_in_use
@@ -209,10 +208,10 @@ def nncodec(arm: str) -> Arm:
     """
 
     def made(runs: Runs, home: Path) -> Shipped:
-        model, source = runs.fresh(), home.parent / as_file_name(arm) / "model.lcz"
-        if not source.exists():
+        source = home.parent / as_file_name(arm)
+        if not (source / "model.lcz").exists():
             raise FileNotFoundError(f"{source}: the row {arm!r} comes first")
-        load_compressed(source, model.deployed_module())
+        model = loaded(runs, source)
         state = model.deployed_module().state_dict()
         before, after = home / "weights.npz", home / "decoded.npz"
         np.savez(before, **{name: tensor.numpy() for name, tensor in state.items() if tensor.dim()})
@@ -223,7 +222,7 @@ def nncodec(arm: str) -> Arm:
         model.deployed_module().load_state_dict(state)
         before.unlink()
         after.unlink()
-        return Shipped(model.eval(), "nncodec", int(done.stdout.split()[-1]), home)
+        return Shipped(model, "nncodec", int(done.stdout.split()[-1]), home)
 
     return made
 

@@ -12,7 +12,7 @@ import torch
 from headline_runs import Runs
 from torch import Tensor, nn
 
-from lightning_compress import export_onnx, onnx_session, save_compressed
+from lightning_compress import export_onnx, load_compressed, onnx_session, save_compressed
 from lightning_compress.data import SplitDataModule
 from lightning_compress.evaluation.cost import torch_bytes
 from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
@@ -22,7 +22,7 @@ from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
 from lightning_compress.workflow.quality import rows
 
-__all__ = ["OnnxPart", "Shipped", "controls", "lcz", "measured", "speeds_of"]
+__all__ = ["OnnxPart", "Shipped", "controls", "lcz", "loaded", "measured", "speeds_of"]
 
 Row = dict[str, Any]
 BOUND = 64  # samples of the importance-weighted bound
@@ -57,6 +57,13 @@ def lcz(
     info = save_compressed(model.deployed_module(), home / "model.lcz", codec=codec)
     whole = None if int8 is None else int8_bytes(write_int8_files(model, home, int8))
     return Shipped(model, ".lcz", info.bytes, home, whole)
+
+
+def loaded(runs: Runs, home: Path) -> Any:
+    """The model of the `.lcz` file in a row's folder."""
+    model = runs.fresh()
+    load_compressed(home / "model.lcz", model.deployed_module())
+    return model.eval()
 
 
 class OnnxPart(nn.Module):

@@ -107,9 +107,9 @@ class Table:
         return mean(row["ratio"] for row in self.arms[arm])
 
     def _over(self, arm: str, key: str) -> str:
-        values = [row[key] for row in self.arms[arm] if key in row]
-        if not values:
+        if any(key not in row for row in self.arms[arm]):
             return "–"
+        values = [row[key] for row in self.arms[arm]]
         digits = 3 if abs(mean(values)) < 1 else 1 if key == "active_units" else 2
         return mean_and_spread(values, f".{digits}f")
 

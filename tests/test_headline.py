@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_compress import inspect_compressed
 
@@ -58,6 +59,7 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     others = [
         row("zeros and grids, 90 %", 0, 25.15, 50.0, neg_iwae=24.9),
         row("90 % zeros", 0, 25.3, 10.0),
+        row("nncodec", 0, 25.1, 9.0, speed={"this, batch 1": 1.5, "this, batch 16": 2.0}),
     ]
     text = "".join(json.dumps(one) + "\n" for one in [*main_rows, *others])
     (home / "vae.jsonl").write_text(text)
@@ -72,7 +74,25 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     lines = {line.split("|")[1].strip(): line for line in said.splitlines() if line[:2] == "| "}
     assert "| 50.0× | 25.15 | +0.2% ✓ | 24.90 |" in lines["zeros and grids, 90 %"]
     assert "| 10.0× | 25.30 | +0.8% | – |" in lines["90 % zeros"]
+    assert "| 1.2× | 25.10 ± 0.14 | +0.0% ✓ | – |" in lines["dense"]  # of one seed alone
+    assert lines["nncodec"].endswith("| all | 1.5× / 2.0× | – / – | 1 |")
     assert (tmp_path / "headline.png").stat().st_size > 10_000
+
+
+def test_all_seeds_are_trained_and_judged_on_the_same_pictures(tmp_path):
+    from finetuning import Start
+    from headline_runs import SETS
+
+    plan = SETS["digits"]["vae"]
+    first, second = (
+        Start("vae", seed, tmp_path, {"vae": ([*plan.overrides], 1, [])}, data=plan.data)
+        for seed in (0, 1)
+    )
+    assert (first.cfg.seed, second.cfg.seed) == (0, 1)
+    assert first.data.fingerprint == second.data.fingerprint  # which names the network
+    for split in ("train_dataset", "test_dataset"):
+        pair = [getattr(start.data, split).tensors[0] for start in (first, second)]
+        assert torch.equal(*pair)
 
 
 def test_an_unknown_row_is_refused_by_name(tmp_path):
