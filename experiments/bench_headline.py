@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,20 @@ def row(runs: Runs, arm: str) -> Row:
     shipped = ARMS[arm](runs, home)
     found = measured(runs, shipped, home_of(runs, "dense"), ROUNDS)
     return found | controls(runs, arm, shipped.model)
+
+
+def make_missing(runs: Runs, rows: Rows, arms: Sequence[str]) -> None:
+    """The rows of a model and seed that are not known yet, beside the dense one's files."""
+    keys = {arm: {"model": runs.name, "seed": runs.seed, "arm": arm} for arm in ("dense", *arms)}
+    missing = [arm for arm in arms if not rows.has(**keys[arm])]
+    if missing and not any(home_of(runs, "dense").glob("*.onnx")):
+        rows.drop(**keys["dense"])  # all others are measured beside its files
+        missing = list(dict.fromkeys(["dense", *missing]))
+    for arm in missing:
+        if "nncodec" in arm and nncodec_python() is None:
+            print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
+        else:
+            rows.make(partial(row, runs, arm), **keys[arm])
 
 
 def speed_again(runs: Runs, arm: str) -> Row | None:
@@ -107,12 +122,9 @@ def main() -> None:
             rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
             if args.again:
                 measure_again(runs, rows, args.again)
-                continue
-            for arm in args.arms or runs.model.plan(first=seed == args.seeds[0]):
-                if "nncodec" in arm and nncodec_python() is None:
-                    print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
-                    continue
-                rows.make(partial(row, runs, arm), model=name, seed=seed, arm=arm)
+            else:
+                plan = runs.model.plan(first=seed == args.seeds[0])
+                make_missing(runs, rows, args.arms or plan)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ class Rows:
         print(row, flush=True)
         return row
 
+    def has(self, **key: Any) -> bool:
+        """Whether a row is known."""
+        return self._key(key) in self.known
+
+    def drop(self, **key: Any) -> None:
+        """Forget a row, if there is one, so that it is made again."""
+        if self.known.pop(self._key(key), None) is not None:
+            self._write()
+
     def amend(self, row: dict[str, Any], **values: Any) -> None:
         """Put other values into a known row."""
         row.update(values)

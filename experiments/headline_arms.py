@@ -244,6 +244,7 @@ OURS: dict[str, Arm] = {
     "a sixteenth of the MACs, 60 % zeros, grids, taught": everything(0.0625, 0.6, 0.6),
     "a sixteenth of the MACs, 70 % zeros, grids, taught": everything(0.0625, 0.7, 0.6),
     "a quarter of the MACs, int8, taught": channels_int8(0.25),
+    "an eighth of the MACs, int8, taught": channels_int8(0.125),
     "90 % zeros": trained(lambda r: pruning(r, 0.9)),
     "90 % zeros, 4 bits": trained(
         lambda r: pruning(r, 0.9),

@@ -35,7 +35,7 @@ OURS = "zeros and grids"
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
 TICKS = (1, 3, 10, 30, 100, 300)
 COLUMNS = 3  # of panels
-MARKS = ("<!-- headline -->", "<!-- /headline -->")
+PICTURES = {"fashion": "headline.png", "digits": "headline_digits.png"}
 Row = dict[str, Any]
 
 
@@ -172,9 +172,11 @@ def panel(axis: Any, table: Table) -> dict[str, Any]:
     groups = {"channels, zeros and grids, taught": joined, "zeros and grids": ours}
     groups |= {"other ways of ours": single}
     groups["what else there is"] = [arm for arm in table.arms if arm in PEERS]
+    colours: dict[str, str] = {}
     for (label, arms), (style, colour) in zip(
         groups.items(), (("D-", "C0"), ("o-", "C1"), ("s", "C2"), ("x", "C3")), strict=True
     ):
+        colours |= dict.fromkeys(arms, colour)
         x, y = [table.ratio(arm) for arm in arms], [table.quality(arm) for arm in arms]
         if arms:
             spread = [table.noise(arm) for arm in arms]
@@ -190,23 +192,22 @@ def panel(axis: Any, table: Table) -> dict[str, Any]:
     for arm in (one for one in table.arms if table.quality(one) > top):
         text = f"{table.quality(arm):.3g} ↑"  # far above what is shown
         place: Any = {"va": "top", "ha": "center", "rotation": 90}
-        axis.annotate(text, (table.ratio(arm), top), color="C3", fontsize=8, **place)
+        axis.annotate(text, (table.ratio(arm), top), color=colours[arm], fontsize=8, **place)
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     return dict(zip(labels, handles, strict=True))
 
 
 def main(source: Path, folder: Path) -> None:
-    """Writes headline.png, and the tables into headline.md."""
-    tables: dict[str, list[Table]] = {}
-    for name in SETS:
+    """Writes tables into headline.md and pictures; of a set without rows they stay as they are."""
+    for name, file in PICTURES.items():
         paths = [source / name / f"{model}.jsonl" for model in SETS[name]]
         found = [path for path in paths if path.exists() and read_rows(path)]
-        tables[name] = [Table(name, path.stem, read_rows(path)) for path in found]
-    everything = [table for group in tables.values() for table in group]
-    text = "\n\n".join(table.markdown() for table in everything)
-    insert(folder / "headline.md", text, *MARKS)
-    plot(tables["fashion"] or everything, folder / "headline.png")
+        if tables := [Table(name, path.stem, read_rows(path)) for path in found]:
+            text = "\n\n".join(table.markdown() for table in tables)
+            marks = [f"<!-- {slash}headline: {name} -->" for slash in ("", "/")]
+            insert(folder / "headline.md", text, *marks)
+            plot(tables, folder / file)
 
 
 if __name__ == "__main__":

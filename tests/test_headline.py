@@ -1,14 +1,17 @@
 """The headline's benchmark: its plan names rows that there are, its tables say what rows say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_compress import inspect_compressed
+from lightning_compress.evaluation import latency
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 MEASURE = {
@@ -63,10 +66,13 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     ]
     text = "".join(json.dumps(one) + "\n" for one in [*main_rows, *others])
     (home / "vae.jsonl").write_text(text)
-    page.write_text("before\n<!-- headline -->\n<!-- /headline -->\nafter\n")
+    between = "<!-- headline: fashion -->\nas it was\n<!-- /headline: fashion -->\n"
+    own = "<!-- headline: digits -->\n<!-- /headline: digits -->\n"
+    page.write_text(f"before\n{between}{own}after\n")
     main(tmp_path / "rows", tmp_path)
     said = page.read_text()
-    assert said.startswith("before\n")
+    assert said.startswith(f"before\n{between}")  # of which there are no rows
+    assert not (tmp_path / "headline.png").exists()
     assert said.endswith("after\n")
     assert "Dense: 25.10 ± 0.14; no loss means at most 0.141 worse" in said
     assert "right on 90.0% of the test images" in said
@@ -76,7 +82,7 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     assert "| 10.0× | 25.30 | +0.8% | – |" in lines["90 % zeros"]
     assert "| 1.2× | 25.10 ± 0.14 | +0.0% ✓ | – |" in lines["dense"]  # of one seed alone
     assert lines["nncodec"].endswith("| all | 1.5× / 2.0× | – / – | 1 |")
-    assert (tmp_path / "headline.png").stat().st_size > 10_000
+    assert (tmp_path / "headline_digits.png").stat().st_size > 10_000
 
 
 def test_all_seeds_are_trained_and_judged_on_the_same_pictures(tmp_path):
@@ -100,6 +106,28 @@ def test_an_unknown_row_is_refused_by_name(tmp_path):
     assert done.returncode == 2
     assert "invalid choice: '95 % zeros'" in done.stderr
     assert "'90 % zeros'" in done.stderr
+
+
+def test_what_a_benchmark_needs_is_what_its_command_installs():
+    """A fresh machine has no more than `make bench` asks pip for."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((EXPERIMENTS.parent / "pyproject.toml").read_text())["project"]
+    makefile = (EXPERIMENTS.parent / "Makefile").read_text()
+    installed = re.search(r"\nbench: .*\n.*install.*\[(.+)\]\"\n", makefile)
+    assert installed is not None
+    asked = [f"lightning-compress[{installed.group(1)}]"]
+    for one in asked:  # which grows
+        extras = re.fullmatch(r"lightning-compress\[(.+)\]", one)
+        for extra in extras.group(1).split(",") if extras else []:
+            asked += project["optional-dependencies"][extra]
+    names = {re.split(r"[^\w-]", one)[0] for one in [*asked, *project["dependencies"]]}
+    wanted = set(re.findall(r"require\(\s*\"([\w.]+)\"", latency_source()))
+    assert {"onnxruntime", "openvino"} <= wanted
+    assert wanted | {"torch-pruning"} <= names
+
+
+def latency_source():
+    return Path(latency.__file__).read_text()
 
 
 def bench(*args):
@@ -130,3 +158,29 @@ def test_rows_are_made_from_nothing_and_kept(tmp_path):
     before = file.read_bytes()
     assert bench(*told, "--arms", *arms).returncode == 0
     assert file.read_bytes() == before
+
+
+def test_a_row_is_measured_beside_the_dense_rows_files_also_where_these_are_gone(
+    tmp_path, monkeypatch
+):
+    import bench_headline
+    from bench_rows import Rows
+
+    def made(runs, arm):
+        home = bench_headline.home_of(runs, arm)
+        home.mkdir(exist_ok=True)
+        (home / "decoder.onnx").touch()
+        return {"after": [one["arm"] for one in rows.known.values()]}
+
+    monkeypatch.setattr(bench_headline, "row", made)
+    runs = SimpleNamespace(name="vae", seed=0, folder=tmp_path)
+    rows = Rows(tmp_path / "vae.jsonl", keys=("model", "seed", "arm"))
+    bench_headline.make_missing(runs, rows, ["90 % zeros"])
+    assert [one["arm"] for one in rows.known.values()] == ["dense", "90 % zeros"]
+    (tmp_path / "dense" / "decoder.onnx").unlink()
+    bench_headline.make_missing(runs, rows, ["90 % zeros"])  # nothing to make
+    assert rows.known["vae", 0, "dense"]["after"] == []
+    bench_headline.make_missing(runs, rows, ["90 % zeros", "trained W8A8"])
+    assert rows.known["vae", 0, "dense"]["after"] == ["90 % zeros"]
+    assert rows.known["vae", 0, "trained W8A8"]["after"] == ["90 % zeros", "dense"]
+    assert (tmp_path / "dense" / "decoder.onnx").exists()
