@@ -7,6 +7,7 @@ import gzip
 import os
 import subprocess
 from collections.abc import Callable
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -125,20 +126,29 @@ def channels_int8(left: float) -> Arm:
     return trained(lambda r: channels(r, left), lambda _: int8(begin=0.5), taught, whole=True)
 
 
+def matrices(runs: Runs, model: Any) -> list[tuple[nn.Module, str]]:
+    """What others prune: the weights of the parts that ship, a recurrent layer's too, by name.
+
+    Lightning's callback finds parameters called `weight` alone: a GRU has none.
+    """
+    return [
+        (layer, name)
+        for path, layer in model.named_modules()
+        if path.startswith(tuple(model.parts()))
+        for name, one in layer.named_parameters(recurse=False)
+        if one.dim() > 1
+        and not any(
+            fnmatch(at, few) for at in (path, f"{path}.{name}") for few in runs.model.spared
+        )
+    ]
+
+
 def lightning_pruning(runs: Runs, home: Path) -> Shipped:
     """Lightning's callback, torch.save and gzip."""
     model = runs.fresh()
-    layers = [
-        (layer, "weight")
-        for path, layer in model.named_modules()
-        if path.startswith(_deployed(model))
-        and isinstance(getattr(layer, "weight", None), nn.Parameter)
-        and layer.weight.dim() > 1
-        and path not in runs.model.spared
-    ]
     callback = ModelPruning(
         "l1_unstructured",
-        parameters_to_prune=layers,
+        parameters_to_prune=matrices(runs, model),
         amount=lambda epoch: 0.9 if epoch == 0 else 0,
         use_lottery_ticket_hypothesis=False,
     )
@@ -152,15 +162,12 @@ def lightning_pruning(runs: Runs, home: Path) -> Shipped:
 def torch_and_ort(runs: Runs, home: Path) -> Shipped:
     """torch.nn.utils.prune with some training, then ONNX Runtime's static quantization."""
     model = runs.fresh()
-    for path, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
-        matrix = isinstance(weight, nn.Parameter) and weight.dim() > 1
-        if path.startswith(_deployed(model)) and matrix and path not in runs.model.spared:
-            prune.l1_unstructured(layer, "weight", 0.9)
+    pruned = matrices(runs, model)
+    for layer, name in pruned:
+        prune.l1_unstructured(layer, name, 0.9)
     runs.fit(model)
-    for layer in model.modules():
-        if prune.is_pruned(layer) and hasattr(layer, "weight_mask"):
-            prune.remove(layer, "weight")
+    for layer, name in pruned:
+        prune.remove(layer, name)
     return _quantized_by_ort(runs, model, home)
 
 
@@ -225,10 +232,6 @@ def nncodec(arm: str) -> Arm:
         return Shipped(model, "nncodec", int(done.stdout.split()[-1]), home)
 
     return made
-
-
-def _deployed(model: Any) -> tuple[str, ...]:
-    return tuple(model.parts())
 
 
 OURS: dict[str, Arm] = {

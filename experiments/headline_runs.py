@@ -160,9 +160,9 @@ SETS: dict[str, dict[str, Model]] = {
         ),
         "wgan_gp": Model(
             "WGAN-GP",
-            ["model=wgan_gp", *NARROW, "model.lr=2e-4"],
+            ["model=wgan_gp", *NARROW, "model.discriminator_width=8", "model.lr=2e-4"],
             FASHION,
-            (1, 2),
+            (1, 1),  # of five critic steps a batch
             "fid",
             ["dense", SIXTEENTH],
             [*COMMON, TORCH_PRUNING, GRIDS],
