@@ -85,6 +85,17 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     assert (tmp_path / "headline_digits.png").stat().st_size > 10_000
 
 
+def test_within_two_percent_of_one_dense_seed_stands_in_brackets():
+    from show_headline import Table
+
+    rows = [row("dense", 0, 25.0, 1.2), row("90 % zeros", 0, 25.4, 10), row("nncodec", 0, 26, 9)]
+    lines = Table("digits", "vae", rows).markdown().splitlines()
+    said = {line.split("|")[1].strip(): line for line in lines if line[:2] == "| "}
+    assert "at most 0.5 worse (2 %)" in lines[0]
+    assert "| +1.6% (✓) |" in said["90 % zeros"]
+    assert "| +4.0% |" in said["nncodec"]
+
+
 def test_all_seeds_are_trained_and_judged_on_the_same_pictures(tmp_path):
     from finetuning import Start
     from headline_runs import SETS
