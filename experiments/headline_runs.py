@@ -168,6 +168,16 @@ SETS: dict[str, dict[str, Model]] = {
             [*COMMON, TORCH_PRUNING, GRIDS],
             ["generator.up2"],
         ),
+        "wgan_gp_longer": Model(
+            "WGAN-GP, twice the steps and the critic's width",
+            ["model=wgan_gp", *NARROW, "model.lr=2e-4"],
+            FASHION,
+            (1, 2),
+            "fid",
+            ["dense", SIXTEENTH],
+            ["post-training W8A8", "nncodec", GRIDS],
+            ["generator.up2"],
+        ),
     },
     "digits": {
         "vae": Model(
