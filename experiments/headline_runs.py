@@ -169,10 +169,10 @@ SETS: dict[str, dict[str, Model]] = {
             ["generator.up2"],
         ),
         "wgan_gp_longer": Model(
-            "WGAN-GP, twice the steps and the critic's width",
+            "longer WGAN-GP",
             ["model=wgan_gp", *NARROW, "model.lr=2e-4"],
             FASHION,
-            (1, 2),
+            (1, 2),  # twice the steps, and twice the critic's width
             "fid",
             ["dense", SIXTEENTH],
             ["post-training W8A8", "nncodec", GRIDS],
