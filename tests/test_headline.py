@@ -112,6 +112,24 @@ def test_all_seeds_are_trained_and_judged_on_the_same_pictures(tmp_path):
         assert torch.equal(*pair)
 
 
+@pytest.mark.parametrize(("name", "spared"), [("digits", []), ("fashion", ["*.weight_ih_l0"])])
+def test_other_pruners_are_given_a_recurrent_layers_weights(name, spared):
+    from headline_arms import matrices
+    from headline_runs import SETS
+
+    from lightning_compress.models import RecurrentVAE
+
+    plan = SETS[name]["recurrent_vae"]
+    assert [one for one in plan.spared if "weight" in one] == spared
+    model = RecurrentVAE(steps=4, features=4, hidden=8, latent_dim=2)
+    found = matrices(SimpleNamespace(model=plan), model)
+    wanted = {"weight_hh_l0"} | (set() if spared else {"weight_ih_l0"})
+    for layer in (model.encoder.gru, model.decoder.gru):
+        assert {name for one, name in found if one is layer} == wanted
+    dense = {name for one, name in found if isinstance(one, torch.nn.Linear)}
+    assert dense == (set() if spared else {"weight"})
+
+
 def test_an_unknown_row_is_refused_by_name(tmp_path):
     done = bench("--arms", "95 % zeros", "--out", str(tmp_path))
     assert done.returncode == 2
