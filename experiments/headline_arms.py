@@ -7,7 +7,6 @@ import gzip
 import os
 import subprocess
 from collections.abc import Callable
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from lightning_compress import (
     initialize_from_teacher,
 )
 from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.targets import select
 from lightning_compress.workflow.int8 import inputs_in_use
 from lightning_compress.workflow.training import build_model
 
@@ -127,20 +127,12 @@ def channels_int8(left: float) -> Arm:
 
 
 def matrices(runs: Runs, model: Any) -> list[tuple[nn.Module, str]]:
-    """What others prune: the weights of the parts that ship, a recurrent layer's too, by name.
+    """What others prune: the weights that `GradualPruning` would, a recurrent layer's too, by name.
 
     Lightning's callback finds parameters called `weight` alone: a GRU has none.
     """
-    return [
-        (layer, name)
-        for path, layer in model.named_modules()
-        if path.startswith(tuple(model.parts()))
-        for name, one in layer.named_parameters(recurse=False)
-        if one.dim() > 1
-        and not any(
-            fnmatch(at, few) for at in (path, f"{path}.{name}") for few in runs.model.spared
-        )
-    ]
+    targets = select(model, exclude=runs.model.spared).targets
+    return [(one.layer, one.name) for one in targets]
 
 
 def lightning_pruning(runs: Runs, home: Path) -> Shipped:
