@@ -106,7 +106,7 @@ SETS: dict[str, dict[str, Model]] = {
             [],
             ENDS,
             10.0,
-            EARLY,
+            VAE_CHANNELS,
             ["model.lr=5e-4"],  # at twice of that it is unstable before it has learned anything
         ),
         "dcgan": Model(
