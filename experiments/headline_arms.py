@@ -240,6 +240,7 @@ OURS: dict[str, Arm] = {
     "a sixteenth of the MACs, 70 % zeros, grids, taught": everything(0.0625, 0.7, 0.6),
     "a quarter of the MACs, int8, taught": channels_int8(0.25),
     "an eighth of the MACs, int8, taught": channels_int8(0.125),
+    "a twelfth of the MACs, int8, taught": channels_int8(1 / 12),
     "90 % zeros": trained(lambda r: pruning(r, 0.9)),
     "90 % zeros, 4 bits": trained(
         lambda r: pruning(r, 0.9),

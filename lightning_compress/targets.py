@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress.errors import TargetError
 
-__all__ = ["Coverage", "Pattern", "Selection", "Target", "clean_path", "deployed_part", "select"]
+__all__ = [
+    "Coverage",
+    "Pattern",
+    "Selection",
+    "Target",
+    "clean_path",
+    "deployed_part",
+    "overlooked",
+    "select",
+]
 
 Pattern = str | type[nn.Module]
 
@@ -35,6 +45,10 @@ _NORMS: tuple[type[nn.Module], ...] = (
 # free tensor behind `weight`. `original0` and `weight_g` hold magnitudes, not weights.
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
+# What the two sides of a GAN are called elsewhere: netG and netD, G and D, gen and disc, g_AB ...
+_DRAWS = re.compile(r"(net_?)?(g|gen|generator)(\d*|_.*|[A-Z]{1,2})")
+_JUDGES = re.compile(r"(net_?)?(d|dis|disc|discriminator|critic)(\d*|_.*|[A-Z]{1,2})")
+_SURELY_JUDGES = re.compile(r"(net_?)?(discriminator|critic)(\d*|_.*|[A-Z]{1,2})")
 
 
 @dataclass(frozen=True)
@@ -94,10 +108,13 @@ def clean_path(path: str) -> str:
 def deployed_part(module: nn.Module) -> tuple[str, ...]:
     """Child modules that ship: a GAN's generator, a VAE's encoder and decoder, else all.
 
-    A module says so itself by an attribute `deployed`; otherwise its children's names tell.
+    A module says so itself by an attribute `deployed`; otherwise its children's names tell: those
+    of this package, then what GANs call their two sides elsewhere.
 
     >>> deployed_part(nn.ModuleDict({"generator": nn.Linear(1, 1), "critic": nn.Linear(1, 1)}))
     ('generator',)
+    >>> deployed_part(nn.ModuleDict({"netG": nn.Linear(1, 1), "netD": nn.Linear(1, 1)}))
+    ('netG',)
     """
     inner = getattr(module, "_orig_mod", module)
     declared = getattr(inner, "deployed", None)
@@ -107,7 +124,56 @@ def deployed_part(module: nn.Module) -> tuple[str, ...]:
     for part in (("generator",), ("encoder", "decoder"), ("decoder",)):
         if children.issuperset(part):
             return part
-    return ("",)
+    return _beside_a_judge(inner) or ("",)
+
+
+def _beside_a_judge(module: nn.Module) -> tuple[str, ...]:
+    """The networks of a GAN that draw, where its discriminator goes by a usual name; else none.
+
+    One letter says nothing alone: `d1` may be a layer, `D` beside `G` is a discriminator.
+    """
+    names = [
+        name for name, one in module.named_children() if next(one.parameters(), None) is not None
+    ]
+    draw = [name for name in names if _named(_DRAWS, name)]
+    if draw and any(_named(_JUDGES, name) for name in names):
+        return tuple(draw)
+    if any(_named(_SURELY_JUDGES, name) for name in names):
+        return tuple(name for name in names if not _named(_SURELY_JUDGES, name))
+    return ()
+
+
+def overlooked(module: nn.Module) -> list[str]:
+    """Child modules with weights to compress that are neither deployed by name nor a discriminator.
+
+    A VAE's heads beside its encoder, say. None where the module declares what is `deployed`.
+
+    >>> names = ("encoder", "decoder", "fc_mu", "discriminator")
+    >>> overlooked(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
+    ['fc_mu']
+    """
+    inner = getattr(module, "_orig_mod", module)
+    parts = deployed_part(module)
+    if getattr(inner, "deployed", None) is not None or parts == ("",):
+        return []
+    return [
+        name
+        for name, child in inner.named_children()
+        if name not in parts and not _named(_JUDGES, name) and _holds_weights(child)
+    ]
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return any(
+        isinstance(layer, _MATMUL_LAYERS) and parameter.requires_grad
+        for layer in module.modules()
+        for parameter in layer.parameters(recurse=False)
+    )
+
+
+def _named(pattern: re.Pattern[str], name: str) -> bool:
+    # netG and NetG are one name; so are G and g.
+    return any(pattern.fullmatch(form) for form in (name, name.lower()))
 
 
 def select(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_compress.errors import TargetError
-from lightning_compress.targets import deployed_part, select
+from lightning_compress.targets import deployed_part, overlooked, select
 
 
 def paths(module, *args, **kwargs):
@@ -37,6 +37,56 @@ def test_a_vae_compresses_encoder_and_decoder_and_an_attribute_overrules():
     vae.deployed = ("decoder",)
     assert deployed_part(vae) == ("decoder",)
     assert paths(vae) == ["decoder.weight"]
+
+
+def named(*names):
+    return nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("netG", "netD"), ("netG",)),
+        (("net_g", "net_d"), ("net_g",)),
+        (("G", "D"), ("G",)),
+        (("g", "d"), ("g",)),
+        (("gen", "disc"), ("gen",)),
+        (("g_AB", "g_BA", "d_A", "d_B"), ("g_AB", "g_BA")),
+        (("netG_A2B", "netG_B2A", "netD_A"), ("netG_A2B", "netG_B2A")),
+        (("genAB", "genBA", "discA"), ("genAB", "genBA")),
+        (("generator1", "generator2", "discriminator1"), ("generator1", "generator2")),
+        (("body", "critic"), ("body",)),
+        (("mapping", "synthesis", "discriminator"), ("mapping", "synthesis")),
+        (("encoder", "decoder", "discriminator"), ("encoder", "decoder")),
+        (("generator", "generator_ema", "discriminator"), ("generator",)),
+        (("d1", "d2", "u1"), ("",)),  # layers of a U-Net
+        (("G", "F"), ("",)),
+        (("conv", "d_conv"), ("",)),
+        (("gate", "dense"), ("",)),
+        (("critic",), ("",)),
+    ],
+)
+def test_a_gan_of_other_names_keeps_its_discriminator(names, parts):
+    module = named(*names)
+    assert deployed_part(module) == parts
+    kept = [name for name in names if parts == ("",) or name in parts]
+    assert paths(module) == [f"{name}.weight" for name in kept]
+
+
+def test_a_discriminator_is_known_by_its_weights():
+    module = named("body", "critic")
+    module["critic"] = nn.Identity()  # a flag, say: nothing to leave alone
+    assert deployed_part(module) == ("",)
+
+
+def test_what_lies_beside_the_deployed_part_is_named():
+    vae = named("encoder", "decoder", "fc_mu", "final", "discriminator", "d_feature")
+    vae["relu"], vae["norm"] = nn.ReLU(), nn.BatchNorm1d(2)
+    vae["features"] = nn.Linear(2, 2).requires_grad_(requires_grad=False)
+    assert overlooked(vae) == ["fc_mu", "final"]
+    vae.deployed = ("encoder", "decoder")
+    assert overlooked(vae) == []
+    assert overlooked(named("a", "b")) == []  # all of it ships
 
 
 def test_norms_biases_and_embeddings_need_their_own_name():

@@ -15,9 +15,9 @@ from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import has_grid
-from lightning_compress.targets import Coverage, Pattern, select
+from lightning_compress.targets import Coverage, Pattern, deployed_part, overlooked, select
 
-__all__ = ["WeightCallback", "check_run_ends", "run_progress"]
+__all__ = ["WeightCallback", "check_run_ends", "run_progress", "tell_of_overlooked"]
 
 _ENDLESS = (
     "begin and end are fractions of the run, but the run has no end: set max_epochs or max_steps "
@@ -38,6 +38,17 @@ def check_run_ends(trainer: Trainer) -> None:
     """
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
         raise ValueError(_ENDLESS)
+
+
+def tell_of_overlooked(module: LightningModule) -> None:
+    """Warn of weights that are left alone since their network's name says nothing."""
+    if names := overlooked(module):
+        parts = deployed_part(module)
+        rank_zero_warn(
+            f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
+            f"known to ship. Name all that ships in an attribute of the model, "
+            f"deployed = {(*parts, *names)}, or give include=[...]"
+        )
 
 
 def run_progress(trainer: Trainer) -> float:
@@ -124,6 +135,8 @@ class WeightCallback(Callback):
         self.projector.asleep = True
         selection = select(pl_module, self.include, self.exclude)
         self.coverage = selection.coverage
+        if self.include is None:
+            tell_of_overlooked(pl_module)
         masks = {slot.path: slot.pruned for slot in self.slots}
         self.slots = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)

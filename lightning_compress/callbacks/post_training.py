@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_compress.callbacks.base import tell_of_overlooked
 from lightning_compress.quantization.post_training import SCHEMES, quantize_weights
 from lightning_compress.quantization.quantizers import check_bits
 from lightning_compress.targets import Coverage, Pattern, select
@@ -55,6 +56,8 @@ class PostTrainingQuantization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Find the targets, which `configure_model` may have made since."""
         self.coverage = select(pl_module, self.include, self.exclude).coverage
+        if self.include is None:
+            tell_of_overlooked(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Quantize: after averaging and the last pruning, which end with training."""

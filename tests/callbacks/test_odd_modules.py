@@ -5,12 +5,17 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from tiny import quiet_trainer
+from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import GradualPruning, TargetError, ThresholdPruning
+from lightning_compress import (
+    GradualPruning,
+    PostTrainingQuantization,
+    TargetError,
+    ThresholdPruning,
+)
 from lightning_compress.callbacks import EpochCheckpoint
 
 
@@ -257,3 +262,61 @@ def test_rows_under_weight_norm_never_die(tmp_path, name):
 def test_whole_rows_under_weight_norm_are_refused(tmp_path):
     with pytest.raises(TargetError, match="under weight_norm, which divides by the norm"):
         fit(tmp_path, "weight_norm", pruning_of("weight_norm", granularity="row"))
+
+
+class OtherNames(TinyGAN):
+    """A GAN whose networks are called as many call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.netG, self.netD = self.generator, self.discriminator
+        del self.generator, self.discriminator
+
+    def training_step(self, batch, index):
+        self.__dict__ |= {"generator": self.netG, "discriminator": self.netD}
+        super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        networks = (self.netG, self.netD)
+        return [torch.optim.Adam(network.parameters(), lr=0.01) for network in networks]
+
+
+class Headed(TinyAutoencoder):
+    """An autoencoder with a head between its parts, which no name tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc_mu = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.decoder(self.fc_mu(self.encoder(x)))
+
+
+def zeros_of(module):
+    return {n: int((p == 0).sum()) for n, p in module.named_parameters() if p.dim() > 1}
+
+
+def test_a_gan_of_other_names_keeps_its_discriminator_dense(tmp_path):
+    model = OtherNames()
+    quiet_trainer(tmp_path, GradualPruning(final_sparsity=0.5)).fit(model, batches())
+    zeros = zeros_of(model)
+    assert zeros["netG.0.weight"] + zeros["netG.2.weight"] == (24 + 48) // 2
+    assert zeros["netD.0.weight"] == zeros["netD.2.weight"] == 0
+
+
+@pytest.mark.parametrize("make", [GradualPruning, PostTrainingQuantization])
+def test_weights_beside_the_deployed_part_are_told_of(tmp_path, make):
+    told = r"weights of fc_mu are left.*deployed = \('encoder', 'decoder', 'fc_mu'\)"
+    with pytest.warns(UserWarning, match=told):
+        quiet_trainer(tmp_path, make()).fit(Headed(), batches())
+
+
+@pytest.mark.parametrize("how", ["declared", "included"])
+def test_weights_that_are_named_to_ship_are_pruned_with_the_rest(tmp_path, how):
+    model = Headed()
+    parts = ("encoder", "decoder", "fc_mu")
+    if how == "declared":
+        model.deployed = parts
+    callback = GradualPruning(final_sparsity=0.5, include=None if how == "declared" else parts)
+    quiet_trainer(tmp_path, callback).fit(model, batches())  # and nothing is told
+    assert sum(zeros_of(model).values()) == (48 + 64 + 48) // 2
