@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from bench_rows import Rows, as_file_name
 from headline_arms import ARMS
-from headline_files import Row, controls, loaded, measured, speeds_of
+from headline_files import Row, controls, loaded, measured, speeds_of, speeds_of_all
 from headline_runs import SETS, Runs
 from peers import NNCODEC, nncodec_python
 
@@ -43,7 +43,16 @@ def row(runs: Runs, arm: str) -> Row:
     home.mkdir(exist_ok=True)
     shipped = ARMS[arm](runs, home)
     found = measured(runs, shipped, home_of(runs, "dense"), ROUNDS)
-    return found | controls(runs, arm, shipped.model)
+    return found | controls(runs, arm, shipped.model) | all_parts(runs, arm)
+
+
+def all_parts(runs: Runs, arm: str) -> Row:
+    """The speed of all that ships together, of a main row of a model of several parts."""
+    home, dense = home_of(runs, arm), home_of(runs, "dense")
+    there = (home / "model.lcz").exists() and (dense / "model.lcz").exists()
+    if arm == "dense" or arm not in runs.model.main or not there or len(runs.fresh().parts()) < 2:
+        return {}
+    return {"speed_of_all": speeds_of_all(runs, home, dense, ROUNDS)}
 
 
 def make_missing(runs: Runs, rows: Rows, arms: Sequence[str]) -> None:
@@ -65,7 +74,8 @@ def speed_again(runs: Runs, arm: str) -> Row | None:
     home = home_of(runs, arm)
     if not any(home.glob("*.onnx")):
         return None
-    return {"speed": speeds_of(runs, home, home_of(runs, "dense"), ROUNDS)}
+    speed = {"speed": speeds_of(runs, home, home_of(runs, "dense"), ROUNDS)}
+    return speed | all_parts(runs, arm)
 
 
 def model_of(runs: Runs, arm: str) -> Any:

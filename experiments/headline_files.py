@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ from lightning_compress.workflow.costs import deployed_cost
 from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
 from lightning_compress.workflow.quality import rows
 
-__all__ = ["OnnxPart", "Shipped", "controls", "lcz", "loaded", "measured", "speeds_of"]
+__all__ = [
+    "OnnxPart",
+    "Shipped",
+    "controls",
+    "lcz",
+    "loaded",
+    "measured",
+    "speeds_of",
+    "speeds_of_all",
+]
 
 Row = dict[str, Any]
 BOUND = 64  # samples of the importance-weighted bound
@@ -155,6 +165,39 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
         f"{key}, batch {where.removeprefix('batch').partition('_')[0]}": round(1 / at.ratio, 2)
         for where, times in grid.items()
         for key, at in times.items()
+        if key != "fp32"
+    }
+
+
+def speeds_of_all(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
+    """The same of all parts that ship, one after the other: medians of each, added up.
+
+    A VAE's encoder and decoder; a generator alone has nothing to add.
+
+    Args:
+        runs: of the model.
+        home: folder of a row's `.lcz` file, and of its int8 files where there are any.
+        dense: folder of the dense row's `.lcz` file.
+        rounds: calls of each.
+    """
+    models = {"fp32": loaded(runs, dense), "this": loaded(runs, home)}
+    spent: dict[tuple[str, str], float] = {}  # milliseconds, by file and batch
+    for name, (_, inputs) in runs.fresh().parts().items():
+        with TemporaryDirectory() as folder:
+            files = {key: Path(folder) / f"{key}.onnx" for key in models}
+            for key, model in models.items():
+                export_onnx(model.parts()[name][0], files[key], inputs)
+            if (whole := int8_path(home, name)).exists():
+                files["int8"] = whole
+            runners = {key: partial(onnx_runner, path) for key, path in files.items()}
+            grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
+        for where, times in grid.items():
+            for key, at in times.items():
+                spot = key, where.removeprefix("batch").partition("_")[0]
+                spent[spot] = spent.get(spot, 0.0) + at.median_ms
+    return {
+        f"{key}, batch {batch}": round(spent["fp32", batch] / ms, 2)
+        for (key, batch), ms in spent.items()
         if key != "fp32"
     }
 

@@ -105,7 +105,25 @@ class Table:
                 str(len(rows)),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._all_parts()])
+
+    def _all_parts(self) -> list[str]:
+        """A line of how fast the rows are whose parts were all measured."""
+        told = []
+        for arm, rows in self.arms.items():
+            speeds = [row["speed_of_all"] for row in rows if "speed_of_all" in row]
+            if not speeds:
+                continue
+            kinds = ["this", *(["int8"] if "int8, batch 1" in speeds[0] else [])]
+            said = [
+                " / ".join(
+                    f"{mean(one[f'{kind}, batch {n}'] for one in speeds):.1f}×" for n in (1, 16)
+                )
+                + {"this": " in fp32", "int8": " in int8"}[kind]
+                for kind in kinds
+            ]
+            told.append(f"{arm}: {', '.join(said)} (n = {len(speeds)})")
+        return ["", f"All parts one after the other, faster: {'; '.join(told)}."] if told else []
 
     def _mark(self, arm: str) -> str:
         """In brackets where one dense seed alone says nothing of its noise."""

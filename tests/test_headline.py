@@ -85,6 +85,24 @@ def test_the_tables_say_what_is_no_loss_and_how_far_real_images_are_apart(tmp_pa
     assert (tmp_path / "headline_digits.png").stat().st_size > 10_000
 
 
+def test_speeds_of_all_parts_stand_under_the_table():
+    from show_headline import Table
+
+    speeds = [
+        {"this, batch 1": 2.0, "this, batch 16": 3.0},
+        {"this, batch 1": 2.4, "this, batch 16": 4},
+    ]
+    rows = [row("dense", 0, 25.0, 1.2), row("dense", 1, 25.0, 1.2)]
+    rows += [row("zeros and grids, 90 %", n, 25, 50, speed_of_all=speeds[n]) for n in (0, 1)]
+    whole = speeds[0] | {"int8, batch 1": 5.0, "int8, batch 16": 7.0}
+    quarter = "a quarter of the MACs, int8, taught"
+    rows += [row(quarter, 0, 25, 10, speed_of_all=whole), row(quarter, 1, 25, 10)]
+    assert Table("digits", "vae", rows).markdown().splitlines()[-1] == (
+        "All parts one after the other, faster: zeros and grids, 90 %: 2.2× / 3.5× in fp32 "
+        f"(n = 2); {quarter}: 2.0× / 3.0× in fp32, 5.0× / 7.0× in int8 (n = 1)."
+    )
+
+
 def test_within_two_percent_of_one_dense_seed_stands_in_brackets():
     from show_headline import Table
 
@@ -184,6 +202,9 @@ def test_rows_are_made_from_nothing_and_kept(tmp_path):
     assert small["ratio"] > 20
     assert small["nonzero_left"] < 0.2
     assert rows["post-training W8A8"]["int8_bytes"] > 0
+    assert {one["arm"] for one in rows.values() if "speed_of_all" in one} == {small["arm"]}
+    assert set(small["speed_of_all"]) == {"this, batch 1", "this, batch 16"}
+    assert min(small["speed_of_all"].values()) > 0.3
     before = file.read_bytes()
     assert bench(*told, "--arms", *arms).returncode == 0
     assert file.read_bytes() == before
