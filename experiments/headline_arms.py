@@ -235,6 +235,7 @@ OURS: dict[str, Arm] = {
     "half of the MACs, 70 % zeros, grids, taught": everything(0.5, 0.7, 0.5),
     "half of the MACs, 65 % zeros, grids, taught": everything(0.5, 0.65, 0.5),
     "a quarter of the MACs, 80 % zeros, grids, taught": everything(0.25, 0.8, 0.5),
+    "an eighth of the MACs, 70 % zeros, grids, taught": everything(0.125, 0.7, 0.5),
     "a sixteenth of the MACs, 50 % zeros, grids, taught": everything(0.0625, 0.5, 0.5),
     "a sixteenth of the MACs, 60 % zeros, grids, taught": everything(0.0625, 0.6, 0.6),
     "a sixteenth of the MACs, 70 % zeros, grids, taught": everything(0.0625, 0.7, 0.6),

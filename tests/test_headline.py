@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,64 @@ def test_speeds_of_all_parts_stand_under_the_table():
         "All parts one after the other, faster: zeros and grids, 90 %: 2.2× / 3.5× in fp32 "
         f"(n = 2); {quarter}: 2.0× / 3.0× in fp32, 5.0× / 7.0× in int8 (n = 1)."
     )
+
+
+def kept(name, model):
+    from bench_rows import read_rows
+    from show_headline import Table
+
+    path = EXPERIMENTS / "rows" / "headline" / name / f"{model}.jsonl"
+    return Table(name, model, read_rows(path))
+
+
+def test_the_page_holds_the_tables_of_the_rows_that_are_kept():
+    from headline_runs import SETS
+
+    page = (EXPERIMENTS.parent / "docs" / "headline.md").read_text(encoding="utf-8")
+    for name, models in SETS.items():
+        for model in models:
+            assert kept(name, model).markdown() in page, (name, model)
+
+
+@pytest.mark.parametrize(
+    ("line", "model", "arm"),
+    [
+        ("loses half of its multiplications", "vae", "half of the MACs, 90 % zeros, grids, taught"),
+        ("the same VAE with a quarter", "vae", "a quarter of the MACs, int8, taught"),
+        ("a VAE of width 64 with an eighth", "vae_wide", "an eighth of the MACs, int8, taught"),
+        (
+            "reads Fashion-MNIST row by row",
+            "recurrent_vae",
+            "half of the MACs, 65 % zeros, grids, taught",
+        ),
+        ("width 32: ", "dcgan", "a sixteenth of the MACs, 60 % zeros, grids, taught"),
+        (
+            "width 64, as it ships",
+            "dcgan_wide",
+            "a sixteenth of the MACs, 70 % zeros, grids, taught",
+        ),
+        (
+            "a WGAN-GP is where it ends",
+            "wgan_gp",
+            "a sixteenth of the MACs, 60 % zeros, grids, taught",
+        ),
+    ],
+)
+def test_the_readme_says_what_the_rows_say(line, model, arm):
+    """Its figures are typed by hand: ratio, quality of the row, and of the dense one."""
+    readme = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
+    (said,) = [one for one in readme.splitlines() if line in one]
+    said = said[said.index(line) :]
+    table = kept("fashion", model)
+    ratio = table.ratio(arm)
+    assert f"{ratio:.0f}×" in said or f"{ratio:.1f}×" in said
+    for which in (arm, "dense"):
+        values = [one[table.metric] for one in table.arms[which]]
+        assert f"{mean(values):.1f} ± {stdev(values):.1f}" in said
+    speeds = [one["speed"] for one in table.arms[arm]]
+    for batch in (1, 16) if "faster" in said else ():
+        kind = "int8" if f"int8, batch {batch}" in speeds[0] else "this"
+        assert f"{mean(one[f'{kind}, batch {batch}'] for one in speeds):.1f}×" in said
 
 
 def test_within_two_percent_of_one_dense_seed_stands_in_brackets():
