@@ -133,7 +133,7 @@ def main() -> None:
             if args.again:
                 measure_again(runs, rows, args.again)
             else:
-                plan = runs.model.plan(first=seed == args.seeds[0])
+                plan = runs.model.plan(first=seed == 0)
                 make_missing(runs, rows, args.arms or plan)
 
 
