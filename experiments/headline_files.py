@@ -162,7 +162,7 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
             runners[f"{key}, OpenVINO"] = partial(openvino_runner, path)
     grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
     return {
-        f"{key}, batch {where.removeprefix('batch').partition('_')[0]}": round(1 / at.ratio, 2)
+        f"{key}, batch {_batch(where)}": round(1 / at.ratio, 2)
         for where, times in grid.items()
         for key, at in times.items()
         if key != "fp32"
@@ -193,13 +193,17 @@ def speeds_of_all(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
             grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
         for where, times in grid.items():
             for key, at in times.items():
-                spot = key, where.removeprefix("batch").partition("_")[0]
+                spot = key, _batch(where)
                 spent[spot] = spent.get(spot, 0.0) + at.median_ms
     return {
         f"{key}, batch {batch}": round(spent["fp32", batch] / ms, 2)
         for (key, batch), ms in spent.items()
         if key != "fp32"
     }
+
+
+def _batch(where: str) -> str:
+    return where.removeprefix("batch").partition("_")[0]
 
 
 def _openvino_takes(path: Path, inputs: Any) -> bool:

@@ -46,9 +46,10 @@ _NORMS: tuple[type[nn.Module], ...] = (
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
 # What the two sides of a GAN are called elsewhere: netG and netD, G and D, gen and disc, g_AB ...
-_DRAWS = re.compile(r"(net_?)?(g|gen|generator)(\d*|_.*|[A-Z]{1,2})")
-_JUDGES = re.compile(r"(net_?)?(d|dis|disc|discriminator|critic)(\d*|_.*|[A-Z]{1,2})")
-_SURELY_JUDGES = re.compile(r"(net_?)?(discriminator|critic)(\d*|_.*|[A-Z]{1,2})")
+_CALLED = r"(net_?)?({})(\d*|_.*|[A-Z]{{1,2}})"
+_DRAWS = re.compile(_CALLED.format("g|gen|generator"))
+_JUDGES = re.compile(_CALLED.format("d|dis|disc|discriminator|critic"))
+_SURELY_JUDGES = re.compile(_CALLED.format("discriminator|critic"))
 
 
 @dataclass(frozen=True)
