@@ -30,6 +30,7 @@ from lightning_compress.conversion.rounding import (
 )
 from lightning_compress.conversion.saturation import seen_inputs
 from lightning_compress.conversion.sites import Site, find_sites, is_move, name_modules_once
+from lightning_compress.conversion.wide import rewrite_wide
 from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
 
@@ -134,6 +135,8 @@ def _rewrite(
             rewrite_narrow(graph, site)
     for site in sites:
         _fold(graph, site, points)
+        if site.whole and narrow:
+            _widen(graph, site, points)
     for site in sites:
         lift_elementwise(graph, site, points)
     _round(graph, sites, points)
@@ -145,6 +148,13 @@ def _fold(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
     norm = norm_behind(site)
     old = None if norm is None else norm[0].outputs[0]
     new = fold_batch_norm(graph, site)
+    if new is not None and old in points:
+        points[new] = points.pop(old)
+
+
+def _widen(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
+    old = site.output
+    new = rewrite_wide(graph, site)
     if new is not None and old in points:
         points[new] = points.pop(old)
 

@@ -79,6 +79,7 @@ def _bias_value(graph: Any, site: Site) -> Any:
     name = f"{site.path or 'module'}.{site.node.op_type}.bias"
     if (
         site.node.op_type == "Gemm"
+        or site.bias.size >= LONG  # the steps would take as much again: ONNX Runtime finds them
         or not site.whole
         or site.input_grid is None
         or not isinstance(site.weight, IntegerWeight)
@@ -164,7 +165,11 @@ def rewrite_storage(
 
 
 def _shorten_bias(graph: Any, node: Any) -> None:
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2].is_initializer():
+    if (
+        node.op_type in ("Conv", "Gemm")
+        and len(node.inputs) > 2
+        and node.inputs[2].is_initializer()
+    ):
         old = node.inputs[2]
         _drop_input(
             graph, node, 2, repeated(graph, node, f"{old.name}.short", old.const_value.numpy())
