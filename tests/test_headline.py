@@ -267,6 +267,17 @@ def test_rows_are_made_from_nothing_and_kept(tmp_path):
     before = file.read_bytes()
     assert bench(*told, "--arms", *arms).returncode == 0
     assert file.read_bytes() == before
+    written = next(path.parent.with_name("post-training-W8A8").glob("*.int8.onnx"))
+    stored = written.read_bytes()
+    written.write_bytes(b"")  # as an earlier exporter may have left it
+    assert bench(*told, "--again", "speed").returncode == 0
+    assert written.read_bytes() == stored
+    assert file.read_bytes() != before
+    again = {one["arm"]: one for one in map(json.loads, file.read_text().splitlines())}
+    timed = ("speed", "speed_of_all")
+    for arm, one in rows.items():
+        assert again[arm].keys() == one.keys()
+        assert all(again[arm][key] == one[key] for key in one if key not in timed)
 
 
 def test_a_row_is_measured_beside_the_dense_rows_files_also_where_these_are_gone(
