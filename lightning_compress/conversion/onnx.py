@@ -85,10 +85,11 @@ def export_onnx(
 
     With `int8`, weights are stored as whole numbers on the grids that training left; a weight
     without one gets 8 bits over its min/max range, unless other weights have grids and there is no
-    calibration. Layers with an input grid, trained or calibrated, multiply in int8: a transposed
-    convolution as a convolution, and one behind nearest-neighbour upsampling in front of it, where
-    sums of its weights fit. Others store whole numbers and multiply as floats, see
-    `OnnxInfo.reasons`. Open such a file with `onnx_session`.
+    calibration. Layers with an input grid, trained or calibrated, multiply in int8: transposed
+    convolutions as convolutions (for ONNX Runtime also linear layers with many outputs of few
+    inputs), and one behind nearest-neighbour upsampling in front of it, where sums of its weights
+    fit. Others store whole numbers and multiply as floats, see `OnnxInfo.reasons`. Open such a
+    file with `onnx_session`.
 
     Args:
         module: takes the sample as positional arguments; returns tensors, possibly nested.
