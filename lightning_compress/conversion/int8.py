@@ -96,7 +96,8 @@ def int8_model(
     result.weights = {name: weight.source for name, weight in stored.items()}
     points = _give_grids(result, sites)
     result.rounds = bool(points) or any(site.input_grid or site.output_grid for site in sites)
-    _rewrite(result, sites, points, narrow=runtime == RUNTIMES[0])
+    for_onnxruntime = runtime == RUNTIMES[0]
+    _rewrite(result, sites, points, for_onnxruntime=for_onnxruntime)
     result.steps = [_step_behind(value) for value in model.graph.outputs]
     reading = [site.path for site in sites if site.whole]
     result.products = len(reading)
@@ -104,7 +105,7 @@ def int8_model(
     result.coarsest = 2 ** (8 - min(bits, default=8))
     seen = seen_inputs(plain, reading, shown)
     result.models, reasons = finished_models(
-        model, sites, stored, seen, channels_last=runtime == RUNTIMES[0]
+        model, sites, stored, seen, channels_last=for_onnxruntime
     )
     result.reasons = reasons | result.reasons
     return result
@@ -121,7 +122,7 @@ def _give_grids(result: Int8Model, sites: list[Site]) -> dict[Any, AffineGrid]:
 
 
 def _rewrite(
-    result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid], *, narrow: bool
+    result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid], *, for_onnxruntime: bool
 ) -> None:
     graph = result.models[0].graph
     for site in sites:
@@ -131,11 +132,11 @@ def _rewrite(
             obstacle = rewrite_transposed(graph, site)
             if obstacle is not None:
                 site.whole, result.reasons[site.path] = False, obstacle
-        elif site.whole and not rewrite_enlarged(graph, site) and narrow:
+        elif site.whole and not rewrite_enlarged(graph, site) and for_onnxruntime:
             rewrite_narrow(graph, site)
     for site in sites:
         _fold(graph, site, points)
-        if site.whole and narrow:
+        if site.whole and for_onnxruntime:
             _widen(graph, site, points)
     for site in sites:
         lift_elementwise(graph, site, points)
