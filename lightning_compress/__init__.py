@@ -7,6 +7,7 @@ the command line's `--help` and the launcher of a sweep need not wait for.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ _HOMES = {
     "schedules": "Constant Cosine Linear Polynomial Staircase",
     "state": "CompressionState compression_state",
 }
+__version__: str  # found when it is asked for
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
@@ -161,6 +163,8 @@ if not TYPE_CHECKING:  # so that a mistyped name is still found where types are 
             return found
         if name in {home.split(".")[0] for home in _HOMES}:
             return importlib.import_module(f"{__name__}.{name}")
+        if name == "__version__":
+            return importlib.metadata.version("lightning-compress")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -36,9 +36,25 @@ COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
+NOT_READ = 141  # as a shell has it for SIGPIPE
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted.
+
+    Where what reads its output ends first, as `head` does, it ends with 141 and says nothing.
+    """
+    try:
+        try:
+            _run_words(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(NOT_READ)
+
+
+def _run_words(argv: list[str]) -> None:
     if argv[:1] == ["report"]:
         sys.exit(_report(argv[1:]))
     if argv and argv[0] in COMMANDS:
@@ -59,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _experiment()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error, argv))
+    except BrokenPipeError:
+        raise
     except OSError as error:  # Hydra makes the output folder before we can
         _fail(_message(error))
     except KeyboardInterrupt:

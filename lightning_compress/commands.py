@@ -31,6 +31,8 @@ def run_command(argv: Sequence[str]) -> int:
     chosen = _parser().parse_args(argv)
     try:
         return COMMANDS[chosen.command](chosen)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return TROUBLE

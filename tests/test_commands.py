@@ -1,6 +1,8 @@
 """The commands on files: checkpoints in, `.lcz` out and back, without the model's code."""
 
 import os
+import subprocess
+import sys
 
 import lightning.pytorch
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_compress import inspect_compressed, load_compressed
+from lightning_compress import inspect_compressed, load_compressed, write_tensors
 from lightning_compress.app import main
 from lightning_compress.commands import run_command
 
@@ -145,3 +147,23 @@ def test_tensors_that_a_format_cannot_hold_are_named(tmp_path, capsys):
     assert "safetensors cannot hold these tensors" in capsys.readouterr().err
     assert run_command(["unpack", str(tmp_path / "a.lcz"), "--out", str(tmp_path / "b.zip")]) == 2
     assert "b.zip: valid are .safetensors, .pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["inspect", "model.lcz"], ["--help"]], ids=["inspect", "help"])
+def test_a_reader_that_ends_first_is_no_error(tmp_path, words):
+    state = {f"layer{number}.weight": torch.zeros(1) for number in range(3000)}
+    write_tensors(state, tmp_path / "model.lcz")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_compress.app", *words],
+            cwd=tmp_path,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ def test_every_public_name_is_there_and_no_other():
     assert lightning_compress.callbacks.GradualPruning is lightning_compress.GradualPruning
     with pytest.raises(AttributeError, match="GradualPrunning"):
         lightning_compress.GradualPrunning  # noqa: B018
+
+
+def test_the_version_is_the_installed_one():
+    assert lightning_compress.__version__ == metadata.version("lightning-compress")
 
 
 def test_the_two_lists_of_commands_are_one():

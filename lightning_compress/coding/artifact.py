@@ -88,7 +88,7 @@ def save_compressed(
     Raises:
         ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, or a
             rewriting of a sharded module.
-        TypeError: for entries that are no dense tensors.
+        TypeError: for entries that are no dense tensors, or what is no module.
         KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
 
@@ -99,6 +99,7 @@ def save_compressed(
     >>> sorted(info.per_tensor)
     ['bias', 'weight']
     """
+    _check_module(module, "write_tensors")
     encoding = Encoding(codec, float_dtype, workers)
     to_shards(module)
     contents = module_contents(module, state or {})
@@ -112,6 +113,15 @@ def save_compressed(
     if reorder:
         contents = reordered(module, contents)
     return write_contents(contents, Path(path), encoding)
+
+
+def _check_module(module: nn.Module, instead: str) -> None:
+    """Refuse a state dict, say, and name what takes it."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module: expected a torch.nn.Module, got {type(module).__name__}; "
+            f"for tensors by name there is `{instead}`"
+        )
 
 
 def write_tensors(
@@ -196,7 +206,9 @@ def load_compressed(
         CorruptArtifactError: when the file is damaged or does not fit the module, which then is
             as it was (see `stream`).
         OSError: when the file cannot be read.
+        TypeError: for what is no module.
     """
+    _check_module(module, "read_tensors")
     keys = module_tensors(module)
     with opened(Path(path), verify=True) as artifact:
         tensors = {name: tensor for name, (_, tensor) in keys.items()}

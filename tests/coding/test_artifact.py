@@ -14,6 +14,7 @@ from lightning_compress.coding.artifact import (
     inspect_compressed,
     load_compressed,
     save_compressed,
+    write_tensors,
 )
 from lightning_compress.coding.codecs import CODECS
 from lightning_compress.coding.values import DTYPES, patterns
@@ -398,6 +399,16 @@ class WithExtra(nn.Linear):
 def test_entries_that_cannot_be_stored_are_named(tmp_path, module, text):
     with pytest.raises(TypeError, match=text):
         save_compressed(module, tmp_path / "a.lcz")
+
+
+def test_a_state_dict_is_told_what_takes_it(tmp_path):
+    state = nn.Linear(2, 2).state_dict()
+    with pytest.raises(TypeError, match=r"got OrderedDict; .* `write_tensors`"):
+        save_compressed(state, tmp_path / "model.lcz")
+    assert not list(tmp_path.iterdir())
+    write_tensors(state, tmp_path / "model.lcz")
+    with pytest.raises(TypeError, match=r"got OrderedDict; .* `read_tensors`"):
+        load_compressed(tmp_path / "model.lcz", state)
 
 
 def test_a_module_without_tensors(tmp_path):
