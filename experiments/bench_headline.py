@@ -4,7 +4,7 @@ Each row goes on from the same dense model (the dense row too), is measured on t
 ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
 rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
 
-python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 2] [--models vae ...]
+python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...] [--models vae ...]
     [--again speed|quality|controls]
 
 Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
@@ -119,7 +119,7 @@ def main() -> None:
     """Makes the missing rows: all models of a seed before the next seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--set", default="fashion", choices=list(SETS), dest="name")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="each model's own, 0 1 2 or more")
     parser.add_argument("--models", nargs="+", help="of the set; all")
     parser.add_argument(
         "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="of each model"
@@ -131,10 +131,12 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder = args.out / args.name
-    for seed in args.seeds:
-        for name in args.models or SETS[args.name]:
-            runs = Runs(name, SETS[args.name][name], seed, folder / f"{name}-{seed}")
+    folder, models = args.out / args.name, SETS[args.name]
+    for seed in args.seeds or range(max(model.seeds for model in models.values())):
+        for name in args.models or models:
+            if args.seeds is None and seed >= models[name].seeds:
+                continue
+            runs = Runs(name, models[name], seed, folder / f"{name}-{seed}")
             rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
             if args.again:
                 measure_again(runs, rows, args.again)

@@ -30,6 +30,7 @@ class Model:
         rate: weight of the entropy coder's bits in its loss, where grids are trained for them.
         channels: how it loses channels, where all is done together; beside the budget.
         first: overrides of the dense start alone.
+        seeds: how many it has, 0 first: more where those of the dense rows lie far apart.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Model:
     rate: float = 0.0
     channels: Mapping[str, Any] = field(default_factory=dict)
     first: Sequence[str] = ()
+    seeds: int = 3
 
     def plan(self, *, first: bool) -> list[str]:
         """The rows of the first seed, or of another."""
@@ -108,6 +110,7 @@ SETS: dict[str, dict[str, Model]] = {
             10.0,
             VAE_CHANNELS,
             ["model.lr=5e-4"],  # at twice of that it is unstable before it has learned anything
+            seeds=5,
         ),
         "dcgan": Model(
             "DCGAN of width 32",

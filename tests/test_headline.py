@@ -160,6 +160,36 @@ def test_the_readme_says_what_the_rows_say(line, model, arm):
     for batch in (1, 16) if "faster" in said else ():
         kind = "int8" if f"int8, batch {batch}" in speeds[0] else "this"
         assert f"{mean(one[f'{kind}, batch {batch}'] for one in speeds):.1f}×" in said
+    both = [one["speed_of_all"] for one in table.arms[arm]] if "together" in said else []
+    for key in both[0] if both else ():  # fp32 and int8, batch 1 and 16
+        assert f"{mean(one[key] for one in both):.1f}×" in said
+
+
+@pytest.mark.parametrize(
+    ("told", "made"),
+    [([], ["0 a", "0 b", "1 a", "2 a"]), (["--seeds", "1", "4"], ["1 a", "1 b", "4 a", "4 b"])],
+)
+def test_each_model_has_its_own_seeds_where_none_are_told(tmp_path, monkeypatch, told, made):
+    import bench_headline
+
+    plan = SimpleNamespace(plan=lambda first: ["dense"])
+    models = {
+        "a": SimpleNamespace(seeds=3, **vars(plan)),
+        "b": SimpleNamespace(seeds=1, **vars(plan)),
+    }
+    seen = []
+    monkeypatch.setattr(bench_headline, "SETS", {"fashion": models})
+    monkeypatch.setattr(
+        bench_headline, "make_missing", lambda runs, *_: seen.append(f"{runs.seed} {runs.name}")
+    )
+    monkeypatch.setattr(
+        bench_headline,
+        "Runs",
+        lambda name, model, seed, _: SimpleNamespace(name=name, seed=seed, model=model),
+    )
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path), *told])
+    bench_headline.main()
+    assert seen == made
 
 
 def test_within_two_percent_of_one_dense_seed_stands_in_brackets():
