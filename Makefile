@@ -13,7 +13,8 @@ demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a repor
 test: $(READY)  ## all but the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
-test-slow: $(READY)  ## the tests that take minutes
+test-slow: $(READY)  ## the tests that take minutes, one of a benchmark and of its peers
+	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
 	$(BIN)/python -m pytest -m "slow and not faults"
 
 test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying processes, odd clocks

@@ -137,8 +137,9 @@ def test_a_killed_sweep_takes_its_jobs_along_and_goes_on(tmp_path):
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     last, written = next(tmp_path.glob(".cache/dense/*/dense/last.ckpt")), 0
-    deadline = time.monotonic() + 60
-    while last.stat().st_mtime_ns != written:  # until nobody trains any more
+    # Until nobody trains any more. Python may drop an interrupt: the next is half a minute later.
+    deadline = time.monotonic() + 150
+    while last.stat().st_mtime_ns != written:
         assert time.monotonic() < deadline
         written = last.stat().st_mtime_ns
         time.sleep(5)
