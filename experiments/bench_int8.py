@@ -80,7 +80,9 @@ def bench(name: str, part: Part, folder: Path, rounds: int) -> None:
     dense = export_onnx(module, folder / "dense.onnx", sample)
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
     calibration = None if recurrent else [like(sample, 64) for _ in range(4)]  # weights alone
-    small = export_onnx(module, folder / "int8.onnx", sample, int8=True, calibration=calibration)
+    whole = partial(export_onnx, module, sample=sample, int8=True, calibration=calibration)
+    small = whole(folder / "onnxruntime.int8.onnx", runtime="onnxruntime")
+    whole(folder / "openvino.int8.onnx", runtime="openvino")
     smaller = dense.bytes / small.bytes
     print(f"\n{name}: {dense.bytes} -> {small.bytes} bytes, {smaller:.2f}x smaller")
     print(f"  int8 {dict(small.int8_ops)}, float {dict(small.float_ops)}")
@@ -91,8 +93,9 @@ def bench(name: str, part: Part, folder: Path, rounds: int) -> None:
         )
     factories: dict[str, Callable[..., Any]] = {}
     for runtime, runner in (("onnxruntime", onnx_runner), ("openvino", openvino_runner)):
-        for kind in ("dense", "int8"):
-            factories[f"{runtime} {kind}"] = partial(runner, folder / f"{kind}.onnx")
+        files = {"dense": "dense.onnx", "int8": f"{runtime}.int8.onnx"}  # each written for it
+        for kind, file in files.items():
+            factories[f"{runtime} {kind}"] = partial(runner, folder / file)
     grid = latency_grid(factories, like(sample, 16), threads=(1,), repeats=rounds)
     for key, times in grid.items():
         row = (f"{one} {at.median_ms:.2f} ms {1 / at.ratio:.2f}x" for one, at in times.items())
