@@ -7,7 +7,6 @@ the command line's `--help` and the launcher of a sweep need not wait for.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ if not TYPE_CHECKING:  # so that a mistyped name is still found where types are 
         if name in {home.split(".")[0] for home in _HOMES}:
             return importlib.import_module(f"{__name__}.{name}")
         if name == "__version__":
-            return importlib.metadata.version("lightning-compress")
+            return importlib.import_module("importlib.metadata").version("lightning-compress")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -33,10 +33,8 @@ __all__ = ["main"]
 
 OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
 COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
-_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
-
-
 NOT_READ = 141  # as a shell has it for SIGPIPE
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

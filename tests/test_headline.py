@@ -172,10 +172,9 @@ def test_the_readme_says_what_the_rows_say(line, model, arm):
 def test_each_model_has_its_own_seeds_where_none_are_told(tmp_path, monkeypatch, told, made):
     import bench_headline
 
-    plan = SimpleNamespace(plan=lambda first: ["dense"])
     models = {
-        "a": SimpleNamespace(seeds=3, **vars(plan)),
-        "b": SimpleNamespace(seeds=1, **vars(plan)),
+        name: SimpleNamespace(seeds=seeds, plan=lambda first: ["dense"])
+        for name, seeds in {"a": 3, "b": 1}.items()
     }
     seen = []
     monkeypatch.setattr(bench_headline, "SETS", {"fashion": models})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,13 @@ from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import Site, attribute
 from lightning_compress.errors import require
 
-__all__ = ["plain_padding", "put_in_blocks", "rewrite_narrow", "rewrite_transposed"]
+__all__ = [
+    "plain_padding",
+    "put_in_blocks",
+    "put_in_place_of",
+    "rewrite_narrow",
+    "rewrite_transposed",
+]
 
 KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
 TO_THE_END = np.iinfo(np.int64).max
@@ -132,13 +139,19 @@ def _replace(graph: Any, node: Any, as_conv: InBlocks, groups: int) -> Any:
     if any(as_conv.crop):
         bounds = _crop_bounds(graph, node.outputs[0].name, as_conv.crop)
         nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *bounds], metadata_props=scopes))
+    put_in_place_of(graph, node, nodes)
+    return conv
+
+
+def put_in_place_of(graph: Any, node: Any, nodes: Sequence[Any]) -> Any:
+    """Let the last of some new nodes give what a node gave; returns that value."""
     graph.insert_before(node, nodes)
     old, new = node.outputs[0], nodes[-1].outputs[0]
     new.shape, new.type = old.shape, old.type
     new.name, old.name = old.name, None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-    return conv
+    return new
 
 
 def _crop_bounds(graph: Any, name: str, crop: tuple[int, int, int, int]) -> list[Any]:

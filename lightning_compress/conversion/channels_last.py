@@ -15,7 +15,7 @@ from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import attribute, enlargement, only_use
 from lightning_compress.errors import require
 
-__all__ = ["channels_last_moves"]
+__all__ = ["TO_FIRST", "TO_LAST", "Chain", "channels_last_moves"]
 
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 

@@ -148,14 +148,16 @@ def _fold(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
     """Fold the norm behind a product; where its output is rounded, the product's is now."""
     norm = norm_behind(site)
     old = None if norm is None else norm[0].outputs[0]
-    new = fold_batch_norm(graph, site)
-    if new is not None and old in points:
-        points[new] = points.pop(old)
+    _hand_on(points, old, fold_batch_norm(graph, site))
 
 
 def _widen(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
     old = site.output
-    new = rewrite_wide(graph, site)
+    _hand_on(points, old, rewrite_wide(graph, site))
+
+
+def _hand_on(points: dict[Any, AffineGrid], old: Any, new: Any) -> None:
+    """Round the value that stands for another one now, if there is one, as that was to be."""
     if new is not None and old in points:
         points[new] = points.pop(old)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from lightning_compress.conversion.blocks import put_in_place_of
+from lightning_compress.conversion.channels_last import TO_FIRST, TO_LAST, Chain
 from lightning_compress.conversion.integers import IntegerWeight
-from lightning_compress.conversion.rounding import initializer
 from lightning_compress.conversion.sites import Site
 from lightning_compress.errors import require
 
@@ -35,25 +34,13 @@ def rewrite_wide(graph: Any, site: Site) -> Any:
     if outputs < MANY_OUTPUTS or inputs > FEW_INPUTS:
         return None
     ir = require("onnx_ir", extra="onnx")
-    scopes = dict(node.metadata_props)
-
-    def add(kind: str, values: list[Any], **attributes: Any) -> Any:
-        made = ir.node(kind, values, attributes, metadata_props=scopes)
-        graph.insert_before(node, made)
-        return made.outputs[0]
-
-    def shaped(value: Any, shape: list[int]) -> Any:
-        name = "shape_" + "_".join(map(str, shape))
-        return add("Reshape", [value, initializer(graph, name, np.asarray(shape, np.int64))])
-
-    rows = add("Transpose", [shaped(node.inputs[0], [1, -1, 1, inputs])], perm=[0, 3, 1, 2])
-    site.output = add("Conv", [rows, node.inputs[1]], kernel_shape=[1, 1])
-    new = shaped(add("Transpose", [site.output], perm=[0, 2, 3, 1]), [-1, outputs])
-    old = node.outputs[0]
-    new.shape, new.type = old.shape, old.type
-    new.name, old.name = old.name, None
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    site.node = site.output.producer()
+    before = Chain(graph, node.inputs[0])
+    before.reshape([1, -1, 1, inputs])
+    before.transpose(TO_FIRST)
+    conv = ir.node("Conv", [before.value, node.inputs[1]], {"kernel_shape": [1, 1]})
+    after = Chain(graph, conv.outputs[0])
+    after.transpose(TO_LAST)
+    after.reshape([-1, outputs])
+    site.node, site.output = conv, conv.outputs[0]
     site.weight = weight.moved(lambda part: part[:, :, None, None])
-    return new
+    return put_in_place_of(graph, node, [*before.nodes, conv, *after.nodes])
