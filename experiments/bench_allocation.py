@@ -22,12 +22,12 @@ from bench_rows import Rows
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_compress import GradualPruning, QuantizationAwareTraining, save_compressed
-from lightning_compress.adaptive.curves import Sensitivity
-from lightning_compress.data import Digits
-from lightning_compress.evaluation.likelihood import likelihood
-from lightning_compress.evaluation.sensitivity import scan_sensitivity
-from lightning_compress.models import VAE
-from lightning_compress.workflow.quality import rows as images
+from lightning_compress.budget.sensitivity import Sensitivity
+from lightning_compress.lab.data import Digits
+from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.evaluation.sensitivity import scan_sensitivity
+from lightning_compress.lab.models import VAE
+from lightning_compress.lab.workflow.quality import rows as images
 
 WIDTH, DENSE_EPOCHS, SEEDS = 16, 60, (0, 1, 2)
 PAIRS = ((0.8, 4), (0.9, 4), (0.95, 3), (0.98, 3))

@@ -31,10 +31,10 @@ from lightning_compress import (
     ScoreMonitor,
     save_compressed,
 )
-from lightning_compress.evaluation.fidelity import fidelity
-from lightning_compress.evaluation.likelihood import likelihood
-from lightning_compress.workflow.quality import generate
-from lightning_compress.workflow.quality import rows as images
+from lightning_compress.lab.evaluation.fidelity import fidelity
+from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.workflow.quality import generate
+from lightning_compress.lab.workflow.quality import rows as images
 
 SPARSITIES, GRID_STEPS = (0.8, 0.9, 0.95, 0.98), (0.5, 1.0, 2.0)
 DEGRADATION, TIMES = 0.02, 3

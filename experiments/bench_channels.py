@@ -30,17 +30,12 @@ from peers import teacher, torch_pruned
 from show_pruning_quality import insert
 from torch import nn
 
-from lightning_compress import (
-    ChannelPruning,
-    match_channels,
-    save_compressed,
-)
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.evaluation.latency import latency_grid, onnx_runner
-from lightning_compress.models.networks import initialize_dcgan
-from lightning_compress.workflow.costs import deployed_cost
-from lightning_compress.workflow.int8 import int8_path, write_int8_files
-from lightning_compress.workflow.training import build_model
+from lightning_compress import ChannelPruning, match_channels, save_compressed
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner
+from lightning_compress.lab.models.networks import initialize_dcgan
+from lightning_compress.lab.workflow.costs import deployed_cost, int8_path, write_int8_files
+from lightning_compress.lab.workflow.training import build_model
 
 EPOCHS = 2  # of the dense start
 EPOCH = 300  # batches: the schedules see a run of so many steps an epoch

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from peers import NNCODEC, nncodec_python
 from torch import nn
 
-from lightning_compress.coding.artifact import load_compressed, save_compressed, write_tensors
-from lightning_compress.coding.checkpoints import read_checkpoint
-from lightning_compress.coding.codecs import CODECS, decode_symbols, encode_symbols, entropy_bits
-from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.grids import AffineGrid
+from lightning_compress.lcz.artifact import load_compressed, save_compressed, write_tensors
+from lightning_compress.lcz.checkpoints import read_checkpoint
+from lightning_compress.lcz.codecs import CODECS, decode_symbols, encode_symbols, entropy_bits
 from lightning_compress.state import set_grid
 
 Steps = NDArray[np.int64]

@@ -21,10 +21,10 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import OmegaConf
 
 from lightning_compress import KnowledgeDistillation, Pair, Perceptual, TeacherScore
-from lightning_compress.config import config_dir
-from lightning_compress.data import IdxImages
-from lightning_compress.models import DCGAN, VAE
-from lightning_compress.workflow.quality import Evaluator
+from lightning_compress.lab.config import config_dir
+from lightning_compress.lab.data import IdxImages
+from lightning_compress.lab.models import DCGAN, VAE
+from lightning_compress.lab.workflow.quality import Evaluator
 
 SIZES = {"gan": (0.5, 0.125), "vae": (1.0, 0.25)}  # width of the teacher and of the students
 METRIC = {"gan": "fid", "vae": "neg_elbo"}

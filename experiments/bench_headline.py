@@ -29,7 +29,7 @@ from headline_files import Row, controls, loaded, measured, speeds_of, speeds_of
 from headline_runs import SETS, Runs
 from peers import NNCODEC, nncodec_python
 
-from lightning_compress.workflow.int8 import int8_bytes, write_int8_files
+from lightning_compress.lab.workflow.costs import int8_bytes, write_int8_files
 
 ROUNDS = 100
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
-from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE
-from lightning_compress.models.networks import initialize_dcgan
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, openvino_runner
+from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE
+from lightning_compress.lab.models.networks import initialize_dcgan
 
 Part = tuple[nn.Module, tuple[Tensor, ...]]
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from peers import teacher
 from turns import measure_steps
 
-from lightning_compress.workflow.training import build_model
+from lightning_compress.lab.workflow.training import build_model
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 COPIES = int(sys.argv[2]) if len(sys.argv) > 2 else 4

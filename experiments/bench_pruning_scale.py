@@ -15,10 +15,9 @@ from torch import nn
 
 from lightning_compress.projection import Projector
 from lightning_compress.pruning.criteria import make_criterion
-from lightning_compress.pruning.granularity import make_granularity
-from lightning_compress.pruning.layout import Layout
-from lightning_compress.pruning.plan import MaskPlan
-from lightning_compress.pruning.scopes import SCOPES
+from lightning_compress.pruning.granularity import Layout, make_granularity
+from lightning_compress.pruning.mask_plan import MaskPlan
+from lightning_compress.pruning.masks import SCOPES
 from lightning_compress.targets import select
 
 LAYERS, EVENTS = 8, 5

@@ -18,7 +18,7 @@ from torch import nn
 from turns import measure_steps
 
 from lightning_compress import QuantizationAwareTraining
-from lightning_compress.models import DCGAN
+from lightning_compress.lab.models import DCGAN
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 COPIES = int(sys.argv[2]) if len(sys.argv) > 2 else 4

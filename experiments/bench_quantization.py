@@ -31,8 +31,8 @@ from lightning_compress import (
     quantize_static,
     save_compressed,
 )
-from lightning_compress.data import SplitDataModule
-from lightning_compress.workflow.quality import rows as images
+from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.workflow.quality import rows as images
 
 SEEDS = (0, 1, 2)
 ONE_SEED = ("affine", "codebook", "learned_step")

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from turns import measure_steps
 
 from lightning_compress import QuantizationAwareTraining
-from lightning_compress.models import DCGAN
+from lightning_compress.lab.models import DCGAN
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 COPIES = int(sys.argv[2]) if len(sys.argv) > 2 else 6

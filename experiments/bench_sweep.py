@@ -26,7 +26,7 @@ def seconds(launcher: list[str], folder: Path, cache: Path) -> float:
     """How long the sweep takes in an empty folder, with the feature network ready."""
     start = time.monotonic()
     words = [*SETTINGS, *SWEPT, f"evaluate.cache_dir={cache}", *launcher]
-    command = [sys.executable, "-m", "lightning_compress.app", "-m", *words]
+    command = [sys.executable, "-m", "lightning_compress.lab.app", "-m", *words]
     subprocess.run(command, cwd=folder, check=True)
     return time.monotonic() - start
 
@@ -39,7 +39,7 @@ def main() -> None:
     (root / "warm").mkdir(parents=True, exist_ok=True)
     warm = [*SETTINGS, "trainer.max_epochs=1", f"evaluate.cache_dir={cache}"]
     subprocess.run(
-        [sys.executable, "-m", "lightning_compress.app", *warm], cwd=root / "warm", check=True
+        [sys.executable, "-m", "lightning_compress.lab.app", *warm], cwd=root / "warm", check=True
     )
     found = {}
     for place, (way, launcher) in enumerate(WAYS.items()):

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_compress.config import config_dir
-from lightning_compress.data import SplitDataModule
-from lightning_compress.workflow.quality import Evaluator
-from lightning_compress.workflow.training import build_model
+from lightning_compress.lab.config import config_dir
+from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.workflow.quality import Evaluator
+from lightning_compress.lab.workflow.training import build_model
 
 __all__ = ["EARLY", "MODELS", "STEPS", "Annealing", "Start"]
 

@@ -29,10 +29,10 @@ from lightning_compress import (
     QuantizationAwareTraining,
     initialize_from_teacher,
 )
-from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.lab.workflow.costs import inputs_in_use
+from lightning_compress.lab.workflow.training import build_model
 from lightning_compress.targets import select
-from lightning_compress.workflow.int8 import inputs_in_use
-from lightning_compress.workflow.training import build_model
 
 __all__ = ["ARMS", "PEERS", "Arm"]
 

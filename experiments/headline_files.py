@@ -14,14 +14,18 @@ from headline_runs import Runs
 from torch import Tensor, nn
 
 from lightning_compress import export_onnx, load_compressed, onnx_session, save_compressed
-from lightning_compress.data import SplitDataModule
-from lightning_compress.evaluation.cost import torch_bytes
-from lightning_compress.evaluation.latency import latency_grid, onnx_runner, openvino_runner
-from lightning_compress.evaluation.likelihood import likelihood
-from lightning_compress.quantization.activations import fake_quantized
-from lightning_compress.workflow.costs import deployed_cost
-from lightning_compress.workflow.int8 import int8_bytes, int8_path, write_int8_files
-from lightning_compress.workflow.quality import rows
+from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.evaluation.cost import torch_bytes
+from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, openvino_runner
+from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.workflow.costs import (
+    deployed_cost,
+    int8_bytes,
+    int8_path,
+    write_int8_files,
+)
+from lightning_compress.lab.workflow.quality import rows
+from lightning_compress.quantization.fake_quantize import fake_quantized
 
 __all__ = [
     "OnnxPart",

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_compress import KnowledgeDistillation, Pair, Perceptual, Ramp, StepKL
-from lightning_compress.workflow.costs import deployed_cost
+from lightning_compress.lab.workflow.costs import deployed_cost
 
 __all__ = ["NNCODEC", "nncodec_python", "teacher", "torch_pruned"]
 

@@ -1,6 +1,6 @@
 """The same as the command `lightning-compress`."""
 
-from lightning_compress.app import main
+from lightning_compress.lab.app import main
 
 if __name__ == "__main__":
     main()

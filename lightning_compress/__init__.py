@@ -30,29 +30,26 @@ if TYPE_CHECKING:
         StopOnNonFinite,
         ThresholdPruning,
     )
-    from lightning_compress.coding.artifact import (
+    from lightning_compress.channels.resize import match_channels, rebuild_channels
+    from lightning_compress.channels.student import initialize_from_teacher
+    from lightning_compress.conversion.checks import Parity
+    from lightning_compress.conversion.export import OnnxInfo, export_onnx
+    from lightning_compress.conversion.session import onnx_session
+    from lightning_compress.distillation.discriminator_losses import Perceptual, TeacherScore
+    from lightning_compress.distillation.losses import StepKL
+    from lightning_compress.distillation.pairs import Pair, Ramp
+    from lightning_compress.distillation.teachers import EMATeacher
+    from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
+    from lightning_compress.lcz.artifact import (
         inspect_compressed,
         load_compressed,
         read_tensors,
         save_compressed,
         write_tensors,
     )
-    from lightning_compress.coding.info import ArtifactInfo
-    from lightning_compress.conversion.onnx import OnnxInfo, export_onnx
-    from lightning_compress.conversion.parity import Parity
-    from lightning_compress.conversion.runtime import onnx_session
-    from lightning_compress.distillation.critics import Perceptual, TeacherScore
-    from lightning_compress.distillation.initialization import initialize_from_teacher
-    from lightning_compress.distillation.pairs import Pair
-    from lightning_compress.distillation.teachers import EMATeacher
-    from lightning_compress.distillation.terms import StepKL
-    from lightning_compress.distillation.weights import Ramp
-    from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
-    from lightning_compress.measures import sparsity
+    from lightning_compress.lcz.header import ArtifactInfo
     from lightning_compress.projection import Projector
-    from lightning_compress.pruning.channel_files import rebuild_channels
-    from lightning_compress.pruning.channel_surgery import match_channels
-    from lightning_compress.quantization.activations import fake_quantized
+    from lightning_compress.quantization.fake_quantize import fake_quantized
     from lightning_compress.quantization.post_training import (
         quantize_dynamic,
         quantize_static,
@@ -60,6 +57,7 @@ if TYPE_CHECKING:
     )
     from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, Staircase
     from lightning_compress.state import CompressionState, compression_state
+    from lightning_compress.targets import sparsity
 
 __all__ = [
     "ArtifactCallback",
@@ -120,33 +118,29 @@ __all__ = [
 # Where the names of `__all__` are; for who reads types the imports above say the same.
 _HOMES = {
     "callbacks": (
-        "ArtifactCallback BalanceGuard ChannelPruning CompressionSummary GradualPruning "
-        "Guard KnowledgeDistillation OnlineTeacher PosteriorGuard "
-        "PostTrainingQuantization ProjectedEMA QualityBudget QuantizationAwareTraining "
-        "RandomState Rewinding ScoreMonitor StopOnNonFinite ThresholdPruning"
+        "ArtifactCallback BalanceGuard ChannelPruning CompressionSummary GradualPruning Guard "
+        "KnowledgeDistillation OnlineTeacher PosteriorGuard PostTrainingQuantization "
+        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Rewinding "
+        "ScoreMonitor StopOnNonFinite ThresholdPruning"
     ),
-    "coding.artifact": (
-        "inspect_compressed load_compressed read_tensors save_compressed write_tensors"
-    ),
-    "coding.info": "ArtifactInfo",
-    "conversion.onnx": "OnnxInfo export_onnx",
-    "conversion.parity": "Parity",
-    "conversion.runtime": "onnx_session",
-    "distillation.critics": "Perceptual TeacherScore",
-    "distillation.initialization": "initialize_from_teacher",
-    "distillation.pairs": "Pair",
+    "channels.resize": "match_channels rebuild_channels",
+    "channels.student": "initialize_from_teacher",
+    "conversion.checks": "Parity",
+    "conversion.export": "export_onnx OnnxInfo",
+    "conversion.session": "onnx_session",
+    "distillation.discriminator_losses": "Perceptual TeacherScore",
+    "distillation.losses": "StepKL",
+    "distillation.pairs": "Pair Ramp",
     "distillation.teachers": "EMATeacher",
-    "distillation.terms": "StepKL",
-    "distillation.weights": "Ramp",
     "errors": "CorruptArtifactError MissingExtraError TargetError",
-    "measures": "sparsity",
+    "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
+    "lcz.header": "ArtifactInfo",
     "projection": "Projector",
-    "pruning.channel_files": "rebuild_channels",
-    "pruning.channel_surgery": "match_channels",
-    "quantization.activations": "fake_quantized",
+    "quantization.fake_quantize": "fake_quantized",
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",
     "schedules": "Constant Cosine Linear Polynomial Staircase",
-    "state": "CompressionState compression_state",
+    "state": "compression_state CompressionState",
+    "targets": "sparsity",
 }
 __version__: str  # found when it is asked for
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["bare", "evaluating"]
+__all__ = [
+    "bare",
+    "evaluating",
+    "evaluating_eager",
+    "own_random_stream",
+    "without_running_statistics",
+]
 
 
 @contextmanager
@@ -51,3 +58,45 @@ def bare(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, name, hooks in stored:
             object.__setattr__(layer, name, hooks)
+
+
+@contextmanager
+def without_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use the batch's statistics without remembering them."""
+    norms = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and layer.training
+        and layer.track_running_stats
+    ]
+    for layer in norms:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in norms:
+            layer.track_running_stats = True
+
+
+@contextmanager
+def evaluating_eager(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode without compiling it; each layer gets its own mode back.
+
+    What is compiled before there are hooks inside it would run without them for ever.
+    """
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
+
+
+def own_random_stream(module: nn.Module) -> Any:
+    """A block that draws without moving the streams that the student draws from."""
+    device = next(module.parameters(), torch.zeros(())).device
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices)

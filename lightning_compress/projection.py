@@ -21,15 +21,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
-from lightning_compress.quantization.quantizers import AffineGrid
-from lightning_compress.sharding import (
-    ONE_PIECE,
-    Shards,
-    Spread,
-    is_sharded,
-    local_part,
-    shards_of,
-)
+from lightning_compress.grids import AffineGrid
+from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, local_part, shards_of
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 

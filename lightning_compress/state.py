@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_compress.quantization.codebooks import CodebookGrid
-from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.sharding import whole_tensor
 
 __all__ = [

@@ -23,10 +23,9 @@ __all__ = [
     "deployed_part",
     "overlooked",
     "select",
+    "sparsity",
 ]
-
 Pattern = str | type[nn.Module]
-
 _MATMUL_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Bilinear,
@@ -41,10 +40,12 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
 # What torch.nn.utils.parametrizations and the older weight_norm / spectral_norm hooks call the
 # free tensor behind `weight`. `original0` and `weight_g` hold magnitudes, not weights.
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
+
 # What the two sides of a GAN are called elsewhere: netG and netD, G and D, gen and disc, g_AB ...
 _CALLED = r"(net_?)?({})(\d*|_.*|[A-Z]{{1,2}})"
 _DRAWS = re.compile(_CALLED.format("g|gen|generator"))
@@ -320,3 +321,23 @@ def _why_not_parametrized(layer: nn.Module) -> str:
     kinds = {type(step).__name__ for step in layer.children()} or {type(layer).__name__}
     unknown = sorted(kinds - {"_SpectralNorm", "_WeightNorm"})
     return f"parametrization {unknown} is not supported: it moves zeros" if unknown else ""
+
+
+def sparsity(module: nn.Module, include: Sequence[Pattern] | Pattern | None = None) -> float:
+    """Fraction of zeros in the compressible weights, in [0, 1].
+
+    Args:
+        module: any module.
+        include: path globs or layer classes; None: the weights of the part that ships.
+
+    Raises:
+        TargetError: for a pattern that matches nothing.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> _ = layer.weight.data.fill_(0.0)[0].fill_(1.0)
+    >>> sparsity(layer)
+    0.5
+    """
+    targets = select(module, include).targets
+    zeros = sum(int((target.parameter == 0).sum()) for target in targets)
+    return zeros / sum(target.numel for target in targets)

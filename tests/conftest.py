@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from lightning_compress.app import main
-from lightning_compress.commands import COMMANDS
+from lightning_compress.lab.app import main
+from lightning_compress.lab.commands import COMMANDS
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
 import lightning_compress
-from lightning_compress.config import config_dir
+from lightning_compress.lab.config import config_dir
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]

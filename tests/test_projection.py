@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector
-from lightning_compress.quantization.quantizers import affine_grid
+from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import compression_state
 from lightning_compress.targets import select
 

@@ -13,10 +13,10 @@ __all__ = ["ParetoSweeper"]
 
 
 class ParetoSweeper(Sweeper):
-    """Hydra's side of `lightning_compress.sweeps.study`: gives it the launcher.
+    """Hydra's side of `lightning_compress.lab.sweeps.study`: gives it the launcher.
 
     Args:
-        options: of `lightning_compress.sweeps.study.StudyOptions`.
+        options: of `lightning_compress.lab.sweeps.study.StudyOptions`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -36,7 +36,7 @@ class ParetoSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run trials until there are as many as asked for."""
-        from lightning_compress.sweeps.study import StudyOptions, run_study
+        from lightning_compress.lab.sweeps.study import StudyOptions, run_study
 
         launcher = self.launcher
         assert launcher is not None, "Hydra calls setup first"

@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
-from lightning_compress.coding.artifact import save_compressed
-from lightning_compress.coding.codecs import check_codec
-from lightning_compress.coding.info import ArtifactInfo
 from lightning_compress.files import check_writable
+from lightning_compress.lcz.artifact import save_compressed
+from lightning_compress.lcz.codecs import check_codec
+from lightning_compress.lcz.header import ArtifactInfo
 from lightning_compress.sharding import is_sharded, local_part
 
 __all__ = ["ArtifactCallback"]

@@ -227,7 +227,7 @@ class WeightCallback(Callback):
 
 
 def _refuse_plain_averaging(trainer: Trainer) -> None:
-    from lightning_compress.callbacks.averaging import ProjectedEMA
+    from lightning_compress.callbacks.projected_ema import ProjectedEMA
 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         plain = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))

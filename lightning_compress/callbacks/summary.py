@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_compress.callbacks.base import WeightCallback
-from lightning_compress.callbacks.post_training import PostTrainingQuantization
-from lightning_compress.callbacks.quantization import QuantizationAwareTraining
+from lightning_compress.callbacks.quantization_aware_training import (
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+)
 from lightning_compress.sharding import ONE_PIECE, local_part, shards_of, to_shards
 from lightning_compress.state import compression_state
 from lightning_compress.targets import clean_path

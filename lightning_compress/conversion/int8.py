@@ -9,29 +9,28 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_compress.conversion.blocks import rewrite_narrow, rewrite_transposed
-from lightning_compress.conversion.enlarged import let_sums_fit, rewrite_enlarged
-from lightning_compress.conversion.exporter import onnx_program
-from lightning_compress.conversion.finishing import finished_models
-from lightning_compress.conversion.folding import (
+from lightning_compress.conversion.activation_grids import calibrate_sites, find_float_layers
+from lightning_compress.conversion.conv_rewrites import (
+    rewrite_narrow,
+    rewrite_transposed,
+    rewrite_wide,
+)
+from lightning_compress.conversion.integer_weights import CodebookWeight, put_on_grids, weight_grids
+from lightning_compress.conversion.nodes import Site, find_sites, is_move, name_modules_once
+from lightning_compress.conversion.program import onnx_program
+from lightning_compress.conversion.qdq import (
     fold_batch_norm,
+    is_rounded,
     lift_elementwise,
     norm_behind,
     norm_factors,
-)
-from lightning_compress.conversion.integers import CodebookWeight
-from lightning_compress.conversion.planning import calibrate_sites, find_float_layers
-from lightning_compress.conversion.quantizable import put_on_grids, weight_grids
-from lightning_compress.conversion.rounding import (
-    is_rounded,
     output_points,
     round_inputs,
     round_output,
 )
-from lightning_compress.conversion.saturation import seen_inputs
-from lightning_compress.conversion.sites import Site, find_sites, is_move, name_modules_once
-from lightning_compress.conversion.wide import rewrite_wide
-from lightning_compress.quantization.quantizers import AffineGrid
+from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_enlarged
+from lightning_compress.conversion.weight_storage import finished_models, seen_inputs
+from lightning_compress.grids import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
 
 __all__ = ["RUNTIMES", "Int8Model", "int8_model"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.coding.artifact import load_compressed
+from lightning_compress.channels.resize import rebuild_channels
 from lightning_compress.errors import TargetError
-from lightning_compress.pruning.channel_files import rebuild_channels
+from lightning_compress.lcz.artifact import load_compressed
 
 __all__ = [
     "DENSE",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,98 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.grids import AffineGrid, grid_of_range
+from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
-from lightning_compress.quantization.hooks import hook_input, hook_output
-from lightning_compress.quantization.observers import RangeObserver, settle
-from lightning_compress.quantization.positive import LearnedPositive
-from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
-from lightning_compress.quantization.tracing import LastLayers
+from lightning_compress.quantization.learned_step import LearnedPositive
+from lightning_compress.quantization.ranges import RangeObserver, settle
 from lightning_compress.state import ActivationGrids, set_activation_grids
 
-__all__ = ["Activation", "ActivationQuantizer"]
+__all__ = [
+    "Activation",
+    "ActivationQuantizer",
+    "LastLayers",
+    "calibrate",
+    "calibration_batches",
+    "run_batch",
+]
+
+
+class LastLayers:
+    """Finds them in autograd's graph, from forward passes that run anyway.
+
+    Args:
+        layers: by path.
+        parts: paths of the networks that ship; what one of them gives another is an output.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> finder = LastLayers({"0": net[0], "2": net[2]})
+    >>> import torch; _ = net(torch.zeros(1, 2))
+    >>> finder.look(), finder.found()
+    (True, ['2'])
+    >>> finder.stop()
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], parts: Sequence[str] = ("",)) -> None:
+        self.part_of = {path: _part(path, parts) for path in layers}
+        self._outputs: dict[Any, str] = {}  # autograd nodes of this step
+        self._inputs: list[tuple[Any, str]] = []
+        self._feeds: set[str] = set()  # layers whose output reaches another one
+        self._seen: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        for path, layer in layers.items():
+            self._hook(path, layer)
+
+    def _hook(self, path: str, layer: nn.Module) -> None:
+        def entered(x: Tensor) -> Tensor:
+            if x.grad_fn is not None:
+                self._inputs.append((x.grad_fn, path))
+            return x
+
+        def left(x: Tensor) -> Tensor:
+            if x.grad_fn is not None:
+                self._outputs[x.grad_fn] = path
+                self._seen.add(path)
+            return x
+
+        self._handles += [hook_input(layer, entered), hook_output(layer, left)]
+
+    def look(self) -> bool:
+        """Read what ran since the last look, and let go of it: whether all layers have run."""
+        for start, path in self._inputs:
+            self._walk(start, path)
+        self._outputs, self._inputs = {}, []
+        return self._seen == set(self.part_of)
+
+    def _walk(self, start: Any, path: str) -> None:
+        waiting, visited = [start], {start}
+        while waiting:
+            node = waiting.pop()
+            if (source := self._outputs.get(node)) is not None:
+                if source != path and self.part_of[source] == self.part_of[path]:
+                    self._feeds.add(source)
+                continue  # what lies behind it is found from its own input
+            for before, _ in node.next_functions:
+                if before is not None and before not in visited:
+                    visited.add(before)
+                    waiting.append(before)
+
+    def found(self) -> list[str]:
+        """The last layers among those that ran."""
+        return [path for path in self.part_of if path in self._seen - self._feeds]
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._outputs, self._inputs = {}, []
+
+
+def _part(path: str, parts: Sequence[str]) -> str:
+    inside = [one for one in parts if one == "" or path == one or path.startswith(f"{one}.")]
+    return max(inside, key=len, default="")
+
 
 Reduce = Callable[[Tensor, str], Tensor]
 
@@ -272,3 +355,63 @@ class ActivationQuantizer:
             self.inputs[path].load_state_dict(state["inputs"][path])
             self.outputs[path].load_state_dict(state["outputs"][path])
         self.last = state["last"]
+
+
+def calibration_batches(data: Iterable[object] | Tensor) -> list[object]:
+    """The batches of calibration data, checked.
+
+    Args:
+        data: inputs of the module: each a tensor, a tuple or list of arguments, or a dict of
+            keyword arguments. A single tensor is one batch.
+
+    Raises:
+        ValueError: when there is nothing, or values that are NaN or infinite.
+
+    >>> len(calibration_batches([torch.zeros(2, 3), (torch.ones(2, 3),)]))
+    2
+    """
+    batches: list[object] = [data] if isinstance(data, Tensor) else list(data)
+    tensors = [[one for one in _values(batch) if isinstance(one, Tensor)] for batch in batches]
+    if not any(one.numel() for row in tensors for one in row):
+        raise ValueError("the calibration data are empty: give at least one batch of inputs")
+    for index, row in enumerate(tensors):
+        for one in row:
+            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
+                raise ValueError(f"batch {index} of the calibration data holds NaN or infinity")
+    return batches
+
+
+def _values(batch: object) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
+def run_batch(module: nn.Module, batch: object) -> object:
+    """Call a module on a batch of `calibration_batches`."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*_values(batch))
+
+
+def calibrate(module: nn.Module, side: ActivationQuantizer, batches: Sequence[object]) -> None:
+    """Let an attached quantizer see all batches; the module is run as it is, in eval mode.
+
+    Raises:
+        ValueError: for layers that no batch went through, and for activations that are not finite
+            or always 0.
+    """
+    side.calibrating = True
+    side.attach()
+    try:
+        for batch in batches:
+            # Only the graph of a pass with gradients tells which layers are the last ones.
+            with torch.set_grad_enabled(side.last is None):
+                run_batch(module, batch)
+            side.step()
+        side.freeze()
+    except FloatingPointError as error:
+        raise ValueError(f"calibration: {error}") from error
+    finally:
+        side.detach()
+        side.calibrating = False

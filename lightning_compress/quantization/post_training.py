@@ -11,33 +11,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.projection import Slot
-from lightning_compress.quantization.activation_ranges import ActivationQuantizer
-from lightning_compress.quantization.activations import activation_layers
-from lightning_compress.quantization.bias_correction import channel_means, correct_biases
-from lightning_compress.quantization.calibration import (
+from lightning_compress.quantization.activation_ranges import (
+    ActivationQuantizer,
     calibrate,
     calibration_batches,
     run_batch,
 )
-from lightning_compress.quantization.enlarging import EnlargedReaders
-from lightning_compress.quantization.equalization import equalize_layers
-from lightning_compress.quantization.makers import RangeGrids, make_maker
-from lightning_compress.quantization.observers import OBSERVERS
-from lightning_compress.quantization.quantizers import channel_axis, check_bits
+from lightning_compress.quantization.corrections import (
+    channel_means,
+    correct_biases,
+    equalize_layers,
+)
+from lightning_compress.quantization.fake_quantize import activation_layers
+from lightning_compress.quantization.ranges import OBSERVERS
+from lightning_compress.quantization.upsampled_conv import EnlargedReaders
+from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids
 from lightning_compress.targets import Coverage, Pattern, Selection, deployed_part, select
 
 __all__ = [
-    "SCHEMES",
+    "POST_TRAINING_SCHEMES",
     "PostTrainingReport",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
 ]
 
-SCHEMES = ("symmetric", "affine", "codebook", "entropy")
+POST_TRAINING_SCHEMES = ("symmetric", "affine", "codebook", "entropy")
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,10 @@ def _differentiable(value: Any) -> Any:
 
 
 def _check_names(scheme: str, observer: str = "minmax") -> None:
-    for name, given, valid in (("scheme", scheme, SCHEMES), ("observer", observer, OBSERVERS)):
+    for name, given, valid in (
+        ("scheme", scheme, POST_TRAINING_SCHEMES),
+        ("observer", observer, OBSERVERS),
+    ):
         if given not in valid:
             raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
 

@@ -22,9 +22,9 @@ from lightning_compress import (
     compression_state,
     sparsity,
 )
-from lightning_compress.adaptive.curves import LayerScan, Sensitivity
-from lightning_compress.adaptive.sizes import predicted_bytes
-from lightning_compress.callbacks.memory import bytes_now
+from lightning_compress.budget.reference import predicted_bytes
+from lightning_compress.budget.sensitivity import LayerScan, Sensitivity
+from lightning_compress.callbacks.rollback import bytes_now
 
 
 class Measured(TinyAutoencoder):

@@ -26,10 +26,10 @@ from lightning_compress import (
     save_compressed,
     sparsity,
 )
-from lightning_compress.callbacks.memory import go_back, lose, remember
-from lightning_compress.data import DigitRows, Digits
-from lightning_compress.models import DCGAN, VAE, RecurrentVAE
-from lightning_compress.pruning.channel_sizes import check_sizes
+from lightning_compress.callbacks.rollback import go_back, lose, remember
+from lightning_compress.channels.resize import check_sizes
+from lightning_compress.lab.data import DigitRows, Digits
+from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
 
 UNITS = 32  # hidden units of Wide
 
@@ -425,7 +425,7 @@ def shapes(outputs):
 
 
 def test_a_given_size_is_met(tmp_path):
-    from lightning_compress.adaptive.sizes import predicted_bytes
+    from lightning_compress.budget.reference import predicted_bytes
 
     model = Counted()
     asked = 0.6 * predicted_bytes(model)
@@ -436,7 +436,7 @@ def test_a_given_size_is_met(tmp_path):
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_other_costs_are_steered(tmp_path, kind):
-    from lightning_compress.evaluation.cost import macs, parameter_counts
+    from lightning_compress.lab.evaluation.cost import macs, parameter_counts
 
     count = {
         "macs": lambda m: macs(m, torch.zeros(1, 6)),
@@ -500,7 +500,7 @@ def test_what_cannot_be_steered_is_refused(tmp_path):
 
 
 def test_levels_are_equal_steps_of_what_is_left():
-    from lightning_compress.adaptive.levers import ChannelLever
+    from lightning_compress.budget.levers import ChannelLever
 
     class Fixed:
         least, left, kind = 0.05, 0.5, "macs"

@@ -140,14 +140,14 @@ def test_rewinding_is_refused(tmp_path):
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
-    from lightning_compress.callbacks import channel_carry
+    from lightning_compress.callbacks import channel_pruning
 
     class Two:
         world_size = 2
         callbacks = ()
 
     with pytest.raises(TargetError, match="works in one process"):
-        channel_carry.claim_run(ChannelPruning(), Two())
+        channel_pruning.claim_run(ChannelPruning(), Two())
 
 
 def test_a_weight_that_two_parts_share_keeps_its_channels(tmp_path):
@@ -197,7 +197,7 @@ def test_a_second_fit_goes_on_with_the_small_model(tmp_path):
 
 
 def test_accumulated_gradients_go_with_their_channels():
-    from lightning_compress.pruning.channel_surgery import shrink
+    from lightning_compress.channels.resize import shrink
 
     net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1))
     net(torch.rand(3, 2)).sum().backward()

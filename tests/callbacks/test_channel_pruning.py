@@ -19,7 +19,7 @@ from lightning_compress import (
     TargetError,
     sparsity,
 )
-from lightning_compress.pruning.channel_sizes import check_sizes
+from lightning_compress.channels.resize import check_sizes, shrink
 
 
 def shapes(model):
@@ -164,7 +164,7 @@ def test_each_criterion(tmp_path, criterion):
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_budgets_are_met(tmp_path, kind):
-    from lightning_compress.evaluation.cost import macs, parameter_counts
+    from lightning_compress.lab.evaluation.cost import macs, parameter_counts
 
     torch.manual_seed(0)
     model = Wide()
@@ -178,7 +178,7 @@ def test_budgets_are_met(tmp_path, kind):
 
 
 def test_a_latency_becomes_macs(tmp_path, monkeypatch):
-    from lightning_compress.pruning.channel_plan import ChannelPlan
+    from lightning_compress.channels.plan import ChannelPlan
 
     monkeypatch.setattr(
         ChannelPlan, "latency_ratio", lambda self, gone: 1 - gone.sum() / 64, raising=True
@@ -321,9 +321,9 @@ def test_a_run_that_is_too_short_says_so(tmp_path):
 
 
 def test_a_wrong_removal_stops_the_run(tmp_path, monkeypatch):
-    from lightning_compress.pruning import channel_training as home
+    from lightning_compress.channels import remover as home
 
-    real = home.shrink
+    real = shrink
 
     def wrong(module, kept, **more):
         real(module, kept, **more)

@@ -20,7 +20,7 @@ from lightning_compress import (
     rebuild_channels,
     save_compressed,
 )
-from lightning_compress.models import DCGAN, VAE, RecurrentVAE
+from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
 
 
 class Own(Wide):
@@ -170,8 +170,8 @@ MODELS = {
 
 def small_model(name):
     """A model without half of its channels, as the callback leaves it."""
-    from lightning_compress.pruning.channel_plan import ChannelPlan
-    from lightning_compress.pruning.channel_surgery import shrink
+    from lightning_compress.channels.plan import ChannelPlan
+    from lightning_compress.channels.resize import shrink
     from lightning_compress.state import RemovedChannels, note_removed
 
     torch.manual_seed(0)

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 
 from lightning_compress import Constant, GradualPruning, Linear, Staircase, sparsity
-from lightning_compress.pruning.gradients import WHOLE_RUN, Hutchinson
+from lightning_compress.pruning.criteria import Hutchinson
+from lightning_compress.pruning.statistics import WHOLE_RUN
 
 
 class Spy:

@@ -18,7 +18,7 @@ from lightning_compress import (
     TeacherScore,
     save_compressed,
 )
-from lightning_compress.models import DCGAN, VAE, RecurrentVAE
+from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
 
 
 def small_gan(**changes):
@@ -210,7 +210,7 @@ def test_a_teacher_from_files(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     torch.save(teacher.state_dict(), tmp_path / "a.pt")
     save_compressed(teacher.deployed_module(), tmp_path / "a.lcz")
-    config = {"_target_": "lightning_compress.models.DCGAN", "image_size": 16, "width": 16}
+    config = {"_target_": "lightning_compress.lab.models.DCGAN", "image_size": 16, "width": 16}
     config["discriminator_width"] = 8
     expected = teacher.state_dict()
     for given, checkpoint in (
@@ -306,7 +306,7 @@ def test_the_teachers_discriminator_judges_the_student(tmp_path):
 
 
 def test_perceptual_distance_and_scores_by_hand():
-    from lightning_compress.distillation.terms import Call
+    from lightning_compress.distillation.losses import LossInputs
 
     torch.manual_seed(0)
     teacher = nn.ModuleDict(
@@ -314,7 +314,7 @@ def test_perceptual_distance_and_scores_by_hand():
     )
     net = teacher["discriminator"]
     ours, theirs = torch.randn(5, 3), torch.randn(5, 3)
-    call = Call(ours, theirs)
+    call = LossInputs(ours, theirs)
     hidden = [net[1](net[0](x)) for x in (ours, theirs)]
     expected = (hidden[0] - hidden[1]).square().mean() / hidden[1].square().mean()
     cases = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parents[1] / "helpers"
 
 
 def run(folder, kind, processes):

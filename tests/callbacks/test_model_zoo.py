@@ -6,8 +6,8 @@ from tiny import quiet_trainer
 
 from lightning_compress import GradualPruning, ProjectedEMA, RandomState, sparsity
 from lightning_compress.callbacks import EpochCheckpoint
-from lightning_compress.data import DigitRows, Digits
-from lightning_compress.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
+from lightning_compress.lab.data import DigitRows, Digits
+from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 
 MODELS = {
     "dcgan": lambda: DCGAN(image_size=16, width=8, discriminator_width=8),
@@ -25,7 +25,7 @@ class Sentences(DigitRows):
     """Token rows made of the digits: start, six shades of grey, end."""
 
     def build(self):
-        from lightning_compress.data.datasets import TensorSplit
+        from lightning_compress.lab.data.base import TensorSplit
 
         def tokens(split):
             shades = (split.tensors[0][:, 3, 1:7] * 10).long() + 4

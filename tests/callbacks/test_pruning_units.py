@@ -6,14 +6,7 @@ from lightning.pytorch import LightningModule
 from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 from torch import nn
 
-from lightning_compress import (
-    Constant,
-    Cosine,
-    GradualPruning,
-    Polynomial,
-    TargetError,
-    sparsity,
-)
+from lightning_compress import Constant, Cosine, GradualPruning, Polynomial, TargetError, sparsity
 
 
 class ConvAutoencoder(LightningModule):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parents[1] / "helpers"
 
 
 def run(folder, kind, processes):
     done = subprocess.run(
         [sys.executable, TESTS / "ddp_quantization_job.py", folder, kind, str(processes)],
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parents[1]}:{TESTS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

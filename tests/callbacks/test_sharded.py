@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_compress import TargetError
 from lightning_compress.pruning.criteria import make_criterion
-from lightning_compress.pruning.sharded import check_sharded
+from lightning_compress.pruning.mask_plan import check_sharded
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parents[1] / "helpers"
 WEIGHTS = 6 * 7 + 7 + 7 + 7 * 6
 QAT = ["minmax", "affine", "mse", "percentile", "learned", "learned_tensor", "codebook", "entropy"]
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     for processes in ("1", "2"):
         done = subprocess.run(
             [sys.executable, TESTS / "fsdp_job.py", folder, processes],
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": f"{TESTS.parents[1]}:{TESTS}", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress import onnx_session
-from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.conversion.export import export_onnx
 
 
 def drawing(*layers):

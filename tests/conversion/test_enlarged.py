@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_compress import (
-    compression_state,
-    fake_quantized,
-    quantize_static,
-    quantize_weights,
-)
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.conversion.rewrites import enlarged_as_conv
-from lightning_compress.conversion.summed import Summed
-from lightning_compress.quantization.enlarging import summed_taps
+from lightning_compress import compression_state, fake_quantized, quantize_static, quantize_weights
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.conversion.integer_weights import Summed
+from lightning_compress.conversion.upsampled_conv import enlarged_as_conv
+from lightning_compress.quantization.upsampled_conv import summed_taps
 
 KERNELS = st.tuples(st.integers(1, 5), st.integers(1, 5))
 

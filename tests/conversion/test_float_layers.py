@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.conversion.export import export_onnx
 
 
 class Sequences(nn.Module):

@@ -14,20 +14,14 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from lightning_compress import CompressionState, compression_state, quantize_weights
-from lightning_compress.conversion import checks, finishing
-from lightning_compress.conversion.integers import IntegerWeight
-from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
-from lightning_compress.conversion.saturation import is_cut_off
-from lightning_compress.models import (
-    DCGAN,
-    VAE,
-    WGANGP,
-    RecurrentVAE,
-    ResNet18,
-    SimpleNet,
-)
-from lightning_compress.quantization.codebooks import CodebookGrid
-from lightning_compress.quantization.quantizers import affine_grid
+from lightning_compress.conversion import checks, weight_storage
+from lightning_compress.conversion.checks import OnnxMismatchError
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.conversion.integer_weights import IntegerWeight
+from lightning_compress.conversion.weight_storage import is_cut_off
+from lightning_compress.grids import CodebookGrid
+from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
+from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -327,7 +321,7 @@ def test_the_module_and_its_grids_stay_as_they_are(tmp_path):
 
 
 def test_a_wrong_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(finishing, "place_bias", lambda graph, site: forgotten.append(site))
+    monkeypatch.setattr(weight_storage, "place_bias", lambda graph, site: forgotten.append(site))
     forgotten = []
     module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))  # the norm's shift is a new bias
     nn.init.constant_(module[1].bias, 3.0)

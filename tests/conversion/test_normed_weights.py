@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_compress import compression_state, quantize_static
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.quantization.activations import fake_quantized
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.quantization.fake_quantize import fake_quantized
 
 FORMS = {"old": nn.utils, "new": parametrizations}
 

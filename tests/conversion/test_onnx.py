@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_compress.conversion import checks
-from lightning_compress.conversion.onnx import OnnxMismatchError, export_onnx
+from lightning_compress.conversion.checks import OnnxMismatchError
+from lightning_compress.conversion.export import export_onnx
 from lightning_compress.errors import MissingExtraError
 
 

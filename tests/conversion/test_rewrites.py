@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lightning_compress.conversion.rewrites import conv_in_blocks, transposed_as_conv
+from lightning_compress.conversion.conv_rewrites import conv_in_blocks, transposed_as_conv
 
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 

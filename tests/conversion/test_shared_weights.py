@@ -7,8 +7,8 @@ from exported import run
 from torch import nn
 
 from lightning_compress import quantize_static
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.quantization.activations import fake_quantized
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.quantization.fake_quantize import fake_quantized
 
 
 class Twice(nn.Module):

@@ -16,7 +16,7 @@ from lightning_compress import (
     fake_quantized,
     onnx_session,
 )
-from lightning_compress.models import DCGAN, VAE, RecurrentVAE
+from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
 
 MODELS = {
     "dcgan": lambda: DCGAN(image_size=16, width=8),

@@ -9,7 +9,7 @@ from exported import run
 from torch import nn
 
 from lightning_compress import quantize_weights
-from lightning_compress.conversion.onnx import export_onnx
+from lightning_compress.conversion.export import export_onnx
 
 OUTPUTS, INPUTS = 1600, 12
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress import EMATeacher, Pair, Ramp
-from lightning_compress.distillation.forward import Term
-from lightning_compress.distillation.graft import Graft
+from lightning_compress.distillation.inject import Graft, Term
 from lightning_compress.distillation.session import Session
 
 

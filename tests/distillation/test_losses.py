@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.special import expit, rel_entr, softmax
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
-from lightning_compress.distillation import losses, relations
-from lightning_compress.distillation.sequences import step_kl
+from lightning_compress.distillation import losses
+from lightning_compress.distillation.losses import step_kl
 
 
 def draw(*shape, seed=0, scale=2.0):
@@ -108,7 +108,7 @@ def attention_by_loops(features):
 def test_attention_transfer():
     ours, theirs = draw(3, 2, 4, 5), draw(3, 6, 4, 5, seed=1)
     expected = np.mean((attention_by_loops(ours) - attention_by_loops(theirs)) ** 2)
-    assert relations.attention_transfer(ours, theirs).item() == pytest.approx(expected)
+    assert losses.attention_transfer(ours, theirs).item() == pytest.approx(expected)
 
 
 def test_similarity_preserving():
@@ -119,7 +119,7 @@ def test_similarity_preserving():
         gram = np.array([[float(a @ b) for b in rows] for a in rows])
         matrices.append(gram / np.linalg.norm(gram, axis=1, keepdims=True))
     expected = np.linalg.norm(matrices[0] - matrices[1], "fro") ** 2 / 16
-    assert relations.similarity_preserving(ours, theirs).item() == pytest.approx(expected)
+    assert losses.similarity_preserving(ours, theirs).item() == pytest.approx(expected)
 
 
 def test_linear_cka_by_centered_kernels():
@@ -130,21 +130,21 @@ def test_linear_cka_by_centered_kernels():
         np.trace(a @ b) for a, b in ((0, 1), (0, 0), (1, 1)) for a, b in [(kernels[a], kernels[b])]
     ]
     expected = 1 - hsic[0] / math.sqrt(hsic[1] * hsic[2])
-    assert relations.linear_cka(ours, theirs).item() == pytest.approx(expected)
+    assert losses.linear_cka(ours, theirs).item() == pytest.approx(expected)
 
 
 def test_linear_cka_sees_no_rotation_and_survives_constant_features():
     x = draw(8, 5)
     rotation, _ = np.linalg.qr(draw(5, 5, seed=1).numpy())
-    assert relations.linear_cka(x, 3 * x @ torch.from_numpy(rotation)).item() == pytest.approx(0.0)
-    assert torch.isfinite(relations.linear_cka(torch.ones(4, 2), torch.ones(4, 3)))
+    assert losses.linear_cka(x, 3 * x @ torch.from_numpy(rotation)).item() == pytest.approx(0.0)
+    assert torch.isfinite(losses.linear_cka(torch.ones(4, 2), torch.ones(4, 3)))
 
 
 ON_OUTPUTS = [losses.mse, losses.l1, losses.kl_divergence, losses.bernoulli_kl]
 ON_FEATURES = [
-    relations.attention_transfer,
-    relations.similarity_preserving,
-    relations.linear_cka,
+    losses.attention_transfer,
+    losses.similarity_preserving,
+    losses.linear_cka,
     step_kl,
 ]
 

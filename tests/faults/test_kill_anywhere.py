@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_compress import read_tensors, save_compressed
-from lightning_compress.report.page import write_report
+from lightning_compress.lab.report.page import write_report
 
 pytestmark = pytest.mark.faults
 

@@ -12,10 +12,10 @@ import numpy as np
 import target
 import torch
 
-from lightning_compress.coding.artifact import save_compressed
-from lightning_compress.coding.codecs import CODECS, encode_symbols
-from lightning_compress.quantization.codebooks import CodebookGrid
-from lightning_compress.quantization.quantizers import affine_grid
+from lightning_compress.grids import CodebookGrid
+from lightning_compress.lcz.artifact import save_compressed
+from lightning_compress.lcz.codecs import CODECS, encode_symbols
+from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
 
 CORPUS = Path(__file__).parent / "corpus"

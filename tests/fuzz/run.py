@@ -9,7 +9,7 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parent))
-with atheris.instrument_imports(include=["lightning_compress.coding"]):
+with atheris.instrument_imports(include=["lightning_compress.lcz"]):
     import target
 
 if __name__ == "__main__":

@@ -11,13 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_compress.coding.artifact import (
-    inspect_compressed,
-    load_compressed,
-    read_tensors,
-)
-from lightning_compress.coding.codecs import CODECS, decode_symbols, encode_symbols
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.artifact import inspect_compressed, load_compressed, read_tensors
+from lightning_compress.lcz.codecs import CODECS, decode_symbols, encode_symbols
 
 PREFIX = struct.Struct("<8sHHIQQ")
 MAGIC, VERSION = b"\x89LCZ\r\n\x1a\n", 2

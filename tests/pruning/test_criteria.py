@@ -7,11 +7,9 @@ from torch import nn
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.pruning.criteria import (
     CRITERIA,
-    Criterion,
     Fisher,
     Hutchinson,
     InputActivation,
-    OptimalBrainSurgeon,
     Random,
     Stateless,
     Taylor,
@@ -19,6 +17,8 @@ from lightning_compress.pruning.criteria import (
     magnitude_l2,
     make_criterion,
 )
+from lightning_compress.pruning.optimal_brain_surgeon import OptimalBrainSurgeon
+from lightning_compress.pruning.statistics import Criterion
 from lightning_compress.targets import Target, select
 
 

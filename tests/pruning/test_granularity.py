@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_compress.pruning.granularity import make_granularity
-from lightning_compress.pruning.layout import Layout, layout_of
-from lightning_compress.pruning.scopes import layer_masks
+from lightning_compress.pruning.granularity import Layout, layout_of, make_granularity
+from lightning_compress.pruning.masks import layer_unit_masks
 
 
 def layers():
@@ -30,7 +29,7 @@ def mask_of(granularity, weight, layout, sparsity, *, closed=None, signed=False,
     scores = weight.detach().abs() if scores is None else scores
     kind = make_granularity(granularity)
     unit = kind.units(scores, layout, closed=closed, signed=signed)
-    return unit.spread(layer_masks([unit], sparsity / kind.limit, [0])[0])
+    return unit.spread(layer_unit_masks([unit], sparsity / kind.limit, [0])[0])
 
 
 def connections(layer):
@@ -162,10 +161,10 @@ def test_the_number_of_units_is_exact_and_closed_ones_go_first(granularity, spar
     scores = torch.randint(0, 4, (6, 4, 3, 3), generator=generator).float()
     layout, kind = Layout(), make_granularity(granularity)
     unit = kind.units(scores, layout, closed=None, signed=False)
-    mask = unit.spread(layer_masks([unit], sparsity, [0])[0])
+    mask = unit.spread(layer_unit_masks([unit], sparsity, [0])[0])
     again = kind.units(torch.rand_like(scores), layout, closed=~mask, signed=False)
     assert int(again.closed.sum()) == round(sparsity * unit.capacity)
-    wider = again.spread(layer_masks([again], min(1.0, sparsity + 0.2), [0])[0])
+    wider = again.spread(layer_unit_masks([again], min(1.0, sparsity + 0.2), [0])[0])
     assert not (wider & ~mask).any()
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_compress.projection import Projector
-from lightning_compress.pruning.criteria import OptimalBrainSurgeon
 from lightning_compress.pruning.masks import layer_masks
-from lightning_compress.pruning.surgeon import (
+from lightning_compress.pruning.optimal_brain_surgeon import (
+    OptimalBrainSurgeon,
     compensate,
     damped_hessian,
     exact_update,
@@ -144,7 +144,7 @@ def test_auto_takes_the_sequential_pass_where_exact_is_dear(monkeypatch):
     )
     assert not torch.allclose(exact, sequential)
     assert torch.equal(compensate(weights, keep, hessian), exact)
-    monkeypatch.setattr("lightning_compress.pruning.surgeon._EXACT_WORK", 1.0)
+    monkeypatch.setattr("lightning_compress.pruning.optimal_brain_surgeon._EXACT_WORK", 1.0)
     assert torch.equal(compensate(weights, keep, hessian), sequential)
 
 

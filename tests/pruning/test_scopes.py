@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.pruning.masks import global_masks
-from lightning_compress.pruning.scopes import (
-    erk_masks,
+from lightning_compress.pruning.granularity import Units
+from lightning_compress.pruning.masks import (
+    erk_unit_masks,
+    global_masks,
+    global_unit_masks,
     kept_counts,
-    layer_masks,
-    together_masks,
+    layer_unit_masks,
 )
-from lightning_compress.pruning.units import Units
 
 
 def units(*scores, closed=None, sizes=None):
@@ -42,7 +42,7 @@ def test_together_equals_one_sort_with_the_best_of_each_out_of_reach(sparsity, s
         best = order[len(order) - count :]
         protected.append(score.flatten().index_fill(0, best, math.inf).view(score.shape))
     expected = global_masks(protected, sparsity)
-    got = together_masks(units(*scores), sparsity, keep)
+    got = global_unit_masks(units(*scores), sparsity, keep)
     for one, other, count in zip(got, expected, keep, strict=True):
         assert torch.equal(one, other)
         assert int(one.sum()) >= count
@@ -52,7 +52,7 @@ def test_together_equals_one_sort_with_the_best_of_each_out_of_reach(sparsity, s
 @settings(deadline=None)
 def test_layer_counts_are_exact_but_for_floors(sparsity, seed):
     scores = random_scores(seed, (7, 9), (4,))
-    big, small = layer_masks(units(*scores), sparsity, [0, 1])
+    big, small = layer_unit_masks(units(*scores), sparsity, [0, 1])
     assert int((~big).sum()) == round(sparsity * 63)
     assert int((~small).sum()) == min(round(sparsity * 4), 3)
 
@@ -75,7 +75,7 @@ def erk_by_the_paper(shapes, density):
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.9, 0.98])
 def test_erk_densities_follow_the_paper_and_the_total_is_exact(sparsity):
     shapes = [(64, 16, 3, 3), (8, 64), (10, 8), (32, 1, 5, 5)]
-    masks = erk_masks(units(*random_scores(0, *shapes)), sparsity, [0] * 4)
+    masks = erk_unit_masks(units(*random_scores(0, *shapes)), sparsity, [0] * 4)
     total = sum(map(math.prod, shapes))
     assert sum(int((~mask).sum()) for mask in masks) == round(sparsity * total)
     expected = erk_by_the_paper(shapes, 1 - round(sparsity * total) / total)
@@ -88,7 +88,7 @@ def test_erk_densities_follow_the_paper_and_the_total_is_exact(sparsity):
 def test_erk_that_rises_never_reopens(sparsities, seed):
     scores, closed = random_scores(seed, (8, 3, 3), (5, 17), (6, 2)), [None] * 3
     for sparsity in sorted(sparsities):
-        masks = erk_masks(units(*scores, closed=closed), sparsity, [1, 1, 1])
+        masks = erk_unit_masks(units(*scores, closed=closed), sparsity, [1, 1, 1])
         for mask, shut in zip(masks, closed, strict=True):
             assert shut is None or not (mask & shut).any()
             assert mask.any()
@@ -103,8 +103,8 @@ def test_erk_does_not_reopen_where_rounding_would():
     assert kept_counts(raw, 13, [0] * 4, sizes) == [4, 4, 3, 2]
     assert kept_counts(raw, 12, [0] * 4, sizes) == [3, 3, 3, 3]  # the last would gain one
     scores = random_scores(0, *shapes)
-    first = erk_masks(units(*scores), 25 / 38, [0] * 4)
-    then = erk_masks(units(*scores, closed=[~mask for mask in first]), 26 / 38, [0] * 4)
+    first = erk_unit_masks(units(*scores), 25 / 38, [0] * 4)
+    then = erk_unit_masks(units(*scores, closed=[~mask for mask in first]), 26 / 38, [0] * 4)
     assert sum(int(mask.sum()) for mask in then) == 12
     assert not any((new & ~old).any() for new, old in zip(then, first, strict=True))
 
@@ -130,7 +130,7 @@ def weights_gone(masks, sizes):
     )
 
 
-@pytest.mark.parametrize("scope", [together_masks, layer_masks, erk_masks])
+@pytest.mark.parametrize("scope", [global_unit_masks, layer_unit_masks, erk_unit_masks])
 @given(st.floats(0, 1), st.integers(0, 1000))
 @settings(deadline=None)
 def test_units_of_one_size_are_counted_whatever_it_is(scope, sparsity, seed):
@@ -145,7 +145,7 @@ def test_units_of_one_size_are_counted_whatever_it_is(scope, sparsity, seed):
 def test_of_units_of_several_sizes_the_lowest_go_until_the_weights_are_met(sparsity, seed):
     sizes = [3, torch.tensor([5, 5, 5, 5, 1]), 20]
     scores = random_scores(seed, (12,), (5,), (6,))
-    masks = together_masks(units(*scores, sizes=sizes), sparsity, [0] * 3)
+    masks = global_unit_masks(units(*scores, sizes=sizes), sparsity, [0] * 3)
     each = torch.cat([torch.tensor(3).expand(12), sizes[1], torch.tensor(20).expand(6)])
     order = torch.cat(scores).argsort(stable=True)
     wanted = round(sparsity * int(each.sum()))
@@ -154,7 +154,7 @@ def test_of_units_of_several_sizes_the_lowest_go_until_the_weights_are_met(spars
     assert torch.equal(torch.cat(masks), expected)
 
 
-@pytest.mark.parametrize("scope", [together_masks, erk_masks])
+@pytest.mark.parametrize("scope", [global_unit_masks, erk_unit_masks])
 @given(st.lists(st.floats(0, 0.8), min_size=2, max_size=6), st.integers(0, 1000))
 @settings(deadline=None)
 def test_weights_are_met_to_half_a_unit_and_nothing_returns(scope, sparsities, seed):

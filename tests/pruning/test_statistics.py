@@ -15,11 +15,11 @@ from lightning_compress.pruning.criteria import (
     Fisher,
     InputActivation,
     Movement,
-    OptimalBrainSurgeon,
     OutputActivation,
     Taylor,
     make_criterion,
 )
+from lightning_compress.pruning.optimal_brain_surgeon import OptimalBrainSurgeon
 from lightning_compress.targets import select
 
 GATHERING = ["activation", "output_activation", "taylor", "fisher", "obs", "movement"]

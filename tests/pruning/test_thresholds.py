@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_compress.pruning.thresholds import threshold_mask
+from lightning_compress.pruning.mask_plan import threshold_mask
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 9.0])

@@ -6,8 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_compress.pruning.inputs import Call
-from lightning_compress.pruning.unfold import from_matrix, gather, to_matrix, windows
+from lightning_compress.pruning.layer_inputs import (
+    LayerCall,
+    from_matrix,
+    gather,
+    to_matrix,
+    windows,
+)
 
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 TRANSPOSED = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -105,14 +110,14 @@ def test_a_transposed_convolution_asked_for_a_size():
 def test_energy_is_the_diagonal_of_the_gram_matrix(layer, batched):
     x = torch.randn(3, 4, *(6,) * len(layer.kernel_size))
     x = x if batched else x[0]
-    inputs = Call(layer, (), {"input": x}, layer(x)).inputs("weight")
+    inputs = LayerCall(layer, (), {"input": x}, layer(x)).inputs("weight")
     gram = inputs.gram(10**9, seed=0)
     torch.testing.assert_close(inputs.energy(), gram.diagonal(dim1=1, dim2=2))
 
 
 def test_a_sampled_gram_matrix_is_right_on_average_and_leaves_the_random_state():
     layer, x = nn.Conv2d(2, 3, 2), torch.randn(4, 2, 6, 6)
-    inputs = Call(layer, (x,), {}, layer(x)).inputs("weight")
+    inputs = LayerCall(layer, (x,), {}, layer(x)).inputs("weight")
     whole = inputs.gram(10**9, seed=0)
     state = torch.get_rng_state()
     mean = torch.stack([inputs.gram(20, seed=seed) for seed in range(2000)]).mean(0)

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_compress import compression_state, fake_quantized
-from lightning_compress.quantization.activation_ranges import ActivationQuantizer
-from lightning_compress.quantization.activations import activation_layers
-from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
-from lightning_compress.quantization.quantizers import AffineGrid, grid_of_range
-from lightning_compress.quantization.tracing import LastLayers
+from lightning_compress.grids import AffineGrid, grid_of_range
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer, LastLayers
+from lightning_compress.quantization.fake_quantize import (
+    activation_layers,
+    clipped_fake_quantize,
+    fake_quantize,
+)
 from lightning_compress.state import ActivationGrids, set_activation_grids
 from lightning_compress.targets import select
 

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from lightning_compress.quantization.clustering import (
+from lightning_compress.grids import CodebookGrid
+from lightning_compress.quantization.codebook import (
+    CodebookGrids,
+    centre_gradient,
     cluster,
     exact_centres,
     lloyd_centres,
     recluster,
 )
-from lightning_compress.quantization.codebook_grids import CodebookGrids, centre_gradient
-from lightning_compress.quantization.codebooks import CodebookGrid
 
 
 def cost(points, mass, centres):

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_compress import QuantizationAwareTraining, quantize_static, quantize_weights
-from lightning_compress.conversion.onnx import export_onnx
-from lightning_compress.quantization.enlarging import EnlargedReaders, summed_taps
-from lightning_compress.quantization.makers import RangeGrids
+from lightning_compress.conversion.export import export_onnx
+from lightning_compress.quantization.upsampled_conv import EnlargedReaders, summed_taps
+from lightning_compress.quantization.weight_quantizers import RangeGrids
 from lightning_compress.state import compression_state
 
 

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from lightning_compress import load_compressed, quantize_weights, save_compressed
-from lightning_compress.quantization.entropy_grids import (
+from lightning_compress.grids import AffineGrid
+from lightning_compress.quantization.entropy import (
     DeadZoneGrid,
     EntropyGrids,
+    entropy_bits,
     predicted_bits,
+    rate_gradient,
     steer,
 )
-from lightning_compress.quantization.quantizers import AffineGrid
-from lightning_compress.quantization.rate import entropy_bits, rate_gradient
 
 
 def sparse(seed, *shape, keep=0.3):

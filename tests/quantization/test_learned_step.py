@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from lightning_compress import Projector
+from lightning_compress.grids import AffineGrid
 from lightning_compress.projection import Slot
 from lightning_compress.quantization.learned_step import (
+    LearnedPositive,
     LearnedStepGrids,
     initial_step,
     step_gradient,
 )
-from lightning_compress.quantization.positive import LearnedPositive
-from lightning_compress.quantization.quantizers import AffineGrid
 from lightning_compress.quantization.weights import WeightQuantizer
 from lightning_compress.targets import Target
 

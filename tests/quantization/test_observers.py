@@ -6,17 +6,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_compress.quantization.observers import (
+from lightning_compress.grids import grid_of_range
+from lightning_compress.quantization.ranges import (
     MOMENTUM,
     OBSERVERS,
     RangeObserver,
+    affine_grid,
     find_range,
     minmax_range,
     mse_range,
     percentile_range,
     settle,
 )
-from lightning_compress.quantization.quantizers import affine_grid, grid_of_range
 
 
 def draw(seed, *shape):

@@ -12,8 +12,7 @@ from lightning_compress import (
     quantize_static,
     quantize_weights,
 )
-from lightning_compress.quantization.bias_correction import channel_means
-from lightning_compress.quantization.equalization import equalize_layers
+from lightning_compress.quantization.corrections import channel_means, equalize_layers
 
 
 def network(seed=0):

@@ -1,0 +1,256 @@
+"""Levers: what a budget moves, from level 0 (leaves the model alone) to 1 (as much as it may).
+
+A callback that can be steered has three methods; `QualityBudget` needs nothing else of it:
+`lever(limits)`, `snapshot()` (what of its state belongs to the weights of now) and
+`back_to(snapshot)`. A lever that moves in leaps has `reached(level)` too: where it came to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_compress.budget.sensitivity import Sensitivity
+
+__all__ = [
+    "BitsLever",
+    "ChannelLever",
+    "Lever",
+    "Limits",
+    "SparsityLever",
+    "StepLever",
+    "levels_reached",
+]
+
+Share = Callable[[float], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far levers go.
+
+    Args:
+        max_sparsity: at level 1; densities go down by equal factors.
+        steps: of entropy grids, at level 0 and at level 1; by equal factors too.
+        min_bits: at level 1, of the other grids.
+        min_channels: part of the channels that stays at level 1, to the next whole block; of the
+            MACs or the parameters where `ChannelPruning` counts those.
+        sensitivity: of the layers: a scan, or the file of one. They share the sparsity by it;
+            None: by the pruning callback's own scope.
+
+    Raises:
+        ValueError: for values outside their range.
+    """
+
+    max_sparsity: float = 0.99
+    steps: tuple[float, float] = (0.25, 3.0)
+    min_bits: int = 2
+    min_channels: float = 0.1
+    sensitivity: Sensitivity | str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sensitivity, (str, Path)):
+            object.__setattr__(self, "sensitivity", Sensitivity.load(self.sensitivity))
+        if not 0 < self.max_sparsity < 1:
+            raise ValueError(f"max_sparsity={self.max_sparsity!r} must lie in (0, 1)")
+        if len(self.steps) != 2 or not 0 < self.steps[0] < self.steps[1]:
+            raise ValueError(f"steps={self.steps!r}: give the finest and the coarsest, both > 0")
+        if not 2 <= self.min_bits <= 8:
+            raise ValueError(f"min_bits={self.min_bits!r}: valid are 2 to 8")
+        if not 0 < self.min_channels < 1:
+            raise ValueError(f"min_channels={self.min_channels!r} must lie in (0, 1)")
+
+    def shares(self, paths: Sequence[str]) -> Share | None:
+        """From the sparsity of some layers together to that of each; None without a scan.
+
+        Raises:
+            ValueError: naming layers that were not scanned.
+        """
+        scan = self.sensitivity
+        return scan.of(paths).sparsities if isinstance(scan, Sensitivity) else None
+
+
+class Lever(Protocol):
+    """One thing to move."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def step(self) -> float:
+        """The smallest change of level that changes anything; 0: any does."""
+        ...
+
+    def move(self, level: float) -> None:
+        """Bring it to a level, between two steps of training."""
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the model is where the lever is: some things wait for statistics."""
+        ...
+
+    def setting(self, level: float) -> str:
+        """What a level means, in words."""
+        ...
+
+
+def levels_reached(levers: Sequence[Lever], levels: Sequence[float]) -> tuple[float, ...]:
+    """Where levers are that were brought to some levels."""
+    known = [getattr(lever, "reached", float) for lever in levers]
+    return tuple(reached(level) for reached, level in zip(known, levels, strict=True))
+
+
+@dataclass
+class SparsityLever:
+    """The sparsity of a `GradualPruning`.
+
+    >>> round(SparsityLever(None, 0.99).sparsity(0.5), 6)
+    0.9
+    """
+
+    callback: Any
+    most: float
+    share: Share | None = None
+    step: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the callback is called."""
+        return str(self.callback.name)
+
+    def sparsity(self, level: float) -> float:
+        """At a level: each equal step of it takes away the same part of what is left."""
+        return -math.expm1(level * math.log1p(-self.most))
+
+    def move(self, level: float) -> None:
+        """Ask for the sparsity of a level."""
+        asked = self.sparsity(level)
+        self.callback.steer(asked if self.share is None else self.share(asked))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether masks are what was asked for."""
+        return bool(self.callback.arrived)
+
+    def setting(self, level: float) -> str:
+        """The sparsity."""
+        return f"sparsity {self.sparsity(level):.4f}"
+
+
+@dataclass
+class StepLever:
+    """The step of the entropy grids of a `QuantizationAwareTraining`."""
+
+    callback: Any
+    finest: float
+    coarsest: float
+    step: float = 0.0
+    arrived: bool = True
+
+    @property
+    def name(self) -> str:
+        """What the callback is called."""
+        return str(self.callback.name)
+
+    def relative_step(self, level: float) -> float:
+        """At a level, in units of the rms."""
+        return self.finest * (self.coarsest / self.finest) ** level
+
+    def move(self, level: float) -> None:
+        """Set the step of a level."""
+        self.callback.steer(step=self.relative_step(level))
+
+    def setting(self, level: float) -> str:
+        """The step."""
+        return f"step {self.relative_step(level):.3f} rms"
+
+
+@dataclass
+class BitsLever:
+    """The bits of a `QuantizationAwareTraining` of any other scheme.
+
+    Args:
+        callback: the callback.
+        most: bits of each weight at level 0, by path.
+        fewest: at level 1.
+    """
+
+    callback: Any
+    most: Mapping[str, int]
+    fewest: int
+    arrived: bool = True
+
+    @property
+    def name(self) -> str:
+        """What the callback is called."""
+        return str(self.callback.name)
+
+    @property
+    def step(self) -> float:
+        """One bit."""
+        return 1 / max(max(self.most.values()) - self.fewest, 1)
+
+    def bits(self, level: float) -> dict[str, int]:
+        """Of each weight at a level: all lose the same number, down to the fewest."""
+        fewer = round(level * (max(self.most.values()) - self.fewest))
+        return {path: max(most - fewer, min(self.fewest, most)) for path, most in self.most.items()}
+
+    def move(self, level: float) -> None:
+        """Set the bits of a level."""
+        self.callback.steer(bits=self.bits(level))
+
+    def setting(self, level: float) -> str:
+        """The bits, or their range."""
+        found = sorted(set(self.bits(level).values()))
+        return f"{found[0]} bits" if len(found) == 1 else f"{found[0]} to {found[-1]} bits"
+
+
+@dataclass
+class ChannelLever:
+    """What a `ChannelPruning` leaves of its channels, MACs or parameters.
+
+    Whole blocks of channels go, so a level is reached or passed; the next one counts from there.
+
+    Args:
+        callback: the callback.
+        fewest: part that is left at level 1, if as few are possible.
+    """
+
+    callback: Any
+    fewest: float
+    step: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What the callback is called."""
+        return str(self.callback.name)
+
+    @property
+    def _floor(self) -> float:
+        return max(self.fewest, self.callback.least)
+
+    def left(self, level: float) -> float:
+        """The part that is left at a level: equal steps take away equal parts of it."""
+        return self._floor**level
+
+    def move(self, level: float) -> None:
+        """Ask for the part of a level."""
+        self.callback.steer(self.left(level))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all channels that are to go are gone."""
+        return bool(self.callback.arrived)
+
+    def reached(self, level: float) -> float:  # noqa: ARG002
+        """The level of the channels that are left."""
+        return min(math.log(self.callback.left) / math.log(self._floor), 1.0)
+
+    def setting(self, level: float) -> str:
+        """The part that is left."""
+        return f"{self.left(level):.4f} of the {self.callback.kind}"

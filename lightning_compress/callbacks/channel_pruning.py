@@ -1,0 +1,603 @@
+"""ChannelPruning: when channels go. Which go is decided in `pruning/`, by scores and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_compress.budget.levers import ChannelLever, Lever, Limits
+from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
+from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.channels.calls import Samples, place_inputs
+from lightning_compress.channels.graph import Flags, Kept
+from lightning_compress.channels.plan import ChannelPlan, roots_of
+from lightning_compress.channels.remover import Cutter, Goal
+from lightning_compress.channels.resize import CHANNELS, match_channels
+from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
+from lightning_compress.errors import TargetError
+from lightning_compress.pruning.criteria import CRITERIA, make_criterion
+from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
+from lightning_compress.schedules import Events
+from lightning_compress.state import removed_channels
+from lightning_compress.targets import Pattern
+
+__all__ = [
+    "ChannelCallback",
+    "ChannelPruning",
+    "claim_run",
+    "report_table",
+    "tapped_features",
+    "tell_others",
+]
+
+
+def claim_run(owner: Any, trainer: Trainer) -> None:
+    """Refuse what cannot follow when layers get smaller.
+
+    Raises:
+        TargetError: naming it.
+    """
+    key = owner.state_key
+    if trainer.world_size > 1:
+        raise TargetError(
+            f"{key} works in one process: the wrapper of several (DDP, FSDP) keeps the sizes of "
+            "the first step. Prune with one process, and train the smaller model on with several"
+        )
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, type(owner)) and one is not owner:
+            raise TargetError(
+                f"{key} and {one.state_key}: each would remove channels that the other counts; "
+                "name all layers in include of one"
+            )
+        if getattr(one, "rewind", None) is not None:
+            raise TargetError(
+                f"{key} and {one.state_key}: weights cannot go back to what they were before "
+                "channels were removed; leave rewind out"
+            )
+
+
+def tapped_features(trainer: Trainer) -> dict[str, str]:
+    """Modules whose outputs a distillation compares through adapters: they keep their sizes."""
+    found = {}
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, KnowledgeDistillation) and one.session is not None:
+            for link in one.session.links:
+                for ours, _ in link.pair.features:
+                    path = ".".join(filter(None, (link.pair.student, ours)))
+                    found[path] = f"a feature that {one.state_key} compares"
+    return found
+
+
+def tell_others(
+    owner: Any,
+    trainer: Trainer,
+    module: LightningModule,
+    kept: Kept,
+    sized: Mapping[str, int],
+) -> None:
+    """Let all callbacks follow that hold something of the sizes of the module."""
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        follow = getattr(one, "on_channels_removed", None)
+        if follow is not None and one is not owner:
+            follow(module, kept, sized)
+
+
+@rank_zero_only
+def report_table(owner: Any) -> None:
+    """Print what was asked for, and what each layer got."""
+    graph, dense = owner.plan.graph, owner.goal.dense
+    wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
+    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.led else wanted
+    table = Table(title=f"Channels: {said}")
+    for heading in ("layers", "before", "now", "why not fewer"):
+        table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
+    for group in graph.groups:
+        why = ", ".join(group.reasons) if len(group.free) < len(group.units) else ""
+        before = dense.get(group.name, len(group.units))
+        table.add_row(", ".join(group.layers), str(before), str(len(group.units)), why)
+    Console(soft_wrap=False).print(table)
+
+
+_SCOPES = ("global", "layer")
+
+
+class ChannelCallback(MaskCallback):
+    """Base of `ChannelPruning`: all but when channels go.
+
+    Args:
+        goal: how much is to be left.
+        scope: see `ChannelPruning`.
+        criterion: the same.
+        channelwise: the same.
+        window: as for `MaskCallback`.
+    """
+
+    order = -1  # channels go before masks and grids
+
+    def __init__(
+        self,
+        *,
+        goal: Goal,
+        scope: str,
+        criterion: str | Callable[[Tensor], Tensor] | Criterion,
+        channelwise: Sequence[Any],
+        **window: Any,
+    ) -> None:
+        super().__init__(dense_gradient=False, **window)
+        self.goal, self.criterion, self.channelwise = goal, criterion, tuple(channelwise)
+        by_norms = criterion == "batchnorm"
+        if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
+            valid = sorted([*CRITERIA, "batchnorm"])
+            raise ValueError(f"criterion={criterion!r}: valid are {valid}")
+        if scope not in _SCOPES:
+            raise ValueError(f"scope={scope!r}: valid are {list(_SCOPES)}")
+        self.scope = scope
+        self._gatherings = StatisticsWindows(
+            [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
+        )
+        self.plan: ChannelPlan | None = None
+        self.cutter: Cutter | None = None
+        self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
+        self.refused: dict[str, str] = {}
+        self._tapped: dict[str, str] = {}
+        self._inputs: dict[str, Any] | None = None  # of the model that came back
+        self._led = False  # whether somebody will say how far to go
+        self._leaving: Flags | None = None
+        self._fading = 0  # steps since they were chosen
+        self._resumed: tuple[list[int] | None, int] | None = None
+
+    @property
+    def _compare(self) -> Compare:
+        if self.scope == "layer":
+            return "fraction"
+        return "loss" if self.criterion in ABSOLUTE else "group"
+
+    def claim(self, what: str, done: str) -> None:
+        """Channels are no masks: another callback may mask what stays."""
+
+    def _make_plan(
+        self, module: nn.Module, inputs: Mapping[str, Sequence[Any]], *, tell: bool = True
+    ) -> None:
+        self.plan = ChannelPlan(
+            module,
+            inputs,
+            targets=[*self.paths(), *self._embeddings()],
+            channelwise=self.channelwise,
+            tapped=self._tapped,
+            refused=self.refused,
+        )
+        goal, first = self.goal, self.goal.begin(self.plan.graph)
+        self.cutter = Cutter(
+            self.plan,
+            self.projector,
+            rounding=goal.rounding,
+            dense=goal.dense,
+            kept=self.kept,
+            compare=self._compare,
+        )
+        if first and (said := goal.measure(self.cutter, self._scores)):
+            rank_zero_info(f"{self.state_key}: {said}")
+        goal.check(self.plan.graph, led=self._led)
+        if self._resumed is not None and self._resumed[0] is not None:
+            units, self._fading = self._resumed
+            self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
+        self._resumed = None
+        for group in self.plan.graph.groups if tell else ():
+            if len(group.free) < len(group.units):
+                why = ", ".join(group.reasons)
+                rank_zero_info(f"{self.state_key}: channels of {group.name} stay: {why}")
+        self.sparsity = self._count()
+
+    def _embeddings(self) -> list[str]:
+        """They are no matrix products, so that masks leave them alone; channels they have."""
+        return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
+
+    @property
+    def kind(self) -> str:
+        """What is counted: "channels", "params" or "macs"; "latency" until it is measured."""
+        return self.goal.kind
+
+    @property
+    def left(self) -> float:
+        """The part of it that is left."""
+        return self.goal.left(self.cutter)
+
+    @property
+    def least(self) -> float:
+        """The part of it that no rounding can avoid."""
+        return self.goal.least
+
+    def steer(self, left: float) -> None:
+        """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
+
+        Whole blocks of channels go until no more than that is left; none comes back.
+
+        Args:
+            left: in (0, 1]; of the channels, or of what `budget` counts.
+
+        Raises:
+            ValueError: for a part outside of that.
+        """
+        self.goal.steer(left)
+
+    def lever(self, limits: Limits) -> Lever:
+        """What a `QualityBudget` moves."""
+        return ChannelLever(self, limits.min_channels)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What of the state belongs to the channels of now."""
+        return {
+            "asked": self.goal.part.asked,
+            "kept": {name: list(one) for name, one in self.kept.items()},
+            "inputs": None if self.plan is None else dict(self.plan.inputs),
+        }
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """The channels of a snapshot are to be those of now: nothing fades any more."""
+        self.goal.part.asked = snapshot["asked"]
+        self.kept.clear()
+        self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
+        self._inputs = snapshot["inputs"]
+        self._leaving, self._fading, self._pending = None, 0, False
+
+    def on_channels_restored(self, module: nn.Module) -> None:
+        """Look at the module that has its channels again."""
+        self._gatherings.reset()
+        assert self.plan is not None
+        inputs = place_inputs(module, self._inputs or self.plan.inputs)
+        self._make_plan(module, inputs, tell=False)
+
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go."""
+        return self.goal.steered is not None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all is gone that is to go at this position."""
+        return self._leaving is None and not self.needed(self.events.position)
+
+    def needed(self, position: float) -> bool:
+        """Whether more is to go at a position."""
+        return self.plan is not None and self.goal.needs(position)
+
+    def _scores(self) -> Scores:
+        assert self.cutter is not None
+        if self.criterion in ("magnitude", "batchnorm"):
+            return self.cutter.own_scores(str(self.criterion))
+        wanted = self._gatherings[0].scores(self.slots, self.slots)
+        given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
+        return self.cutter.given_scores(self.criterion, given)
+
+    def project(self) -> None:
+        """Nothing of this callback shows between events."""
+
+    def _settle(self) -> None:
+        """Masks are other callbacks' own."""
+
+    def _count(self) -> float:
+        """Fraction of the channels that is gone."""
+        return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Say which entries stay, so that the full model can be cut before it is loaded."""
+        if lost := removed_channels(pl_module):
+            checkpoint[CHANNELS] = asdict(lost)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, what stays, what fades, what the first model cost, statistics."""
+        leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
+        return {
+            **super().state_dict(),
+            "masks": {},
+            "latents": {},
+            **self.goal.state_dict(),
+            "kept": dict(self.kept),
+            "leaving": (leaving, self._fading),
+            "refused": dict(self.refused),
+            "gathering": self._gatherings.state_dict(),
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put everything back, and find the channels of the smaller model."""
+        super().restore_state(state)
+        self.goal.load_state_dict(state)
+        self.refused = dict(state["refused"])
+        self.kept = dict(state["kept"])
+        self._resumed = state["leaving"]
+        step = self.projector.clock(self.paths())
+        self._gatherings.restore(self.slots, step, state["gathering"])
+
+
+_EVENTS = 20
+
+
+class ChannelPruning(ChannelCallback):
+    """Remove channels while the model trains: it ends with physically smaller layers.
+
+    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
+    steps; then they are removed from all layers, from the optimizer's state and from averages.
+    Each time the smaller model is compared with the one whose channels are 0: they are the same
+    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
+    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
+    go, and when; where it goes back, they come back.
+
+    Args:
+        final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
+        budget: in its place, what is left of a cost: `{"macs": 0.25}`, `{"params": 0.25}` or
+            `{"latency": 0.5}`, the last measured on this machine when training begins.
+        round_to: channels that a layer keeps are a multiple of it: others are slow.
+        min_keep: fraction of its channels that each layer keeps in any case.
+        protect: path globs or layer classes that keep their channels, beside `exclude`.
+        scope: "global" compares the channels of all layers, "layer" takes the same fraction of
+            each, the worst of its own.
+        criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
+            `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
+        schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        end: in the same unit.
+        frequency: steps between events; None: about 20 from begin to end.
+        fade: steps in which chosen channels fade before they are removed.
+        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
+            "batchnorm", else 0.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        channelwise: functions and layer classes that are not known here and treat each channel
+            by itself.
+        on_miss: "warn" or "raise" when training ends before enough is removed.
+        name: prefix of what is logged, and the key of the state.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> ChannelPruning(budget={"macs": 0.25}, round_to=4).kind
+    'macs'
+    """
+
+    def __init__(
+        self,
+        *,
+        final_sparsity: float = 0.5,
+        budget: Mapping[str, float] | None = None,
+        round_to: int = 8,
+        min_keep: float = 0.0,
+        protect: Sequence[Pattern] | Pattern = (),
+        scope: str = "global",
+        criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
+        schedule: Callable[[float], float] | None = None,
+        begin: float = 0.0,
+        end: float = 0.7,
+        frequency: int | None = None,
+        fade: int = 10,
+        push: float | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        channelwise: Sequence[Any] = (),
+        on_miss: str = "warn",
+        name: str = "channels",
+    ) -> None:
+        _check(round_to=round_to, fade=fade)
+        if not 0 <= min_keep <= 1:
+            raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
+        if on_miss not in ("warn", "raise"):
+            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        goal = Goal(
+            final_sparsity,
+            budget=budget,
+            schedule=schedule,
+            window=(begin, end),
+            rounding=Rounding(round_to, min_keep),
+        )
+        begin, end = goal.window
+        spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
+        super().__init__(
+            begin=begin,
+            end=end,
+            frequency=frequency,
+            include=include,
+            exclude=[*spared[0], *spared[1]],
+            goal=goal,
+            criterion=criterion,
+            scope=scope,
+            channelwise=channelwise,
+            name=name,
+        )
+        self.events = Events(begin, end, frequency, count=_EVENTS)
+        self.fade, self.on_miss = fade, on_miss
+        self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
+        self._samples: Samples | None = None
+        self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
+        self._began = 0  # steps of the optimizer when the fit began
+        self._handle: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find mistakes, and let a checkpoint's smaller layers be loaded."""
+        super().setup(trainer, pl_module, stage)
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        leaders = [one.state_key for one in others if getattr(one, "steers", False)]
+        if leaders and self.kind == "latency":
+            raise TargetError(
+                f"{leaders[0]} cannot steer a latency, which is measured once: give "
+                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
+            )
+        self._led = bool(leaders)
+        if self._handle is None:
+            self._handle = pl_module.register_load_state_dict_pre_hook(_match)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Stop listening to what is loaded."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets, and sample inputs of the networks that hold them."""
+        super().on_fit_start(trainer, pl_module)
+        claim_run(self, trainer)
+        targets = [slot.target for slot in self.slots]
+        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
+        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
+        self.goal.steered = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint, and find the channels.
+
+        Raises:
+            TargetError: when none may go.
+            ValueError: for a budget that cannot be met.
+        """
+        super().on_train_start(trainer, pl_module)
+        if self._samples is not None and self._given:
+            self._samples.give(pl_module, self._given)
+            self._given = None
+        self._tapped, self._began = tapped_features(trainer), self._last_step
+        if self._samples is not None and self._samples.complete:
+            self._make_plan(pl_module, self._samples.take())
+
+    def ready(self, step: int) -> bool:
+        """Whether the criterion knows enough, and no channels are fading."""
+        late = self.events.over and not self.led
+        return self._leaving is None and self._gatherings[0].ready(step, late=late)
+
+    def look_ahead(self, step: int) -> None:
+        """Let statistics be gathered when the next event is near."""
+        self._gatherings.look_ahead(
+            self.slots, self.events, step, pending=self._pending, needed=self.needed
+        )
+
+    def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
+        """Let chosen channels fade, and scales of norms shrink."""
+        if self.cutter is None:
+            return
+        if self._leaving is not None and self._fading < self.fade:
+            self._fading += 1
+            left = self.fade - self._fading
+            self.cutter.fade(self._leaving, left / (left + 1))
+        if self.push and not self.events.over:
+            self.cutter.push(self.push)
+
+    @torch.no_grad()
+    def event(self, trainer: Trainer) -> None:  # noqa: ARG002
+        """Choose the channels that go next."""
+        assert self.cutter is not None
+        target = self.goal.ask(self.events.position)
+        over = self.events.over or self.led
+        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
+        if gone.any():
+            self._leaving, self._fading = gone, 0
+        self._gatherings.after_event(self.events.ahead())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remove what has faded: no graph of this batch is alive any more."""
+        if self.plan is None:
+            self._plan_from_calls(pl_module)
+        if self._leaving is not None and self._fading >= self.fade:
+            self.remove(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.cutter is not None:
+            pl_module.log(f"{self.name}/{self.kind}_left", self.left)
+
+    def _plan_from_calls(self, module: LightningModule) -> None:
+        assert self._samples is not None
+        if self._last_step > self._began and (missed := self._samples.settle()):
+            rank_zero_warn(
+                f"{self.state_key}: no batch called what holds {missed}: all of it stays"
+            )
+        if not self._samples.complete:
+            return
+        try:
+            self._make_plan(module, self._samples.take())
+        except TargetError as error:
+            raise (self._samples.explain(error) if self._samples.watched else error) from None
+
+    def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the chosen channels from everything that has them.
+
+        Raises:
+            RuntimeError: when the smaller model is not the masked one.
+        """
+        assert self.cutter is not None
+        assert self._leaving is not None
+        tell = partial(tell_others, self, trainer, pl_module)
+        for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
+            rank_zero_warn(f"{self.state_key}: {note}")
+        self._leaving, self._fading = None, 0
+        self._gatherings.reset()  # what is known of larger weights is of no use
+        self.sparsity = self._count()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what still fades, and check that enough is gone."""
+        if self._leaving is not None:
+            self.remove(trainer, pl_module)
+        waits = self.events.over and not self.led and self.needed(self.events.position)
+        if waits and self.ready(self.projector.clock(self.paths())):
+            self.event(trainer)
+            if self._leaving is not None:
+                self.remove(trainer, pl_module)
+        if self.cutter is None:
+            self._miss(f"{self.state_key}: no batch went through {self._samples}")
+            return
+        wanted = self.goal.final
+        if not self.led and self.left > wanted * (1 + 1e-9):
+            self._miss(
+                f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
+                f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
+                "of fading were over"
+            )
+
+    def _miss(self, message: str) -> None:
+        if self.on_miss == "raise":
+            raise RuntimeError(message)
+        rank_zero_warn(message)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what each layer got, when nobody changes it any more."""
+        if self.plan is not None:
+            report_table(self)
+        super().on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `ChannelCallback` saves, and the inputs: without them a resumed run looks again."""
+        inputs = None if self.plan is None else dict(self.plan.inputs)
+        return {**super().state_dict(), "inputs": inputs}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put all back; the networks are looked at when the module is in its place."""
+        super().restore_state(state)
+        self._given = state.get("inputs")
+
+    def stop(self) -> None:
+        """Free statistics and hooks."""
+        self._gatherings.stop()
+        if self._samples is not None:
+            self._samples.stop()
+
+
+def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a checkpoint is loaded: the sizes of its layers."""
+    own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
+    match_channels(module, own)
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        least = 1 if name == "round_to" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")

@@ -1,0 +1,487 @@
+"""GradualPruning: when to prune. What to prune is decided in `pruning/`, how in `projection`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.budget.levers import Lever, Limits, SparsityLever
+from lightning_compress.callbacks.base import run_progress
+from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.channels.graph import Kept
+from lightning_compress.projection import Projector, Slot
+from lightning_compress.pruning.criteria import make_criterion
+from lightning_compress.pruning.granularity import layout_of, make_granularity
+from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
+from lightning_compress.pruning.masks import SCOPES
+from lightning_compress.pruning.regrowth import (
+    DenseGradients,
+    check_regrowth,
+    exchanged_fraction,
+    forget,
+)
+from lightning_compress.pruning.sparsity_groups import (
+    Part,
+    check_floors,
+    check_min_keep,
+    floors_by_path,
+    make_schedules,
+    share_out,
+    split_parts,
+)
+from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
+from lightning_compress.schedules import Schedule
+from lightning_compress.targets import Pattern
+
+__all__ = [
+    "GradualPruning",
+    "Rewinder",
+    "Rewinding",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewinding:
+    """Where weights go back to when `GradualPruning` has raised the sparsity.
+
+    The lottery ticket of Frankle & Carbin 2019, arXiv:1803.03635 (`to=0`), and the late rewinding
+    of Frankle et al. 2020, arXiv:1912.05671. All parameters of the optimizers that own the targets
+    go back, and the buffers of their layers, under the masks of now. Learning-rate schedules do
+    not: keep the rate constant, or let it repeat in each round.
+
+    Args:
+        to: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        reset_optimizer: forget momenta too.
+
+    Raises:
+        ValueError: for a position out of range.
+
+    >>> Rewinding(to=100).reset_optimizer
+    True
+    """
+
+    to: float = 0
+    reset_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.to, (int, float)) and not isinstance(self.to, bool)
+        if not number or self.to < 0 or (isinstance(self.to, float) and self.to > 1):
+            raise ValueError(f"to={self.to!r}: steps (int) are >= 0, fractions lie in [0, 1]")
+
+    @property
+    def in_fractions(self) -> bool:
+        """The unit of `to`."""
+        return isinstance(self.to, float)
+
+
+class Rewinder:
+    """Keeps the weights of one step and puts them back.
+
+    Args:
+        plan: where to, and what else is reset.
+        module: the module in training.
+        slots: the targets: their optimizers' parameters are kept.
+        optimizers: all optimizers.
+        projector: knows the latent values of what is compressed.
+    """
+
+    def __init__(
+        self,
+        plan: Rewinding,
+        module: nn.Module,
+        slots: Sequence[Slot],
+        optimizers: Sequence[Optimizer],
+        projector: Projector,
+    ) -> None:
+        self.plan, self._projector = plan, projector
+        wanted = {id(slot.parameter) for slot in slots}
+        self._optimizers = [one for one in optimizers if wanted & _ids(one)]
+        owned = set().union(*(_ids(one) for one in self._optimizers))
+        self._parameters = {
+            name: one for name, one in module.named_parameters() if id(one) in owned
+        }
+        self._slots = {id(slot.parameter): slot for slot in projector.slots.values()}
+        self._buffers = {
+            f"{path}.{name}" if path else name: buffer
+            for path, layer in module.named_modules()
+            if any(id(one) in owned for one in layer.parameters(recurse=False))
+            for name, buffer in layer.named_buffers(recurse=False)
+        }
+        self.saved: dict[str, Tensor] | None = None
+
+    def watch(self, trainer: Trainer, step: int) -> None:
+        """Keep the weights of the position to go back to, when the run is there."""
+        self.keep_once(run_progress(trainer) if self.plan.in_fractions else step)
+
+    def keep_once(self, position: float) -> None:
+        """Keep the weights of now, if the position to go back to is reached and none are kept."""
+        if self.saved is None and position >= self.plan.to:
+            self.save()
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Keep the values of now."""
+        self.saved = {name: self._values(one).clone() for name, one in self._parameters.items()}
+        self.saved |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Put the kept values back, under the masks of now.
+
+        Raises:
+            RuntimeError: when nothing was kept yet.
+        """
+        if self.saved is None:
+            raise RuntimeError(
+                f"pruning began before the weights of step to={self.plan.to!r} were kept: begin "
+                "to prune later, or rewind to an earlier step"
+            )
+        for name, parameter in self._parameters.items():
+            slot = self._slots.get(id(parameter))
+            values = self.saved[name].to(parameter.device)
+            if slot is None:
+                parameter.copy_(values)
+            else:
+                slot.set_values(values)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(self.saved[name])
+        if self.plan.reset_optimizer:
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
+        self._projector.project()
+        rank_zero_info(f"pruned weights go back to those of to={self.plan.to!r}")
+
+    def _values(self, parameter: nn.Parameter) -> Tensor:
+        slot = self._slots.get(id(parameter))
+        return parameter.detach() if slot is None else slot.values()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept values."""
+        return {"saved": self.saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the kept values of a checkpoint in place."""
+        self.saved = state["saved"]
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+class GradualPruning(MaskCallback):
+    """Prune weights while the model trains, after Zhu & Gupta 2017, arXiv:1710.01878.
+
+    Sparsity is the absolute fraction of zeros in the targets. Masks change right after a step of
+    the optimizer that owns the targets; pruned weights are exactly zero from then on.
+
+    Args:
+        final_sparsity: fraction of zeros at `end`, in [0, 1); or one for each of several path
+            globs or layer classes: they are the targets then, and the first that matches counts.
+        schedule: a `Schedule` (with its own begin, end and final value), or any callable from the
+            position in the unit of `begin` to a sparsity; None: `Polynomial`.
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        end: in the same unit; masks do not change after it.
+        frequency: steps between events; None: about 100 from begin to end.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
+            Low scores go first. An event waits until its statistics are gathered.
+        granularity: "unstructured", "n:m", ("block", (r, c)), "row", "column", "channel" or
+            "filter": see `make_granularity`. Zeros are exact to a unit; n:m ends at 1 - n/m.
+        scope: "global" compares all targets together, "layer" prunes each by the same fraction,
+            "erk" by Erdos-Renyi-Kernel densities.
+        regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
+            by dense gradients and may return at an event. "gradient": RigL, at each event some
+            of the smallest weights make room for the largest gradients (arXiv:1911.11134).
+        regrow_fraction: of the active weights, exchanged at `begin`; by a cosine to 0 at `end`.
+        min_keep: fraction of each target that stays, so that no layer dies by accident; or one
+            for each of several patterns (0.01 elsewhere).
+        rewind: a `Rewinding`, or its `to`: when the sparsity has risen, weights go back to that.
+        on_miss: "warn" or "raise" when training ends below the final sparsity.
+        name: prefix of what is logged, and the key of the state; two callbacks need two names.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> GradualPruning(final_sparsity=0.8, end=1000).schedule(500)
+    0.7000000000000001
+    """
+
+    def __init__(
+        self,
+        *,
+        final_sparsity: float | Mapping[Pattern, float] = 0.9,
+        schedule: Callable[[float], float] | None = None,
+        begin: float = 0.0,
+        end: float = 0.7,
+        frequency: int | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
+        granularity: str | Sequence[object] = "unstructured",
+        scope: str = "global",
+        regrow: str | None = None,
+        regrow_fraction: float = 0.3,
+        min_keep: float | Mapping[Pattern, float] = 0.01,
+        rewind: Rewinding | float | None = None,
+        on_miss: str = "warn",
+        name: str = "prune",
+    ) -> None:
+        _choice("scope", scope, SCOPES)
+        _choice("on_miss", on_miss, ("warn", "raise"))
+        units = make_granularity(granularity)
+        check_regrowth(regrow, regrow_fraction, scope, fixed=units.limit < 1)
+        self.parts = make_schedules(final_sparsity, schedule, begin, end, units.limit)
+        self.schedule = self.parts[0].curve
+        if isinstance(self.schedule, Schedule):
+            begin, end = self.schedule.begin, self.schedule.end
+        if isinstance(final_sparsity, Mapping):
+            if include is not None:
+                raise ValueError("include: the patterns of final_sparsity say what is included")
+            include = list(final_sparsity)
+        super().__init__(
+            begin=begin,
+            end=end,
+            frequency=frequency,
+            include=include,
+            exclude=exclude,
+            dense_gradient=regrow == "straight_through",
+            name=name,
+        )
+        check_min_keep(min_keep, self.parts)
+        self.min_keep, self.on_miss = min_keep, on_miss
+        self.scope, self.regrow, self.regrow_fraction = scope, regrow, regrow_fraction
+        self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
+        self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
+        self._gatherings = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
+        if regrow == "gradient":
+            self._gatherings.append(StatisticsWindow(DenseGradients()))
+        self._rewinder: Rewinder | None = None
+        self._events = 0
+        self.steered: float | dict[str, float] | None = None
+
+    def steer(self, sparsity: float | Mapping[str, float]) -> None:
+        """Take the schedule's place, in a fit: what to reach from the next step on.
+
+        Sparsity still never falls, criteria still gather their statistics first, and guards may
+        hold an event as long as they like.
+
+        Args:
+            sparsity: of all targets; of several patterns, of the one with the highest final
+                sparsity, and densities of the others keep their powers. Or of each target, by
+                path: then each is pruned by itself from now on.
+
+        Raises:
+            ValueError: for a sparsity outside [0, 1), an unknown path, or a granularity of n:m.
+        """
+        if self.plan.granularity.limit < 1:
+            raise ValueError(f"{self.state_key}: a granularity of n:m ends at a fixed sparsity")
+        if isinstance(sparsity, Mapping):
+            if unknown := sorted(set(sparsity) - set(self.paths())):
+                raise ValueError(f"{unknown} are no targets; there are {self.paths()}")
+            self._split()
+        for value in sparsity.values() if isinstance(sparsity, Mapping) else (sparsity,):
+            if not 0 <= value < 1:
+                raise ValueError(f"sparsity={value!r} must lie in [0, 1)")
+        self.steered = dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity)
+
+    def lever(self, limits: Limits) -> Lever:
+        """What a `QualityBudget` moves."""
+        return SparsityLever(self, limits.max_sparsity, limits.shares(self.paths()))
+
+    def snapshot(self) -> dict[str, Any]:
+        """What of the state belongs to the masks of now."""
+        return {"asked": {part.slots[0].path: part.asked for part in self.parts}}
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """The masks of a snapshot are to be those of now."""
+        for part in self.parts:
+            part.asked = snapshot["asked"].get(part.slots[0].path, 0.0)
+        self._pending = False
+
+    @property
+    def arrived(self) -> bool:
+        """Whether masks prune all that is asked for at this position."""
+        return not any(self._wanted(part) > part.asked for part in self.parts)
+
+    def _wanted(self, part: Part, position: float | None = None) -> float:
+        at = self.events.position if position is None else position
+        return part.wanted(at, self.steered, self.parts)
+
+    def _split(self) -> None:
+        if not isinstance(self.steered, dict):
+            self.parts = split_parts(self.parts)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets of each part, and check that bounds leave room for what is asked."""
+        super().on_fit_start(trainer, pl_module)
+        self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
+        self.plan.check(self.slots)
+        share_out(pl_module, self.parts, self.exclude, self.slots)
+        self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
+        for part in self.parts:
+            final = part.target(self.events.end)
+            check_floors(part.slots, self.plan.floors, final, each=self.scope == "layer")
+        for note in self.plan.notes(self.slots):
+            rank_zero_info(f"{self.state_key}: {note}")
+        self._events, self.steered = 0, None
+        if self.rewind is not None:
+            self._rewinder = Rewinder(
+                self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
+            )
+
+    def check_sharded(self) -> None:
+        """Single weights by their values alone can be compared over processes.
+
+        Raises:
+            TargetError: for what needs whole rows or whole activations.
+        """
+        check_sharded(
+            criterion=self._gatherings[0].criterion,
+            pooled=self.plan.granularity.pools or self.plan.granularity.limit < 1,
+            regrow=self.regrow,
+            rewind=self.rewind is not None,
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint and keep the weights to rewind to, if they are these."""
+        super().on_train_start(trainer, pl_module)
+        if self._rewinder is not None and self._last_step == 0:
+            self._rewinder.keep_once(0)
+
+    def before_event(self, trainer: Trainer, step: int) -> None:
+        """Keep the weights to rewind to, when the run is there."""
+        if self._rewinder is not None:
+            self._rewinder.watch(trainer, step)
+
+    def needed(self, position: float) -> bool:
+        """Whether the sparsity rises or weights are exchanged at a position."""
+        if self.regrow is not None and position < self.events.end:
+            return True
+        return any(self._wanted(part, position) > part.asked for part in self.parts)
+
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go."""
+        return self.steered is not None
+
+    def _due(self) -> bool:
+        if not self.led:
+            return super()._due()
+        exchange = self.regrow is not None and not self.events.over
+        due = self.events.due(unfinished=False) and exchange
+        self._pending = not self.arrived or due or (self._pending and exchange)
+        return self._pending
+
+    def ready(self, step: int) -> bool:
+        """Whether the criterion, and the growth where weights are exchanged, know enough."""
+        late = self.events.over and self._events > 0
+        grown = not self._exchanges() or all(one.ready(step) for one in self._gatherings[1:])
+        return grown and self._gatherings[0].ready(step, late=late)
+
+    def look_ahead(self, step: int) -> None:
+        """Let statistics be gathered when the next event is near."""
+        self._gatherings.look_ahead(
+            self.slots, self.events, step, pending=self._pending, needed=self.needed
+        )
+
+    def _exchanges(self) -> bool:
+        masked = any(slot.pruned is not None for slot in self.slots)
+        return self.regrow == "gradient" and masked and not self.events.over
+
+    @torch.no_grad()
+    def event(self, trainer: Trainer) -> None:
+        """Make new masks, let weights change places, rewind."""
+        before, masks = self.sparsity, {}
+        for part in self.parts:
+            scores = self._gatherings[0].scores(self.slots, part.slots)
+            found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
+            masks.update(zip(part.paths(), found, strict=True))
+        if self._exchanges():
+            share = exchanged_fraction(self.regrow_fraction, self.events.done)
+            for slot in self.slots:
+                growth = self._gatherings[1].criterion.scores(slot)
+                mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
+                forget(trainer.optimizers, slot, mask)
+                masks[slot.path] = mask
+        self.set_masks(self.slots, [masks[slot.path] for slot in self.slots], trainer)
+        self._correct(trainer)
+        self.project()
+        if self._rewinder is not None and self.sparsity > before:
+            self._rewinder.rewind()
+        self._events += 1
+        self._gatherings.after_event(self.events.ahead())
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Look at the smaller weights anew; statistics of the larger ones are of no use."""
+        self.on_channels_restored(module)
+        for part in self.parts if self.led else ():
+            # Zeros went with the channels: what is left is less sparse than was asked.
+            part.asked = min(part.asked, part.sparsity)
+
+    def on_channels_restored(self, module: nn.Module) -> None:
+        """Look at weights of another size anew."""
+        self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
+        self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
+        self._gatherings.reset()
+        self.sparsity = self._count()
+
+    def _correct(self, trainer: Trainer) -> None:
+        for slot in self.slots:
+            values = self._gatherings[0].corrected(slot)
+            if values is not None:
+                shared = trainer.world_size > 1
+                slot.set_values(trainer.strategy.broadcast(values) if shared else values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Check that the final sparsity was reached, unless somebody else said what it is."""
+        if self.steered is not None:
+            return
+        wait = "; an event still waits for its statistics" if self._pending else ""
+        for miss in filter(None, (part.miss(self.events.end) for part in self.parts)):
+            message = f"{self.state_key} {miss}{wait}"
+            if self.on_miss == "raise":
+                raise RuntimeError(message)
+            rank_zero_warn(message)
+
+    def stop(self) -> None:
+        """Free all statistics."""
+        self._gatherings.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, clock, how far the schedule went, statistics and the weights to rewind to."""
+        return {
+            **super().state_dict(),
+            "asked": [part.asked for part in self.parts],
+            "steered": self.steered,
+            "count": self._events,
+            "gathering": self._gatherings.state_dict(),
+            "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
+        super().restore_state(state)
+        steered = state.get("steered")
+        if isinstance(steered, dict):
+            self._split()
+        self.steered = steered
+        for part, asked in zip(self.parts, state["asked"], strict=True):
+            part.asked = asked
+        self._events = state["count"]
+        step = self.projector.clock(self.paths())
+        self._gatherings.restore(self.slots, step, state["gathering"])
+        if self._rewinder is not None and state["rewinder"] is not None:
+            self._rewinder.load_state_dict(state["rewinder"])
+
+
+def _choice(what: str, given: object, valid: Sequence[object] | Mapping[str, object]) -> None:
+    if given not in valid:
+        raise ValueError(f"{what}={given!r}: valid are {list(valid)}")

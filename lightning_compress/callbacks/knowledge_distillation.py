@@ -1,0 +1,262 @@
+"""KnowledgeDistillation: when a teacher is asked. The losses are in `distillation/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.base import check_run_ends, run_progress
+from lightning_compress.channels.graph import Kept
+from lightning_compress.channels.resize import shrink
+from lightning_compress.channels.student import initialize_from_teacher
+from lightning_compress.distillation.pairs import (
+    Pair,
+    Weight,
+    check_weight,
+    in_fractions,
+    make_pairs,
+    weight_at,
+)
+from lightning_compress.distillation.session import Session
+from lightning_compress.distillation.teachers import (
+    DENSE,
+    EMATeacher,
+    LiveTeacher,
+    check_stranger,
+    load_teacher,
+    prepare_teacher,
+)
+
+__all__ = ["KnowledgeDistillation"]
+
+BALANCES = (None, "gradient_norm")
+
+
+class KnowledgeDistillation(Callback):
+    """Let a teacher help to train the model, whatever its training step looks like.
+
+    The losses enter the student's backward pass where its output enters: the training step and
+    what it logs stay as they are, and the teacher is asked only when a gradient reaches the
+    student. Logs `distill/<pair>/<loss>`, unweighted. The teacher is frozen, in eval mode, on the
+    student's device, and in no checkpoint.
+
+    Under manual optimization a division of the loss by the number of accumulated batches is not
+    visible here: divide `weight` too.
+
+    Args:
+        teacher: a module (a LightningModule is one); a config with `_target_` or a callable that
+            builds one; the path of a checkpoint of the student's own class; `EMATeacher()`;
+            "dense" in an experiment of `lightning-compress`.
+        checkpoint: a checkpoint, state_dict or `.lcz` file to load into the teacher.
+        pairs: paths, (student path, teacher path) or `Pair`s; None: the part that ships.
+        losses: of pairs that are given by paths; see `Pair.loss`.
+        weight: multiplies the weight of every pair; a number or a schedule such as `Ramp`.
+        temperature: of the losses that are given by name and have one.
+        balance: None, or "gradient_norm": each term's gradient is scaled to `weight` times the
+            norm of the user's own at the student's output.
+        initialize: begin with the teacher's most important channels; see
+            `initialize_from_teacher`.
+        adapter_lr: learning rate of the adapters' Adam.
+        name: prefix of what is logged, and the key of the state.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> KnowledgeDistillation(nn.Linear(2, 2), pairs=["generator"], losses="l1").losses
+    'l1'
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        checkpoint: str | None = None,
+        pairs: Sequence[Any] | str | Pair | None = None,
+        losses: Any = "mse",
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        balance: str | None = None,
+        initialize: bool = False,
+        adapter_lr: float = 1e-3,
+        name: str = "distill",
+    ) -> None:
+        check_weight("weight", weight)
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be above 0")
+        if balance not in BALANCES:
+            raise ValueError(f"balance={balance!r}: valid are {list(BALANCES)}")
+        if not adapter_lr > 0:
+            raise ValueError(f"adapter_lr={adapter_lr!r} must be above 0")
+        self.teacher, self.checkpoint, self.pairs = teacher, checkpoint, pairs
+        self.losses, self.weight, self.temperature = losses, weight, temperature
+        self.balance, self.initialize, self.adapter_lr = balance, initialize, adapter_lr
+        self.name = name
+        self.session: Session | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._module: nn.Module | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return f"{type(self).__name__}[{self.name}]"
+
+    def take_dense(self, model: nn.Module) -> None:
+        """Take the dense run of an experiment as the teacher, if that is what was asked for."""
+        if isinstance(self.teacher, str) and self.teacher == DENSE:
+            self.teacher = model
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find mistakes before anything trains: paths, sizes, a teacher that is the student."""
+        self._loaded = None  # what validate or test may have left here
+        if stage == "fit" and not is_overridden("configure_model", pl_module):
+            self._session(pl_module, rank=0).remove()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the student's modules and their optimizers."""
+        if any(hasattr(one, "_orig_mod") or one._compiled_call_impl for one in pl_module.modules()):
+            torch.compiler.reset()  # compiled code does not notice new hooks
+        self.session = self._session(pl_module, rank=trainer.global_rank)
+        if any(in_fractions(weight) for weight in self._weights()):
+            check_run_ends(trainer)
+        if self.initialize and trainer.ckpt_path is None:
+            for link in self.session.links:
+                initialize_from_teacher(link.student, link.teacher)
+        self.session.attach(trainer.optimizers, adapter_lr=self.adapter_lr)
+        for parameter in self.session.adapter_parameters() if trainer.world_size > 1 else ():
+            with torch.no_grad():
+                parameter.copy_(trainer.strategy.broadcast(parameter.detach()))
+        self._warned = set()
+        pairs = [f"{link.pair.student!r} from {link.pair.teacher!r}" for link in self.session.links]
+        rank_zero_info(f"{self.state_key}: {', '.join(pairs)}")
+
+    def _session(self, student: LightningModule, *, rank: int) -> Session:
+        given, live = self.teacher, None
+        if isinstance(given, LiveTeacher):
+            live, teacher = given, given.start(student)
+        else:
+            if self._module is None:
+                self._module = load_teacher(given, self.checkpoint, student)
+            teacher = self._module
+        check_stranger(teacher, student)
+        prepare_teacher(teacher, student)
+        pairs = make_pairs(self.pairs, student, teacher, self.losses)
+        return Session(
+            pairs,
+            student,
+            teacher,
+            live=live,
+            temperature=self.temperature,
+            balance=self.balance is not None,
+            rank=rank,
+        )
+
+    @property
+    def average(self) -> nn.Module | None:
+        """A teacher that is an average of the student, in a fit."""
+        known = self.session
+        return known.teacher if known and isinstance(known.live, EMATeacher) else None
+
+    def _weights(self) -> list[Weight]:
+        assert self.session is not None
+        return [self.weight, *(link.pair.weight for link in self.session.links)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Apply the state of a checkpoint."""
+        if self._loaded is not None and self.session is not None:
+            self.session.load_state_dict(self._loaded)
+        self._loaded = None
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Set the weights of this batch, and let a teacher that trains do so."""
+        assert self.session is not None
+        fractions = any(in_fractions(weight) for weight in self._weights())
+        fraction = run_progress(trainer) if fractions else 0.0
+        for index, link in enumerate(self.session.links):
+            step = self.session.steps[index]
+            weights = (self.weight, link.pair.weight)
+            ours, own = (weight_at(one, step=step, fraction=fraction) for one in weights)
+            link.weight = ours * own
+        self.session.begin_batch(batch, batch_idx)
+
+    def on_before_backward(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loss: Tensor,  # noqa: ARG002
+    ) -> None:
+        """Let the losses enter: this backward pass is the training step's own."""
+        assert self.session is not None
+        automatic = pl_module.automatic_optimization
+        batches = trainer.accumulate_grad_batches if automatic else 1
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self.session.begin_backward(scale=scale / batches, share=1 / batches)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Keep the losses out of the user's other backward passes."""
+        assert self.session is not None
+        self.session.end_backward()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the losses: their values are known after the backward pass."""
+        assert self.session is not None
+        self.session.end_batch()
+        for name, value in self.session.read_values().items():
+            pl_module.log(f"{self.name}/{name}", value, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Say so when a pair has not taught anything."""
+        assert self.session is not None
+        for path, reason in self.session.silent():
+            if path not in self._warned:
+                self._warned.add(path)
+                rank_zero_warn(f"{self.state_key}: nothing was distilled into {path!r}: {reason}")
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Let a teacher that is an average of the student follow."""
+        if (teacher := self.average) is not None:
+            shrink(teacher, kept, sized=sized)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clocks, adapters and their optimizers, a teacher that changes; no frozen teacher."""
+        return {} if self.session is None else self.session.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._loaded = state_dict or None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Remove the hooks and drop the adapters."""
+        if self.session is not None:
+            self.session.remove()
+            self.session = None
+
+    def on_exception(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Remove the hooks; the state stays for a checkpoint of what broke."""
+        if self.session is not None:
+            self.session.remove()

@@ -1,0 +1,264 @@
+"""What the callbacks that make masks share: when, under which guards, and what is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
+from lightning_compress.callbacks.guards import Guard
+from lightning_compress.errors import TargetError
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.masks import pack_mask, unpack_mask
+from lightning_compress.schedules import Events
+from lightning_compress.targets import Pattern
+
+__all__ = ["MaskCallback"]
+
+
+class MaskCallback(WeightCallback):
+    """Base of the callbacks that make masks at events in a window of the run.
+
+    Args:
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        end: in the same unit.
+        frequency: steps between events; None: about 100 events from begin to end.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        dense_gradient: what is pruned keeps training, hidden, and may return.
+        name: prefix of what is logged, and the key of the state.
+    """
+
+    order = 0
+
+    def __init__(
+        self,
+        *,
+        begin: float,
+        end: float,
+        frequency: int | None,
+        include: Sequence[Pattern] | Pattern | None,
+        exclude: Sequence[Pattern] | Pattern,
+        dense_gradient: bool,
+        name: str,
+    ) -> None:
+        super().__init__(include=include, exclude=exclude, name=name)
+        self.events = Events(begin, end, frequency)
+        self.dense_gradient = dense_gradient
+        self.sparsity = 0.0  # of the targets, as the masks have it
+        self._last_step = 0
+        self._pending = False  # an event that waits for its statistics
+        self._waiting = self._overruled = False  # for a guard; and no longer
+
+    @property
+    def led(self) -> bool:
+        """Whether somebody else says how far to go, in the schedule's place."""
+        return False
+
+    def event(self, trainer: Trainer) -> None:
+        """Make new masks for the position of the clock and hand them to `set_masks`."""
+        raise NotImplementedError
+
+    def needed(self, position: float) -> bool:
+        """Whether an event at a position would change anything."""
+        raise NotImplementedError
+
+    def ready(self, step: int) -> bool:  # noqa: ARG002
+        """Whether everything that an event needs is there; if not, it waits."""
+        return True
+
+    def before_event(self, trainer: Trainer, step: int) -> None:
+        """React to a step of the owning optimizer, before masks may change."""
+
+    def look_ahead(self, step: int) -> None:
+        """Prepare for the next event, after each step."""
+
+    def check_sharded(self) -> None:
+        """Check that this way of pruning works on parameters that are spread over processes.
+
+        Raises:
+            TargetError: when it does not.
+        """
+        raise TargetError(
+            f"{type(self).__name__} cannot prune sharded parameters (FSDP2): use GradualPruning"
+        )
+
+    def stop(self) -> None:
+        """Free what was prepared, when the fit ends or breaks."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets, hook their optimizers and say how many there are."""
+        earlier = {slot.path: slot for slot in self.slots}
+        super().on_fit_start(trainer, pl_module)
+        self.claim("mask", "pruned")
+        if any(slot.shards is not None for slot in self.slots):
+            self.check_sharded()
+        if self.events.in_fractions:
+            check_run_ends(trainer)
+        self.events.reset()
+        self._pending = self._waiting = self._overruled = False
+        for slot in self.slots if self.dense_gradient else ():
+            slot.dense_gradient = True
+            _adopt_latent(slot, earlier.get(slot.path))
+        skipped = len(self.coverage) - len(self.slots)
+        weights = sum(slot.target.numel for slot in self.slots)
+        rank_zero_info(
+            f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
+            f"{skipped} parameters left as they are"
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint and read the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._last_step = self.projector.clock(self.paths())
+        self.look_ahead(self._last_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hooks."""
+        self.stop()
+        super().on_fit_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave visible weights and no hooks, whatever happened inside a step."""
+        self.stop()
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_weight_step(self, trainer: Trainer) -> None:
+        """Make masks when an event is due."""
+        step = self.projector.clock(self.paths())
+        if step == self._last_step:  # another optimizer's step, or the faster of two owners
+            return
+        self._last_step = step
+        self.before_event(trainer, step)
+        raw = run_progress(trainer) if self.events.in_fractions else step
+        hold = self._must_wait(trainer, raw)
+        self.events.tick(raw, step, hold=hold)
+        if not hold and self._due() and self.ready(step):
+            self._pending = False
+            self._settle()
+            self.event(trainer)
+        self.look_ahead(step)
+
+    def _settle(self) -> None:
+        # The optimizer's momentum has just moved pruned weights away from 0.
+        for slot in self.slots:
+            if slot.pruned is not None and not slot.dense_gradient:
+                slot.values().masked_fill_(slot.pruned, 0.0)
+
+    def _due(self) -> bool:
+        needed = self.needed(self.events.position)
+        if self.led:
+            self._pending = needed
+            return needed
+        due = self.events.due(unfinished=needed)
+        self._pending = needed and (due or self._pending)
+        return self._pending
+
+    def _must_wait(self, trainer: Trainer, raw: float) -> bool:
+        """Whether a guard holds the clock over this step."""
+        guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
+        blocking = [one.state_key for one in guards if not one.allows(trainer)]
+        if self.led:  # no schedule has to end: a guard may hold an event as long as it likes
+            return bool(blocking)
+        wait = bool(blocking) and self.events.may_hold(raw, _total(trainer, self.events, raw))
+        over = bool(blocking) and not wait and 0 < self.events.done < 1
+        if over and not self._overruled:
+            rank_zero_warn(
+                f"{self.state_key}: {', '.join(blocking)} would still wait, but then the schedule "
+                "could not end within the run: it goes on"
+            )
+        if wait != self._waiting:
+            what = f"waits for {', '.join(blocking)}" if wait else "goes on"
+            rank_zero_info(f"{self.state_key} {what} at sparsity {self.sparsity:.4f}")
+        self._waiting, self._overruled = wait, self._overruled or over
+        return wait
+
+    @torch.no_grad()
+    def set_masks(self, slots: Sequence[Slot], masks: Sequence[Tensor], trainer: Trainer) -> None:
+        """Give each target its mask, the first process's everywhere."""
+        for slot, mask in zip(slots, masks, strict=True):
+            if trainer.world_size > 1 and slot.shards is None:
+                shared = trainer.strategy.broadcast(pack_mask(mask))
+                mask = unpack_mask(shared, mask.shape)
+            slot.set_mask(mask)
+
+    def project(self) -> None:
+        """Show the masks of now in the weights, and count what they prune."""
+        for slot in self.slots:
+            slot.project()
+        self.sparsity = self._count()
+
+    def _count(self) -> float:
+        total = sum(slot.target.numel for slot in self.slots)
+        return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the sparsity of the targets."""
+        pl_module.log(f"{self.name}/sparsity", self.sparsity)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks (bit-packed), hidden values, clock and how far the schedule went."""
+        packed = {}
+        for slot in self.slots:  # one after another: a sharded mask is gathered for it
+            if slot.pruned is not None:
+                pruned = slot.whole(slot.pruned)
+                packed[slot.path] = (pack_mask(~pruned), tuple(pruned.shape))
+        hidden = [one for one in self.slots if one.dense_gradient]
+        return {
+            "masks": packed,
+            "latents": {
+                one.path: one.whole(one.latent) for one in hidden if one.latent is not None
+            },
+            "steps": [] if self._projector is None else list(self._projector.steps),
+            "events": self.events.state_dict(),
+            "waits": (self._pending, self._waiting, self._overruled),
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put masks and clock back.
+
+        Raises:
+            ValueError: when the checkpoint holds masks for weights that are no targets now.
+        """
+        by_path = {slot.path: slot for slot in self.slots}
+        if unknown := sorted(set(state["masks"]) - set(by_path)):
+            raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
+        for path, (packed, shape) in state["masks"].items():
+            by_path[path].set_mask(by_path[path].spread.part(unpack_mask(packed, shape)))
+        for path, latent in state["latents"].items():
+            if self.dense_gradient:
+                by_path[path].set_values(by_path[path].spread.part(latent))
+        self.projector.steps[:] = state["steps"]
+        self.events.load_state_dict(state["events"])
+        self._pending, self._waiting, self._overruled = state["waits"]
+        self.sparsity = self._count()
+
+
+def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:
+    """Go on with what an earlier fit left hidden, wherever the weight is still as it left it."""
+    if earlier is not None and earlier.latent is not None and slot.latent is None:
+        slot.latent, slot.grid = earlier.latent, earlier.grid
+
+
+def _total(trainer: Trainer, events: Events, raw: float) -> float:
+    """The run's last position, in the unit of the window; infinite for an endless run."""
+    if events.in_fractions:
+        return 1.0
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        return math.inf
+    return math.floor(raw / run_progress(trainer) + 1e-6)

@@ -1,0 +1,144 @@
+"""ProjectedEMA: an exponential moving average whose weights stay on masks and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+from lightning_compress.channels.graph import Kept
+from lightning_compress.channels.resize import match_channels, shrink
+from lightning_compress.errors import TargetError
+from lightning_compress.projection import Projector
+from lightning_compress.state import set_grid
+
+__all__ = ["ProjectedEMA"]
+
+_RAW = "raw_average"  # key of the unprojected average in a checkpoint
+
+
+class ProjectedEMA(EMAWeightAveraging):
+    """Lightning's EMAWeightAveraging for compressed models: what it hands out is projected.
+
+    The average of pruned or quantized weights is neither pruned nor on the grid. Here validation,
+    checkpoints and the trained module get the projection of the average; the average itself goes
+    on unprojected, in a checkpoint under a key of its own.
+
+    Args:
+        decay: share of the old average kept at each update.
+        kwargs: as for `lightning.pytorch.callbacks.EMAWeightAveraging`.
+
+    >>> ProjectedEMA(decay=0.99).should_update(step_idx=0)
+    True
+    """
+
+    def __init__(self, *, decay: float = 0.999, **kwargs: Any) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay!r} must lie in [0, 1)")
+        super().__init__(decay=decay, **kwargs)
+        self._raw: dict[str, Tensor] = {}
+        self._projector: Projector | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Remember the projector: it is gone from the module when training has ended.
+
+        Raises:
+            TargetError: for sharded weights.
+        """
+        self._projector = Projector.find(pl_module)
+        slots = self._projector.slots.values() if self._projector else ()
+        if sharded := [slot.path for slot in slots if slot.shards is not None]:
+            raise TargetError(
+                f"ProjectedEMA cannot average {sharded}, which are sharded (FSDP2): leave it out, "
+                "or train with DDP"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average what the optimizer moves, not what is on masks and grids."""
+        with self._unprojected():
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where updates follow epochs."""
+        with self._unprojected():
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @contextmanager
+    def _unprojected(self) -> Iterator[None]:
+        slots = self._projector.slots.values() if self._projector else ()
+        with ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(slot.unprojected())
+            yield
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the projected average into the module."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        if self._average_model is not None:
+            self._raw = self._project(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the unprojected average and the module's own weights back where they were."""
+        parameters = dict(pl_module.named_parameters())
+        with torch.no_grad():
+            for path, raw in self._raw.items():
+                parameters[path].copy_(raw)
+        self._raw = {}
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the projected average in the module, and its grids."""
+        super().on_train_end(trainer, pl_module)
+        self._project(pl_module, remember=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the projected average as the model, the raw one under its own key."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is None or self._projector is None:
+            return
+        raw = {}
+        for slot in self._projector.slots.values():
+            path = slot.target.path
+            raw[path] = self._raw.get(path, checkpoint["state_dict"][path])
+            checkpoint["state_dict"][path] = slot.visible(raw[path])[0]
+        checkpoint["averaging_state"][_RAW] = raw
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load the module's own weights and the raw average."""
+        raw = checkpoint.get("averaging_state", {}).pop(_RAW, {})
+        if self._average_model is not None:
+            match_channels(self._average_model.module, checkpoint["state_dict"])
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            average = dict(self._average_model.module.named_parameters())
+            with torch.no_grad():
+                for path, value in raw.items():
+                    average[path].copy_(value)
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Remove the same channels from the average."""
+        if self._average_model is not None:
+            shrink(self._average_model.module, kept, sized=sized)
+
+    @torch.no_grad()
+    def _project(self, module: nn.Module, *, remember: bool = False) -> dict[str, Tensor]:
+        raw, parameters = {}, dict(module.named_parameters())
+        for slot in self._projector.slots.values() if self._projector else ():
+            path = slot.target.path
+            raw[path] = parameters[path].detach().clone()
+            values, grid = slot.visible(raw[path])
+            parameters[path].copy_(values)
+            if remember and grid is not None:
+                set_grid(slot.target.layer, slot.target.name, grid)
+        return raw

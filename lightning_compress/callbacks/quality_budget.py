@@ -1,0 +1,469 @@
+"""QualityBudget: when to compress further, and when to go back. How is in `adaptive/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from math import inf
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.budget.levers import Lever, Limits, levels_reached
+from lightning_compress.budget.reference import (
+    DENSE,
+    Reference,
+    check_goal,
+    check_search,
+    check_window_of_run,
+    trial_table,
+)
+from lightning_compress.budget.search import (
+    Decision,
+    QualitySearch,
+    Reading,
+    Rules,
+    SizeSearch,
+    Trial,
+    recent,
+)
+from lightning_compress.callbacks.base import check_run_ends, run_progress
+from lightning_compress.callbacks.rollback import (
+    Memory,
+    bytes_now,
+    go_back,
+    lose,
+    remember,
+    steered,
+)
+from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
+from lightning_compress.channels.graph import Kept
+from lightning_compress.errors import TargetError
+
+__all__ = [
+    "BudgetCallback",
+    "QualityBudget",
+    "check_company",
+]
+
+
+def check_company(owner: Any, others: Sequence[Any]) -> None:
+    """Check what a budget shares a Trainer with.
+
+    Raises:
+        TargetError: naming what it cannot steer, or that there is nothing to.
+    """
+    if refused := [one.state_key for one in others if isinstance(one, ThresholdPruning)]:
+        raise TargetError(f"{owner.state_key} cannot steer {refused}: use GradualPruning")
+    averaging = [one for one in others if isinstance(one, WeightAveraging)]
+    if averaging and others.index(averaging[0]) < others.index(owner):
+        kind = type(averaging[0]).__name__
+        raise TargetError(f"list {owner.state_key} before {kind}, which ends a run with its own")
+    if not any(hasattr(one, "lever") for one in others):
+        raise TargetError(
+            f"{owner.state_key} has nothing to steer: add a GradualPruning, a ChannelPruning "
+            "or a QuantizationAwareTraining to the Trainer"
+        )
+
+
+class BudgetCallback(Callback):
+    """Base of `QualityBudget`: all but when it reads and acts.
+
+    Args:
+        monitor: a logged metric.
+        max_degradation: see `QualityBudget`.
+        max_bytes: the same.
+        reference: of the dense model.
+        limits: how far the levers go.
+        name: prefix of what is logged, and the key of the state.
+    """
+
+    steers = True  # others leave it to this one how far they go
+    begin: float
+    patience: int
+    confidence: float
+    stride: tuple[float, ...]
+    undo: str
+    on_miss: str
+
+    def __init__(
+        self,
+        monitor: str,
+        max_degradation: float | None,
+        max_bytes: float | None,
+        *,
+        reference: Reference,
+        limits: Limits,
+        name: str,
+    ) -> None:
+        self.monitor, self.max_degradation, self.max_bytes = monitor, max_degradation, max_bytes
+        self.reference, self.limits, self.name = reference, limits, name
+        self.levers: list[Lever] = []
+        self._loaded: dict[str, Any] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.search: QualitySearch | SizeSearch | None = None
+        self.readings: list[float] = []  # costs of the dense model, before the search
+        self.lately: list[float] = []  # costs since the model was last changed
+        self._memory: Memory | None = None
+        self._kept = inf  # cost of the model that is remembered
+        self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
+        self._pending = Decision()
+        self._seen = False
+        self._stale: object = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint."""
+        return f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def history(self) -> list[Trial]:
+        """What was tried so far."""
+        return [] if self.search is None else self.search.history
+
+    def take_dense(self, rows: Sequence[tuple[int, str, float]]) -> None:
+        """Take a dense run's readings as reference: `(batches seen, metric, value)` of `History`.
+
+        Raises:
+            ValueError: when they hold none of the metric.
+        """
+        pairs = [(at, value) for at, metric, value in rows if metric == self.monitor]
+        if not pairs:
+            known = sorted({metric for _, metric, _ in rows})
+            raise ValueError(f"{self.state_key}: the dense run logged no {self.monitor!r}: {known}")
+        self.reference.take(pairs)
+
+    def take_levers(self, trainer: Trainer) -> list[Lever]:
+        """Find what can be moved.
+
+        Raises:
+            TargetError: when that is nothing, or when sharded weights could not go back.
+        """
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for one in steered(trainer):
+            if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
+                raise TargetError(
+                    f"{self.state_key} cannot go back with sharded weights: {sharded}"
+                )
+        found = [one.lever(self.limits) for one in others if hasattr(one, "lever")]
+        self.levers = [one for one in found if one is not None]
+        if not self.levers:
+            raise TargetError(f"{self.state_key}: no callback quantizes weights or prunes")
+        return self.levers
+
+    def _begin(self) -> QualitySearch | SizeSearch:
+        self.reference.fix(self.readings, patience=self.patience)
+        rules = Rules(
+            limit=self.max_degradation or 0.0,
+            spread=self.reference.spread / self.reference.scale,
+            patience=self.patience,
+            confidence=self.confidence,
+            stride=self.stride[0],
+            least=self.stride[1],
+        )
+        rank_zero_info(
+            f"{self.state_key}: {self.monitor} of the dense model is "
+            f"{self.reference.cost(self.reference.dense):.5g}, one reading's spread "
+            f"{self.reference.spread:.2g}"
+        )
+        if self.max_bytes is not None:
+            return SizeSearch(self.max_bytes, rules, len(self.levers))
+        soft = self.undo == "projection"
+        return QualitySearch(rules, [lever.step for lever in self.levers], soft)
+
+    def _finish(self) -> bool:
+        """Whether to go back, now that the run ends."""
+        pending, self._pending = self._pending, Decision()
+        if pending.restore or self.search is None:
+            return pending.restore
+        back = self.search.finish().restore
+        # A model that only trained on since it was kept is off where the dense one got better.
+        trained_on = isinstance(self.search, QualitySearch) and self.search.moved is None
+        better = bool(self.lately) and recent(self.lately) < self._kept
+        return back and not (trained_on and better)
+
+    @rank_zero_only
+    def _print(self) -> None:
+        trial_table(self.history, self.levers, self.monitor)
+
+    def _miss(self, what: str) -> None:
+        if self.on_miss == "raise":
+            raise RuntimeError(f"{self.state_key}: {what}")
+        rank_zero_warn(f"{self.state_key}: {what}")
+
+    def _missing(self, trainer: Trainer) -> None:
+        known = sorted(trainer.callback_metrics)
+        raise ValueError(f"{self.state_key}: nothing logs monitor={self.monitor!r}; found {known}")
+
+    def _line(self, trial: Trial) -> str:
+        pairs = zip(self.levers, trial.levels, strict=True)
+        settings = ", ".join(lever.setting(level) for lever, level in pairs)
+        worse = f"{self.monitor} {trial.cost:+.2%} worse"
+        return f"{settings}: {trial.size:,.0f} bytes, {worse}: {trial.verdict}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search, the last good model and what is still to be done."""
+        return {
+            "search": None if self.search is None else self.search.state_dict(),
+            "readings": list(self.readings),
+            "pending": astuple(self._pending),
+            "memory": self._memory,
+            "seen": self._seen,
+            "lately": list(self.lately),
+            "kept": (self._kept, self._kept_at, self._undone),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._loaded = state_dict
+
+    def _restore_state(self, state: dict[str, Any], levers: Sequence[Lever]) -> None:
+        self.readings, self._seen = list(state["readings"]), state["seen"]
+        keep, restore, levels, soft = state["pending"]
+        self._pending = Decision(keep, restore, None if levels is None else tuple(levels), soft)
+        self._memory = state["memory"]
+        self._kept, self._kept_at, self._undone = state["kept"]
+        self.lately = list(state["lately"])
+        if state["search"] is not None:
+            if len(state["search"]["levels"]) != len(levers):
+                raise ValueError(
+                    f"{self.state_key}: the checkpoint steers {len(state['search']['levels'])} "
+                    f"levers, this run {[lever.name for lever in levers]}"
+                )
+            self.search = self._begin()
+            self.search.load_state_dict(state["search"])
+
+
+class QualityBudget(BudgetCallback):
+    """Compress as far as a measured quality allows, or to a size at the best quality.
+
+    Takes over the sparsity of each `GradualPruning`, what is left by each `ChannelPruning`, and the
+    step or the bits of each `QuantizationAwareTraining`, in the same Trainer. After each reading of
+    the metric it decides: further, wait, or back to the last good model (weights, channels, masks,
+    grids and optimizer states, from a copy in memory that a checkpoint holds too; learning rates
+    and clocks go on). What changes does so at the beginning of the next batch, so that a
+    checkpoint's score is of its weights.
+
+    Args:
+        monitor: a logged metric. One that begins with "val" is read after each validation that
+            logs it, any other after each training epoch.
+        max_degradation: how much worse than the dense model's it may be, as a fraction.
+        max_bytes: in its place: predicted bytes that the part that ships must fit, at the best
+            quality. The zero-order entropy of its weights: the file is a little smaller.
+        mode: "min" or "max": which way the metric is better.
+        reference: its value of the dense model. A number; None: the readings before `begin`;
+            "dense": of the dense run that the command line trains beside, after as many steps (but
+            those that were undone): a model that still learns is compared with one that does.
+        spread: standard deviation of one reading; None: from the readings before `begin`.
+        begin: fraction of the run when compression begins.
+        end: fraction of the run after which nothing is tried any more: what was found trains on.
+        patience: readings after which a trial must be decided; clear ones are decided earlier.
+        confidence: standard errors by which a case is clear.
+        stride: of a level (see `Limits`) at first, and the smallest that is tried.
+        undo: what goes back when a trial fails. "all": weights, channels, masks, grids, optimizer
+            states. "projection": channels, masks and grids, and weights train on from where they
+            are; all goes back only if that is no good either. It loses no steps, and fits a model
+            that still learns.
+        limits: how far the levers go.
+        on_miss: "warn" or "raise" when no model was within the budget.
+        name: prefix of what is logged, and the key of the state.
+
+    Attributes:
+        history: what was tried, one `Trial` each.
+
+    Raises:
+        ValueError: for values outside their range, and in training when nothing logs the metric.
+        TargetError: when there is nothing to steer.
+
+    >>> QualityBudget("val/loss", 0.02).state_key
+    'QualityBudget[budget]'
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        max_degradation: float | None = None,
+        *,
+        max_bytes: float | None = None,
+        mode: str = "min",
+        reference: float | str | None = None,
+        spread: float | None = None,
+        begin: float = 0.2,
+        end: float = 0.85,
+        patience: int = 4,
+        confidence: float = 1.0,
+        stride: tuple[float, float] = (0.2, 0.025),
+        undo: str = "all",
+        limits: Limits | Mapping[str, Any] | None = None,
+        on_miss: str = "warn",
+        name: str = "budget",
+    ) -> None:
+        check_goal(max_degradation, max_bytes)
+        check_window_of_run(begin, end)
+        check_search(patience, stride, spread, confidence)
+        if on_miss not in ("warn", "raise"):
+            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        if undo not in ("all", "projection"):
+            raise ValueError(f"undo={undo!r}: valid are ['all', 'projection']")
+        super().__init__(
+            monitor,
+            max_degradation,
+            max_bytes,
+            reference=Reference(reference, mode, spread),
+            limits=limits if isinstance(limits, Limits) else Limits(**dict(limits or {})),
+            name=name,
+        )
+        self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
+        self.stride, self.on_miss, self.undo = tuple(stride), on_miss, undo
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find mistakes before anything trains."""
+        self._loaded = None  # what validate or test may have left here
+        if stage != "fit":
+            return
+        check_run_ends(trainer)
+        if self.reference.waits and self.max_bytes is None:
+            raise ValueError(
+                f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
+                "dense model first: give a number, or None to measure it before begin"
+            )
+        check_company(self, trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Take the levers; a run that goes on finds them where they were."""
+        resumed, self._loaded = self._loaded, None
+        self._reset()
+        if resumed is not None:
+            self._restore_state(resumed, self.take_levers(trainer))
+            return
+        for lever in self.take_levers(trainer):
+            lever.move(0.0)
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Do what the last reading decided."""
+        pending, self._pending = self._pending, Decision()
+        if pending.restore and self._memory is not None:
+            go_back(trainer, pl_module, self._memory, soft=pending.soft)
+        if pending.levels is not None:
+            for lever, level in zip(self.levers, pending.levels, strict=True):
+                lever.move(level)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the levels."""
+        levels = self.search.levels if self.search is not None else (0.0,) * len(self.levers)
+        for lever, level in zip(self.levers, levels, strict=True):
+            pl_module.log(f"{self.name}/{lever.name}", float(level))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Remember the metric of the validation before: not each one logs it."""
+        self._stale = trainer.callback_metrics.get(self.monitor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read a validation metric and decide."""
+        if self.monitor.startswith("val") and not trainer.sanity_checking:
+            self._read(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read a training metric and decide."""
+        if not self.monitor.startswith("val"):
+            self._stale = None
+            self._read(trainer, pl_module)
+            if not self._seen:
+                self._missing(trainer)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or value is self._stale or self._pending != Decision():
+            return
+        if trainer.world_size > 1:  # the same verdict everywhere
+            value = trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
+        self._seen = True
+        cost = self.reference.cost(float(value.item() if isinstance(value, Tensor) else value))
+        progress = run_progress(trainer)
+        if self.search is None:
+            self.readings.append(cost)
+            if progress < self.begin:
+                return
+            self.search = self._begin()
+        if all(lever.arrived for lever in self.levers):
+            self.lately.append(cost)
+            self._decide(trainer, pl_module, cost, progress)
+
+    def _decide(
+        self, trainer: Trainer, pl_module: LightningModule, cost: float, progress: float
+    ) -> None:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        worse = self.reference.worse(cost, batches - self._undone)
+        reading = Reading(
+            worse,
+            bytes_now(trainer, pl_module),
+            over=progress >= self.end,
+            levels=levels_reached(self.levers, self.search.levels) if self.search else None,
+        )
+        tried = len(self.history)
+        if isinstance(self.search, SizeSearch):
+            done = (progress - self.begin) / (self.end - self.begin)
+            self._pending = self.search.read(reading, done)
+        elif self.search is not None:
+            self._pending = self.search.read(reading)
+        if self._pending.keep:
+            self._memory, self._kept = remember(trainer, pl_module), recent(self.lately)
+            self._kept_at = batches - self._undone
+        if self._pending.restore and not self._pending.soft:
+            self._undone = batches - self._kept_at
+        if self._pending.levels is not None:
+            self.lately = []
+        for trial in self.history[tried:]:
+            rank_zero_info(f"{self.state_key}: {self._line(trial)}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the smallest model, or the best, that is within the budget; say what was tried.
+
+        Raises:
+            ValueError: when nothing logged the metric.
+            RuntimeError: when no model was within the budget, if `on_miss` says so.
+        """
+        if not self._seen:
+            self._missing(trainer)
+        if self.search is None:
+            self._miss(f"the run ended before begin={self.begin!r}: nothing was compressed")
+            return
+        back = self._finish()
+        if back and self._memory is not None:
+            go_back(trainer, pl_module, self._memory)
+            rank_zero_info(f"{self.state_key}: back to the last model within the budget")
+        self._print()
+        if self.search.good is None:
+            self._miss("no model was within the budget; the model is as the last step left it")
+            return
+        cost = self._kept if back or not self.lately else recent(self.lately)
+        worse = (cost - self.reference.dense) / self.reference.scale
+        noise = self.search.rules.confidence * self.search.rules.spread
+        if self.max_degradation is not None and worse > self.max_degradation + noise:
+            self._miss(
+                f"ended {worse:.2%} worse than the dense model: it held on the way, but the "
+                "dense one learned on; raise begin, or train longer"
+            )
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Follow what is still there of the last good model."""
+        if self._memory is not None:
+            lose(self._memory, kept)

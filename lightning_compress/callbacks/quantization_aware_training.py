@@ -1,0 +1,574 @@
+"""QuantizationAwareTraining: when weights and activations go onto grids, and when those settle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.budget.levers import BitsLever, Lever, Limits, StepLever
+from lightning_compress.callbacks.base import (
+    WeightCallback,
+    check_run_ends,
+    run_progress,
+    tell_of_overlooked,
+)
+from lightning_compress.channels.graph import Kept
+from lightning_compress.grids import channel_axis, check_bits
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.sparsity_groups import by_pattern
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.fake_quantize import activation_layers
+from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
+from lightning_compress.quantization.upsampled_conv import EnlargedReaders
+from lightning_compress.quantization.weight_quantizers import GridMaker, make_maker
+from lightning_compress.quantization.weights import WeightQuantizer, check_entropy, check_sides
+from lightning_compress.schedules import Events
+from lightning_compress.targets import Coverage, Pattern, clean_path, deployed_part, select
+
+__all__ = [
+    "PostTrainingQuantization",
+    "QuantizationAwareTraining",
+]
+
+
+class PostTrainingQuantization(Callback):
+    """Quantize the weights at the end of `fit`, over the min/max range of each channel.
+
+    Args:
+        weight_bits: 2 to 8.
+        scheme: "symmetric" or "affine".
+        per_channel: one scale an output channel, else one a tensor.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+
+    Raises:
+        ValueError: for bits or a scheme out of range; the message names the valid ones.
+
+    >>> PostTrainingQuantization(weight_bits=4).weight_bits
+    4
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 8,
+        scheme: str = "symmetric",
+        per_channel: bool = True,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+    ) -> None:
+        check_bits("weight_bits", weight_bits)
+        if scheme not in POST_TRAINING_SCHEMES:
+            raise ValueError(f"scheme={scheme!r}: valid are {list(POST_TRAINING_SCHEMES)}")
+        self.weight_bits, self.scheme, self.per_channel = weight_bits, scheme, per_channel
+        self.include, self.exclude = include, exclude
+        self.coverage: list[Coverage] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Find mistakes in the patterns before anything is trained."""
+        if stage == "fit" and not is_overridden("configure_model", pl_module):
+            self.coverage = select(pl_module, self.include, self.exclude).coverage
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Find the targets, which `configure_model` may have made since."""
+        self.coverage = select(pl_module, self.include, self.exclude).coverage
+        if self.include is None:
+            tell_of_overlooked(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Quantize: after averaging and the last pruning, which end with training."""
+        self.coverage = quantize_weights(
+            pl_module,
+            self.weight_bits,
+            scheme=self.scheme,
+            per_channel=self.per_channel,
+            include=self.include,
+            exclude=self.exclude,
+        ).coverage
+
+
+class QuantizationAwareTraining(WeightCallback):
+    """Train with weights and activations on the grids that they will be shipped on.
+
+    Weights are projected once an optimizer step, gradients pass straight through (Jacob et al.
+    2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
+    linear layer and convolution and at the output of the last ones; when training has ended the
+    layers remember these grids (`fake_quantized` computes with them, an export writes them).
+    Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
+    weights fit int8, for an export that multiplies before the picture is enlarged.
+    Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
+
+    Args:
+        weight_bits: 2 to 8; None leaves weights alone. Of "codebook" there are `2^bits` centres,
+            of "entropy" it is the most that a symbol may need. Or bits for each of several path
+            globs or layer classes: they are the targets then, and the first that matches counts.
+        activation_bits: 2 to 8; None leaves activations alone.
+        scheme: "symmetric" or "affine": over the observed range. "learned_step": LSQ,
+            arXiv:1902.08153. "codebook": k-means centres, which learn from `freeze` on,
+            arXiv:1510.00149. "entropy": a step in units of the rms of the non-zero weights,
+            nothing clipped, for the entropy coder. The last two: one grid a tensor.
+        per_channel: one scale an output channel, else one a tensor.
+        observer: "minmax", "moving_average", "percentile" or "mse"; of activations, and of
+            weights where the scheme is "symmetric" or "affine".
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        freeze: in the same unit: ranges, steps, clip values and clusters stay as they are.
+        frequency: steps between events (clustering, searched ranges, steering); None: about 100.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        step: of "entropy", in units of the rms of the non-zero weights.
+        dead_zone: of "entropy": half-width of what becomes 0, in steps, from 0.5 (rounding) to 1.
+        rate: of "entropy": weight of the mean bits of a weight in the loss.
+        target_bits: of "entropy": bits a weight, over all targets, that the step is steered to.
+        target_bytes: the same in bytes of all targets together.
+        pact: learn where activations that are never below 0 are clipped, arXiv:1805.06085.
+        lr: relative change an update of what learns: steps, centres, clip values.
+        freeze_batchnorm: let BatchNorm use its running statistics from `freeze` on.
+        name: prefix of what is logged, and the key of the state; two callbacks need two names.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> QuantizationAwareTraining(weight_bits=4, scheme="learned_step").state_key
+    'QuantizationAwareTraining[quantize]'
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int | Mapping[Pattern, int] | None = 8,
+        activation_bits: int | None = 8,
+        scheme: str = "symmetric",
+        per_channel: bool = True,
+        observer: str = "minmax",
+        begin: float = 0.0,
+        freeze: float = 0.9,
+        frequency: int | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        step: float = 0.5,
+        dead_zone: float = 0.5,
+        rate: float = 0.0,
+        target_bits: float | None = None,
+        target_bytes: float | None = None,
+        pact: bool = False,
+        lr: float = 1e-3,
+        freeze_batchnorm: bool = False,
+        name: str = "quantize",
+    ) -> None:
+        if isinstance(weight_bits, Mapping):
+            if include is not None:
+                raise ValueError("include: the patterns of weight_bits say what is included")
+            include = list(weight_bits)
+        super().__init__(include=include, exclude=exclude, name=name)
+        check_sides(weight_bits, activation_bits, scheme, observer)
+        check_entropy(
+            scheme,
+            step=step,
+            dead_zone=dead_zone,
+            rate=rate,
+            target_bits=target_bits,
+            target_bytes=target_bytes,
+        )
+        if not 0 < lr < 1:
+            raise ValueError(f"lr={lr!r} must lie in (0, 1)")
+        if pact and activation_bits is None:
+            raise ValueError("pact=True learns how to clip activations: activation_bits is None")
+        self.weight_bits, self.activation_bits, self.scheme = weight_bits, activation_bits, scheme
+        self.per_channel, self.observer, self.pact, self.lr = per_channel, observer, pact, lr
+        self.step, self.dead_zone, self.rate = step, dead_zone, rate
+        self.target_bits, self.target_bytes = target_bits, target_bytes
+        self.freeze_batchnorm = freeze_batchnorm
+        self.events = Events(begin, freeze, frequency)
+        self.weights: WeightQuantizer | None = None
+        self.activations: ActivationQuantizer | None = None
+        self.activation_coverage: list[Coverage] = []
+        self.started = self.frozen = self._left = False
+        self.bits: dict[str, int] = {}  # of each target, by path
+        self._asked_bits: dict[str, int] = {}
+        self._clocks: dict[str, int] = {}
+        self._last_step = 0
+        self._told: set[str] = set()
+        self._norms: list[nn.Module] = []
+        self._enlarged: EnlargedReaders | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets and hook their optimizers; what an earlier fit found goes on."""
+        super().on_fit_start(trainer, pl_module)
+        if self.events.in_fractions:
+            check_run_ends(trainer)
+        self.events.reset()
+        self._told, self.frozen, self._left = set(), False, False
+        if self.weight_bits is not None:
+            self.claim("grid", "quantized")
+            self._asked_bits = self._find_bits(pl_module)
+            # What a budget came to in an earlier fit goes on.
+            self.bits = {path: self.bits.get(path, n) for path, n in self._asked_bits.items()}
+            self.weights = WeightQuantizer(self.slots, self._make_maker, self.weights)
+        else:
+            why = "weights stay as they are: weight_bits is None"
+            self.coverage = [
+                replace(row, selected=False, reason=row.reason or why) for row in self.coverage
+            ]
+        if self.activation_bits is not None:
+            self.claim("activations", "quantized")
+            self._find_activations(pl_module)
+            self._look_for_enlarged()
+        parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
+        kind = nn.modules.batchnorm._BatchNorm
+        self._norms = [one for part in parts for one in part.modules() if isinstance(one, kind)]
+
+    def _find_bits(self, module: LightningModule) -> dict[str, int]:
+        given = self.weight_bits
+        if not isinstance(given, Mapping):
+            return {slot.path: given or 8 for slot in self.slots}
+        groups = by_pattern(module, list(given), self.exclude, self.slots)
+        pairs = zip(given.values(), groups, strict=True)
+        return {slot.path: bits for bits, group in pairs for slot in group}
+
+    def steer(
+        self, *, step: float | None = None, bits: int | Mapping[str, int] | None = None
+    ) -> None:
+        """Change grids in a fit, between two steps; weights go onto the new ones at once.
+
+        Args:
+            step: of "entropy", in units of the rms of the non-zero weights.
+            bits: of the other schemes: of all weights, or of some by path.
+
+        Raises:
+            ValueError: for a step that is steered to a target already, or bits out of range.
+        """
+        if self.weights is None:
+            raise ValueError(f"{self.state_key} quantizes no weights: weight_bits is None")
+        if step is not None:
+            check_entropy(
+                self.scheme, step=step, dead_zone=0.5, rate=0, target_bits=None, target_bytes=None
+            )
+            if self.target_bits is not None or self.target_bytes is not None:
+                raise ValueError(f"{self.state_key}: its step is steered by a target already")
+            self.step = step
+            self.weights.set_step(step)
+        several = bits if isinstance(bits, Mapping) else dict.fromkeys(self.bits, bits)
+        for path, one in several.items():
+            if one is not None and one != self.bits[path]:
+                self._set_bits(path, one)
+        if self.started:
+            self.weights.show()
+
+    def lever(self, limits: Limits) -> Lever | None:
+        """What a `QualityBudget` moves: the step, or the bits; None without grids of weights."""
+        if self.weights is None:
+            return None
+        if self.scheme == "entropy":
+            return StepLever(self, *limits.steps)
+        return BitsLever(self, dict(self._asked_bits), limits.min_bits)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What makes the grids of now, without the clock."""
+        weights, activations = self.weights, self.activations
+        return deepcopy(
+            {
+                "bits": self.bits,
+                "makers": {}
+                if weights is None
+                else {path: one.state_dict() for path, one in weights.makers.items()},
+                "activations": None if activations is None else activations.state_dict(),
+            }
+        )
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """Make the grids of a snapshot; weights are not touched."""
+        snapshot = deepcopy(snapshot)
+        for path, bits in snapshot["bits"].items():
+            if bits != self.bits[path]:
+                self._set_bits(path, bits)
+        for path, maker in self.weights.makers.items() if self.weights is not None else ():
+            maker.load_state_dict(snapshot["makers"][path])
+        if self.activations is not None and snapshot["activations"] is not None:
+            self.activations.load_state_dict(snapshot["activations"])
+            if self._left:
+                self.activations.leave_grids()
+
+    def _set_bits(self, path: str, bits: int) -> None:
+        check_bits("bits", bits)
+        (slot,) = (slot for slot in self.slots if slot.path == path)
+        self.bits[path] = bits
+        if self.weights is not None:
+            self.weights.replace(path, self._make_maker(slot), started=self.started)
+            if self.frozen:
+                self.weights.freeze_one(path)
+
+    def _make_maker(self, slot: Slot) -> GridMaker:
+        total = sum(one.target.numel for one in self.slots)
+        entropy = {"relative_step": self.step, "dead_zone": self.dead_zone}
+        return make_maker(
+            self.scheme,
+            bits=self.bits[slot.path],
+            axis=channel_axis(slot.target.layer) if self.per_channel else None,
+            observer=self.observer,
+            lr=self.lr,
+            entropy={**entropy, "rate": self.rate / total},
+            spread=slot.spread,
+        )
+
+    def _find_activations(self, module: LightningModule) -> None:
+        targets, before = [slot.target for slot in self.slots], self.activations
+        layers, self.activation_coverage = activation_layers(module, targets)
+        self.activations = ActivationQuantizer(
+            layers,
+            parts=deployed_part(module),
+            bits=self.activation_bits or 8,
+            observer=self.observer,
+            clip_lr=self.lr if self.pact else None,
+        )
+        if before is not None and list(before.layers) == list(layers):
+            self.activations.load_state_dict(before.state_dict())
+            self.activations.thaw()
+        for row in self.activation_coverage:
+            if not row.selected:
+                rank_zero_info(f"{self.state_key}: activations of {row.path}: {row.reason}")
+
+    def _look_for_enlarged(self) -> None:
+        """Layers whose weights an int8 file adds up; found as they first run."""
+        if self.weights is not None:
+            layers = {slot.path: slot.target.layer for slot in self.slots}
+            self._enlarged = EnlargedReaders(layers, self.weights.make_room)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint, and begin if the window does."""
+        super().on_train_start(trainer, pl_module)
+        if self.started:
+            self._install()
+        elif self.events.begin <= 0:
+            self._start()
+        if self.weights is not None and self.started:
+            self.weights.show()
+        self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        self._last_step = self.projector.clock(self.paths())
+
+    def _start(self) -> None:
+        if self.weights is not None:
+            self.weights.start()
+        self.started = True
+        self._install()
+        self._steer()
+
+    def _install(self) -> None:
+        if self.weights is not None:
+            self.weights.install()
+        if self.activations is not None:
+            self.activations.detach()
+            self.activations.attach()
+
+    @torch.no_grad()
+    def on_weight_step(self, trainer: Trainer) -> None:
+        """Let grids follow a step of the weights; at an event do the costly part, and freeze."""
+        clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        stepped = {path for path, clock in clocks.items() if clock != self._clocks[path]}
+        self._clocks = clocks
+        step = self.projector.clock(self.paths())
+        if step == self._last_step:  # another optimizer's step, or the faster of two owners
+            self._follow(stepped, event=False)
+            if self.activations is not None and not stepped:
+                self.activations.forget_gradients()
+            return
+        self._last_step = step
+        raw = run_progress(trainer) if self.events.in_fractions else step
+        self.events.tick(raw, step)
+        if self.started:
+            self._advance(trainer, stepped)
+        elif self.events.position >= self.events.begin:
+            self._start()
+            self._show()
+
+    def _advance(self, trainer: Trainer, stepped: set[str]) -> None:
+        ends = self.events.over and not self.frozen
+        event = self.events.due(unfinished=False) or ends
+        self._follow(stepped, event=event)
+        if self.activations is not None and not self.frozen:
+            several = trainer.world_size > 1
+            self.activations.step(partial(_reduce, trainer) if several else None)
+        if event:
+            self._steer()
+        if ends:
+            self._freeze()
+        if event:
+            self._show()
+
+    def _follow(self, stepped: set[str], *, event: bool) -> None:
+        if self.weights is not None and self.started:
+            self.weights.follow(stepped, event=event)
+
+    def _steer(self) -> None:
+        if self.weights is None:
+            return
+        for what, message in self.weights.steer(self._target()).items():
+            if what not in self._told:
+                rank_zero_warn(f"{self.state_key}: {message}")
+                self._told.add(what)
+
+    def _target(self) -> float | None:
+        """Bits of all targets together."""
+        if self.target_bytes is not None:
+            return 8.0 * self.target_bytes
+        total = sum(slot.target.numel for slot in self.slots)
+        return None if self.target_bits is None else self.target_bits * total
+
+    def _freeze(self) -> None:
+        if self.weights is not None:
+            self.weights.freeze()
+        if self.activations is not None:
+            self._freeze_activations(self.activations)
+        self.frozen = True
+
+    def _freeze_activations(self, side: ActivationQuantizer) -> None:
+        bare = side.without_range()
+        side.freeze(spare=True)
+        for path, why in bare.items():
+            rank_zero_warn(f"{self.state_key}: activations of {path} stay as they are: {why}")
+        self.activation_coverage = [
+            replace(row, selected=False, reason=bare[row.path]) if row.path in bare else row
+            for row in self.activation_coverage
+        ]
+
+    def _show(self) -> None:
+        if self.weights is not None:
+            self.weights.show()
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Keep BatchNorm's statistics, once frozen: Lightning puts all layers in training mode."""
+        if self.freeze_batchnorm and self.frozen:
+            for norm in self._norms:
+                norm.eval()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log the bytes of the entropy-coded symbols as of the last event, and the step."""
+        if self.weights is None:
+            return
+        pl_module.log(f"{self.name}/predicted_bytes", self.weights.predicted_bytes)
+        if (step := self.weights.relative_step) is not None:
+            pl_module.log(f"{self.name}/step", step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Leave the grids of activations in the layers.
+
+        Raises:
+            ValueError: when no batch went through any of them.
+        """
+        for norm in self._norms if self.freeze_batchnorm else ():
+            norm.train(pl_module.training)
+        if not self.started:
+            begin = self.events.begin
+            rank_zero_warn(
+                f"{self.state_key}: the run ended before begin={begin!r}: nothing is quantized"
+            )
+        elif self.activations is not None:
+            if not self.frozen:
+                self._freeze_activations(self.activations)
+            self.activations.leave_grids()
+            self._left = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hooks."""
+        self._stop()
+        super().on_fit_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave visible weights and no hooks, whatever happened inside a step."""
+        self._stop()
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
+        """Keep the ranges and steps of the channels that stay."""
+        makers = {} if self.weights is None else self.weights.makers
+        for path, dims in kept.items():
+            if (maker := makers.get(clean_path(path))) is not None:
+                maker.select(dims)
+
+    def _stop(self) -> None:
+        if self.activations is not None:
+            self.activations.detach()
+        if self._enlarged is not None:
+            self._enlarged.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Latent weights, all that makes the grids, and the clock."""
+        return {
+            "weights": None if self.weights is None else self.weights.state_dict(),
+            "activations": None if self.activations is None else self.activations.state_dict(),
+            "steps": [] if self._projector is None else list(self._projector.steps),
+            "scheme": self.scheme,
+            "asked_bits": dict(self._asked_bits),
+            "events": self.events.state_dict(),
+            "flags": (self.started, self.frozen),
+            "bits": dict(self.bits),
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put everything back.
+
+        Raises:
+            ValueError: for a checkpoint of other weights or layers, another scheme or other bits.
+        """
+        self._check_same("scheme", state.get("scheme", self.scheme), self.scheme)
+        asked = state.get("asked_bits", self._asked_bits)
+        for path in sorted(set(asked) & set(self._asked_bits)):
+            self._check_same(f"weight_bits of {path}", asked[path], self._asked_bits[path])
+        self.started, self.frozen = state["flags"]
+        sides = (("weights", self.weight_bits), ("activations", self.activation_bits))
+        for side, bits in sides:
+            if (state[side] is None) != (bits is None):
+                word = "does not quantize" if state[side] is None else "quantizes"
+                raise ValueError(f"the checkpoint {word} {side}, and this run is the other way")
+        self._restore_bits(state.get("bits", {}))
+        if self.weights is not None:
+            self.weights.load_state_dict(state["weights"], started=self.started)
+        if self.activations is not None:
+            self.activations.load_state_dict(state["activations"])
+        self.projector.steps[:] = state["steps"]
+        self.events.load_state_dict(state["events"])
+
+    def _check_same(self, what: str, saved: object, asked: object) -> None:
+        if saved != asked:
+            raise ValueError(
+                f"{self.state_key}: the checkpoint has {what} {saved!r}, this run {asked!r}: "
+                "give what it has, or begin from its weights alone"
+            )
+
+    def _restore_bits(self, bits: Mapping[str, int]) -> None:
+        """Makers of the bits that a run had come to, before their own state is put back."""
+        for path in set(bits) & set(self.bits):
+            if self.weights is not None and bits[path] != self.bits[path]:
+                self.bits[path] = bits[path]
+                (slot,) = (slot for slot in self.slots if slot.path == path)
+                self.weights.replace(path, self._make_maker(slot), started=False)
+
+
+def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
+    on_device = values.to(trainer.strategy.root_device)
+    return trainer.strategy.reduce(on_device, reduce_op=how).cpu()

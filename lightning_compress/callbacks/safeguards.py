@@ -1,0 +1,147 @@
+"""Callbacks for runs that break: where they broke, what is saved, and that resuming is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_compress.sharding import local_part
+
+__all__ = [
+    "RandomState",
+    "ScoreMonitor",
+    "StopOnNonFinite",
+]
+
+
+class ScoreMonitor(Callback):
+    """Log what a function says of the model after every few validation epochs.
+
+    The function sees the model in eval mode, without gradients, and with a random stream of its
+    own, so that watching a run does not change it.
+
+    Args:
+        score: from the LightningModule to named numbers.
+        every: epochs between two scores, 1 or more.
+
+    Raises:
+        ValueError: for `every` below 1.
+
+    >>> ScoreMonitor(lambda model: {"val/answer": 42.0}, every=5).every
+    5
+    """
+
+    def __init__(
+        self, score: Callable[[LightningModule], Mapping[str, float]], *, every: int = 1
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every!r} must be 1 or more epochs")
+        self.score, self.every = score, every
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score and log."""
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.sanity_checking or ((trainer.current_epoch + 1) % self.every and not last):
+            return
+        training = pl_module.training
+        pl_module.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            for name, value in self.score(pl_module).items():
+                pl_module.log(name, value, on_epoch=True, batch_size=1)
+        pl_module.train(training)
+
+
+SHOWN = 3  # names of broken weights in an error
+_ADVICE = (
+    "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
+    "at the data"
+)
+
+
+class StopOnNonFinite(Callback):
+    """Raise when a logged value or a weight is NaN or infinite, before a checkpoint holds it.
+
+    Values are checked after each batch, weights after each epoch.
+
+    >>> StopOnNonFinite().check({"train/loss": torch.tensor(1.0)}, step=3)
+    """
+
+    def check(self, metrics: Mapping[str, Any], *, step: int) -> None:
+        """Check named values.
+
+        Raises:
+            FloatingPointError: for a value that is not finite; names it, its value and the step.
+        """
+        for name, value in metrics.items():
+            if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{name} is {value.tolist()} at step {step}: {_ADVICE}")
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Check what the step returned and what was logged."""
+        found = {**trainer.callback_metrics}
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            found["loss"] = outputs["loss"]
+        self.check(found, step=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the weights: the last loss does not know its own step, and some models log none.
+
+        Raises:
+            FloatingPointError: naming the weights that are not finite.
+        """
+        broken = _broken_weights(pl_module)
+        if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
+            shown = ", ".join(broken[:SHOWN]) or "those of another process"
+            more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+            raise FloatingPointError(
+                f"weights that are NaN or infinite after epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step}: {shown}{more}; {_ADVICE}"
+            )
+
+
+def _broken_weights(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, weight in module.named_parameters()
+        if not torch.isfinite(local_part(weight.detach())).all()
+    ]
+
+
+class RandomState(Callback):
+    """Carry torch's CPU random stream in checkpoints, so that a resumed run draws the same noise.
+
+    >>> list(RandomState().state_dict())
+    ['torch']
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream as it is now."""
+        return {"torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the stream until training starts."""
+        self._loaded = state_dict
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Forget what validate or test may have left here."""
+        self._loaded = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Set the stream: after the sanity check, which draws too."""
+        if self._loaded is not None:
+            torch.set_rng_state(self._loaded["torch"])
+            self._loaded = None

@@ -1,0 +1,138 @@
+"""ThresholdPruning: `W' = W * M`, where M keeps what is as large as a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.pruning.mask_plan import normed_axis, row_leaders, threshold_mask
+from lightning_compress.schedules import Linear, Schedule
+from lightning_compress.targets import Pattern
+
+__all__ = ["ThresholdPruning"]
+
+
+class ThresholdPruning(MaskCallback):
+    """Prune what is smaller than a threshold: `M = |W| >= threshold`, made anew at each event.
+
+    The sparsity follows from the weights and is logged. With a threshold in units of the layer's
+    standard deviation this is Han et al. 2015, arXiv:1506.02626; the deviation is that of all the
+    layer's weights at the event, pruned ones included.
+
+    Args:
+        threshold: at `end`, above 0.
+        relative: None: in units of the weights. "std": of each target's standard deviation.
+        schedule: how the threshold rises. A `Schedule` brings its shape and window, from 0 to
+            `threshold` (its own final value only scales); any other callable gives the threshold
+            itself, by position. None: a straight line from 0 at `begin`.
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        end: in the same unit; masks do not change after it.
+        frequency: steps between events; None: about 100 events from begin to end.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        min_keep: fraction of each target that stays, the largest weights.
+        regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
+            by dense gradients, and return when they have grown over the threshold.
+        name: prefix of what is logged, and the key of the state; two callbacks need two names.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> ThresholdPruning(threshold=0.1, begin=0, end=100).threshold_at(50)
+    0.05
+    """
+
+    def __init__(
+        self,
+        *,
+        threshold: float,
+        relative: str | None = None,
+        schedule: Callable[[float], float] | None = None,
+        begin: float = 0.0,
+        end: float = 0.7,
+        frequency: int | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        min_keep: float = 0.01,
+        regrow: str | None = None,
+        name: str = "threshold",
+    ) -> None:
+        if not threshold > 0:
+            raise ValueError(f"threshold={threshold!r} must be above 0")
+        if relative not in (None, "std"):
+            raise ValueError(f"relative={relative!r}: valid are [None, 'std']")
+        if regrow not in (None, "straight_through"):
+            raise ValueError(f"regrow={regrow!r}: valid are [None, 'straight_through']")
+        if not 0 <= min_keep <= 1:
+            raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
+        if schedule is not None and not callable(schedule):
+            raise ValueError(f"schedule={schedule!r} must be callable, such as Linear(...)")
+        if isinstance(schedule, Schedule):
+            begin, end = schedule.begin, schedule.end
+        super().__init__(
+            begin=begin,
+            end=end,
+            frequency=frequency,
+            include=include,
+            exclude=exclude,
+            dense_gradient=regrow is not None,
+            name=name,
+        )
+        self.threshold, self.relative, self.min_keep = threshold, relative, min_keep
+        self.schedule = schedule or Linear(begin=begin, end=end)
+        self._asked = 0.0
+
+    def threshold_at(self, position: float) -> float:
+        """The threshold at a position of the run.
+
+        Raises:
+            ValueError: when the schedule gives no threshold.
+        """
+        value = self.schedule(position)
+        if isinstance(self.schedule, Schedule):
+            value = self.threshold * (value / (self.schedule.final_sparsity or 1.0))
+        if not value >= 0:
+            raise ValueError(f"the schedule gave {value!r} at {position}: a threshold is >= 0")
+        return value
+
+    def needed(self, position: float) -> bool:
+        """At each event until the end, as weights move; then if the threshold is still to rise."""
+        return position < self.events.end or self.threshold_at(position) > self._asked
+
+    @torch.no_grad()
+    def event(self, trainer: Trainer) -> None:
+        """Compare all weights with the threshold of now."""
+        self._asked = self.threshold_at(self.events.position)
+        rules = {"relative": self.relative == "std", "min_keep": self.min_keep}
+        masks = []
+        for slot in self.slots:
+            closed = None if self.dense_gradient else slot.pruned
+            mask = threshold_mask(slot.values(), self._asked, closed=closed, **rules)
+            if (axis := normed_axis(slot.target)) is not None:
+                mask |= row_leaders(slot.values(), axis, closed)
+            masks.append(mask)
+        self.set_masks(self.slots, masks, trainer)
+        self.project()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Check that the last threshold was applied."""
+        final = self.threshold_at(self.events.end)
+        if self._asked < final:
+            rank_zero_warn(
+                f"{self.state_key} ended at threshold {self._asked:.4g} instead of {final:.4g}: "
+                f"the run ended before end={self.events.end!r} of the schedule"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, hidden values, clock and the last threshold."""
+        return {**super().state_dict(), "asked": self._asked}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Put them back."""
+        super().restore_state(state)
+        self._asked = state["asked"]

@@ -1,0 +1,322 @@
+"""What functions between layers do with channels: leave them in place, join them, keep them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_compress.channels.trace import Axes, Labels, Ledger, Trace, tensors_in
+
+__all__ = [
+    "ALONG",
+    "JOINING",
+    "MERGING",
+    "MOVES",
+    "POINTWISE",
+    "POOL",
+    "REDUCE",
+    "SILENT",
+    "SPATIAL",
+    "label_function",
+    "move",
+    "name_of",
+]
+MOVES = frozenset(
+    """
+    H T __getitem__ broadcast_to cat channel_shuffle chunk concat concatenate dstack expand
+    expand_as flatten flip gather hstack index_select mH mT moveaxis movedim narrow permute
+    pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as roll select
+    split split_with_sizes squeeze stack swapaxes swapdims t take_along_dim tensor_split tile
+    transpose unbind unflatten unsqueeze view view_as vstack
+    """.split()  # noqa: SIM905
+)
+JOINING = frozenset(
+    """
+    cat concat concatenate dstack hstack stack vstack
+    """.split()  # noqa: SIM905
+)
+MERGING = frozenset(
+    """
+    flatten pixel_shuffle ravel reshape reshape_as unflatten view view_as
+    """.split()  # noqa: SIM905
+)
+POINTWISE = frozenset(
+    """
+    __abs__ __add__ __and__ __div__ __eq__ __ge__ __gt__ __iadd__ __idiv__ __imul__ __invert__
+    __isub__ __itruediv__ __le__ __lt__ __mul__ __ne__ __neg__ __or__ __pow__ __radd__ __rdiv__
+    __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__ __truediv__ abs absolute add addcdiv addcmul
+    alpha_dropout atan2 bernoulli bfloat16 bool ceil celu clamp clamp_max clamp_min clip clone
+    contiguous cos cpu cuda data detach div divide double dropout dropout1d dropout2d dropout3d
+    elu empty_like eq erf exp expm1 fake_quantize_per_tensor_affine feature_alpha_dropout
+    feature_dropout float floor floor_divide fmax fmin fmod full_like ge gelu gt half hardshrink
+    hardsigmoid hardswish hardtanh int isfinite isnan le leaky_relu lerp log log1p log2
+    logaddexp logical_and logical_not logical_or logical_xor logsigmoid long lt masked_fill
+    maximum minimum mish mul multiply nan_to_num ne neg negative ones_like pow rand_like
+    randn_like reciprocal relu relu6 remainder requires_grad requires_grad_ round rrelu rsqrt
+    rsub selu sigmoid sign silu sin softplus softshrink softsign sqrt square sub subtract tan
+    tanh tanhshrink threshold to true_divide type type_as where zeros_like
+    """.split()  # noqa: SIM905
+)
+ALONG = frozenset(
+    """
+    cumprod cumsum layer_norm log_softmax normalize rms_norm softmax softmin
+    """.split()  # noqa: SIM905
+)
+REDUCE = frozenset(
+    """
+    all amax amin any argmax argmin count_nonzero logsumexp max mean median min nanmean nansum
+    norm prod std std_mean sum var var_mean
+    """.split()  # noqa: SIM905
+)
+SILENT = frozenset(
+    """
+    __len__ device dim dtype is_cuda item ndim numel shape size stride tolist
+    """.split()  # noqa: SIM905
+)
+SPATIAL = frozenset({"interpolate", "upsample", "pad", "grid_sample", "instance_norm"})
+POOL = re.compile(r"(?:adaptive_)?(?:avg|max|lp)_pool([123])d(?:_with_indices)?")
+
+
+def name_of(func: Any) -> str:
+    """The name of a function, or of the attribute that a getter reads.
+
+    >>> import torch
+    >>> name_of(torch.relu), name_of(torch.Tensor.shape.__get__)
+    ('relu', 'shape')
+    """
+    name = getattr(func, "__name__", str(func))
+    return func.__self__.__name__ if name == "__get__" else name
+
+
+def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Send labels the way that the values went."""
+    name, joined = name_of(func), name_of(func) in JOINING
+    sources = [one for one in tensors_in((args, kwargs)) if joined or one is args[0]]
+    if joined:
+        _fill(trace, sources)
+    axes: list[Axes] = [[None] * one.dim() for one in tensors_in(out)]
+    for dim in range(sources[0].dim()):
+        labels = [trace.axes(one)[dim] for one in sources]
+        if all(one is None for one in labels):
+            continue
+        if joined and dim != _joined_axis(name, sources[0].dim(), args, kwargs):
+            for one in labels[1:]:
+                trace.ledger.join(labels[0], one)  # type: ignore[arg-type]
+            labels = [labels[0]] * len(labels)
+        stand_in = {
+            id(one): _spread(one, dim, own) for one, own in zip(sources, labels, strict=True)
+        }
+        moved_args, moved_kwargs = pytree.tree_map(
+            lambda one: stand_in.get(id(one), one),  # noqa: B023
+            (args, kwargs),
+        )
+        found = tensors_in(func(*moved_args, **moved_kwargs))
+        target = _target_axis(name, dim, sources[0].dim(), moved_args, moved_kwargs)
+        carried = [_carry(trace.ledger, one, target) for one in found]
+        _check_whole(trace.ledger, name, labels, carried)
+        for index, (axis, own) in enumerate(carried):
+            if axis is not None and axes[index][axis] is not None:
+                trace.ledger.fix(own, f"{name} merges two axes")
+                trace.ledger.fix(axes[index][axis], f"{name} merges two axes")
+            elif axis is not None:
+                axes[index][axis] = own
+        _equal_pieces(trace.ledger, name, [own for _, own in carried])
+    for result, one in zip(tensors_in(out), axes, strict=True):
+        trace.label(result, one)
+
+
+def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
+    """What is joined with channels needs labels of its own, which stay."""
+    for dim in range(sources[0].dim()):
+        axes = [trace.axes(one)[dim] for one in sources]
+        if all(one is None for one in axes):
+            continue
+        for one, labels in zip(sources, axes, strict=True):
+            if labels is None:
+                known = list(trace.axes(one))
+                known[dim] = trace.ledger.fresh(one.shape[dim], "a tensor of fixed size")
+                trace.ledger.fix(known[dim], "joined as a tensor of fixed size")
+                trace.label(one, known)
+
+
+def _carry(ledger: Ledger, moved: Tensor, target: int | None) -> tuple[int | None, Labels]:
+    """The axis that labels lie along after a move, and the labels; others are joined."""
+    values = moved.numpy()
+    along = [dim for dim in range(values.ndim) if np.ptp(values, axis=dim).any()]
+    if not along:
+        single = [dim for dim in range(values.ndim) if values.shape[dim] == 1]
+        axis = target if target in single else (single[-1] if single else None)
+        return axis, np.unique(values)
+    axis = target if target in along else along[0]
+    rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    if len(along) > 1:
+        ledger.join(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    return axis, np.ascontiguousarray(rows[:, 0])
+
+
+def _check_whole(
+    ledger: Ledger,
+    name: str,
+    labels: Sequence[Labels | None],
+    carried: Sequence[tuple[int | None, Labels]],
+) -> None:
+    kept = [own for axis, own in carried if axis is not None]
+    classes = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+    for one in labels:
+        lost = one is not None and not (kept and len(np.unique(classes)) >= len(np.unique(one)))
+        if lost and name not in MERGING:
+            ledger.fix(one, f"{name} takes a part of them")
+
+
+def _equal_pieces(ledger: Ledger, name: str, pieces: Sequence[Labels]) -> None:
+    """Pieces are cut to equal sizes again when there are fewer channels."""
+    if name not in ("chunk", "split", "tensor_split", "unbind", "split_with_sizes"):
+        return
+    if len({tuple(one) for one in pieces}) > 1:
+        for piece in pieces[1:]:
+            if len(piece) == len(pieces[0]):
+                ledger.join(pieces[0], piece)
+            else:
+                ledger.fix(piece, f"{name} cuts them into unequal pieces")
+
+
+def _spread(tensor: Tensor, dim: int, labels: Labels | None) -> Tensor:
+    if labels is None or dim >= tensor.dim():
+        return torch.full(tensor.shape, -1, dtype=torch.int64)
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return torch.from_numpy(labels).reshape(shape).expand(tensor.shape).contiguous()
+
+
+def _joined_axis(name: str, rank: int, args: Any, kwargs: Any) -> int | None:
+    """The axis that a function joins end to end; None where it makes one of its own."""
+    if name == "stack":
+        return None
+    if name in ("hstack", "vstack", "dstack"):
+        return {"hstack": min(1, rank - 1), "vstack": 0, "dstack": 2}[name]
+    return kwargs.get("dim", args[1] if len(args) > 1 else 0) % rank
+
+
+def _target_axis(name: str, dim: int, rank: int, args: Any, kwargs: Any) -> int | None:
+    """Where an axis is after a move, as far as the arguments tell when it is split or stacked."""
+    if name == "stack":
+        place = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (rank + 1)
+        return dim + (place <= dim)
+    if name in ("view", "reshape", "unflatten"):
+        sizes = next((list(one) for one in args[1:] if isinstance(one, (tuple, list))), None)
+        first = args[1] % rank if name == "unflatten" else 0
+        sizes = list(args[1:]) if sizes is None else sizes
+        return first + sizes.index(-1) if -1 in sizes else None
+    return dim
+
+
+def label_function(
+    trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Label what a function gives, or a layer class that treats each channel by itself."""
+    name = name_of(func)
+    if func in trace.channelwise or name.rstrip("_") in POINTWISE or name in POINTWISE:
+        _pointwise(trace, name, args, kwargs, out)
+    elif name in MOVES or name.rstrip("_") in MOVES:
+        move(trace, func, args, kwargs, out)
+    elif (pool := POOL.fullmatch(name)) or name in SPATIAL:
+        _spatial(trace, name, args[0], out, int(pool[1]) if pool else args[0].dim() - 2)
+    elif name in ALONG:
+        _along(trace, name, args, kwargs, out)
+    elif name in REDUCE:
+        _reduce(trace, name, args, kwargs, out)
+    elif name == "glu":
+        _glu(trace, args, kwargs, out)
+    elif name == "linear":
+        _linear(trace, args, kwargs, out)
+    elif name not in SILENT:
+        trace.unknown(name, (args, kwargs))
+
+
+def _pointwise(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    operands = tensors_in((args, kwargs))
+    for result in tensors_in(out):
+        axes: Axes = [None] * result.dim()
+        for back in range(1, result.dim() + 1):
+            size = result.shape[-back]
+            same = [one for one in operands if one.dim() >= back and one.shape[-back] == size]
+            found = [trace.axes(one)[-back] for one in same]
+            known = [one for one in found if one is not None]
+            for other in known[1:]:
+                trace.ledger.join(known[0], other)
+            if known and len(known) < len(found) and size > 1:
+                trace.ledger.fix(known[0], f"meets a tensor of fixed size in {name}")
+            axes[-back] = known[0] if known else None
+        trace.label(result, axes)
+
+
+def _spatial(trace: Trace, name: str, x: Tensor, out: Any, dims: int) -> None:
+    for result in tensors_in(out):
+        axes = trace.axes(x)
+        kept = x.dim() - dims
+        for dim in range(kept):
+            if result.shape[dim] != x.shape[dim]:
+                trace.ledger.fix(axes[dim], f"resized by {name}")
+        for labels in axes[kept:]:
+            trace.ledger.fix(labels, f"mixed by {name}")
+        same = zip(axes[:kept], result.shape, strict=False)
+        fitting = [one if one is not None and len(one) == n else None for one, n in same]
+        trace.label(result, [*fitting, *[None] * dims])
+
+
+def _along(trace: Trace, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
+    x = args[0]
+    axes, mixed = trace.axes(x), kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if name in ("layer_norm", "rms_norm"):
+        mixed = list(range(-len(mixed), 0)) if isinstance(mixed, (tuple, list)) else [-1]
+    for dim in mixed if isinstance(mixed, (tuple, list)) else [mixed]:
+        trace.ledger.fix(axes[1 if dim is None else dim], f"{name} is taken over them")
+    trace.label(out, list(axes))
+
+
+def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    operands = tensors_in((args, kwargs))
+    if name in ("max", "min") and len(operands) == 2:
+        _pointwise(trace, name, args, kwargs, out)
+        return
+    x = operands[0]
+    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dims = given if isinstance(given, (tuple, list)) else [given]
+    dims = range(x.dim()) if None in dims or not dims else [dim % x.dim() for dim in dims]
+    axes = trace.axes(x)
+    for dim in dims:
+        trace.ledger.fix(axes[dim], f"{name} is taken over them")
+    for result in tensors_in(out):
+        flat = [one for dim, one in enumerate(axes) if dim not in dims]
+        full = [None if dim in dims else one for dim, one in enumerate(axes)]
+        trace.label(result, full if result.dim() == x.dim() else flat[: result.dim()])
+
+
+def _glu(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    axes = list(trace.axes(args[0]))
+    if (labels := axes[dim]) is not None:
+        axes[dim], other = np.split(labels, 2)
+        trace.ledger.join(axes[dim], other)
+    trace.label(out, axes)
+
+
+def _linear(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    path = trace.path_of(weight)
+    if path is None:
+        trace.unknown("linear, by a weight that is computed", (args, kwargs))
+        return
+    trace.reads(path, 1, trace.axes(x)[-1])
+    made = trace.makes(path, 0, out.shape[-1], path.rpartition(".")[0])
+    if (name := trace.path_of(bias)) is not None:
+        trace.ledger.use(name, 0, made, "through")
+    trace.ledger.works(path, out.numel() / out.shape[-1] / trace.batch)
+    trace.label(out, [*trace.axes(x)[:-1], made])

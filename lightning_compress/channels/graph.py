@@ -1,0 +1,260 @@
+"""Channels that can be removed: units of entries that go together, in groups of equal meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.channels.function_rules import label_function
+from lightning_compress.channels.layer_rules import label_layer
+from lightning_compress.channels.trace import Labels, Ledger, Trace
+from lightning_compress.errors import TargetError
+from lightning_compress.modes import bare, evaluating
+
+__all__ = ["ChannelGraph", "ChannelGroup", "Kept", "channel_graph", "combine", "free_reshapes"]
+
+Kept = dict[str, dict[int, Tensor]]  # path -> axis -> entries that stay
+Flags = NDArray[np.bool_]
+
+
+@dataclass
+class ChannelGroup:
+    """Units that are chosen among each other.
+
+    Args:
+        name: the layer that makes them; the first, if several do.
+        layers: all layers that make them.
+        units: their numbers in the graph.
+        free: of those that may go.
+        reasons: why others must stay.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    units: Labels
+    free: Labels
+    reasons: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass
+class ChannelGraph:
+    """Where each unit lies in a module's parameters and buffers.
+
+    Args:
+        groups: all groups that weights make; units of inputs are in none.
+        axes: the unit of each entry along an axis, by (path, axis).
+        roles: "out", "in" or "through", by the same key.
+        work: multiply-accumulates for each weight of a tensor, for one example.
+        shapes: of all parameters.
+        sized: units of layers that know a size, but hold no tensors.
+        inputs: the unit of each entry along (input, axis), where callers give what has channels.
+        outputs: the same of outputs.
+        count: of units.
+    """
+
+    groups: list[ChannelGroup]
+    axes: dict[tuple[str, int], Labels]
+    roles: dict[tuple[str, int], str]
+    work: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]
+    sized: dict[str, Labels] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], Labels] = field(default_factory=dict)
+    outputs: dict[tuple[int, int], Labels] = field(default_factory=dict)
+    count: int = 0
+
+    def kept(self, gone: Flags) -> Kept:
+        """Entries of each tensor that stay when some units go; tensors that lose none are left out.
+
+        Args:
+            gone: a flag for each unit.
+        """
+        found: Kept = {}
+        for (path, dim), units in self.axes.items():
+            stays = ~gone[units]
+            if not stays.all():
+                found.setdefault(path, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
+        return found
+
+    def flags(self, units: Labels) -> Flags:
+        """A flag for each unit, set for those that are given."""
+        gone = np.zeros(self.count, dtype=bool)
+        gone[units] = True
+        return gone
+
+    def inputs_of(self, inputs: Sequence[Any], gone: Flags) -> tuple[Any, ...]:
+        """Inputs in the sizes of a smaller module: its recurrent states have fewer entries."""
+        flat, spec = pytree.tree_flatten(tuple(inputs))
+        number = -1
+        for index, one in enumerate(flat):
+            if not isinstance(one, Tensor):
+                continue
+            number += 1
+            for dim in range(one.dim()):
+                units = self.inputs.get((number, dim))
+                if units is not None and gone[units].any():
+                    stays = torch.from_numpy(np.flatnonzero(~gone[units])).to(one.device)
+                    flat[index] = flat[index].index_select(dim, stays)
+        return pytree.tree_unflatten(flat, spec)
+
+    def group_of(self) -> Labels:
+        """The group of each unit, -1 for those of inputs."""
+        found = np.full(self.count, -1, dtype=np.int64)
+        for index, group in enumerate(self.groups):
+            found[group.units] = index
+        return found
+
+
+Protect = Callable[[str, str], str]  # (path of a tensor, role) to why it keeps its channels, or ""
+
+
+def channel_graph(
+    module: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    protect: Protect = lambda _path, _role: "",
+    channelwise: Sequence[Any] = (),
+    tapped: Mapping[str, str] | None = None,
+) -> ChannelGraph:
+    """Find the channels of a module by one run on sample inputs, in eval mode.
+
+    Args:
+        module: any; inputs and outputs keep their sizes, so latent size, image channels and heads
+            are kept.
+        inputs: positional, of two or more examples.
+        protect: says of a tensor, by its path and its role ("out" where it makes channels, "in"
+            where it reads them, else "through"), why these channels stay; "" if they may go.
+        channelwise: functions and layer classes that treat each channel by itself.
+        tapped: modules, by path, whose outputs keep their sizes, and why.
+
+    Raises:
+        TargetError: when the module does not run on the inputs.
+
+    >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> graph = channel_graph(net, (torch.zeros(2, 2),))
+    >>> [(group.name, len(group.free)) for group in graph.groups]
+    [('0', 8), ('2', 0)]
+    """
+    free_reshapes(module)
+    trace = Trace(module, label_layer, label_function, channelwise, tapped)
+    try:
+        with evaluating(module), bare(module), torch.random.fork_rng(devices=[]):
+            trace.run(inputs)
+    except Exception as error:
+        raise TargetError(
+            f"{type(module).__name__} does not run on its sample inputs, so its channels are not "
+            f"known ({type(error).__name__}: {error})"
+        ) from error
+    return _read(trace, protect)
+
+
+def free_reshapes(module: nn.Module) -> None:
+    """Let each `nn.Unflatten` take its channels from what it is given: the same for any input.
+
+    >>> net = nn.Sequential(nn.Unflatten(1, (8, 2, 2)))
+    >>> free_reshapes(net)
+    >>> net[0].unflattened_size
+    (-1, 2, 2)
+    """
+    for layer in module.modules():
+        if not isinstance(layer, nn.Unflatten):
+            continue
+        sizes: Any = layer.unflattened_size
+        if all(isinstance(one, int) for one in sizes) and -1 not in sizes:
+            layer.unflattened_size = (-1, *tuple(sizes)[1:])  # type: ignore[assignment]
+
+
+def _read(trace: Trace, protect: Protect) -> ChannelGraph:
+    ledger = trace.ledger
+    for (path, _), use in ledger.uses.items():
+        if reason := protect(path, use.role):
+            ledger.fix(use.labels, reason)
+    classes = ledger.classes()
+    held = ledger.held(classes)
+    made = {key: use for key, use in ledger.uses.items() if use.role == "out"}
+    axes = {key: classes[use.labels] for key, use in ledger.uses.items()}
+    count = int(classes.max()) + 1 if len(classes) else 0
+    return ChannelGraph(
+        _groups(ledger, classes, {key: axes[key] for key in made}, held),
+        axes,
+        {key: use.role for key, use in ledger.uses.items()},
+        ledger.work,
+        {name: tuple(one.shape) for name, one in trace.root.named_parameters()},
+        {path: classes[labels] for path, labels in ledger.sized.items()},
+        _ends(trace.input_axes, classes),
+        _ends(trace.output_axes, classes),
+        count,
+    )
+
+
+def _groups(
+    ledger: Ledger,
+    classes: Labels,
+    made: Mapping[tuple[str, int], Labels],
+    held: Mapping[int, str],
+) -> list[ChannelGroup]:
+    linked = Ledger()
+    linked.count = int(classes.max()) + 1 if len(classes) else 0
+    for space in ledger.spaces:
+        units = classes[space.labels]
+        linked.join(np.full(len(units) - 1, units[0]), units[1:])
+    together = linked.classes()
+    groups: dict[int, ChannelGroup] = {}
+    for (path, _), units in made.items():
+        number = int(together[units[0]])
+        if number not in groups:
+            members = np.flatnonzero(together == number)
+            free = np.array([one for one in members.tolist() if one not in held], dtype=np.int64)
+            reasons = dict.fromkeys(held[one] for one in members.tolist() if one in held)
+            groups[number] = ChannelGroup(_owner(path), (), members, free, tuple(reasons))
+        layers = (*groups[number].layers, _owner(path))
+        groups[number].layers = tuple(dict.fromkeys(layers))
+    return list(groups.values())
+
+
+def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
+    """The graphs of several parts of a module as one, with the paths of the module.
+
+    Args:
+        parts: by the path of the part. Units are numbered part after part.
+    """
+    whole = ChannelGraph([], {}, {}, {}, {})
+    for root, one in parts.items():
+        prefix, offset = f"{root}." if root else "", whole.count
+        for group in one.groups:
+            layers = tuple(prefix + name for name in group.layers)
+            units, free = group.units + offset, group.free + offset
+            whole.groups.append(
+                ChannelGroup(prefix + group.name, layers, units, free, group.reasons)
+            )
+        whole.axes |= {(prefix + path, dim): u + offset for (path, dim), u in one.axes.items()}
+        whole.roles |= {(prefix + path, dim): role for (path, dim), role in one.roles.items()}
+        whole.work |= {prefix + path: work for path, work in one.work.items()}
+        whole.shapes |= {prefix + path: shape for path, shape in one.shapes.items()}
+        whole.sized |= {prefix + path: units + offset for path, units in one.sized.items()}
+        whole.count += one.count
+    return whole
+
+
+def _ends(ends: Sequence[Any], classes: Labels) -> dict[tuple[int, int], Labels]:
+    return {
+        (number, dim): classes[labels]
+        for number, axes in enumerate(ends)
+        for dim, labels in enumerate(axes)
+        if labels is not None
+    }
+
+
+def _owner(path: str) -> str:
+    """The layer of a parameter, past parametrizations."""
+    owner = path.partition(".parametrizations.")[0] if ".parametrizations." in path else None
+    return path.rpartition(".")[0] if owner is None else owner

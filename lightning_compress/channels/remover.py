@@ -1,0 +1,376 @@
+"""Choose units while a module trains, let them fade, and remove all that is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.channels.graph import ChannelGraph, Flags, Kept
+from lightning_compress.channels.plan import ChannelPlan
+from lightning_compress.channels.resize import select_optimizer_state, shrink
+from lightning_compress.channels.selection import (
+    ABSOLUTE,
+    Compare,
+    Costs,
+    Rounding,
+    Scores,
+    check_budget,
+    cut_to,
+    even_out,
+    floor_of,
+    norm_scales,
+    sum_over_units,
+)
+from lightning_compress.projection import Projector, Slot
+from lightning_compress.pruning.sparsity_groups import make_schedules
+from lightning_compress.schedules import Schedule
+from lightning_compress.state import RemovedChannels, note_removed
+
+__all__ = [
+    "Cutter",
+    "Goal",
+]
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+
+
+class Cutter:
+    """What is done to a module, its optimizers and its projector together.
+
+    Args:
+        plan: the channels of the module.
+        projector: of the module: it holds the values that train where others are shown.
+        rounding: in which steps channels go.
+        dense: units of each group at first, by name.
+        kept: of these, those that stay, by the name of the group; follows each removal.
+        compare: how channels of different groups compare, see `cut_to`.
+    """
+
+    def __init__(
+        self,
+        plan: ChannelPlan,
+        projector: Projector,
+        *,
+        rounding: Rounding,
+        dense: Mapping[str, int],
+        kept: dict[str, list[int]],
+        compare: Compare = "group",
+    ) -> None:
+        self.plan, self.projector = plan, projector
+        self.compare: Compare = compare
+        self.rounding, self.dense, self.kept = rounding, dense, kept
+
+    def cost(self, kind: str) -> float:
+        """What the module costs now."""
+        return Costs(self.plan.graph, kind).total()
+
+    def choose(
+        self,
+        scores: Scores,
+        kind: str,
+        target: float,
+        *,
+        overshoot: bool = True,
+    ) -> Flags:
+        """Units to remove, so that the cost comes down to a target; see `cut_to`."""
+        graph = self.plan.graph
+        return cut_to(
+            graph,
+            scores,
+            Costs(graph, kind),
+            target,
+            rounding=self.rounding,
+            dense=self.dense,
+            overshoot=overshoot,
+            compare=self.compare,
+        )
+
+    def own_scores(self, criterion: str) -> Scores:
+        """Scores by "magnitude" or "batchnorm"."""
+        graph = self.plan.graph
+        squares = {path: one.square() for path, one in self._trained().items()}
+        scores = sum_over_units(graph, squares)
+        if criterion == "batchnorm":
+            return norm_scales(graph, self.norm_weights(), scores)
+        return even_out(graph, np.sqrt(scores))
+
+    def given_scores(self, criterion: object, values: Mapping[str, Tensor]) -> Scores:
+        """Scores of units from those of the weights that make them, by path."""
+        scores = sum_over_units(self.plan.graph, values, ("out",))
+        return scores if criterion in ABSOLUTE else even_out(self.plan.graph, scores)
+
+    def fast_enough(self, scores: Scores, left: float) -> tuple[float, float]:
+        """The largest part of the MACs that takes no more than a part of the time.
+
+        Returns:
+            The part of the MACs, 0 if there is none, and the time of the last try.
+        """
+        total, low, high, ratio = self.cost("macs"), 0.0, 1.0, 1.0
+        for _ in range(6):
+            middle = (low + high) / 2
+            ratio = self.plan.latency_ratio(self.choose(scores, "macs", middle * total))
+            low, high = (middle, high) if ratio <= left else (low, middle)
+        return low, ratio
+
+    def norm_weights(self) -> dict[str, Tensor]:
+        """Scales of norm layers, by path."""
+        found = {}
+        for root in self.plan.inputs:
+            for path, layer in self.plan.module.get_submodule(root).named_modules():
+                if isinstance(layer, _NORMS) and layer.weight is not None:
+                    found[".".join(filter(None, (root, path, "weight")))] = layer.weight
+        return found
+
+    @torch.no_grad()
+    def push(self, amount: float) -> None:
+        """Shrink scales of norms by an amount, not beyond 0: the proximal step of an L1 term."""
+        for scale in self.norm_weights().values():
+            scale.copy_(scale.sign() * (scale.abs() - amount).clamp(min=0))
+
+    @torch.no_grad()
+    def fade(self, leaving: Flags, factor: float) -> None:
+        """Multiply what reads the units that leave."""
+        graph, tensors = self.plan.graph, dict(self.plan.module.named_parameters())
+        for (path, dim), units in graph.axes.items():
+            gone = leaving[units]
+            if graph.roles[path, dim] != "in" or ".original" in path or not gone.any():
+                continue  # a parametrization would bring the rest up
+            shape = [1] * tensors[path].dim()
+            shape[dim] = -1
+            scale = torch.from_numpy(np.where(gone, factor, 1.0)).reshape(shape)
+            self._write(tensors[path], partial(torch.mul, scale.to(tensors[path])))
+
+    @torch.no_grad()
+    def remove(
+        self,
+        gone: Flags,
+        optimizers: Sequence[Optimizer],
+        tell: Callable[[Kept, Mapping[str, int]], None],
+    ) -> list[str]:
+        """Remove units from everything that has them, and check that nothing else changed.
+
+        Args:
+            gone: a flag for each unit.
+            optimizers: all of them.
+            tell: lets others follow, with the entries that stay and the sizes of layers without
+                tensors.
+
+        Returns:
+            What begins anew, in words.
+
+        Raises:
+            RuntimeError: when the smaller module is not the one whose units are 0.
+        """
+        module = self.plan.module
+        parameters = dict(module.named_parameters())
+        for path, zeroed in self.plan.masked_values(self._trained(), gone).items():
+            self._write(parameters[path], lambda _, zeroed=zeroed: zeroed)
+        expected = self.plan.outputs()
+        kept, sized = self.plan.kept(gone)
+        cut = {parameters[path]: dims for path, dims in kept.items() if path in parameters}
+        notes = select_optimizer_state(optimizers, cut)
+        slots = self._slots()
+        for parameter, dims in cut.items():
+            if (slot := slots.get(id(parameter))) is not None:
+                slot.select(dims)
+        lost = self._lost(gone, kept, sized)
+        shrink(module, kept, sized=sized)
+        note_removed(module, lost)
+        tell(kept, sized)
+        self.plan.check(expected, gone)
+        self.plan.after(gone)
+        return notes
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The values that the optimizer updates, by path: latent ones where others show."""
+        slots = self._slots()
+        return {
+            path: slots[id(one)].values() if id(one) in slots else one.detach()
+            for path, one in self.plan.module.named_parameters()
+        }
+
+    def _write(self, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        slot = self._slots().get(id(parameter))
+        if slot is None:
+            parameter.copy_(change(parameter.detach()))
+        else:
+            slot.set_values(change(slot.values()))
+            slot.project()
+
+    def _slots(self) -> dict[int, Slot]:
+        return {id(slot.parameter): slot for slot in self.projector.slots.values()}
+
+    def _lost(self, gone: Flags, kept: Kept, sized: Mapping[str, int]) -> RemovedChannels:
+        tensors: dict[str, Any] = dict(self.plan.module.named_parameters())
+        tensors |= dict(self.plan.module.named_buffers())
+        for group in self.plan.graph.groups:
+            before = self.kept.get(group.name, list(range(len(group.units))))
+            pairs = zip(before, gone[group.units].tolist(), strict=True)
+            self.kept[group.name] = [one for one, goes in pairs if not goes]
+        some = {name: tuple(one) for name, one in self.kept.items() if len(one) < self.dense[name]}
+        shapes = {path: tuple(tensors[path].shape) for path in kept}
+        return RemovedChannels(shapes, dict(sized), some)
+
+
+class Goal:
+    """The part of a cost that is to be left, by a schedule or as somebody else says.
+
+    Args:
+        final_sparsity: fraction of the channels that is gone at the end.
+        budget: in its place, what is left of a cost.
+        schedule: of the fraction that is gone.
+        window: begin and end of the schedule.
+        rounding: in which steps channels go.
+
+    Raises:
+        ValueError: for values outside their range.
+
+    >>> goal = Goal(0.5, budget={"macs": 0.25}, schedule=None, window=(0, 9), rounding=Rounding())
+    >>> goal.kind, goal.gone(9), goal.final
+    ('macs', 0.75, 0.25)
+    """
+
+    def __init__(
+        self,
+        final_sparsity: float,
+        *,
+        budget: Mapping[str, float] | None,
+        schedule: Callable[[float], float] | None,
+        window: tuple[float, float],
+        rounding: Rounding,
+    ) -> None:
+        self.kind, self.fraction = check_budget(budget) if budget else ("channels", None)
+        gone = final_sparsity if self.fraction is None else 1 - self.fraction
+        self.part = make_schedules(gone, schedule, *window)[0]
+        curve = self.part.curve
+        self.window = (curve.begin, curve.end) if isinstance(curve, Schedule) else window
+        self.rounding = rounding
+        self.steered: float | None = None  # the part that is to be left, as somebody else says
+        self.dense: dict[str, int] = {}  # units of each group at first
+        self.total = 0.0  # cost at first
+        self.least = 0.0  # part of it that no rounding can avoid
+
+    @property
+    def final(self) -> float:
+        """The part that the schedule leaves in the end."""
+        return 1 - self.part.target(self.window[1])
+
+    def gone(self, position: float) -> float:
+        """The fraction that is to be gone at a position."""
+        return self.part.target(position) if self.steered is None else 1 - self.steered
+
+    def needs(self, position: float) -> bool:
+        """Whether more is asked for at a position than ever before."""
+        return self.gone(position) > self.part.asked
+
+    def ask(self, position: float) -> float:
+        """The cost to come down to at a position: it never rises, whatever a schedule does."""
+        return (1 - self.part.ask(self.gone(position))) * self.total
+
+    def steer(self, left: float) -> None:
+        """Leave a part of the cost from now on.
+
+        Raises:
+            ValueError: for a part outside (0, 1].
+        """
+        if not 0 < left <= 1:
+            raise ValueError(f"left={left!r} must lie in (0, 1]")
+        self.steered = float(left)
+
+    def left(self, cutter: Cutter | None) -> float:
+        """The part of the cost that is left."""
+        return 1.0 if cutter is None else cutter.cost(self.kind) / self.total
+
+    def gone_units(self, graph: ChannelGraph) -> float:
+        """Fraction of the first model's channels that a graph has no more."""
+        groups = [one for one in graph.groups if len(one.free)]
+        dense = sum(self.dense.get(one.name, len(one.units)) for one in groups)
+        return 1 - sum(len(one.units) for one in groups) / max(dense, 1)
+
+    def begin(self, graph: ChannelGraph) -> bool:
+        """Take a model as the first one, unless there was one; says whether it is."""
+        first = not self.dense
+        if first:
+            self.dense = {one.name: len(one.units) for one in graph.groups}
+        return first
+
+    def measure(self, cutter: Cutter, scores: Callable[[], Scores]) -> str:
+        """Take the first model's cost as the whole.
+
+        A latency becomes MACs: the largest part of them that is fast enough.
+
+        Returns:
+            What a latency became, in words.
+
+        Raises:
+            ValueError: for a latency that no number of channels has.
+        """
+        said = ""
+        if self.kind == "latency" and self.fraction is not None:
+            part, ratio = cutter.fast_enough(scores(), self.fraction)
+            if not part:
+                raise ValueError(
+                    f"budget={{'latency': {self.fraction}}} cannot be met: with as few channels as "
+                    f"{self._rounding} allow, the time is {ratio:.3f} of now"
+                )
+            said = f"{self.fraction} of the latency is {part:.3f} of the MACs"
+            self._count_macs(part)
+        self.total = cutter.cost(self.kind)
+        return said
+
+    def _count_macs(self, part: float) -> None:
+        self.kind = "macs"
+        self.part.curve = make_schedules(1 - part, None, *self.window)[0].curve
+
+    @property
+    def _rounding(self) -> str:
+        return f"round_to={self.rounding.to} and min_keep={self.rounding.least}"
+
+    def check(self, graph: ChannelGraph, *, led: bool) -> None:
+        """Check that a model can come down to what is asked.
+
+        Args:
+            graph: of the model.
+            led: whether somebody else will say how far, so that a schedule's end does not count.
+
+        Raises:
+            ValueError: when it cannot; with the closest that there is.
+        """
+        least = floor_of(graph, self.kind, rounding=self.rounding, dense=self.dense)
+        self.least = least / self.total
+        if led and self.least >= 1:
+            raise ValueError(f"{self._rounding} leave nothing that may go")
+        if led or least <= self.total * self.final * (1 + 1e-9):
+            return
+        asked, closest = f"final_sparsity={1 - self.final:.4g}", 1 - self.least
+        if self.fraction is not None:
+            asked, closest = f"budget={{{self.kind!r}: {self.final:.4g}}}", self.least
+        raise ValueError(
+            f"{asked} cannot be met with {self._rounding}: the closest is {closest:.4f}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was asked, of what."""
+        return {
+            "asked": self.part.asked,
+            "steered": self.steered,
+            "cost": (self.kind, self.total, self.final),
+            "dense": dict(self.dense),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put it back."""
+        self.part.asked, self.steered = state["asked"], state["steered"]
+        kind, self.total, final = state["cost"]
+        if kind != self.kind:  # a latency that was measured
+            self._count_macs(final)
+        self.dense = dict(state["dense"])

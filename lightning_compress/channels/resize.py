@@ -1,0 +1,425 @@
+"""Make layers smaller: tensors, gradients, optimizer states; and a full model cut for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from lightning_compress.channels.graph import Kept, free_reshapes
+from lightning_compress.errors import TargetError
+from lightning_compress.modes import evaluating
+from lightning_compress.state import RemovedChannels, forget_removed, note_removed, removed_channels
+
+__all__ = [
+    "CHANNELS",
+    "check_sizes",
+    "compose",
+    "fit_sizes",
+    "grow",
+    "match_channels",
+    "overlay",
+    "rebuild_channels",
+    "resize_tensor",
+    "select_entries",
+    "select_optimizer_state",
+    "set_sizes",
+    "shrink",
+    "sizes_known",
+    "sizes_of_layers",
+    "structure_of",
+]
+_CONVS = nn.modules.conv._ConvNd
+_NORMS = (nn.modules.batchnorm._NormBase,)
+_CELLS = (nn.GRUCell, nn.LSTMCell, nn.RNNCell)
+_SAME_SHAPE = {"_SpectralNorm", "_WeightNorm"}  # parametrizations that keep a weight's shape
+_BIASED: dict[type[nn.Module], str] = {
+    nn.Linear: "out_features",
+    _CONVS: "out_channels",
+    nn.modules.batchnorm._NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
+_NAMES = (
+    "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
+    "num_channels", "num_groups", "embedding_dim", "input_size", "hidden_size", "proj_size",
+    "num_parameters",
+)  # fmt: skip
+
+
+def _layer_path(path: str) -> str:
+    return path.partition(".parametrizations.")[0] if ".parametrizations." in path else (
+        path.rpartition(".")[0]
+    )  # fmt: skip
+
+
+def sizes_known(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, int]]:
+    """What the layers of some tensors know of their sizes, by the path of the layer."""
+    layers = dict.fromkeys(_layer_path(path) for path in paths)
+    owners = {id(module.get_submodule(one)): one for one in layers}
+    for path, layer in module.named_modules(remove_duplicate=True):
+        tied = any(id(one) in _ids(module, paths) for one in layer.parameters(recurse=False))
+        if tied:
+            owners.setdefault(id(layer), path)
+    return {path: _known(module.get_submodule(path)) for path in owners.values()}
+
+
+def _ids(module: nn.Module, paths: Iterable[str]) -> set[int]:
+    named = dict(module.named_parameters())
+    return {id(named[path]) for path in paths if path in named}
+
+
+def _known(layer: nn.Module) -> dict[str, int]:
+    return {
+        name: getattr(layer, name) for name in _NAMES if isinstance(getattr(layer, name, None), int)
+    }
+
+
+def fit_sizes(layer: nn.Module, before: Mapping[str, int]) -> None:
+    """Let a layer know the sizes of its tensors."""
+    _set(layer, **_wanted(layer, before))
+    if isinstance(layer, nn.RNNBase):
+        layer.flatten_parameters()
+
+
+def _set(layer: nn.Module, **sizes: int) -> None:
+    for name, value in sizes.items():
+        setattr(layer, name, value)
+
+
+def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
+    """What each layer knows of its size, by path.
+
+    >>> sizes_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    {'0': {'in_features': 2, 'out_features': 3}}
+    """
+    found = {path: _known(layer) for path, layer in module.named_modules()}
+    return {path: sizes for path, sizes in found.items() if sizes}
+
+
+def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Let layers know the sizes that `sizes_of_layers` told, where they know others."""
+    for path, known in sizes.items():
+        layer = module.get_submodule(path)
+        if _known(layer) != known:
+            _set(layer, **known)
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()
+
+
+def _shape(layer: Any, name: str) -> tuple[int, ...]:
+    """The shape of a weight. To compute it in training mode would move spectral_norm's vectors."""
+    if not parametrize.is_parametrized(layer, name):
+        return tuple(getattr(layer, name).shape)
+    stored = layer.parametrizations[name]
+    if {type(step).__name__ for step in stored} <= _SAME_SHAPE:
+        free = stored.original1 if hasattr(stored, "original1") else stored.original
+        return tuple(free.shape)
+    with evaluating(layer):
+        return tuple(getattr(layer, name).shape)
+
+
+def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that a layer should know, by the shapes of its tensors."""
+    if isinstance(layer, nn.Linear):
+        outputs, inputs = _shape(layer, "weight")
+        return {"out_features": outputs, "in_features": inputs}
+    if isinstance(layer, _CONVS):
+        return _conv_sizes(layer, before)
+    if isinstance(layer, nn.GroupNorm) and layer.weight is not None:
+        each = before["num_channels"] // before["num_groups"]
+        size = len(layer.weight)
+        return {"num_channels": size, "num_groups": size // each}
+    if isinstance(layer, _NORMS):
+        known = layer.weight if layer.weight is not None else layer.running_mean
+        return {} if known is None else {"num_features": len(known)}
+    if isinstance(layer, nn.Embedding):
+        return {"embedding_dim": _shape(layer, "weight")[1]}
+    if isinstance(layer, nn.PReLU):
+        return {"num_parameters": len(layer.weight)}
+    if isinstance(layer, _CELLS):
+        inputs, shown = _shape(layer, "weight_ih")[1], _shape(layer, "weight_hh")[1]
+        return {"input_size": inputs, "hidden_size": shown}
+    if isinstance(layer, nn.RNNBase):
+        return _recurrent_sizes(layer)
+    return {}
+
+
+def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
+    first, second = _shape(layer, "weight")[:2]
+    if before["groups"] > 1 and before["groups"] == before["in_channels"]:  # depthwise
+        each = before["out_channels"] // before["in_channels"]
+        groups = first if layer.transposed else first // each
+        return {"in_channels": groups, "out_channels": groups * each, "groups": groups}
+    outputs, inputs = (second, first) if layer.transposed else (first, second)
+    groups = before["groups"]
+    if layer.transposed:
+        return {"in_channels": inputs, "out_channels": outputs * groups}
+    return {"in_channels": inputs * groups, "out_channels": outputs}
+
+
+def _recurrent_sizes(layer: Any) -> dict[str, int]:
+    shown = _shape(layer, "weight_hh_l0")[1]
+    sizes = {"input_size": _shape(layer, "weight_ih_l0")[1]}
+    if layer.proj_size:
+        return {**sizes, "proj_size": shown, "hidden_size": _shape(layer, "weight_hr_l0")[1]}
+    return {**sizes, "hidden_size": shown}
+
+
+def check_sizes(module: nn.Module) -> list[str]:
+    """What layers say of their sizes and their tensors do not; empty when all is well.
+
+    >>> layer = nn.Linear(2, 3, bias=False)
+    >>> layer.out_features = 4
+    >>> check_sizes(layer)
+    ['(root): out_features is 4, the tensors say 3']
+    """
+    faults = []
+    for path, layer in module.named_modules():
+        if any(
+            isinstance(one, nn.UninitializedParameter) for one in layer.parameters(recurse=False)
+        ):
+            continue
+        known = _known(layer)
+        for name, value in _wanted(layer, known).items():
+            if known.get(name, value) != value:
+                place = path or "(root)"
+                faults.append(f"{place}: {name} is {known[name]}, the tensors say {value}")
+        faults += [f"{path or '(root)'}: {fault}" for fault in _odd_tensors(layer)]
+    return faults
+
+
+def _odd_tensors(layer: Any) -> list[str]:
+    """Tensors of a layer that do not fit each other."""
+    faults = []
+    if isinstance(layer, nn.RNNBase):
+        rows = {"LSTM": 4, "GRU": 3}.get(layer.mode, 1) * layer.hidden_size
+        for name, one in layer.named_parameters(recurse=False):
+            if not name.startswith("weight_hr") and len(one) != rows:
+                faults.append(f"{name} has {len(one)} rows, not {rows}")
+        return faults
+    size = _BIASED.get(next((kind for kind in _BIASED if isinstance(layer, kind)), nn.Module))
+    for name in ("bias", "running_mean", "running_var") if size else ():
+        one, wanted = getattr(layer, name, None), getattr(layer, str(size))
+        if isinstance(one, Tensor) and len(one) != wanted:
+            faults.append(f"{name} has {len(one)} entries, not {wanted}")
+    return faults
+
+
+def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The entries of a tensor that stay, axis by axis.
+
+    >>> select_entries(torch.arange(6).reshape(2, 3), {1: torch.tensor([0, 2])}).tolist()
+    [[0, 2], [3, 5]]
+    """
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor.contiguous()
+
+
+@torch.no_grad()
+def shrink(module: nn.Module, kept: Kept, *, sized: Mapping[str, int] | None = None) -> None:
+    """Remove channels in place: parameters stay the objects that they are, gradients are cut too.
+
+    Args:
+        module: of the structure that `kept` was made for.
+        kept: entries that stay, by path and axis.
+        sized: new sizes of layers that hold no tensors.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    known = sizes_known(module, kept)
+    for path, dims in kept.items():
+        resize_tensor(tensors[path], select_entries(tensors[path].detach(), dims), dims)
+    for path, before in known.items():
+        fit_sizes(module.get_submodule(path), before)
+    for path, size in (sized or {}).items():
+        module.get_submodule(path).num_features = size  # type: ignore[assignment]
+
+
+def resize_tensor(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None = None) -> None:
+    """Give a parameter or buffer other values, of another size; it stays the object that it is.
+
+    Args:
+        tensor: changed in place.
+        values: that it holds from now on.
+        dims: entries of its gradient that stay, along axes; None: the gradient goes.
+    """
+    gradient, tensor.grad = tensor.grad, None
+    tensor.set_(values)  # type: ignore[call-overload]  # the object stays: hooks and optimizers hold it
+    if gradient is not None and dims is not None:
+        tensor.grad = select_entries(gradient, dims)
+
+
+@torch.no_grad()
+def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+    """Give a module's layers the sizes of a `state_dict`, in place, so that it can be loaded.
+
+    The way back from a file: build the model in full size, match, load. Tensors that differ in
+    size are empty until then.
+
+    Args:
+        module: of the structure that the state was saved from.
+        state: a `state_dict`, or shapes by name.
+
+    Returns:
+        The module.
+
+    Raises:
+        TargetError: when the two differ in more than sizes along axes of known layers.
+
+    >>> small = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1)).state_dict()
+    >>> net = match_channels(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 1)), small)
+    >>> net[0].out_features, net[1].in_features
+    (4, 4)
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    shapes = {
+        name: torch.Size(getattr(state[name], "shape", state[name]))
+        for name in tensors
+        if name in state
+    }
+    other = {name: shape for name, shape in shapes.items() if shape != tensors[name].shape}
+    if not other:
+        return module
+    for name, shape in other.items():
+        if len(shape) != tensors[name].dim():
+            raise TargetError(
+                f"{name}: {tuple(tensors[name].shape)} cannot become {tuple(shape)}: it is another "
+                "model, not one with fewer channels"
+            )
+    known = sizes_known(module, other)
+    for name, shape in other.items():
+        own = tensors[name]
+        resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
+    for path, before in known.items():
+        fit_sizes(module.get_submodule(path), before)
+    free_reshapes(module)
+    if faults := check_sizes(module):
+        raise TargetError(f"the sizes do not fit together: {'; '.join(faults[:3])}")
+    return module
+
+
+@torch.no_grad()
+def select_optimizer_state(
+    optimizers: Sequence[Optimizer], kept: Mapping[nn.Parameter, Mapping[int, Tensor]]
+) -> list[str]:
+    """Cut what optimizers keep for each entry of a parameter; before the parameters shrink.
+
+    Args:
+        optimizers: all of them.
+        kept: entries that stay, by parameter.
+
+    Returns:
+        What could not be cut and begins anew, in words.
+    """
+    notes = []
+    for optimizer in optimizers:
+        for parameter, dims in kept.items():
+            state = optimizer.state.get(parameter, {})
+            odd = []
+            for name, value in state.items():
+                if not isinstance(value, Tensor) or value.numel() == 1 < parameter.numel():
+                    continue
+                if value.shape == parameter.shape:
+                    state[name] = select_entries(value, dims)
+                else:
+                    odd.append(name)
+            if odd:
+                optimizer.state.pop(parameter)
+                notes.append(f"{type(optimizer).__name__} begins anew: {odd} cannot be cut")
+    return list(dict.fromkeys(notes))
+
+
+CHANNELS = "removed_channels"  # key in a checkpoint: plain data
+
+
+def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Cut a module's layers to the sizes of a checkpoint that `ChannelPruning` left, in place.
+
+    Lightning calls `on_load_checkpoint` of a LightningModule before it loads the weights: there,
+    this one line lets `load_from_checkpoint` work. A checkpoint without removed channels changes
+    nothing.
+
+    Args:
+        module: in full size, or small already.
+        checkpoint: as `on_load_checkpoint` gets it.
+
+    Raises:
+        TargetError: when the two differ in more than channels.
+
+    >>> rebuild_channels(nn.Linear(2, 2), {"state_dict": {}})
+    """
+    lost = checkpoint.get(CHANNELS)
+    if lost is None:
+        return
+    match_channels(module, checkpoint["state_dict"])
+    for path, size in lost["sizes"].items():
+        layer: Any = module.get_submodule(path)
+        layer.num_features = size
+    note_removed(module, RemovedChannels(lost["shapes"], lost["sizes"], lost["kept"]))
+
+
+def compose(first: Kept, then: Kept) -> Kept:
+    """Entries that stay of a module after two removals, counted as they were before the first.
+
+    >>> one, two = torch.tensor([0, 2, 3]), torch.tensor([0, 2])
+    >>> compose({"weight": {0: one}}, {"weight": {0: two}})["weight"][0].tolist()
+    [0, 3]
+    """
+    found = {path: dict(dims) for path, dims in first.items()}
+    for path, dims in then.items():
+        known = found.setdefault(path, {})
+        for dim, index in dims.items():
+            known[dim] = known[dim][index] if dim in known else index
+    return found
+
+
+def overlay(before: Tensor, now: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """A tensor from before with the entries that are still there as they are now.
+
+    Args:
+        before: in the larger size.
+        now: in the smaller one.
+        kept: where its entries lie along axes of the larger one; axes that are not named are whole.
+
+    >>> before, now = torch.zeros(3), torch.tensor([7.0, 8.0])
+    >>> overlay(before, now, {0: torch.tensor([0, 2])}).tolist()
+    [7.0, 0.0, 8.0]
+    """
+    if not kept:
+        return now.clone()
+    device = now.device
+    places = [kept.get(dim, torch.arange(size)).to(device) for dim, size in enumerate(now.shape)]
+    merged = before.to(now).clone()
+    merged[torch.meshgrid(*places, indexing="ij")] = now
+    return merged
+
+
+def structure_of(module: nn.Module) -> dict[str, Any]:
+    """All that `grow` needs to know of a module besides its tensors, as plain data."""
+    lost = removed_channels(module)
+    return {
+        "sizes": sizes_of_layers(module),
+        "lost": {"shapes": lost.shapes, "sizes": lost.sizes, "kept": lost.kept},
+    }
+
+
+@torch.no_grad()
+def grow(module: nn.Module, tensors: Mapping[str, Tensor], structure: Mapping[str, Any]) -> None:
+    """Give a module tensors of other sizes, in place; its layers know the sizes that they had.
+
+    Args:
+        module: whose parameters stay the objects that they are, without gradients.
+        tensors: all parameters and buffers that change, by name.
+        structure: what `structure_of` said when the module had these sizes.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, values in tensors.items():
+        resize_tensor(own[name], values.to(own[name]).clone())
+    set_sizes(module, structure["sizes"])
+    forget_removed(module)
+    lost = structure["lost"]
+    note_removed(module, RemovedChannels(lost["shapes"], lost["sizes"], lost["kept"]))

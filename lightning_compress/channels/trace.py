@@ -1,0 +1,330 @@
+"""Follow channels through one run of a module: what moves them, what mixes them, what reads them.
+
+The module runs on sample inputs under a torch function mode, so that any Python in its forward
+pass will do. Layers have rules of their own (`channel_layers`), and so have the functions between
+them (`channel_functions`); where nothing is known, all channels that are read stay. Why a student
+and its teacher are matched in another way is said in `distillation.channel_graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "Axes",
+    "Labels",
+    "Ledger",
+    "Space",
+    "Trace",
+    "Use",
+    "tensors_in",
+]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One axis of a parameter or buffer along which labelled entries lie.
+
+    Args:
+        path: of the tensor in the traced module.
+        dim: the axis.
+        labels: one an entry of the axis.
+        role: "out": a weight that makes the entries; "in": one that reads them, so that zeros
+            there hide whatever they hold; "through": all else, such as biases and norms.
+    """
+
+    path: str
+    dim: int
+    labels: Labels
+    role: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """Labels that were made together: the output of a layer, or an axis of an input."""
+
+    where: str
+    labels: Labels
+
+
+class Ledger:
+    """All labels of one trace, what joins them, and what must stay.
+
+    >>> ledger = Ledger()
+    >>> one, two = ledger.fresh(2, "one"), ledger.fresh(2, "two")
+    >>> ledger.join(one, two)
+    >>> ledger.classes().tolist()
+    [0, 1, 0, 1]
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.spaces: list[Space] = []
+        self.uses: dict[tuple[str, int], Use] = {}
+        self.work: dict[str, float] = {}  # multiply-accumulates of an example for each weight
+        self.fixed: list[tuple[Labels, str]] = []
+        self.released: list[Labels] = []
+        self.sized: dict[str, Labels] = {}  # layers without tensors that know a size
+        self._edges: list[tuple[Labels, Labels]] = []
+
+    def fresh(self, size: int, where: str) -> Labels:
+        """Labels for entries that nothing is known of yet."""
+        labels = np.arange(self.count, self.count + size)
+        self.count += size
+        self.spaces.append(Space(where, labels))
+        return labels
+
+    def join(self, one: Labels, other: Labels) -> None:
+        """Let entries share their fate, pair by pair."""
+        self._edges.append((one.ravel(), other.ravel()))
+
+    def fix(self, labels: Labels | None, reason: str) -> None:
+        """Keep entries whatever happens."""
+        if labels is not None and labels.size:
+            self.fixed.append((labels.ravel(), reason))
+
+    def release(self, labels: Labels) -> None:
+        """Let entries go although inputs or outputs hold them: recurrent states fed back."""
+        self.released.append(labels.ravel())
+
+    def use(self, path: str, dim: int, labels: Labels, role: str) -> None:
+        """Note where labelled entries lie; an axis that is noted twice joins both."""
+        known = self.uses.get((path, dim))
+        if known is None:
+            self.uses[path, dim] = Use(path, dim, labels, role)
+            return
+        self.join(known.labels, labels)
+        if known.role != role and "through" not in (known.role, role):
+            # Made by one layer and read by another, as tied weights are.
+            self.uses[path, dim] = Use(path, dim, known.labels, "through")
+
+    def works(self, path: str, positions: float) -> None:
+        """Count that each weight of a tensor is multiplied so many times for one example."""
+        self.work[path] = self.work.get(path, 0.0) + positions
+
+    def classes(self) -> Labels:
+        """The class of each label: what is joined, directly or not, is in one."""
+        if not self._edges:
+            return np.arange(self.count)
+        ends = [np.concatenate(side) for side in zip(*self._edges, strict=True)]
+        ones = np.ones(len(ends[0]), dtype=np.int8)
+        graph = coo_matrix((ones, tuple(ends)), shape=(self.count, self.count))
+        return _by_first(connected_components(graph, directed=False)[1].astype(np.int64))
+
+    def held(self, classes: Labels) -> dict[int, str]:
+        """Classes that must stay, with the first reason that was given."""
+        free = set(_members(classes, self.released))
+        held: dict[int, str] = {}
+        for labels, reason in self.fixed:
+            edge = reason.startswith(("input", "output"))
+            for one in np.unique(classes[labels]).tolist():
+                if not (edge and one in free):
+                    held.setdefault(one, reason)
+        return held
+
+
+def _members(classes: Labels, labels: Iterable[Labels]) -> list[int]:
+    return [one for some in labels for one in np.unique(classes[some]).tolist()]
+
+
+def _by_first(classes: Labels) -> Labels:
+    """The same classes, numbered in the order of their first members."""
+    _, first, inverse = np.unique(classes, return_index=True, return_inverse=True)
+    order = np.empty(len(first), dtype=np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[inverse.ravel()]
+
+
+Axes = list["Labels | None"]
+
+
+class Trace(TorchFunctionMode):
+    """One run: labels of each tensor that was seen.
+
+    Args:
+        root: the module that is run.
+        layers: `layers(trace, path, layer, args, output)` labels the output of a layer that it
+            knows and returns True; called first, it says by `output=None` whether it does.
+        functions: `functions(trace, function, args, kwargs, output)` labels the output of a
+            function between layers.
+        channelwise: functions and layer classes that treat each channel by itself.
+        tapped: paths of modules whose outputs keep their sizes, and why.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Callable[..., bool],
+        functions: Callable[..., None],
+        channelwise: Sequence[Any] = (),
+        tapped: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tapped = tapped or {}
+        self.root, self.ledger = root, Ledger()
+        self.layers, self.functions, self.channelwise = layers, functions, tuple(channelwise)
+        self._known: dict[int, tuple[Tensor, Axes]] = {}
+        self._own = {
+            id(tensor): path
+            for named in (root.named_buffers(), root.named_parameters())
+            for path, tensor in named
+        }
+        self._inside = 0
+        self.batch = 1
+        self.from_inputs = 0  # labels below are those of inputs
+        self.input_axes: list[Axes] = []
+        self.output_axes: list[Axes] = []
+        self.given_states: list[Labels] = []  # of recurrent layers, where the module is given them
+
+    def run(self, inputs: Sequence[Any]) -> Any:
+        """Run the module; inputs and outputs keep their sizes."""
+        tensors = [one for one in pytree.tree_leaves(tuple(inputs)) if isinstance(one, Tensor)]
+        self.batch = next((len(one) for one in tensors if one.dim()), 1)
+        for number, tensor in enumerate(tensors):
+            axes: Axes = [None]
+            for dim in range(1, tensor.dim()):
+                labels = self.ledger.fresh(tensor.shape[dim], f"input {number}")
+                self.ledger.fix(labels, f"input {number} of the module")
+                axes.append(labels)
+            self.label(tensor, axes[: tensor.dim()])
+            self.input_axes.append(axes[: tensor.dim()])
+        self.from_inputs = self.ledger.count
+        with self._hooked(), self:
+            output = self.root(*inputs)
+        for one in tensors_in(output):
+            self.output_axes.append(self.axes(one))
+            for labels in self.axes(one):
+                self.ledger.fix(labels, "output of the module")
+                self._release(labels)
+        return output
+
+    def _release(self, labels: Labels | None) -> None:
+        """A state that goes in and comes out is the caller's, who makes it in the layer's size."""
+        for state in self.given_states:
+            if labels is not None and np.array_equal(state, labels):
+                self.ledger.release(state)
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        handles = []
+        for path, layer in self.root.named_modules():
+            if self._is_leaf(path, layer):
+                handles.append(layer.register_forward_pre_hook(self._enter))
+                leave = partial(self._leave, path)
+                handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+        for path, reason in self.tapped.items():
+            tap = partial(self._tap, reason)
+            handles.append(self.root.get_submodule(path).register_forward_hook(tap))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, _layer: nn.Module, _args: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, path: str, layer: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if self._inside == 1:  # rules look at weights, which parametrizations compute
+            self._layer(path, layer, (*args, *kwargs.values()), out)
+        self._inside -= 1
+
+    def _tap(self, reason: str, _layer: nn.Module, _args: Any, out: Any) -> None:
+        for one in tensors_in(out):
+            for labels in self.axes(one):
+                self.ledger.fix(labels, reason)
+
+    def _is_leaf(self, path: str, layer: nn.Module) -> bool:
+        return self._class_of(layer) is not None or self.layers(self, path, layer, (), None)
+
+    def _class_of(self, layer: nn.Module) -> type | None:
+        """The class in `channelwise` that a layer is of."""
+        classes = (one for one in self.channelwise if isinstance(one, type))
+        return next((one for one in classes if isinstance(layer, one)), None)
+
+    def _layer(self, path: str, layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if (named := self._class_of(layer)) is not None:
+            self.functions(self, named, args, {}, out)
+        else:
+            self.layers(self, path, layer, args, out)
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """Labels of each axis; None where nothing could be removed anyway."""
+        known = self._known.get(id(tensor))
+        if known is not None:
+            return known[1]
+        path = self._own.get(id(tensor))
+        if path is None or isinstance(tensor, nn.UninitializedParameter):
+            return [None] * tensor.dim()
+        axes: Axes = []
+        for dim, size in enumerate(tensor.shape):
+            labels = self.ledger.fresh(size, path) if size > 1 else None
+            if labels is not None:
+                self.ledger.use(path, dim, labels, "through")
+            axes.append(labels)
+        self.label(tensor, axes)
+        return axes
+
+    def label(self, tensor: Tensor, axes: Axes) -> None:
+        """Note the labels of a tensor's axes."""
+        self._known[id(tensor)] = tensor, axes  # the tensor is kept, so that its id stays its own
+
+    def unlabel(self, tensor: Tensor) -> None:
+        """Note that nothing of a tensor could be removed."""
+        self.label(tensor, [None] * tensor.dim())
+
+    def path_of(self, tensor: Tensor | None) -> str | None:
+        """The path of a parameter or buffer of the module; the first one, if it has several."""
+        return None if tensor is None else self._own.get(id(tensor))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function and label what comes out."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._inside:
+            with torch._C.DisableTorchFunction():
+                self.functions(self, func, args, kwargs, out)
+        return out
+
+    def unknown(self, name: str, args: Any) -> None:
+        """Keep all channels that something unknown reads."""
+        for one in tensors_in(args):
+            for labels in self.axes(one):
+                self.ledger.fix(labels, f"read by {name}, whose channels are not known")
+
+    def reads(self, path: str | None, dim: int, labels: Labels | None, copies: int = 1) -> None:
+        """Note that a weight reads labelled entries, each `copies` times in a row."""
+        if path is not None and labels is not None:
+            self.ledger.use(path, dim, np.repeat(labels, copies), "in")
+
+    def makes(self, path: str | None, dim: int, size: int, where: str) -> Labels:
+        """Fresh labels of what a weight makes."""
+        labels = self.ledger.fresh(size, where)
+        if path is not None:
+            self.ledger.use(path, dim, labels, "out")
+        return labels
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of a nested structure."""
+    return [one for one in pytree.tree_leaves(_plain(tree)) if isinstance(one, Tensor)]
+
+
+def _plain(tree: Any) -> Any:
+    return tuple(tree) if isinstance(tree, nn.utils.rnn.PackedSequence) else tree

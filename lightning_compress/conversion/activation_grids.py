@@ -1,0 +1,213 @@
+"""Which activations need a grid before products can multiply whole numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.conversion.nodes import Site, is_move, modules_of, only_use, readers
+from lightning_compress.conversion.qdq import is_rounded, norm_behind, output_points
+from lightning_compress.grids import AffineGrid
+from lightning_compress.quantization.fake_quantize import fake_quantized, why_float
+from lightning_compress.quantization.ranges import affine_grid
+from lightning_compress.sample_inputs import as_inputs
+from lightning_compress.state import (
+    ActivationGrids,
+    activation_grids,
+    compression_state,
+    set_activation_grids,
+)
+
+__all__ = [
+    "calibrate_layers",
+    "calibrate_sites",
+    "find_float_layers",
+]
+KEPT_VALUES = 2**18  # of one batch at one place, for percentiles
+
+
+class _Range:
+    """Smallest and largest value seen, or a percentile of a sample of them."""
+
+    def __init__(self, percentile: float) -> None:
+        self.tail = (100 - percentile) / 100
+        self.low = self.high = 0.0
+        self.kept: list[Tensor] = []
+        self.seen = False
+
+    def update(self, values: Tensor) -> None:
+        self.seen = True
+        low, high = (float(edge) for edge in values.aminmax())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.tail > 0:
+            flat = values.flatten()
+            self.kept.append(flat[:: -(-flat.numel() // KEPT_VALUES)])
+
+    def grid(self) -> AffineGrid:
+        low, high = self.low, self.high
+        if self.tail > 0:
+            values = torch.cat(self.kept).sort().values
+            last = values.numel() - 1
+            # A rectified output is mostly zeros: the lower tail of it is zero already.
+            low = min(0.0, float(values[round(self.tail * last)]))
+            high = max(0.0, float(values[round((1 - self.tail) * last)]))
+        return affine_grid(torch.tensor([low, high]), bits=8, symmetric=False)
+
+
+@torch.no_grad()
+def calibrate_layers(
+    module: nn.Module,
+    places: Mapping[str, tuple[bool, bool]],
+    calibration: Iterable[Tensor | tuple[Tensor, ...]],
+    *,
+    percentile: float = 100.0,
+) -> None:
+    """Give layers the 8-bit grids of what they read and give over example inputs, in place.
+
+    Grids that a layer has already stay. Jacob et al. 2018, arXiv:1712.05877.
+
+    Args:
+        module: in eval mode; grids that it has are in force while it runs.
+        places: module path -> whether its input and its output get a grid.
+        calibration: inputs, each a tensor or a tuple of the module's positional inputs.
+        percentile: share of the values, in percent, that the range holds at either end; 100 is
+            the minimum and maximum.
+
+    Raises:
+        ValueError: for a percentile outside (50, 100], without an input, for values that are not
+            finite, or a layer that no input reached.
+    """
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile={percentile!r}: valid are numbers above 50 and up to 100")
+    ranges: dict[tuple[str, str], _Range] = {}
+    handles = []
+    for path, (reads, gives) in places.items():
+        layer = module.get_submodule(path)
+        sides = [side for side, wanted in (("input", reads), ("output", gives)) if wanted]
+        for side in sides:
+            found = ranges[path, side] = _Range(percentile)
+            handles.append(_watch(layer, side, partial(_see, found, f"the {side} of {path!r}")))
+    try:
+        with fake_quantized(module):
+            _run(module, calibration)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (path, side), found in ranges.items():
+        if not found.seen:
+            raise ValueError(f"no calibration input reached {path!r}: it never ran")
+        _give(module.get_submodule(path), side, found.grid())
+
+
+def _run(module: nn.Module, calibration: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+    count = 0
+    for batch in calibration:
+        inputs = as_inputs(tuple(batch) if isinstance(batch, list) else batch)
+        for part in inputs:
+            if part.is_floating_point() and not part.isfinite().all():
+                raise ValueError(f"calibration input {count} holds values that are NaN or infinite")
+        module(*(part.detach().cpu() for part in inputs))
+        count += 1
+    if count == 0:
+        raise ValueError("calibration holds no inputs: give at least one batch")
+
+
+def _watch(layer: nn.Module, side: str, see: Any) -> Any:
+    if side == "input":
+        return layer.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    return layer.register_forward_hook(lambda _, __, output: see(output))
+
+
+def _see(found: _Range, place: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{place} is NaN or infinite on the calibration inputs")
+    found.update(values)
+
+
+def _give(layer: nn.Module, side: str, grid: AffineGrid) -> None:
+    known = activation_grids(layer) or ActivationGrids()
+    sides = {"input": known.input, "output": known.output, side: grid}
+    set_activation_grids(layer, ActivationGrids(**sides))
+
+
+INNER = "weights only: its forward changes what its product reads, or what that gives"
+
+
+def find_float_layers(plain: nn.Module, sites: list[Site]) -> None:
+    """Say at each site why its layer gets no grids, which are those of what the layer reads."""
+    reasons: dict[str, str] = {}
+    for site in sites:
+        layer = plain.get_submodule(site.path)
+        why = why_float(layer) or ("" if _is_own(site, layer) else INNER)
+        reasons[site.path] = reasons.get(site.path) or why
+    for site in sites:
+        site.why_float = reasons[site.path]
+
+
+def _is_own(site: Site, layer: nn.Module) -> bool:
+    """Whether what a layer reads and gives is what its product reads and gives."""
+    if layer.forward.__module__.startswith("torch.nn."):
+        return True
+    node = site.node.inputs[0].producer()
+    while _is_inside(node, site) and (is_move(node) or node.op_type == "Pad"):
+        node = node.inputs[0].producer()
+    value = site.output
+    while _is_inside(following := only_use(value), site) and _keeps(following):
+        value = following.outputs[0]
+    changed = any(_is_inside(use.node, site) for use in readers(value))
+    return not _is_inside(node, site) and not changed
+
+
+def _is_inside(node: Any, site: Site) -> bool:
+    return node is not None and site.path in modules_of(node)
+
+
+def _keeps(node: Any) -> bool:
+    """Whether a rounding may as well stand behind a node."""
+    return is_move(node) or node.op_type == "Relu"
+
+
+def calibrate_sites(
+    graph: Any,
+    plain: nn.Module,
+    sites: list[Site],
+    calibration: Iterable[Tensor | tuple[Tensor, ...]],
+    percentile: float,
+) -> None:
+    """Find grids for what products read, and for what they give where nothing rounds it later."""
+    known = compression_state(plain).activations
+    for site in sites:
+        found = known.get(site.path, ActivationGrids())
+        site.input_grid, site.output_grid = found.input, found.output
+    points, _ = output_points(graph, known, sites)
+    planned = _with_planned_inputs(sites)
+    places: dict[str, tuple[bool, bool]] = {}
+    for site, plan in zip(sites, planned, strict=True):
+        if site.why_float:
+            continue
+        gives = not is_rounded(plan, planned, points)
+        norm = norm_behind(site)
+        # A layer that is called twice gives on a grid where one of its calls needs it.
+        _, known_to_give = places.get(site.path, (False, False))
+        places[site.path] = (site.input_grid is None, known_to_give or (gives and norm is None))
+        if gives and norm is not None:
+            path = modules_of(norm[0])[-1]
+            if isinstance(plain.get_submodule(path), nn.modules.batchnorm._NormBase):
+                places[path] = (False, True)
+    calibrate_layers(plain, places, calibration, percentile=percentile)
+
+
+def _with_planned_inputs(sites: list[Site]) -> list[Site]:
+    """Copies that have an input grid each; a missing one is equal for all readers of a value."""
+    copies = [copy.copy(site) for site in sites]
+    values = list(dict.fromkeys(site.node.inputs[0] for site in sites))
+    for one in copies:
+        if one.input_grid is None and not one.why_float:
+            number = torch.tensor([1.0 + values.index(one.node.inputs[0])])
+            one.input_grid = AffineGrid(number, torch.tensor([0]), 8, False, None)
+    return copies

@@ -1,0 +1,185 @@
+"""Grids: which values a quantized weight may take, and how a weight gets onto them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "AffineGrid",
+    "CodebookGrid",
+    "channel_axis",
+    "check_bits",
+    "grid_of_range",
+]
+
+
+@dataclass(frozen=True)
+class CodebookGrid:
+    """Shared values of a whole tensor (Han et al. 2016, arXiv:1510.00149, section 3).
+
+    Args:
+        centres: float32 of shape (K,), 2 <= K <= 256, strictly rising, finite; one of them is 0.
+
+    >>> grid = CodebookGrid(torch.tensor([-1.0, 0.0, 0.5, 2.0]))
+    >>> grid.quantize(torch.tensor([0.1, -3.0, 1.9])).tolist()
+    [0, -1, 2]
+    >>> grid.project(torch.tensor([0.1, -3.0, 1.9]))
+    tensor([ 0., -1.,  2.])
+    """
+
+    centres: Tensor
+
+    @property
+    def axis(self) -> None:
+        """One codebook serves the whole tensor."""
+        return
+
+    @property
+    def bits(self) -> int:
+        """Bits that tell the centres apart."""
+        return max(1, (self.centres.numel() - 1).bit_length())
+
+    @property
+    def zero_index(self) -> int:
+        """Where the centre 0 stands."""
+        return int((self.centres == 0).nonzero()[0, 0])
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest centre of each weight, counted from the centre 0: int32, 0 means value 0."""
+        centres = self.centres.to(weight.device)
+        middles = (centres[1:] + centres[:-1]) / 2
+        index = torch.bucketize(weight.detach().float(), middles)
+        return (index - self.zero_index).to(torch.int32)
+
+    def dequantize(self, symbols: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of what `quantize` returns."""
+        centres = self.centres.to(symbols.device)
+        return centres[symbols.long() + self.zero_index].to(dtype)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The centre nearest to each weight, in the weight's own dtype."""
+        return self.dequantize(self.quantize(weight), weight.dtype)
+
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True)
+class AffineGrid:
+    """A uniform grid, `visible = scale * (q - zero_point)` with whole q in `[qmin, qmax]`.
+
+    Zero is always on the grid: it is `q == zero_point`. Jacob et al. 2018, arXiv:1712.05877.
+
+    Args:
+        scale: step sizes, float32 of shape (1,) or (channels,); all finite and above 0.
+        zero_point: the q of the value 0, int32 of the same shape.
+        bits: 2 to 8.
+        symmetric: q in `±(2^(bits-1) - 1)` and zero point 0, else q in `[0, 2^bits - 1]`.
+        axis: the weight's axis that `scale` runs along; None when one scale serves all.
+
+    >>> grid = AffineGrid(torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32), 4, True, None)
+    >>> grid.project(torch.tensor([0.0, 0.6, -9.0]))
+    tensor([ 0.0000,  0.5000, -3.5000])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    symmetric: bool
+    axis: int | None
+
+    @property
+    def qmin(self) -> int:
+        """The smallest q."""
+        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest q."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def _along_axis(self, values: Tensor, weight: Tensor) -> Tensor:
+        values = values.to(weight.device)
+        if self.axis is None:
+            return values.reshape(())
+        shape = [1] * weight.dim()
+        shape[self.axis] = -1
+        return values.reshape(shape)
+
+    def select(self, kept: Mapping[int, Tensor]) -> AffineGrid:
+        """The grid of a weight that keeps some entries along axes."""
+        if self.axis is None or (index := kept.get(self.axis)) is None:
+            return self
+        scale, zero = (one[index.to(one.device)] for one in (self.scale, self.zero_point))
+        return replace(self, scale=scale, zero_point=zero)
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest grid points of a weight, as q minus the zero point: int32, 0 means value 0."""
+        return self._steps(weight).to(torch.int32)
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        """The same as whole float32 numbers; never -0, whose bits a file would keep."""
+        steps = (weight.detach().float() / self._along_axis(self.scale, weight)).round_()
+        if self.symmetric:
+            return steps.clamp_(self.qmin, self.qmax).add_(0.0)
+        zero = self._along_axis(self.zero_point, weight)
+        return steps.clamp_(self.qmin - zero, self.qmax - zero).add_(0.0)
+
+    def dequantize(self, symbols: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of centred symbols (what `quantize` returns), as one float32 product each."""
+        return (symbols.to(torch.float32) * self._along_axis(self.scale, symbols)).to(dtype)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """The grid point nearest to each weight, in the weight's own dtype."""
+        return self.dequantize(self._steps(weight), weight.dtype)
+
+
+def channel_axis(module: torch.nn.Module) -> int:
+    """The output-channel axis of a module's weight: 1 for transposed convolutions, else 0.
+
+    A grouped transposed convolution holds (in, out / groups, ...): one scale an index of axis 1
+    is then shared by the groups.
+
+    >>> channel_axis(torch.nn.ConvTranspose2d(8, 4, 3))
+    1
+    """
+    transposed = torch.nn.modules.conv._ConvTransposeNd
+    return 1 if isinstance(module, transposed) else 0
+
+
+def grid_of_range(
+    low: Tensor, high: Tensor, *, bits: int, symmetric: bool, axis: int | None = None
+) -> AffineGrid:
+    """Grid over ranges that hold 0: float32 `low` <= 0 <= `high`, one for each scale.
+
+    >>> grid = grid_of_range(torch.tensor([-1.0]), torch.tensor([2.0]), bits=2, symmetric=False)
+    >>> grid.scale, grid.zero_point
+    (tensor([1.]), tensor([1], dtype=torch.int32))
+    """
+    if symmetric:
+        width, levels = torch.maximum(-low, high), 2 ** (bits - 1) - 1
+    else:
+        width, levels = high - low, 2**bits - 1
+    # A width of subnormal size would divide to a step of 0: treat it as no width at all.
+    scale = width / levels
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    zero = torch.zeros_like(low) if symmetric else torch.round(-low / scale).clamp(0, levels)
+    return AffineGrid(scale, zero.to(torch.int32), bits, symmetric, axis)
+
+
+def check_bits(name: str, bits: object) -> None:
+    """Check a number of bits.
+
+    Raises:
+        ValueError: unless it is a whole number from 2 to 8.
+
+    >>> check_bits("weight_bits", 4)
+    """
+    if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"{name}={bits!r}: valid are whole numbers {MIN_BITS} to {MAX_BITS}")

@@ -1,0 +1,164 @@
+"""Hooks that belong to one fit: left alone by the compiler, inert in copies of the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "Hook",
+    "Taps",
+    "hook_input",
+    "hook_output",
+    "tensors_of",
+]
+Change = Callable[[Tensor], Tensor]
+
+
+class _Inert:
+    """What a hook becomes in a copied or unpickled module."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Hook:
+    def __init__(self, change: Change) -> None:
+        # Traced hooks are silently wrong, so the compiler is kept out.
+        self.change: Any = torch.compiler.disable(change)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class _InputHook(_Hook):
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self.change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self.change(kwargs["input"])}
+
+
+class _OutputHook(_Hook):
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG002
+        return self.change(output)
+
+
+def hook_input(layer: nn.Module, change: Change, *, first: bool = False) -> RemovableHandle:
+    """Change the first input of a layer at each forward pass, `first` before all other hooks.
+
+    >>> layer = nn.Identity()
+    >>> handle = hook_input(layer, lambda x: x + 1)
+    >>> layer(torch.zeros(1))
+    tensor([1.])
+    >>> handle.remove()
+    """
+    return layer.register_forward_pre_hook(_InputHook(change), with_kwargs=True, prepend=first)
+
+
+def hook_output(layer: nn.Module, change: Change) -> RemovableHandle:
+    """Change the output of a layer at each forward pass."""
+    return layer.register_forward_hook(_OutputHook(change))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of an output: itself, or those of a tuple, list or mapping."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+class Hook:
+    """A callable that does nothing after deepcopy or pickle, and that `torch.compile` leaves alone.
+
+    A copied module (an average, a saved one) must not teach, and a traced hook is silently wrong.
+
+    >>> import copy
+    >>> Hook(lambda: 1)(), copy.deepcopy(Hook(lambda: 1))()
+    (1, None)
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = torch.compiler.disable(call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the hook."""
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+class Taps:
+    """Catches what some layers inside a module give, while it is wanted.
+
+    Args:
+        module: where to look.
+        paths: of layers inside it.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> taps = Taps(net, ["0"])
+    >>> with taps.catching() as found:
+    ...     _ = net(torch.zeros(4, 2))
+    >>> found["0"].shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self, module: nn.Module, paths: list[str]) -> None:
+        self._found: list[dict[str, Tensor]] = []
+        self._handles = [
+            module.get_submodule(path).register_forward_hook(Hook(self._catcher(path)))
+            for path in dict.fromkeys(paths)
+        ]
+
+    def _catcher(self, path: str) -> Callable[..., None]:
+        def catch(_module: nn.Module, _args: Any, output: Any) -> None:
+            # A clone: a layer that follows may change its input in place, values and graph.
+            if self._found and (tensors := tensors_of(output)):
+                self._found[-1][path] = tensors[0].clone()
+
+        return catch
+
+    def begin(self) -> None:
+        """Catch from now on."""
+        self._found.append({})
+
+    def end(self) -> dict[str, Tensor]:
+        """Stop, and hand over what was caught since `begin`."""
+        return self._found.pop()
+
+    def clear(self) -> None:
+        """Forget calls that broke off."""
+        self._found.clear()
+
+    @contextmanager
+    def catching(self) -> Iterator[dict[str, Tensor]]:
+        """Catch inside the block."""
+        self.begin()
+        found = self._found[-1]
+        try:
+            yield found
+        finally:
+            self._found.pop()
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,212 @@
+"""The command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
+
+What `report` and the commands on files are told, argparse reads; all else are Hydra's overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_compress.lab.config import config_dir, explain
+from lightning_compress.lab.sweeps import Outcome, run_sweep_job, sweep_folder
+from lightning_compress.lab.sweeps.jobs import HOPELESS, stop_with_launcher
+
+__all__ = [
+    "main",
+    "terminable",
+]
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt while the block runs.
+
+    While a Trainer fits, it has put a handler of its own in place, which calls this one: then the
+    batch under way is finished first, and Lightning ends the training.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change handlers
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if signal.getsignal(signal.SIGTERM) is stop:
+            raise KeyboardInterrupt("terminated")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
+COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
+NOT_READ = 141  # as a shell has it for SIGPIPE
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted.
+
+    Where what reads its output ends first, as `head` does, it ends with 141 and says nothing.
+    """
+    try:
+        try:
+            _run_words(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(NOT_READ)
+
+
+def _run_words(argv: list[str]) -> None:
+    if argv[:1] == ["report"]:
+        sys.exit(_report(argv[1:]))
+    if argv and argv[0] in COMMANDS:
+        from lightning_compress.lab.commands import run_command  # with PyTorch, which takes seconds
+
+        sys.exit(run_command(argv))
+    sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
+    words = [word for word in argv if word not in sweep]
+    if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
+        words.append(f"hydra.sweep.dir={sweep_folder(words)}")
+    if not sweep and any(word.startswith("ckpt_path=") for word in words):
+        words = _as_before(words)
+    sys.argv = [sys.argv[0], *sweep[:1], *words]
+    stop_with_launcher()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
+    try:
+        with terminable():
+            _experiment()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error, argv))
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # Hydra makes the output folder before we can
+        _fail(_message(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
+def _experiment(cfg: DictConfig) -> Outcome | None:
+    runtime = HydraConfig.get()
+    if runtime.mode == RunMode.MULTIRUN:
+        return run_sweep_job(cfg, runtime)
+    _run(cfg, runtime)
+    return None
+
+
+def _run(cfg: DictConfig, runtime: HydraConf) -> None:
+    from lightning_compress.callbacks import HopelessRunError
+    from lightning_compress.lab.report.page import write_report
+    from lightning_compress.lab.report.tables import print_summary
+    from lightning_compress.lab.workflow.experiment import run_experiment
+    from lightning_compress.lab.workflow.resume import resume_command
+    from lightning_compress.lab.workflow.run_identity import write_records
+    from lightning_compress.lab.workflow.training import InterruptedRunError
+
+    _quiet()
+    folder = Path(runtime.runtime.output_dir)
+    names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
+    try:
+        begun = partial(write_records, cfg, folder)
+        results = run_experiment(cfg, folder, names=names, begun=begun)
+        page = write_report([folder])
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        command = resume_command(_shown(folder), sys.argv[1:])
+        print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt from None
+    except HopelessRunError as stop:
+        print(f"pruned: {stop}", file=sys.stderr)
+        sys.exit(HOPELESS)
+    except _EXPECTED as error:
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
+            raise
+        _fail(_message(error))
+    print_summary(results)
+    print(f"report: {_shown(page)}")
+
+
+def _as_before(words: Sequence[str]) -> list[str]:
+    from lightning_compress.lab.workflow.run_identity import with_recorded
+
+    try:
+        return with_recorded(words)
+    except (HydraException, OSError, ValueError) as error:
+        _fail(_message(error))
+
+
+def _report(argv: list[str]) -> int:
+    from lightning_compress.lab.report.page import write_report
+    from lightning_compress.lab.report.tables import EXPORTS, write_export
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-compress report", description="Make one HTML page of any number of runs."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="run, multirun or parent folders")
+    parser.add_argument("--out", type=Path, help=OUT_HELP)
+    chosen = parser.parse_args(argv)
+    try:
+        if chosen.out is not None and chosen.out.suffix in EXPORTS:
+            page = write_export(chosen.folders, chosen.out)
+        else:
+            page = write_report(chosen.folders, chosen.out)
+    except (OSError, ValueError) as error:
+        _fail(_message(error))
+    print(f"report: {_shown(page)}")
+    return 0
+
+
+def _quiet() -> None:
+    """Keep what Lightning says of our own deliberate choices off the screen."""
+    for talker in ("lightning.pytorch", "onnx_ir", "onnxscript"):
+        logging.getLogger(talker).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the data sit in memory
+        ".*LeafSpec.*",  # Lightning 2.6 on torch 2.14
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _message(error: BaseException) -> str:
+    text = str(error) if not isinstance(error, KeyError) else f"missing key {error}"
+    return f"{text or type(error).__name__} (LIGHTNING_COMPRESS_TRACEBACK=1 shows where)"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _shown(path: Path) -> Path:
+    """A path as one would type it: relative to the working folder where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+if __name__ == "__main__":
+    main()

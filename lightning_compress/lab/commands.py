@@ -1,0 +1,218 @@
+"""`lightning-compress inspect | pack | unpack | diff`: files, without the model's code.
+
+And `sensitivity | advise`, which look at a dense model before it is compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_compress.lcz.artifact import MAX_BYTES, inspect_compressed, write_tensors
+from lightning_compress.lcz.checkpoints import read_checkpoint, write_checkpoint
+from lightning_compress.lcz.codecs import CHOICES
+from lightning_compress.lcz.header import ArtifactInfo
+from lightning_compress.lcz.raw_bits import patterns
+
+__all__ = ["COMMANDS", "run_command"]
+
+SAME, DIFFERENT, TROUBLE = 0, 1, 2  # as diff has them
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one of `COMMANDS`; 0 for success, 1 where `diff` finds a difference, 2 for an error."""
+    chosen = _parser().parse_args(argv)
+    try:
+        return COMMANDS[chosen.command](chosen)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TROUBLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-compress")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="what an .lcz file holds, from its header")
+    inspect.add_argument("file", type=Path)
+    pack = commands.add_parser("pack", help="a checkpoint to an .lcz file")
+    pack.add_argument("checkpoint", type=Path, help=".pt, .pth, .ckpt, .bin or .safetensors")
+    pack.add_argument("--out", type=Path, help="default: beside the checkpoint, as .lcz")
+    pack.add_argument("--codec", choices=list(CHOICES), default="auto")
+    pack.add_argument("--float-dtype", choices=["fp16", "bf16"], help="lossy: of plain floats")
+    pack.add_argument("--workers", type=int, default=1, help="threads")
+    unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint")
+    unpack.add_argument("file", type=Path)
+    unpack.add_argument("--out", type=Path, help="default: beside the file, as .safetensors")
+    diff = commands.add_parser("diff", help="compare the tensors of two files of any kind")
+    diff.add_argument("one", type=Path)
+    diff.add_argument("other", type=Path)
+    for command in (pack, diff):
+        command.add_argument("--key", help="entry of a checkpoint that holds the tensors")
+    for command in (unpack, diff):
+        what = "refuse .lcz files of more, once decoded"
+        command.add_argument("--max-bytes", type=int, default=MAX_BYTES, help=what)
+    _add_models(commands)
+    return parser
+
+
+def _add_models(commands: Any) -> None:
+    """The commands that look at a dense model."""
+    what = "a run's folder, a checkpoint in one, a model config's name, or overrides"
+    scan = commands.add_parser("sensitivity", help="what each layer's compression costs")
+    advise = commands.add_parser("advise", help="a recipe for a model, with its reasons")
+    for command, sparsities in (
+        (scan, [0.5, 0.8, 0.9, 0.95, 0.98]),
+        (advise, [0.5, 0.8, 0.9, 0.97]),
+    ):
+        command.add_argument("words", nargs="+", metavar="MODEL", help=what)
+        command.add_argument(
+            "--out", type=Path, help="folder; default: the run's, or outputs/<command>"
+        )
+        command.add_argument("--rows", type=int, default=1000, help="of the validation split")
+        command.add_argument(
+            "--sparsities", type=_fractions, default=sparsities, help="such as 0.5,0.9"
+        )
+        command.add_argument("--bits", type=_numbers, default=[2, 3, 4, 6], help="such as 2,4,6")
+    advise.add_argument("--ratio", type=float, default=30.0, help="how much smaller it is to be")
+
+
+def _fractions(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _model_command(chosen: argparse.Namespace) -> int:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lightning_compress.lab.config import explain
+
+    first = Path(chosen.words[0])
+    folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
+    more = {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
+    try:
+        if chosen.command == "advise":
+            from lightning_compress.lab.workflow.advising import run_advise
+
+            run_advise(chosen.words, folder, ratio=chosen.ratio, **more)
+        else:
+            from lightning_compress.lab.workflow.sensitivity import run_sensitivity
+
+            run_sensitivity(chosen.words, folder, **more)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, chosen.words)) from error
+    return SAME
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    print(describe(inspect_compressed(chosen.file)))
+    return SAME
+
+
+def _pack(chosen: argparse.Namespace) -> int:
+    target = chosen.out or chosen.checkpoint.with_suffix(".lcz")
+    tensors = read_checkpoint(chosen.checkpoint, chosen.key)
+    info = write_tensors(
+        tensors, target, chosen.codec, float_dtype=chosen.float_dtype, workers=chosen.workers
+    )
+    print(f"{target}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors")
+    return SAME
+
+
+def _unpack(chosen: argparse.Namespace) -> int:
+    target = chosen.out or chosen.file.with_suffix(".safetensors")
+    tensors = read_checkpoint(chosen.file, max_bytes=chosen.max_bytes)
+    write_checkpoint(tensors, target)
+    print(f"{target}: {len(tensors)} tensors")
+    return SAME
+
+
+def _diff(chosen: argparse.Namespace) -> int:
+    one, other = (
+        read_checkpoint(path, chosen.key if path.suffix != ".lcz" else None,
+                        max_bytes=chosen.max_bytes)
+        for path in (chosen.one, chosen.other)
+    )  # fmt: skip
+    lines = differences(one, other)
+    print("\n".join(lines) if lines else f"{len(one)} tensors, all the same bit for bit")
+    return DIFFERENT if lines else SAME
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect,
+    "pack": _pack,
+    "unpack": _unpack,
+    "diff": _diff,
+    "sensitivity": _model_command,
+    "advise": _model_command,
+}
+
+
+def describe(info: ArtifactInfo) -> str:
+    """The tensors of a file as a table, and their sums."""
+    head = ("tensor", "shape", "dtype", "sparsity", "bits", "codec", "bytes", "bound")
+    rows = [
+        (
+            name,
+            "x".join(map(str, tensor.shape)) or "-",
+            tensor.dtype,
+            f"{1 - tensor.nonzero / tensor.elements:.2%}" if tensor.elements else "-",
+            str(tensor.bits),
+            tensor.codec,
+            str(tensor.bytes),
+            str(tensor.bound_bytes),
+        )
+        for name, tensor in info.per_tensor.items()
+    ]
+    sums = ("all", "", "", "", "", "", str(info.bytes), str(info.entropy_bound_bytes))
+    table = [head, *rows, sums]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if column in (0, 2, 5) else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    plain = f"{info.header_bytes} bytes of {info.bytes} are header and checksum"
+    return "\n".join([*lines, f"{plain}; {info.ratio:.2f}x smaller than its tensors"])
+
+
+def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """A line for each tensor that is not the same in both, bit for bit.
+
+    >>> differences({"a": torch.zeros(2)}, {"a": torch.tensor([0.0, 0.5]), "b": torch.ones(1)})
+    ['a: 1 of 2 values differ, by 0.5 at most', 'b: only in the second']
+    """
+    lines: list[str] = []
+    for name in dict.fromkeys([*one, *other]):
+        if name not in one or name not in other:
+            lines.append(f"{name}: only in the {'first' if name in one else 'second'}")
+        elif (line := _difference(one[name], other[name])) is not None:
+            lines.append(f"{name}: {line}")
+    return lines
+
+
+def _difference(one: Tensor, other: Tensor) -> str | None:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        kinds = (f"{value.dtype} {tuple(value.shape)}" for value in (one, other))
+        return " against ".join(kinds)
+    apart = patterns(one) != patterns(other)
+    if not apart.any():
+        return None
+    if one.dtype.is_complex:
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    most = (one.double() - other.double()).abs().max().item()
+    return f"{np.count_nonzero(apart)} of {apart.size} values differ, by {most:g} at most"

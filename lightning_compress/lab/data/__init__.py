@@ -1,0 +1,22 @@
+"""LightningDataModules: images, real-valued sequences and tokens, all as `(x, y)` batches.
+
+Every module here has `kind`, `labelled`, `dims`, `fingerprint` and the three splits of
+`SplitDataModule`, so that models and evaluation need no other knowledge of a data set.
+"""
+
+from lightning_compress.lab.data.base import SplitDataModule
+from lightning_compress.lab.data.digits import DigitRows, Digits
+from lightning_compress.lab.data.image_folder import ImageFolder
+from lightning_compress.lab.data.images import CIFAR10, IdxImages, IdxRows
+from lightning_compress.lab.data.text_lines import TextLines
+
+__all__ = [
+    "CIFAR10",
+    "DigitRows",
+    "Digits",
+    "IdxImages",
+    "IdxRows",
+    "ImageFolder",
+    "SplitDataModule",
+    "TextLines",
+]

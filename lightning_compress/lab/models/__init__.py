@@ -1,0 +1,9 @@
+"""LightningModules to compress, around networks that are plain modules."""
+
+from lightning_compress.lab.models.base import CompressibleModel
+from lightning_compress.lab.models.classifier import ResNet18, SimpleNet
+from lightning_compress.lab.models.gan import DCGAN, WGANGP
+from lightning_compress.lab.models.recurrent_vae import RecurrentVAE
+from lightning_compress.lab.models.vae import VAE
+
+__all__ = ["DCGAN", "VAE", "WGANGP", "CompressibleModel", "RecurrentVAE", "ResNet18", "SimpleNet"]

@@ -1,0 +1,142 @@
+"""What every model here promises to callbacks, conversion and evaluation, and the shared checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_compress.channels.resize import rebuild_channels
+
+__all__ = [
+    "BaseModel",
+    "CompressibleModel",
+    "LatentModel",
+    "Parts",
+    "check_choice",
+    "check_count",
+    "check_range",
+    "scaled_width",
+]
+
+Kind = Literal["gan", "vae", "recurrent_vae", "classifier"]
+Parts = dict[str, tuple[nn.Module, tuple[Tensor, ...]]]
+
+SAMPLE_BATCH = 2  # torch.export treats a sample batch of 1 as a constant
+
+
+@runtime_checkable
+class CompressibleModel(Protocol):
+    """The contract that callbacks, conversion and evaluation rely on.
+
+    Generative models (every kind but `"classifier"`) also have `latents(n, *, seed) -> (N, L)` and
+    either `images(z) -> (N, C, H, W)` in [0, 1] or, for tokens, `sequences(z) -> (N, T)` int64.
+    Models with an encoder also have `posterior`, `elbo_terms` and `log_weights`.
+
+    Attributes:
+        deployed: paths of the child modules that ship.
+        kind: the family of the model.
+    """
+
+    deployed: ClassVar[tuple[str, ...]]
+    kind: ClassVar[Kind]
+
+    def parts(self) -> Parts:
+        """What is exported: name -> (module, CPU sample inputs of batch 2), the sampler first."""
+        ...
+
+    def deployed_module(self) -> nn.Module:
+        """The single module whose `state_dict` is shipped."""
+        ...
+
+
+class BaseModel(LightningModule):
+    """A LightningModule that knows which of its children ship."""
+
+    deployed: ClassVar[tuple[str, ...]]
+    kind: ClassVar[Kind]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cut the layers to the sizes of a checkpoint with removed channels, before it loads."""
+        rebuild_channels(self, checkpoint)
+
+    def deployed_module(self) -> nn.Module:
+        """The single module whose `state_dict` is shipped: shared with this model, never copied.
+
+        One deployed path gives that child itself, several an `nn.ModuleDict` that refers to them.
+        """
+        if len(self.deployed) == 1:
+            return self.get_submodule(self.deployed[0])
+        holder = nn.ModuleDict({path: self.get_submodule(path) for path in self.deployed})
+        holder.training = self.training  # the flag of the holder alone: children keep their own
+        return holder
+
+
+class LatentModel(BaseModel):
+    """A generative model that is driven by a standard normal latent of size `latent_dim`."""
+
+    latent_dim: int
+
+    def latents(self, n: int, *, seed: int) -> Tensor:
+        """Draw z, (N, latent_dim), on the CPU: equal for equal seeds on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(n, self.latent_dim, generator=generator)
+        return noise.to(self.device, cast("torch.dtype", self.dtype))
+
+    def sample_latents(self) -> Tensor:
+        """Sample inputs for an export, (2, latent_dim), on the CPU."""
+        return self.latents(SAMPLE_BATCH, seed=0).cpu()
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    >>> check_choice("loss", "hinge", ("hinge", "non_saturating"))
+    'hinge'
+
+    Raises:
+        ValueError: with the valid choices.
+    """
+    valid = tuple(choices)
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
+    return value
+
+
+def check_count(name: str, value: int | None, *, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`.
+
+    Raises:
+        ValueError: for None (a size that the data should have given), other types, small numbers.
+    """
+    if value is None:
+        raise ValueError(f"{name} is None: give an integer, or let the app take it from the data")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+    return value
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> float:
+    """Return `value` if it lies in [low, high].
+
+    Raises:
+        ValueError: when it does not, or is not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}]")
+    return value
+
+
+def scaled_width(width: int, multiplier: float, *, name: str = "width") -> int:
+    """Channels after scaling: a multiple of 8 (others are slow in ONNX Runtime), at least 8.
+
+    >>> scaled_width(64, 0.5), scaled_width(64, 0.3), scaled_width(64, 0.01)
+    (32, 16, 8)
+    """
+    check_count(name, width)
+    if not multiplier > 0:
+        raise ValueError(f"width_multiplier={multiplier!r}: expected a number above 0")
+    return max(8, 8 * round(width * multiplier / 8))

@@ -1,0 +1,285 @@
+"""One HTML file that carries everything: text, tables, pictures, data; nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lightning_compress.files import write_atomically
+from lightning_compress.lab.report import plots, scatter, tables, wording
+from lightning_compress.lab.report.loading import Run, Unreadable, common_root, load_runs, run_name
+from lightning_compress.lab.report.wording import (
+    DASH,
+    kilobytes,
+    notes,
+    percent,
+    scalar,
+    section,
+    times,
+)
+
+__all__ = [
+    "data_uri",
+    "image_uri",
+    "write_report",
+]
+
+# Raster formats every browser shows; SVG is left out since it may carry scripts.
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+}
+
+
+def data_uri(content: str | bytes, media_type: str) -> str:
+    """Return a `data:` address that carries the content itself.
+
+    >>> data_uri("a", "text/csv")
+    'data:text/csv;base64,YQ=='
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def image_uri(folder: Path, name: str) -> str:
+    """Inline a picture that lies inside a run folder.
+
+    Raises:
+        ValueError: when the name leaves the folder, is no raster image, or does not exist.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"picture {name!r} lies outside the run folder")
+    if path.suffix.lower() not in MEDIA_TYPES:
+        raise ValueError(f"picture {name!r} is none of {', '.join(sorted(MEDIA_TYPES))}")
+    if not path.is_file():
+        raise ValueError(f"picture {name!r} is named in results.json but not in the folder")
+    return data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix.lower()])
+
+
+FILE_NAME, PLOT_FOLDER = "report.html", "plots"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page: either an inline SVG or the address of a raster image."""
+
+    caption: str
+    alt: str
+    svg: Markup | None = None
+    uri: str | None = None
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about all runs in or beneath the folders.
+
+    The figures are also saved as SVG: those of a run in its own `plots` folder, those over
+    several runs in `plots` beside the page.
+
+    Args:
+        run_dirs: run folders, multirun folders, or parents of these.
+        out: file or existing folder to write to; by default `report.html` in the common parent
+            of `run_dirs`, which for one folder is the folder itself.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: when a folder holds no `results.json`. A damaged one does not raise:
+            the page names it under "Could not be read".
+    """
+    runs, unreadable = load_runs(run_dirs)
+    root = common_root(run_dirs)
+    path = Path(out) if out is not None else root / FILE_NAME
+    path = path / FILE_NAME if path.is_dir() else path
+    names = [run_name(run.folder, root) for run in runs]
+    content = _render(runs, unreadable, names, path.parent)
+    return write_atomically(path, content, what="the report", parents=True)
+
+
+def _render(
+    runs: Sequence[Run], unreadable: Sequence[Unreadable], names: Sequence[str], folder: Path
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("lightning_compress.lab.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script, style = (_source(environment, name) for name in ("page.js", "style.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return environment.get_template("page.html.j2").render(
+        title=_title(runs),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        style=style,
+        runs=[
+            _run_view(place, run, name)
+            for place, (run, name) in enumerate(zip(runs, names, strict=True), 1)
+        ],
+        several=_several_view(runs, names, folder) if len(runs) > 1 else None,
+        unreadable=unreadable,
+        csv_uri=data_uri(tables.csv_table([run.results for run in runs]), "text/csv"),
+        main_header=tables.HEADER,
+        layer_header=tables.LAYER_HEADER,
+        int8_header=tables.INT8_HEADER,
+    )
+
+
+def _source(environment: Environment, name: str) -> Markup:
+    """Return a script or style sheet of the package, which needs no escaping."""
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "No run could be read"
+    if len(runs) == 1:
+        return wording.headline(runs[0].results)
+    states = [wording.verdict_of(run.results).state for run in runs]
+    return (
+        f"{len(runs)} runs: {states.count('within')} within the allowed quality difference, "
+        f"{states.count('outside')} not, {states.count('unknown')} not judged"
+    )
+
+
+def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> dict[str, Any]:
+    pictures, notes = scatter.scatter_plots(runs)
+    return {
+        "header": tables.OVERVIEW_HEADER,
+        "rows": tables.overview_rows(runs, names),
+        "states": [wording.verdict_of(run.results).state for run in runs],
+        "plots": _inlined(pictures, folder / PLOT_FOLDER, "all"),
+        "notes": notes,
+    }
+
+
+def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
+    """Return everything the template shows about one run."""
+    results = run.results
+    prefix, folder = f"run{place}", run.folder / PLOT_FOLDER
+    pictures, picture_notes = _samples(run)
+    details = [plots.layer_plot(results), plots.bytes_plot(results), plots.files_plot(results)]
+    return {
+        "id": f"run-{place}",
+        "place": place,
+        "name": name,
+        "headline": wording.headline(results),
+        "verdict": wording.verdict_of(results),
+        "meta": _meta(results),
+        "facts": _facts(run),
+        "samples": pictures,
+        "groups": tables.main_groups(results),
+        "curves": _inlined(plots.curve_plots(run.curves, results), folder, prefix),
+        "details": _inlined([plot for plot in details if plot is not None], folder, prefix),
+        "layers": tables.layer_rows(results),
+        "int8": tables.int8_rows(results),
+        "notes": notes(results),
+        "missing": [*run.notes, *picture_notes, *_missing(run)],
+        "command": run.command,
+        "config": run.config or _compression(results),
+        "json_uri": data_uri(json.dumps(results, indent=1), "application/json"),
+    }
+
+
+def _inlined(figures: Sequence[plots.Plot], folder: Path, prefix: str) -> list[Picture]:
+    pictures = []
+    for figure in figures:
+        figure.save(folder)
+        svg = plots.inline(figure, f"{prefix}-{figure.name}")
+        # matplotlib escapes every text it draws; nothing else in the SVG comes from the run.
+        pictures.append(Picture(figure.caption, figure.alt, svg=Markup(svg)))
+    return pictures
+
+
+def _samples(run: Run) -> tuple[list[Picture], list[str]]:
+    """Return the comparison where there is one, else both sides, and notes on what is missing."""
+    names = section(run.results, "samples")
+    wanted = {
+        "grid": ("Samples from the same latents: each dense row above its compressed row",),
+        "dense": ("Dense samples",),
+        "compressed": ("Compressed samples",),
+    }
+    pictures: list[Picture] = []
+    notes: list[str] = []
+    for key, (caption,) in wanted.items():
+        if not names.get(key):
+            continue
+        try:
+            uri = image_uri(run.folder, names[key])
+        except (ValueError, OSError) as error:
+            notes.append(f"Samples: {error}.")
+            continue
+        pictures.append(
+            Picture(caption, f"{caption} of {wording.model_name(run.results)}", uri=uri)
+        )
+        if key == "grid":
+            break  # the comparison shows both sides already
+    return pictures, notes
+
+
+def _missing(run: Run) -> list[str]:
+    """Name what results.json does not hold, one line each."""
+    both = {side: run.results[side] for side in ("dense", "compressed")}
+    texts = [
+        f"No {what} of the {side} model in results.json."
+        for key, what in (
+            ("quality", "quality"),
+            ("bytes", "file sizes"),
+            ("latency_ms", "latency"),
+        )
+        for side, values in both.items()
+        if not values.get(key)
+    ]
+    if not run.curves and not any(note.startswith("curves.csv") for note in run.notes):
+        texts.append("curves.csv holds no rows: no training curves.")
+    for key, what in (("layers", "per-layer list"), ("samples", "sample pictures")):
+        if not run.results.get(key):
+            texts.append(f"No {what} in results.json.")
+    return texts
+
+
+def _compression(results: wording.Results) -> str:
+    """Return the compression settings as text, for runs without Hydra's record."""
+    settings = results.get("compression")
+    return json.dumps(settings, indent=2, ensure_ascii=False) if settings else "not recorded"
+
+
+def _meta(results: wording.Results) -> list[tuple[str, str]]:
+    compression = section(results, "compression")
+    pairs = [
+        ("Model", wording.model_name(results)),
+        ("Data", results["data"]),
+        ("Compression", " + ".join(compression) or "none recorded"),
+        ("Seed", results.get("seed")),
+        ("Created", results.get("created")),
+    ]
+    return [(key, str(value)) for key, value in pairs if value is not None]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Return the figures above the fold: (value, what it is)."""
+    results = run.results
+    dense = scalar(section(results["dense"], "bytes").get("torch"))
+    size = scalar(section(results["compressed"], "bytes").get("lcz"))
+    params = scalar(results["compressed"].get("params"))
+    bits = f"{8 * size / params:.2f}" if size and params else DASH
+    return [
+        (times(wording.size_ratio(results)), "dense torch.save file ÷ .lcz file"),
+        (kilobytes(size), f"the .lcz file, from {kilobytes(dense)}"),
+        (percent(tables.zeros(results)), "of the parameters are zero"),
+        (bits, "bits stored a parameter"),
+    ]

@@ -1,0 +1,274 @@
+"""The main job: train a dense model and its compressed twin, measure both, report."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.callbacks import (
+    CompressionSummary,
+    GiveUp,
+    KnowledgeDistillation,
+    QualityBudget,
+    ScoreMonitor,
+)
+from lightning_compress.files import check_writable, write_atomically
+from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
+from lightning_compress.lab.workflow.costs import (
+    deployed_cost,
+    int8_bytes,
+    int8_rows,
+    layer_rows,
+    side_by_side_latency,
+    write_files,
+    write_int8_files,
+)
+from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
+from lightning_compress.lab.workflow.resume import Earlier, shared_checkpoint, sole_run
+from lightning_compress.lab.workflow.run_identity import check_same_run, config_hash, dense_recipe
+from lightning_compress.lab.workflow.training import Trained, build_model, load_trained, train
+from lightning_compress.quantization.fake_quantize import fake_quantized
+
+__all__ = ["run_experiment"]
+
+SHOWN_SAMPLES = 32
+WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
+    "gan": ("val/kid", "min", 4.0),
+    "vae": ("val/elbo", "max", 0.25),
+    "recurrent_vae": ("val/elbo", "max", 0.25),
+    "classifier": ("val/accuracy", "max", 0.25),
+}
+
+
+def run_experiment(
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    names: dict[str, str] | None = None,
+    begun: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run one experiment and write its files; returns what `results.json` holds.
+
+    Args:
+        cfg: the composed config.
+        folder: where everything goes; made if it does not exist.
+        names: what "model" and "data" are called in print; their classes if not given.
+        begun: called when the folder is this run's, before anything is written there.
+
+    Raises:
+        OSError: when the folder cannot be written to; FolderInUseError when another run does.
+    """
+    hint = ": choose another one with hydra.run.dir=... (hydra.sweep.dir=... for a sweep)"
+    check_writable(folder, hint=hint)
+    with sole_run(folder):
+        begun()
+        return _run(cfg, folder, names or {})
+
+
+def _run(cfg: DictConfig, folder: Path, names: dict[str, str]) -> dict[str, Any]:
+    if cfg.threads is not None:
+        if cfg.threads < 1:
+            raise ValueError(f"threads={cfg.threads!r} must be 1 or more, or null for all")
+        torch.set_num_threads(cfg.threads)
+    earlier = Earlier.at(cfg.ckpt_path)
+    if earlier.folder is not None:
+        check_same_run(cfg, earlier.folder)
+    earlier = earlier.carried_to(folder)
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg), what="the config")
+    compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
+    data: SplitDataModule = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    kind = build_model(cfg, data, seed=cfg.seed).kind  # finds mistakes before anything trains
+    called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
+    evaluator = Evaluator(cfg.evaluate, data, str(kind), called["data"].rsplit(".", 1)[-1])
+
+    dense = _dense(cfg, data, folder, evaluator, earlier)
+    others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
+    for one in compressors:
+        if isinstance(one, KnowledgeDistillation):
+            one.take_dense(dense.model)
+        if isinstance(one, QualityBudget) and one.reference.waits:
+            one.take_dense(dense.rows)
+    compressed = _train(
+        _of_student(cfg),
+        data,
+        folder / "compressed",
+        [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()],
+        evaluator,
+        earlier,
+    )
+    qualities = [evaluator.quality(one) for one in (dense.model, *others)]
+    results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
+    text = json.dumps(results, indent=1, ensure_ascii=False, default=float)
+    write_atomically(folder / "results.json", text, what="the results", parents=True)
+    _write_curves(folder / "curves.csv", dense, compressed)
+    return results
+
+
+def _of_student(cfg: DictConfig) -> DictConfig:
+    """The config of the compressed run: the model with the changes that `student` asks for."""
+    changes = {key: value for key, value in cfg.student.items() if value is not None}
+    student = cfg.copy()
+    OmegaConf.update(student, "model", changes, merge=True)
+    return student
+
+
+def _give_up(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[Callback]:
+    """The callback that ends a hopeless run, if the config asks for it."""
+    most = cfg.hopeless.max_loss
+    if most is None:
+        return []
+    name, mode, usual = WATCHED[evaluator.kind]
+    most = usual if most == "auto" else float(most)
+    after, patience = cfg.hopeless.after, cfg.hopeless.patience
+    give_up = GiveUp(
+        dense.rows, monitor=name, mode=mode, max_loss=most, after=after, patience=patience
+    )
+    return [give_up]
+
+
+def _train(
+    cfg: DictConfig,
+    data: SplitDataModule,
+    folder: Path,
+    callbacks: list[Callback],
+    evaluator: Evaluator,
+    earlier: Earlier,
+) -> Trained:
+    monitor = ScoreMonitor(evaluator.monitor, every=cfg.evaluate.monitor_every)
+    unfinished = earlier.unfinished(folder.name)
+    return train(
+        cfg, data, folder, seed=cfg.seed, callbacks=[monitor, *callbacks], ckpt_path=unfinished
+    )
+
+
+def _dense(
+    cfg: DictConfig, data: SplitDataModule, folder: Path, evaluator: Evaluator, earlier: Earlier
+) -> Trained:
+    if cfg.baseline is not None:
+        return load_trained(cfg, data, Path(cfg.baseline))
+    if (final := earlier.finished("dense")) is not None:
+        return load_trained(cfg, data, final)
+    if cfg.dense_cache is not None:
+        return _shared(cfg, data, evaluator)
+    return _train(cfg, data, folder / "dense", [], evaluator, earlier)
+
+
+def _shared(cfg: DictConfig, data: SplitDataModule, evaluator: Evaluator) -> Trained:
+    """The dense model that all runs with the same dense settings and seed share."""
+
+    def dense(folder: Path, ckpt_path: Path | None) -> Trained:
+        monitor = ScoreMonitor(evaluator.monitor, every=cfg.evaluate.monitor_every)
+        callbacks = [monitor]
+        return train(cfg, data, folder, seed=cfg.seed, callbacks=callbacks, ckpt_path=ckpt_path)
+
+    recipe = dense_recipe(cfg, seed=cfg.seed, dims=data.dims, content=data.fingerprint)
+    final, seconds = shared_checkpoint(Path(cfg.dense_cache), recipe, dense)
+    return replace(load_trained(cfg, data, final), seconds=seconds)
+
+
+def _other_seed(
+    cfg: DictConfig,
+    data: SplitDataModule,
+    folder: Path,
+    seed: int,
+    evaluator: Evaluator,
+    earlier: Earlier,
+) -> LightningModule:
+    phase, other = f"dense-seed{seed}", cfg.copy()
+    if seed == cfg.seed:
+        raise ValueError(f"baseline_seeds={list(cfg.baseline_seeds)} holds the run's own seed")
+    other.seed = seed
+    if (final := earlier.finished(phase)) is not None:
+        return load_trained(cfg, data, final).model
+    if cfg.dense_cache is not None:
+        return _shared(other, data, evaluator).model
+    unfinished = earlier.unfinished(phase)
+    return train(cfg, data, folder / phase, seed=seed, ckpt_path=unfinished).model
+
+
+def _measure(
+    cfg: DictConfig,
+    folder: Path,
+    evaluator: Evaluator,
+    pair: tuple[Trained, Trained],
+    dense_qualities: list[dict[str, float]],
+) -> dict[str, Any]:
+    dense, compressed = (one.model.cpu().eval() for one in pair)
+    folders = (folder / "dense", folder / "compressed")
+    sides, artifacts = [], []
+    int8 = bool(cfg.export.onnx and cfg.export.int8)
+    for one, home, quality in (
+        (pair[0], folders[0], dense_qualities[0]),
+        (pair[1], folders[1], evaluator.quality(compressed)),
+    ):
+        home.mkdir(exist_ok=True)
+        sizes, artifact = write_files(one.model, home, cfg.export)
+        infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
+        if int8:
+            sizes["onnx_int8"] = int8_bytes(infos)
+        cost = deployed_cost(one.model)
+        side = {"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds}
+        sides.append({**side, "int8_ops": int8_rows(infos)})
+        artifacts.append(artifact)
+    for side, times in zip(
+        sides,
+        side_by_side_latency(dense, compressed, folders, cfg.evaluate, onnx=cfg.export.onnx),
+        strict=True,
+    ):
+        side["latency_ms"] = times
+    spread = spread_of(dense_qualities)
+    return {
+        "config_hash": config_hash(cfg),
+        "seed": cfg.seed,
+        "compression": OmegaConf.to_container(cfg.compression, resolve=True),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "steps": {"dense": pair[0].steps, "compressed": pair[1].steps},
+        "evaluator": evaluator.describe(),
+        "dense": sides[0],
+        "compressed": sides[1],
+        "ratio": sides[0]["bytes"]["torch"] / sides[1]["bytes"]["lcz"],
+        "entropy_bound_bytes": artifacts[1].entropy_bound_bytes,
+        "baseline_spread": spread,
+        "verdict": judge(evaluator.metric, sides[0]["quality"], sides[1]["quality"], spread),
+        "layers": layer_rows(artifacts[1]),
+        "samples": _write_samples(folder, dense, compressed, evaluator),
+        "metric_info": {name: vars(metric) for name, metric in METRICS.items()},
+    }
+
+
+def _write_samples(
+    folder: Path, dense: Any, compressed: Any, evaluator: Evaluator
+) -> dict[str, str]:
+    """Grids of samples from the same latents, for models that draw."""
+    if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
+        return {}
+    with fake_quantized(compressed):
+        pictures = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+    names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
+    for images, name in zip(pictures, names.values(), strict=True):
+        save_grid(images, folder / name)
+    save_comparison(pictures[0], pictures[1], folder / "samples.png")
+    return {**names, "grid": "samples.png"}
+
+
+def _write_curves(path: Path, dense: Trained, compressed: Trained) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("run", "step", "metric", "value"))
+    for run, trained in (("dense", dense), ("compressed", compressed)):
+        writer.writerows((run, *row) for row in trained.rows)
+    write_atomically(path, text.getvalue(), what="the curves")

@@ -1,0 +1,214 @@
+"""Train one model of an experiment, dense or compressed, resumable at every epoch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+
+from lightning_compress.callbacks import (
+    EpochCheckpoint,
+    History,
+    LoggedPictures,
+    RandomState,
+    StopOnNonFinite,
+    progress_callback,
+)
+from lightning_compress.channels.resize import rebuild_channels
+from lightning_compress.errors import TargetError, require
+from lightning_compress.lab.data import SplitDataModule
+
+__all__ = [
+    "InterruptedRunError",
+    "Trained",
+    "build_model",
+    "close_loggers",
+    "load_trained",
+    "mlflow_logger",
+    "train",
+    "wandb_logger",
+]
+
+
+def mlflow_logger(save_dir: str, *, tracking_uri: str | None = None, **options: Any) -> Any:
+    """Lightning's MLFlowLogger with a SQLite store; MLflow no longer takes a folder of files.
+
+    Args:
+        save_dir: the run's folder; without a `tracking_uri` the store lies in `mlflow` there.
+        tracking_uri: of a store that runs share, such as `sqlite:///mlflow.db`.
+        options: of `MLFlowLogger`.
+
+    Raises:
+        MissingExtraError: when mlflow is not installed.
+    """
+    require("mlflow", extra="mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    home = Path(save_dir).absolute() / "mlflow"
+    if tracking_uri is None:
+        home.mkdir(parents=True, exist_ok=True)
+        tracking_uri = f"sqlite:///{home / 'mlflow.db'}"
+        options = {"artifact_location": (home / "artifacts").as_uri(), **options}
+    return MLFlowLogger(tracking_uri=tracking_uri, save_dir=save_dir, **options)
+
+
+def wandb_logger(save_dir: str, **options: Any) -> Any:
+    """Lightning's WandbLogger with its files in `wandb` in the run's folder.
+
+    Args:
+        save_dir: the run's folder.
+        options: of `WandbLogger`.
+
+    Raises:
+        MissingExtraError: when wandb is not installed.
+    """
+    require("wandb", extra="wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    return WandbLogger(save_dir=save_dir, **options)
+
+
+def close_loggers(loggers: Iterable[Any]) -> None:
+    """End what a logger would carry over into the next training of the same process."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+FINAL, LAST, INTERRUPTED = "final.ckpt", "last.ckpt", "interrupted.ckpt"
+
+
+class InterruptedRunError(RuntimeError):
+    """A run that was stopped by Ctrl-C or SIGTERM; what it had is in its folder, to go on from."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model: its curve, optimizer steps and seconds of training."""
+
+    model: LightningModule
+    rows: list[tuple[int, str, float]]
+    steps: int
+    seconds: float
+
+
+def build_model(cfg: DictConfig, data: SplitDataModule, *, seed: int) -> LightningModule:
+    """The configured model with its sizes taken from the data, weights drawn from the seed.
+
+    Raises:
+        ValueError: when the data cannot feed the model.
+    """
+    missing = [key for key, value in cfg.model.items() if value is None and key in data.dims]
+    sizes = {key: data.dims[key] for key in missing}
+    kind = getattr(get_class(cfg.model._target_), "kind", None)
+    needed = ("sequence", "tokens") if kind == "recurrent_vae" else ("image",)
+    if kind is not None and data.kind not in needed:
+        raise ValueError(
+            f"model {cfg.model._target_} takes data of kind {list(needed)}, "
+            f"but {cfg.data._target_} gives {data.kind!r}"
+        )
+    seed_everything(seed, verbose=False)
+    return instantiate(cfg.model, **sizes, _convert_="all")
+
+
+def train(
+    cfg: DictConfig,
+    data: SplitDataModule,
+    folder: Path,
+    *,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    ckpt_path: Path | None = None,
+) -> Trained:
+    """Train the configured model; the folder gets a checkpoint an epoch and a final one.
+
+    Args:
+        cfg: the whole config.
+        data: the data, set up.
+        folder: of this model, such as `<run>/dense`.
+        seed: of weights and noise.
+        callbacks: compression and measurement, before the app's own.
+        ckpt_path: an interrupted training's checkpoint.
+
+    Raises:
+        InterruptedRunError: after Ctrl-C or SIGTERM.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model, history, start = build_model(cfg, data, seed=seed), History(), time.monotonic()
+    extra = instantiate(cfg.callbacks, _convert_="all") or {}
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=folder,
+        logger=_loggers(cfg, folder),
+        enable_progress_bar=sys.stdout.isatty(),
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        callbacks=[
+            *callbacks,
+            *extra.values(),
+            StopOnNonFinite(),
+            RandomState(),
+            history,
+            LoggedPictures(),
+            progress_callback(folder.name),
+            EpochCheckpoint(folder / LAST, folder / INTERRUPTED),
+        ],
+        _convert_="all",
+    )
+    try:
+        _fit(trainer, model, data, ckpt_path)
+    finally:
+        close_loggers(trainer.loggers)
+    trainer.save_checkpoint(folder / FINAL)
+    (folder / INTERRUPTED).unlink(missing_ok=True)
+    if trainer.received_sigterm:  # after the last batch, when nothing looks for it any more
+        raise InterruptedRunError(f"interrupted after the training of {folder.name}")
+    return Trained(model, history.rows, trainer.global_step, time.monotonic() - start)
+
+
+def load_trained(cfg: DictConfig, data: SplitDataModule, path: Path) -> Trained:
+    """A model and its curve from a checkpoint; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: without such a file.
+        ValueError: when its weights do not fit the configured model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = build_model(cfg, data, seed=cfg.seed)
+    try:
+        rebuild_channels(model, checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TargetError) as error:
+        raise ValueError(f"{path} does not fit the model {cfg.model._target_}: {error}") from error
+    rows = checkpoint.get("callbacks", {}).get("History", {}).get("rows", [])
+    return Trained(model, [tuple(row) for row in rows], checkpoint["global_step"], 0.0)
+
+
+def _loggers(cfg: DictConfig, folder: Path) -> list[Any] | bool:
+    built = [instantiate(one, save_dir=str(folder)) for one in (cfg.logger or {}).values()]
+    return built or False
+
+
+def _fit(
+    trainer: Trainer, model: LightningModule, data: SplitDataModule, ckpt_path: Path | None
+) -> None:
+    try:
+        resumed = None if ckpt_path is None else str(ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=resumed)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C and SIGTERM
+        if trainer.interrupted:
+            raise InterruptedRunError(f"interrupted in epoch {trainer.current_epoch}") from stop
+        raise

@@ -1,0 +1,289 @@
+"""Modules to `.lcz` files and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.header import ArtifactInfo, artifact_info
+from lightning_compress.lcz.module_state import (
+    Contents,
+    batchnorm_folded,
+    check_tensor,
+    fit_channels,
+    module_contents,
+    module_tensors,
+    reordered,
+    shared_memory,
+    sizes_in,
+    stored_name,
+)
+from lightning_compress.lcz.read import Artifact, check_fit, check_shared, check_size, opened
+from lightning_compress.lcz.write import Encoding, write_contents
+from lightning_compress.sharding import is_sharded, shards_of, to_shards
+from lightning_compress.state import (
+    ActivationGrids,
+    Grid,
+    clear_grid,
+    set_activation_grids,
+    set_grid,
+)
+
+__all__ = [
+    "inspect_compressed", "load_compressed", "read_tensors", "save_compressed", "write_tensors",
+]  # fmt: skip
+
+MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
+
+
+def save_compressed(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    codec: str = "auto",
+    *,
+    float_dtype: str | None = None,
+    fold_batchnorm: bool = False,
+    reorder: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+    workers: int = 1,
+) -> ArtifactInfo:
+    """Writes every entry of a module's `state_dict` to one entropy-coded file.
+
+    Lossless with respect to the values that the module shows, unless `float_dtype` or one of the
+    rewritings below is asked for. Weights on a grid become symbols; other tensors the smallest of
+    plain values, a codebook, and non-zero values with a mask. The file appears as a whole or not
+    at all. Tensors are encoded one after the other: memory grows with the largest, not their sum.
+    Of a sharded module (FSDP2) all processes must call: tensors are gathered one by one, and the
+    first process writes.
+
+    Args:
+        module: of any kind; names of compiled modules are stored without `_orig_mod.`.
+        path: of the file; its folder must exist.
+        codec: of the symbols: "auto" for the smallest result tensor by tensor, "fast" for the
+            smallest of those that take in 10 million weights a second and give back 25, or one by
+            its name:
+            "arithmetic", "context", "huffman", "rle_huffman", "raw", "relative_index".
+        float_dtype: "fp16" or "bf16" stores floats that are on no grid in that type; loading casts
+            them back.
+        fold_batchnorm: store each BatchNorm as one scale and one shift a channel, which costs
+            nothing for its statistics: in eval mode the loaded module gives the same outputs, up
+            to rounding, but what it knew of its training data's statistics is gone.
+        reorder: sort hidden units by how many non-zero weights they have, where that provably
+            leaves the outputs the same up to the order of sums.
+        state: values to store in place of the module's own, by their keys in `state_dict`: an
+            average, or those of a checkpoint.
+        workers: threads that encode tensors side by side; memory grows with their number. They
+            gain little: the range coder keeps Python's lock.
+
+    Raises:
+        ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, or a
+            rewriting of a sharded module.
+        TypeError: for entries that are no dense tensors, or what is no module.
+        KeyError: for a key of `state` that the module does not have.
+        OSError: naming the path, when it cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     info = save_compressed(nn.Linear(4, 2), f"{folder}/model.lcz")
+    ...     restored = load_compressed(f"{folder}/model.lcz", nn.Linear(4, 2))
+    >>> sorted(info.per_tensor)
+    ['bias', 'weight']
+    """
+    _check_module(module, "write_tensors")
+    encoding = Encoding(codec, float_dtype, workers)
+    to_shards(module)
+    contents = module_contents(module, state or {})
+    if (fold_batchnorm or reorder) and any(map(is_sharded, contents.tensors.values())):
+        raise ValueError(
+            "fold_batchnorm and reorder look at several whole tensors at once, and the module is "
+            "sharded (FSDP2): leave them out, or load the file into a plain module and save again"
+        )
+    if fold_batchnorm:
+        contents = batchnorm_folded(module, contents)
+    if reorder:
+        contents = reordered(module, contents)
+    return write_contents(contents, Path(path), encoding)
+
+
+def _check_module(module: nn.Module, instead: str) -> None:
+    """Refuse a state dict, say, and name what takes it."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module: expected a torch.nn.Module, got {type(module).__name__}; "
+            f"for tensors by name there is `{instead}`"
+        )
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    codec: str = "auto",
+    *,
+    float_dtype: str | None = None,
+    workers: int = 1,
+) -> ArtifactInfo:
+    """Writes named tensors as `save_compressed` writes a module's, without a module.
+
+    Raises:
+        ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
+        TypeError: for entries that are no dense tensors.
+        OSError: naming the path, when it cannot be written.
+    """
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    return write_contents(
+        Contents(tensors, {}, {}), Path(path), Encoding(codec, float_dtype, workers)
+    )
+
+
+def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
+    """What a file holds, from its header alone.
+
+    The header is checked against its CRC-32, by itself, and against the length of the file; the
+    payloads are neither read nor checked.
+
+    Raises:
+        CorruptArtifactError: when the file is damaged or no `.lcz` file.
+        OSError: when it cannot be read.
+    """
+    target = Path(path)
+    with opened(target, verify=False) as artifact:
+        return artifact_info(target, artifact.records, artifact.container.size)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, workers: int = 1
+) -> dict[str, Tensor]:
+    """The tensors of a file by name, without a module.
+
+    Args:
+        path: of the file.
+        max_bytes: refuse a file whose tensors take more than this: a small file can hold a huge
+            tensor of zeros.
+        workers: threads that decode tensors side by side.
+
+    Raises:
+        CorruptArtifactError: when the file is damaged, or above `max_bytes`.
+        OSError: when it cannot be read.
+    """
+    with opened(Path(path), verify=True) as artifact:
+        check_size(artifact.records, max_bytes)
+        found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
+        return {record.name: found[record.name] for record in artifact.records}
+
+
+def load_compressed(
+    path: str | os.PathLike[str], module: nn.Module, *, stream: bool = False, workers: int = 1
+) -> nn.Module:
+    """Puts a file's tensors and grids into a module, in place.
+
+    Names, shapes and dtypes must be the same on both sides; only where the file says that channels
+    were removed from layers of the module's very sizes are these layers cut to fit first.
+
+    Args:
+        path: of the file.
+        module: to fill.
+        stream: put each tensor into the module as soon as it is decoded, in the memory of one
+            tensor. Otherwise all is decoded before the first value changes, so that memory for one
+            more copy of the tensors is needed, as in `torch.load`. The checksum is compared first
+            either way, so that only a file that was made to do harm can leave a module half filled.
+        workers: threads that decode tensors side by side.
+
+    Returns:
+        The module.
+
+    Raises:
+        CorruptArtifactError: when the file is damaged or does not fit the module, which then is
+            as it was (see `stream`).
+        OSError: when the file cannot be read.
+        TypeError: for what is no module.
+    """
+    _check_module(module, "read_tensors")
+    keys = module_tensors(module)
+    with opened(Path(path), verify=True) as artifact:
+        tensors = {name: tensor for name, (_, tensor) in keys.items()}
+        smaller = sizes_in(artifact.records, artifact.channels, tensors)
+        check_fit(artifact.records, tensors, smaller)
+        layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
+        paths = {name: key for name, (key, _) in keys.items()}
+        paths |= {stored_name(path): path for path, _ in module.named_modules()}
+        prepare = partial(fit_channels, module, smaller, artifact.channels, paths)
+        grids = _filled(artifact, module, keys, prepare, stream=stream, workers=workers)
+    _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)
+    return module
+
+
+def _layers(
+    artifact: Artifact, module: nn.Module, keys: Mapping[str, str]
+) -> dict[str, ActivationGrids]:
+    """The activations by path in the module; checks that each grid has a place there."""
+    parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+    for record in artifact.records:
+        if record.grid and keys[record.name] not in parameters:
+            raise CorruptArtifactError(f"tensor {record.name!r}: a grid, but no parameter")
+    # A compiled module and the one inside it are both stored as the inner one's name.
+    paths = {stored_name(path): path for path, _ in module.named_modules(remove_duplicate=False)}
+    if missing := [path for path in artifact.activations if path not in paths]:
+        raise CorruptArtifactError(f"does not fit the module: no layer {missing[0]!r}")
+    return {paths[path]: pair for path, pair in artifact.activations.items()}
+
+
+def _filled(
+    artifact: Artifact,
+    module: nn.Module,
+    keys: Mapping[str, tuple[str, Tensor]],
+    prepare: Callable[[], None],
+    *,
+    stream: bool,
+    workers: int,
+) -> dict[str, Grid]:
+    if stream:
+        prepare()
+    grids: dict[str, Grid] = {}
+    values: dict[str, Tensor] = {}
+    shared = shared_memory({name: tensor for name, (_, tensor) in keys.items()})
+    kept = {*shared, *shared.values()}
+    for name, value, grid in artifact.decoded(workers):
+        if stream:
+            _put(module, {keys[name][0]: (keys[name][1], value)})
+        if not stream or name in kept:
+            values[name] = value
+        if grid is not None:
+            grids[name] = grid
+    check_shared(values, {name: keys[name][1] for name in values})
+    if not stream:
+        prepare()
+        _put(module, {keys[name][0]: (keys[name][1], value) for name, value in values.items()})
+    return grids
+
+
+@torch.no_grad()
+def _put(module: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Fill a module; by key of its `state_dict`: the tensor that is there, and its values."""
+    state = {key: _alike(target, value) for key, (target, value) in values.items()}
+    module.load_state_dict(state, strict=False)  # the names have been compared
+
+
+def _alike(target: Tensor, value: Tensor) -> Tensor:
+    shards = shards_of(target)
+    return value if shards is None else shards.joined(shards.part(value).to(target.device))
+
+
+def _attach(
+    module: nn.Module, grids: Mapping[str, Grid], layers: Mapping[str, ActivationGrids]
+) -> None:
+    for layer in module.modules():
+        set_activation_grids(layer, None)
+        for name, _ in layer.named_parameters(recurse=False, remove_duplicate=False):
+            clear_grid(layer, name)
+    for key, grid in grids.items():
+        owner, _, name = key.rpartition(".")
+        set_grid(module.get_submodule(owner), name, grid)
+    for path, pair in layers.items():
+        set_activation_grids(module.get_submodule(path), pair)

@@ -1,0 +1,339 @@
+"""Symbol codecs by name: small whole numbers to bytes and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz import context, huffman
+from lightning_compress.lcz.bits import ByteReader, pack_fixed, tally, unpack_fixed, varint
+from lightning_compress.lcz.huffman import MAX_ALPHABET
+from lightning_compress.lcz.range_coder import decode_static, encode_static
+
+__all__ = [
+    "CHOICES",
+    "CODECS",
+    "ESCAPE",
+    "Codec",
+    "check_codec",
+    "decode_arithmetic",
+    "decode_relative_index",
+    "decode_symbols",
+    "encode_arithmetic",
+    "encode_relative_index",
+    "encode_symbols",
+    "entropy_bits",
+    "join_runs",
+    "max_runs",
+    "split_runs",
+]
+_TOTAL = 1 << 16  # what the frequencies of a table add up to
+Symbols = NDArray[np.uint16]
+
+
+def encode_arithmetic(symbols: Symbols) -> bytes:
+    """The size of the alphabet and the frequencies, then the range-coded symbols.
+
+    >>> decode(encode(np.array([3, 3, 0], np.uint16)), 3)
+    array([3, 3, 0], dtype=uint16)
+    """
+    if not len(symbols):
+        return b""
+    counts = tally(symbols)
+    frequencies = _frequencies(counts)
+    table = b"".join(varint(frequency) for frequency in frequencies.tolist())
+    head = varint(len(counts)) + table
+    return head if frequencies.max() == _TOTAL else head + encode_static(symbols, frequencies)
+
+
+def _frequencies(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Shares of `_TOTAL`, 1 or more for every symbol that occurs; rounding falls to the largest."""
+    shares = np.maximum(counts * _TOTAL // counts.sum(), counts > 0)
+    while (excess := int(shares.sum()) - _TOTAL) > 0:  # many symbols of share 1
+        largest = int(shares.argmax())
+        shares[largest] -= min(excess, max(int(shares[largest]) // 2, 1))
+    shares[shares.argmax()] -= excess
+    return shares
+
+
+def decode_arithmetic(data: bytes, count: int) -> Symbols:
+    """The `count` symbols of a stream that `encode` made.
+
+    Raises:
+        CorruptArtifactError: when the table or the stream is damaged.
+    """
+    if count == 0:
+        if data:
+            raise CorruptArtifactError("bytes after the end of an arithmetic stream")
+        return np.zeros(0, np.uint16)
+    reader = ByteReader(data)
+    size = reader.varint(limit=MAX_ALPHABET, what="the alphabet of an arithmetic code")
+    table = [reader.varint(limit=_TOTAL, what="a frequency") for _ in range(size)]
+    if sum(table) != _TOTAL or not table[-1]:
+        raise CorruptArtifactError(f"frequencies add up to {sum(table)}, not {_TOTAL}")
+    if table[-1] == _TOTAL:
+        if reader.rest():
+            raise CorruptArtifactError("bytes after the end of an arithmetic stream")
+        return np.full(count, size - 1, np.uint16)
+    return decode_static(reader.rest(), np.array(table), count)
+
+
+_WIDTHS = (5, 8)  # bits of a distance: the paper's for fully connected and convolutional layers
+
+
+def encode_relative_index(symbols: Symbols) -> bytes:
+    """The smaller of the streams with the paper's two widths.
+
+    >>> decode(encode(np.array([0] * 40 + [3, 0], np.uint16)), 42)[39:]
+    array([0, 3, 0], dtype=uint16)
+    """
+    return min((_encode_distances(symbols, width) for width in _WIDTHS), key=len)
+
+
+def _encode_distances(symbols: Symbols, width: int) -> bytes:
+    places = np.flatnonzero(symbols)
+    if not len(places):
+        return varint(0)
+    distances = np.diff(places, prepend=-1)  # 1 to 2^width; stored less 1
+    fillers, rest = np.divmod(distances - 1, 1 << width)
+    last = np.cumsum(fillers + 1) - 1
+    steps = np.full(last[-1] + 1, (1 << width) - 1, np.uint16)
+    values = np.zeros(len(steps), np.uint16)
+    steps[last], values[last] = rest, symbols[places]
+    coded = huffman.encode(steps)
+    head = varint(len(steps)) + bytes([width]) + varint(len(coded))
+    return head + coded + huffman.encode(values)
+
+
+def decode_relative_index(data: bytes, count: int) -> Symbols:
+    """The `count` symbols of a stream that `encode` made.
+
+    Raises:
+        CorruptArtifactError: when the streams are damaged or lead past the end.
+    """
+    reader = ByteReader(data)
+    out = np.zeros(count, np.uint16)
+    length = reader.varint(limit=count, what="the count of distances")
+    if length == 0:
+        if reader.rest():
+            raise CorruptArtifactError("bytes after the end of a relative-index stream")
+        return out
+    width = reader.take(1, "the width of distances")[0]
+    if width not in _WIDTHS:
+        raise CorruptArtifactError(f"distances of {width} bits")
+    coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "distances")
+    steps, values = huffman.decode_together([(coded, length), (reader.rest(), length)])
+    places = np.cumsum(steps.astype(np.int64) + 1) - 1
+    if steps.max() >> width or places[-1] >= count:
+        raise CorruptArtifactError(f"a distance leads past the end at {count}")
+    out[places] = values
+    return out
+
+
+ESCAPE = 255  # this run symbol means: 255 zeros, and no value after them
+
+
+def split_runs(symbols: Symbols) -> tuple[Symbols, Symbols]:
+    """Runs of zeros before each value, and the values that are not zero.
+
+    Zeros after the last value are left out: the count of symbols tells them.
+
+    Returns:
+        (R,) run symbols up to `ESCAPE` and (V,) values, R >= V.
+
+    >>> runs, values = split_runs(np.array([0, 0, 7, 5, 0], np.uint16))
+    >>> runs.tolist(), values.tolist()
+    ([2, 0], [7, 5])
+    """
+    places = np.flatnonzero(symbols)
+    gaps = np.diff(places, prepend=-1) - 1
+    escapes, remainder = np.divmod(gaps, ESCAPE)
+    last = np.cumsum(escapes + 1) - 1  # where each gap's closing run symbol goes
+    runs = np.full(last[-1] + 1 if len(last) else 0, ESCAPE, np.uint16)
+    runs[last] = remainder
+    return runs, symbols[places]
+
+
+def max_runs(values: int, count: int) -> int:
+    """The most run symbols that `values` non-zero symbols among `count` can take."""
+    return values + count // ESCAPE
+
+
+def join_runs(runs: Symbols, values: Symbols, count: int) -> Symbols:
+    """The opposite of `split_runs`, for `count` symbols.
+
+    Raises:
+        CorruptArtifactError: when runs and values do not belong together or lead past the end.
+
+    >>> join_runs(np.array([2, 0], np.uint16), np.array([7, 5], np.uint16), 5)
+    array([0, 0, 7, 5, 0], dtype=uint16)
+    """
+    closing = runs != ESCAPE
+    if int(closing.sum()) != len(values) or not closing[-1:].all():
+        raise CorruptArtifactError("the zero runs do not fit the non-zero values")
+    if len(runs) and runs.max() > ESCAPE:
+        raise CorruptArtifactError(f"a zero run of {runs.max()}, above {ESCAPE}")
+    places = np.cumsum(runs + closing, dtype=np.int64)[closing] - 1
+    if len(places) and places[-1] >= count:
+        raise CorruptArtifactError(f"a zero run leads to {places[-1]}, past the end at {count}")
+    out = np.zeros(count, np.uint16)
+    out[places] = values
+    return out
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How N symbols below `MAX_ALPHABET` of a tensor become bytes, and come back given its shape.
+
+    Args:
+        encode: (N,) symbols and the shape to bytes.
+        decode: bytes and the shape to symbols.
+        fast: the number of symbols from which it takes in 10 million a second and gives back 25, on
+            one thread; None: it never does.
+        compared: only there to compare with; never chosen.
+    """
+
+    encode: Callable[[Symbols, Shape], bytes]
+    decode: Callable[[bytes, Shape], Symbols]
+    fast: int | None = None
+    compared: bool = False
+
+
+def _flat(
+    encode: Callable[[Symbols], bytes],
+    decode: Callable[[bytes, int], Symbols],
+    *,
+    fast: int | None = None,
+    compared: bool = False,
+) -> Codec:
+    """A codec that does not look at the shape."""
+    return Codec(
+        lambda symbols, _: encode(symbols),
+        lambda data, shape: decode(data, math.prod(shape)),
+        fast,
+        compared,
+    )
+
+
+def _encode_raw(symbols: Symbols) -> bytes:
+    width = int(symbols.max(initial=0)).bit_length()
+    return bytes([width]) + pack_fixed(symbols, width)
+
+
+def _decode_raw(data: bytes, count: int) -> Symbols:
+    reader = ByteReader(data)
+    width = reader.varint(limit=(MAX_ALPHABET - 1).bit_length(), what="the width of raw symbols")
+    return unpack_fixed(reader.rest(), width, count)
+
+
+def _encode_runs(symbols: Symbols) -> bytes:
+    runs, values = split_runs(symbols)
+    if not len(values):
+        return varint(0)
+    coded = huffman.encode(runs)
+    head = varint(len(values)) + varint(len(runs)) + varint(len(coded))
+    return head + coded + huffman.encode(values - 1)
+
+
+def _decode_runs(data: bytes, count: int) -> Symbols:
+    reader = ByteReader(data)
+    kept = reader.varint(limit=count, what="the count of non-zero symbols")
+    if kept == 0:
+        if reader.rest():
+            raise CorruptArtifactError("bytes after the end of a run-length stream")
+        return np.zeros(count, np.uint16)
+    length = reader.varint(limit=max_runs(kept, count), what="the count of zero runs")
+    coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "zero runs")
+    runs, values = huffman.decode_together([(coded, length), (reader.rest(), kept)])
+    return join_runs(runs, values + np.uint16(1), count)
+
+
+# Adding a coder is one row here; the earlier row is taken when sizes are equal.
+CODECS = {
+    "raw": _flat(_encode_raw, _decode_raw, fast=0),
+    "arithmetic": _flat(encode_arithmetic, decode_arithmetic, fast=0),
+    "rle_huffman": _flat(_encode_runs, _decode_runs, fast=1 << 18),
+    "huffman": _flat(huffman.encode, huffman.decode),
+    "context": Codec(context.encode, context.decode),
+    "relative_index": _flat(encode_relative_index, decode_relative_index, compared=True),
+}
+
+# What may be asked for by name, and from which codecs the smallest result is then taken.
+CHOICES = {
+    "auto": tuple(name for name, codec in CODECS.items() if not codec.compared),
+    "fast": tuple(name for name, codec in CODECS.items() if codec.fast is not None),
+    **{name: (name,) for name in CODECS},
+}
+
+
+def check_codec(codec: str) -> None:
+    """Refuses a name that is no codec.
+
+    Raises:
+        ValueError: naming the valid ones.
+    """
+    if codec not in CHOICES:
+        raise ValueError(f"codec={codec!r}: valid are {', '.join(map(repr, CHOICES))}")
+
+
+def encode_symbols(
+    symbols: NDArray[np.integer], codec: str = "auto", shape: Shape | None = None
+) -> tuple[str, bytes]:
+    """Bytes of (N,) symbols, and the name of the codec used.
+
+    Args:
+        symbols: whole numbers from 0 to `MAX_ALPHABET - 1`; 0 is taken as the common one.
+        codec: a name in `CHOICES`; "auto" gives the smallest result, "fast" the smallest of those
+            codecs that are fast for so many.
+        shape: of the tensor that the symbols make up, in its order; None: one axis.
+
+    Raises:
+        ValueError: for an unknown codec, or a symbol out of range.
+
+    >>> name, data = encode_symbols(np.array([0] * 997 + [3, 1, 2]))
+    >>> decode_symbols(name, data, (1000,), limit=4)[-3:].tolist()
+    [3, 1, 2]
+    """
+    check_codec(codec)
+    if len(symbols) and not (symbols.min() >= 0 and symbols.max() < MAX_ALPHABET):
+        raise ValueError(f"symbols {symbols.min()} to {symbols.max()}, not 0 to {MAX_ALPHABET - 1}")
+    narrow = symbols.astype(np.uint16, copy=False)
+    shape = (len(symbols),) if shape is None else shape
+    names = CHOICES[codec]
+    if codec == "fast":
+        names = [name for name in names if len(narrow) >= (CODECS[name].fast or 0)]
+    results = ((name, CODECS[name].encode(narrow, shape)) for name in names)
+    return min(results, key=lambda result: len(result[1]))
+
+
+def decode_symbols(codec: str, data: bytes, shape: Shape, *, limit: int) -> Symbols:
+    """The symbols of a tensor of this shape that `encode_symbols` made into `data`.
+
+    Memory grows with the shape, whatever the data say: the caller bounds it.
+
+    Raises:
+        CorruptArtifactError: when the data are damaged, or hold a symbol of `limit` or above.
+    """
+    symbols = CODECS[codec].decode(data, shape)
+    if symbols.max(initial=0) >= limit:
+        raise CorruptArtifactError(f"symbol {symbols.max()}, not below {limit}")
+    return symbols
+
+
+def entropy_bits(symbols: NDArray[np.integer]) -> float:
+    """Zero-order entropy of (N,) symbols times N, in bits.
+
+    >>> entropy_bits(np.array([0, 1, 2, 3]))
+    8.0
+    """
+    counts = tally(symbols)
+    counts = counts[counts > 0]
+    return float(counts @ np.log2(len(symbols) / counts)) if len(counts) else 0.0

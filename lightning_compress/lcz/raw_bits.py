@@ -1,0 +1,165 @@
+"""Tensors as bit patterns, and the packing of patterns that are not coded as symbols."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz import context
+from lightning_compress.lcz.bits import ByteReader, tally, varint
+
+__all__ = [
+    "DTYPES", "PACKINGS", "dtype_name", "from_patterns", "inflate", "pack_patterns", "patterns",
+    "unpack_patterns", "word_size",
+]  # fmt: skip
+
+_NAMES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128 "
+    "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+)
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES.split()}
+PACKINGS = ("bytes", "planes", "coded")
+
+Patterns = NDArray[np.unsignedinteger]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as the file spells it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def word_size(dtype: torch.dtype) -> int:
+    """Bytes of one pattern: an element, or half of one for complex128."""
+    return min(dtype.itemsize, 8)
+
+
+def patterns(tensor: Tensor) -> Patterns:
+    """(N,) the bits of a tensor's elements as unsigned numbers: -0.0 and NaNs stay apart.
+
+    >>> patterns(torch.tensor([0.0, -0.0, 1.0]))
+    array([         0, 2147483648, 1065353216], dtype=uint32)
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().view(f"<u{word_size(tensor.dtype)}")
+
+
+def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The opposite of `patterns`; `bits` must be writable and is shared.
+
+    Raises:
+        CorruptArtifactError: for a bool that is neither 0 nor 1.
+    """
+    if dtype is torch.bool and bits.max(initial=0) > 1:
+        raise CorruptArtifactError(f"a bool of {bits.max()}")
+    if not len(bits):  # an empty array has strides that no other dtype can view
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
+
+
+def pack_patterns(
+    bits: Patterns, *, coded: bool = True, most: int | None = None
+) -> tuple[str, bytes]:
+    """The smallest of plain bytes, deflated byte planes and coded byte planes, and which it is.
+
+    A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
+
+    Args:
+        bits: (N,) patterns.
+        coded: try coded planes too, which are slower.
+        most: bytes from which on the result is of no use to the caller; None: of any size.
+    """
+    planes = bits.view(np.uint8).reshape(-1, bits.itemsize).T
+    forms = {"bytes": bits.tobytes(), "planes": zlib.compress(planes.tobytes(), 6)}
+    if coded and len(bits):
+        limit = min(len(form) for form in forms.values())
+        limit = limit if most is None else min(limit, most)
+        entropies = [_entropy(plane) for plane in planes]
+        # A plane has one axis, so no tables: its order 0 entropy is what coding can come down to.
+        if sum(entropies) < 8 * limit:
+            pairs = zip(planes, entropies, strict=True)
+            forms["coded"] = b"".join(_code_plane(*pair) for pair in pairs)
+    name = min(forms, key=lambda name: len(forms[name]))
+    return name, forms[name]
+
+
+def _entropy(plane: NDArray[np.uint8]) -> float:
+    """Bits of a plane when each byte takes as many as it is rare; all, if learning costs more."""
+    counts = tally(plane)
+    counts = counts[counts > 0]
+    entropy = float(counts @ np.log2(len(plane) / counts))
+    learnt = entropy + 0.5 * len(counts) * math.log2(len(plane) + 1)
+    return entropy if learnt <= 8 * len(plane) else 8.0 * len(plane)
+
+
+def _code_plane(plane: NDArray[np.uint8], entropy: float) -> bytes:
+    """The length of a context-coded plane and the stream, or 0 and the plain bytes.
+
+    A byte's top bit, which is the sign in the last plane of floats, is coded as a symbol's sign.
+    """
+    if entropy >= 8 * len(plane):
+        return varint(0) + plane.tobytes()
+    low = (plane & 127).astype(np.uint16)
+    symbols = (2 * (low + 1) - (plane >> 7)).astype(np.uint16)
+    coded = context.encode(symbols, plane.shape)
+    if len(coded) < len(plane):
+        return varint(len(coded)) + coded
+    return varint(0) + plane.tobytes()
+
+
+def _decode_plane(reader: ByteReader, count: int) -> NDArray[np.uint8]:
+    length = reader.varint(limit=count, what="the length of a coded plane")
+    if not length:
+        return np.frombuffer(reader.take(count, "a plane"), np.uint8)
+    symbols = context.decode(reader.take(length, "a coded plane"), (count,))
+    if symbols.min() < 1 or symbols.max() > 256:
+        raise CorruptArtifactError("a coded plane holds a symbol that is no byte")
+    return ((symbols - 1) // 2 | (symbols & 1) << 7).astype(np.uint8)
+
+
+def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Patterns:
+    """The (count,) patterns of `size` bytes each that `pack_patterns` packed.
+
+    Raises:
+        CorruptArtifactError: when the data do not hold just that many.
+    """
+    if packing == "planes":
+        planes = np.frombuffer(inflate(data, count * size), np.uint8).reshape(size, count)
+        return planes.T.copy().reshape(-1).view(f"<u{size}")
+    if packing == "coded" and count:
+        reader = ByteReader(data)
+        planes = np.stack([_decode_plane(reader, count) for _ in range(size)])
+        if reader.rest():
+            raise CorruptArtifactError("bytes after the end of coded planes")
+        return planes.T.copy().reshape(-1).view(f"<u{size}")
+    if len(data) != count * size:
+        raise CorruptArtifactError(f"{len(data)} bytes where {count * size} belong")
+    return np.frombuffer(bytearray(data), f"<u{size}")
+
+
+def inflate(data: bytes, length: int) -> bytes:
+    """Undoes `zlib.compress`, and never allocates more than the `length` bytes expected.
+
+    Raises:
+        CorruptArtifactError: when the data are damaged or of another length.
+
+    >>> inflate(zlib.compress(b"abc"), 3)
+    b'abc'
+    """
+    engine = zlib.decompressobj()
+    try:
+        plain = engine.decompress(data, length + 1)
+    except zlib.error as error:
+        raise CorruptArtifactError(f"deflated bytes are damaged: {error}") from None
+    if len(plain) != length or not engine.eof or engine.unused_data:
+        raise CorruptArtifactError(f"deflated bytes do not hold just {length} bytes")
+    return plain

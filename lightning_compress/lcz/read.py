@@ -1,0 +1,150 @@
+"""Files to tensors: opened, checked against a module or a limit, decoded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.container import Container, read_container
+from lightning_compress.lcz.header import TensorRecord, optional, read_records
+from lightning_compress.lcz.module_state import KEY as CHANNELS
+from lightning_compress.lcz.module_state import read_activations, read_channels, shared_memory
+from lightning_compress.lcz.parallel import mapped, shown
+from lightning_compress.lcz.raw_bits import DTYPES, dtype_name, patterns
+from lightning_compress.lcz.tensors import decode_tensor
+from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
+
+__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open file whose header has been checked."""
+
+    container: Container
+    records: list[TensorRecord]
+    activations: dict[str, ActivationGrids] = field(default_factory=dict)
+    channels: RemovedChannels = field(default_factory=RemovedChannels)
+
+    def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
+        """Names, tensors and grids in the order of the file, each decoded when it is asked for.
+
+        A tied tensor is the very one that it is tied to.
+
+        Raises:
+            ValueError: for no worker.
+            CorruptArtifactError: naming the tensor, when its payload does not fit its record.
+        """
+        kept: dict[str, tuple[Tensor, Grid | None]] = {}
+        sources = {record.tied for record in self.records if record.kind == "tied"}
+        sizes = [record.elements for record in self.records if record.kind != "tied"]
+        decoded = mapped(_decode, self._payloads(), workers)
+        for name, tensor, grid in shown(decoded, sizes, "decoding"):
+            if name in sources:
+                kept[name] = tensor, grid
+            yield name, tensor, grid
+        for record in self.records:
+            if record.kind == "tied":
+                tensor, grid = kept[record.tied]
+                yield record.name, tensor, grid if record.grid else None
+
+    def _payloads(self) -> Iterator[tuple[TensorRecord, bytes]]:
+        offset = 0
+        for record in self.records:
+            if record.kind != "tied":
+                yield record, self.container.read(offset, record.payload_bytes)
+                offset += record.payload_bytes
+
+
+def _decode(job: tuple[TensorRecord, bytes]) -> tuple[str, Tensor, Grid | None]:
+    return job[0].name, *decode_tensor(*job)
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
+    """Opens a file and checks its header, and its checksum if `verify` is set.
+
+    Raises:
+        CorruptArtifactError: naming the file, here and for what is raised while it is open.
+        OSError: when it cannot be read.
+    """
+    try:
+        with read_container(path, verify=verify) as container:
+            header = container.header
+            extra = (key for key in header if key not in ("tensors", "activations"))
+            if not all(map(optional, extra)):
+                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
+            records = read_records(header.get("tensors"), container.payload_bytes, container.size)
+            activations = read_activations(header.get("activations", {}))
+            channels = read_channels(header.get(CHANNELS))
+            yield Artifact(container, records, activations, channels)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{path}: {error}") from error
+
+
+def check_size(records: list[TensorRecord], most: int) -> None:
+    """Refuse a file whose tensors would take more than `most` bytes.
+
+    Raises:
+        CorruptArtifactError: when they would.
+    """
+    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
+    if plain > most:
+        raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+
+
+def check_fit(
+    records: list[TensorRecord],
+    tensors: Mapping[str, Tensor],
+    smaller: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Names, shapes and dtypes must be the same in the file and in the module.
+
+    Args:
+        records: of the file.
+        tensors: of the module.
+        smaller: shapes that tensors of the module will be cut to.
+
+    Raises:
+        CorruptArtifactError: naming those that are not.
+    """
+    stored = {record.name: (record.dtype, record.shape) for record in records}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()} | dict(smaller or {})
+    wanted = {name: (dtype_name(t.dtype), shapes[name]) for name, t in tensors.items()}
+    both = [name for name in wanted if name in stored and stored[name] != wanted[name]]
+    faults = {
+        "missing in the file": [repr(name) for name in wanted if name not in stored],
+        "unexpected in the file": [repr(name) for name in stored if name not in wanted],
+        "mismatched": [
+            f"{name!r} is {stored[name]} in the file and {wanted[name]} in the module"
+            for name in both
+        ],
+    }
+    found = [f"{what}: {_listed(names)}" for what, names in faults.items() if names]
+    if found:
+        raise CorruptArtifactError(f"does not fit the module: {'; '.join(found)}")
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_shared(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors that share memory in the module cannot take two different values.
+
+    Raises:
+        CorruptArtifactError: when they would have to.
+    """
+    for name, source in shared_memory(tensors).items():
+        one, other = values[name], values[source]
+        if one is not other and not np.array_equal(patterns(one), patterns(other)):
+            raise CorruptArtifactError(
+                f"{name!r} and {source!r} are one tensor in the module and differ in the file"
+            )

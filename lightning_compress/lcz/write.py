@@ -1,0 +1,238 @@
+"""Contents to a file: tensor by tensor, so that no more than a few are worked on at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.codecs import check_codec
+from lightning_compress.lcz.container import SMALLEST, write_container
+from lightning_compress.lcz.header import (
+    ArtifactInfo,
+    TensorRecord,
+    artifact_info,
+    read_records,
+    write_records,
+)
+from lightning_compress.lcz.module_state import KEY as CHANNELS
+from lightning_compress.lcz.module_state import (
+    Contents,
+    shared_memory,
+    write_activations,
+    write_channels,
+)
+from lightning_compress.lcz.parallel import check_workers, mapped, shown
+from lightning_compress.lcz.raw_bits import dtype_name
+from lightning_compress.lcz.tensors import encode_on_grid, encode_values, same_grid
+from lightning_compress.sharding import is_sharded, whole_tensor
+from lightning_compress.state import Grid
+
+__all__ = [
+    "Encoding",
+    "Gather",
+    "together",
+    "write_contents",
+]
+Gather = Callable[[str], Tensor]
+T = TypeVar("T")
+
+
+def together(tensors: Mapping[str, Tensor], work: Callable[[Gather], T]) -> T:
+    """Run something on the first process that needs whole tensors, one at a time.
+
+    The others wait: they answer what it asks for, and learn how it ended. As it alone decides what
+    comes next, an error there, or threads that ask in any order, leave nobody waiting.
+
+    Args:
+        tensors: by name, sharded or not; the same names on all processes.
+        work: gets a function from a name to the whole tensor.
+
+    Returns:
+        What `work` returned, on every process.
+
+    Raises:
+        Exception: what `work` raised, on every process.
+    """
+    if distributed.get_rank() != 0:
+        return _help(tensors)
+    turn = Lock()
+
+    def gather(name: str) -> Tensor:
+        with turn:
+            _told(name)
+            return whole_tensor(tensors[name])
+
+    try:
+        result = work(gather)
+    except BaseException as error:
+        _told(error)
+        raise
+    _told([result])
+    return result
+
+
+def _help(tensors: Mapping[str, Tensor]) -> Any:
+    while isinstance(said := _told(), str):
+        whole_tensor(tensors[said])
+    if isinstance(said, BaseException):
+        raise said
+    return said[0]
+
+
+def _told(what: Any = None) -> Any:
+    """What the first process says next: a name, an error, or a result in a list."""
+    box = [what]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+_FLOAT_DTYPES = {None: None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_IN_MEMORY = 1 << 26  # bytes of payloads that wait for the header without a file
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How tensors are encoded.
+
+    Args:
+        codec: of the symbols, as in `save_compressed`.
+        float_dtype: what floats that are on no grid are cast to: None, "fp16" or "bf16".
+        workers: threads that encode tensors side by side.
+
+    Raises:
+        ValueError: for an unknown codec or float_dtype, or no worker.
+    """
+
+    codec: str = "auto"
+    float_dtype: str | None = None
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        if self.float_dtype not in _FLOAT_DTYPES:
+            raise ValueError(f"float_dtype={self.float_dtype!r}: valid are None, 'fp16', 'bf16'")
+        check_workers(self.workers)
+
+
+@dataclass(frozen=True)
+class _Coded:
+    record: TensorRecord
+    payload: bytes
+    complaint: str = ""
+
+
+def write_contents(contents: Contents, path: Path, encoding: Encoding) -> ArtifactInfo:
+    """Write a file of these contents; where some are sharded, all processes must.
+
+    Raises:
+        ValueError: for what the format cannot hold.
+        OSError: naming the path, when it cannot be written.
+    """
+    tensors = contents.tensors
+    if any(map(is_sharded, tensors.values())):
+        return together(tensors, lambda gather: _written(contents, path, encoding, gather))
+    return _written(contents, path, encoding, tensors.__getitem__)
+
+
+def _written(contents: Contents, path: Path, encoding: Encoding, gather: Gather) -> ArtifactInfo:
+    tied = _tied(contents)
+    header: dict[str, Any] = {}
+    if contents.activations:
+        header["activations"] = write_activations(contents.activations)
+    if contents.channels:
+        header[CHANNELS] = write_channels(contents.channels)
+    with _naming(path), tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(path.parent)) as spool:
+        found: dict[str, TensorRecord] = {}
+        for coded in _encoded(contents, set(contents.tensors) - set(tied), encoding, gather):
+            if coded.complaint:
+                warnings.warn(coded.complaint, stacklevel=4)  # the caller of save_compressed
+            found[coded.record.name] = coded.record
+            spool.write(coded.payload)
+        for name, source in tied.items():
+            found[name] = _tied_record(name, found[source], has_grid=name in contents.grids)
+        records = [found[name] for name in contents.tensors]
+        header["tensors"] = _checked(write_records(records), spool.tell())
+        spool.seek(0)
+        size = write_container(path, header, iter(lambda: spool.read(_PIECE), b""))
+    return artifact_info(path, records, size)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Payloads that wait for the header lie beside the file, nameless; so do their errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == str(path):
+            raise
+        message = f"cannot write the artifact: {error.strerror or error}"
+        raise OSError(error.errno, message, str(path)) from error
+
+
+def _checked(rows: list[dict[str, Any]], payload_bytes: int) -> list[dict[str, Any]]:
+    try:
+        read_records(rows, payload_bytes, payload_bytes + SMALLEST)
+    except CorruptArtifactError as error:
+        raise ValueError(f"the format cannot hold this module: {error}") from None
+    return rows
+
+
+def _tied(contents: Contents) -> dict[str, str]:
+    """By name: the tensor that it shares its memory and its grid with."""
+    grids = contents.grids
+    return {
+        name: source
+        for name, source in shared_memory(contents.tensors, first=grids).items()
+        if name not in grids or same_grid(grids[name], grids.get(source))
+    }
+
+
+def _encoded(
+    contents: Contents, own: set[str], encoding: Encoding, gather: Gather
+) -> Iterator[_Coded]:
+    names = [name for name in contents.tensors if name in own]
+    sizes = [contents.tensors[name].numel() for name in names]
+
+    def encode(name: str) -> _Coded:
+        return _encode(name, gather(name), contents.grids.get(name), encoding)
+
+    yield from shown(mapped(encode, names, encoding.workers), sizes, "encoding")
+
+
+def _tied_record(name: str, source: TensorRecord, *, has_grid: bool) -> TensorRecord:
+    row = TensorRecord(name, source.shape, source.dtype, kind="tied", tied=source.name)
+    return replace(row, grid=source.grid if has_grid else ())
+
+
+def _encode(name: str, tensor: Tensor, grid: Grid | None, encoding: Encoding) -> _Coded:
+    record = TensorRecord(name, tuple(tensor.shape), dtype_name(tensor.dtype), zeros=_zeros(tensor))
+    complaint = ""
+    if grid is not None:
+        if (coded := encode_on_grid(record, tensor, grid, encoding.codec)) is not None:
+            return _Coded(*coded)
+        complaint = f"tensor {name!r} is not bit for bit on its grid: stored as values, without it"
+    cast = _FLOAT_DTYPES[encoding.float_dtype]
+    if cast is not None and tensor.is_floating_point() and tensor.dtype.itemsize > cast.itemsize:
+        narrow = tensor.to(cast)
+        if torch.equal(narrow.isfinite(), tensor.isfinite()):
+            record = replace(record, stored=dtype_name(cast), zeros=_zeros(narrow))
+            return _Coded(*encode_values(record, narrow, encoding.codec), complaint)
+        complaint = (
+            f"tensor {name!r} has values beyond {dtype_name(cast)}: stored as {record.dtype}"
+        )
+    return _Coded(*encode_values(record, tensor, encoding.codec), complaint)
+
+
+def _zeros(tensor: Tensor) -> int:
+    return int((tensor.detach() == 0).sum())  # count_nonzero lacks some dtypes

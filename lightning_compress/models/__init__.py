@@ -1,9 +1,0 @@
-"""LightningModules to compress, around networks that are plain modules."""
-
-from lightning_compress.models.base import CompressibleModel
-from lightning_compress.models.classifier import ResNet18, SimpleNet
-from lightning_compress.models.gan import DCGAN, WGANGP
-from lightning_compress.models.recurrent_vae import RecurrentVAE
-from lightning_compress.models.vae import VAE
-
-__all__ = ["DCGAN", "VAE", "WGANGP", "CompressibleModel", "RecurrentVAE", "ResNet18", "SimpleNet"]

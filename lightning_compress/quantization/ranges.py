@@ -1,0 +1,284 @@
+"""Observers: the range of values that a grid has to cover, of one tensor or over many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.grids import AffineGrid, check_bits, grid_of_range
+from lightning_compress.sharding import ONE_PIECE, Spread
+
+__all__ = [
+    "OBSERVERS",
+    "RangeObserver",
+    "affine_grid",
+    "find_range",
+    "minmax_range",
+    "mse_range",
+    "percentile_range",
+    "settle",
+]
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
+PERCENTILE = 0.999  # of the values that the range holds, half of the rest on either side
+MOMENTUM = 0.05  # share of a step's new range in a moving average
+MOST_VALUES = 2**16  # of an activation that percentile and mse look at
+_CANDIDATES = 32  # ranges that mse tries: from 1/32 of the full one to all of it
+Range = tuple[Tensor, Tensor]
+
+
+def _rows(values: Tensor, axis: int | None) -> Tensor:
+    values = values.detach().to(torch.float32)
+    return values.reshape(1, -1) if axis is None else values.transpose(0, axis).flatten(1)
+
+
+def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE) -> Range:
+    """Smallest and largest value, widened to hold 0, each of shape (1,) or (size of axis,).
+
+    Args:
+        values: any tensor.
+        axis: one range for each index of it; None: one for all.
+        spread: over which processes, when these are one process's rows: ranges are the whole's.
+
+    Raises:
+        ValueError: when a value is not finite.
+
+    >>> minmax_range(torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), axis=0)
+    (tensor([ 0., -3.]), tensor([2.0000, 0.5000]))
+    """
+    bounds = _bounds(_rows(values, axis))
+    # Comparisons would lose a NaN: all processes must see it, to end alike.
+    bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
+    return _checked(spread.least(spread.widen(bounds, axis)))
+
+
+def _bounds(rows: Tensor) -> Tensor:
+    """The smallest value of each row, and the largest times -1: (2, rows)."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(2, rows.shape[0])
+    low, high = torch.aminmax(rows, dim=1)  # a NaN shows in both
+    return torch.stack([low, -high])
+
+
+def _checked(bounds: Tensor) -> Range:
+    if not bool(torch.isfinite(bounds).all()):
+        raise ValueError("cannot find the range of values that are NaN or infinite")
+    return bounds[0].clamp(max=0), (-bounds[1]).clamp(min=0)
+
+
+def _extremes(rows: Tensor) -> Range:
+    return _checked(_bounds(rows))
+
+
+def percentile_range(
+    values: Tensor, axis: int | None = None, *, percentile: float = PERCENTILE
+) -> Range:
+    """Range that holds a fraction of the values, the rest cut evenly from both ends.
+
+    Args:
+        values: any tensor.
+        axis: one range for each index of it; None: one for all.
+        percentile: the fraction inside, in (0, 1].
+
+    Raises:
+        ValueError: when a value is not finite.
+
+    >>> percentile_range(torch.arange(-500.0, 501.0), percentile=0.9)
+    (tensor([-450.]), tensor([450.]))
+    """
+    rows = _rows(values, axis)
+    extremes, size = _extremes(rows), rows.shape[1]
+    if size == 0:
+        return extremes
+    tail = (1 - percentile) / 2
+    ordered = rows.sort(dim=1).values
+    first, last = round(tail * (size - 1)), round((1 - tail) * (size - 1))
+    return ordered[:, first].clamp(max=0), ordered[:, last].clamp(min=0)
+
+
+def mse_range(
+    values: Tensor, axis: int | None = None, *, bits: int = 8, symmetric: bool = True
+) -> Range:
+    """The share of the min/max range whose grid gives the smallest squared error.
+
+    Both ends shrink alike, in 32 steps, for each index of `axis` by itself (a grid search, as in
+    Nagel et al. 2021, arXiv:2106.08295, section 3.1).
+
+    Raises:
+        ValueError: when a value is not finite.
+
+    >>> values = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([4.0])])
+    >>> [bound.item() for bound in mse_range(values, bits=2)]
+    [-0.625, 0.625]
+    """
+    rows = _rows(values, axis)
+    low, high = _extremes(rows)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    if rows.shape[1] == 0:
+        return low, high
+    levels = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    best, found = torch.full_like(high, torch.inf), torch.ones_like(high)
+    for part in torch.arange(_CANDIDATES, 0, -1) / _CANDIDATES:
+        error = _squared_error(rows, part * low, part * high, levels, symmetric=symmetric)
+        found = torch.where(error < best, part, found)
+        best = torch.minimum(error, best)
+    return found * low, found * high
+
+
+def _squared_error(
+    rows: Tensor, low: Tensor, high: Tensor, levels: int, *, symmetric: bool
+) -> Tensor:
+    scale = ((high if symmetric else high - low) / levels).clamp(min=torch.finfo().tiny)[:, None]
+    least = torch.full_like(scale, -levels) if symmetric else -torch.round(-low[:, None] / scale)
+    most = least + (2 * levels if symmetric else levels)
+    steps = torch.round(rows / scale).clamp_(least, most)
+    return (steps.mul_(scale) - rows).square_().sum(dim=1)
+
+
+def find_range(
+    observer: str,
+    values: Tensor,
+    axis: int | None = None,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+) -> Range:
+    """Range of one tensor after an observer's name; a moving average starts as min/max.
+
+    >>> find_range("moving_average", torch.tensor([-1.0, 3.0]))
+    (tensor([-1.]), tensor([3.]))
+    """
+    if observer == "percentile":
+        return percentile_range(values, axis)
+    if observer == "mse":
+        return mse_range(values, axis, bits=bits, symmetric=symmetric)
+    return minmax_range(values, axis)
+
+
+class RangeObserver:
+    """The range of a tensor that is seen again and again, such as an activation.
+
+    `observe` gathers, `settle` takes what was gathered into the range: once an optimizer step, so
+    that all forward passes of a step, on all processes, use the same range. "minmax" widens, the
+    others go on as moving averages.
+
+    Args:
+        observer: a name in `OBSERVERS`.
+        bits: of the grid, for "mse".
+
+    >>> one = RangeObserver("minmax")
+    >>> one.observe(torch.tensor([1.0, 2.0])), one.observe(torch.tensor([-1.0]))
+    (None, None)
+    >>> settle([one])
+    >>> one.range
+    (-1.0, 2.0)
+    """
+
+    def __init__(self, observer: str, bits: int = 8) -> None:
+        self.observer, self.bits = observer, bits
+        self.range: tuple[float, float] | None = None
+        self.gathered: Tensor | None = None  # low, -high, number of tensors
+
+    @property
+    def extreme(self) -> bool:
+        """Whether what is gathered is joined by the extremes, not by the mean."""
+        return self.observer in ("minmax", "moving_average")
+
+    def observe(self, values: Tensor) -> None:
+        """Gather a tensor; an empty one is nothing.
+
+        Raises:
+            ValueError: when a value is not finite.
+        """
+        if values.numel() == 0:
+            return
+        flat = values.detach().reshape(-1)
+        if not self.extreme:
+            flat = flat[:: max(1, flat.numel() // MOST_VALUES)]
+        low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False)
+        new = torch.cat([low, -high, torch.ones_like(low)])
+        if self.gathered is None:
+            self.gathered = new
+        elif self.extreme:
+            bounds = torch.minimum(self.gathered, new)[:2]
+            self.gathered = torch.cat([bounds, (self.gathered + new)[2:]])
+        else:
+            self.gathered = self.gathered + new
+
+    def take(self, low: float, high: float) -> None:
+        """Take a step's range into the range."""
+        if self.range is None:
+            self.range = low, high
+        elif self.observer == "minmax":
+            self.range = min(self.range[0], low), max(self.range[1], high)
+        else:
+            pairs = zip(self.range, (low, high), strict=True)
+            before, after = (old + MOMENTUM * (new - old) for old, new in pairs)
+            self.range = before, after
+
+    def state_dict(self) -> dict[str, Any]:
+        """The range, and what waits to be settled."""
+        return {"range": self.range, "gathered": self.gathered}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put both back."""
+        self.range = None if state["range"] is None else tuple(state["range"])
+        self.gathered = state["gathered"]
+
+
+def settle(
+    observers: Sequence[RangeObserver], reduce: Callable[[Tensor, str], Tensor] | None = None
+) -> None:
+    """Take what alike observers have gathered since the last call into their ranges.
+
+    Args:
+        observers: all of one kind.
+        reduce: joins a tensor over processes by "min" or "sum"; all of them must call alike.
+    """
+    if not observers:
+        return
+    nothing = torch.zeros(3)
+    rows = torch.stack([nothing if o.gathered is None else o.gathered.cpu() for o in observers])
+    extreme = observers[0].extreme
+    if reduce is not None:
+        bounds = reduce(rows[:, :2].contiguous(), "min" if extreme else "sum")
+        rows = torch.cat([bounds, reduce(rows[:, 2:].contiguous(), "sum")], dim=1)
+    for observer, (low, negative_high, count) in zip(observers, rows.tolist(), strict=True):
+        observer.gathered = None
+        if count:
+            share = 1.0 if extreme else count
+            observer.take(low / share, -negative_high / share)
+
+
+def affine_grid(
+    weight: Tensor,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+    axis: int | None = None,
+    observer: str = "minmax",
+) -> AffineGrid:
+    """Grid over the range of a weight, for the tensor or for each index of `axis`.
+
+    A range of zero width (an all-zero channel) gets the step 1, so that zero stays zero.
+
+    Args:
+        weight: any tensor.
+        bits: 2 to 8.
+        symmetric: around 0, else from the lowest to the highest value.
+        axis: one scale for each index of it; None: one for all.
+        observer: what finds the range, a name in `OBSERVERS`.
+
+    Raises:
+        ValueError: for bits outside 2 to 8, or weights that are not finite.
+
+    >>> affine_grid(torch.tensor([-1.0, 0.0, 7.0]), bits=4).scale
+    tensor([1.])
+    """
+    check_bits("bits", bits)
+    low, high = find_range(observer, weight, axis, bits=bits, symmetric=symmetric)
+    return grid_of_range(low, high, bits=bits, symmetric=symmetric, axis=axis)

@@ -1,0 +1,188 @@
+"""Students that begin with their teacher's channels."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lightning_compress import TargetError, initialize_from_teacher
+from lightning_compress.channels.student_graph import StudentGraph
+from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE, ResNet18, SimpleNet
+
+MODELS = {
+    "dcgan": lambda w: DCGAN(image_size=16, width=16, width_multiplier=w),
+    "vae": lambda w: VAE(image_size=16, width=16, latent_dim=6, width_multiplier=w),
+    "values": lambda w: RecurrentVAE(steps=5, features=3, hidden=16, width_multiplier=w),
+    "tokens": lambda w: RecurrentVAE(
+        steps=5, vocab_size=9, hidden=16, embedding=16, width_multiplier=w
+    ),
+    "simple": lambda w: SimpleNet(
+        image_size=8, channels=1, num_classes=3, width=16, width_multiplier=w
+    ),
+    "resnet": lambda w: ResNet18(
+        image_size=16, channels=1, num_classes=3, width=16, width_multiplier=w
+    ),
+}
+PARTS = [
+    ("dcgan", "generator"),
+    ("vae", "encoder"),
+    ("vae", "decoder"),
+    ("values", "encoder"),
+    ("values", "decoder"),
+    ("tokens", "encoder"),
+    ("tokens", "decoder"),
+    ("simple", "net"),
+    ("resnet", "net"),
+]
+
+
+def outputs(model, path):
+    module, inputs = model.parts()[path]
+    if path == "decoder" and len(inputs) == 3:  # a state of its own size
+        inputs = (inputs[0], module.initial_state(inputs[2]), inputs[2])
+    found = module.eval()(*inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+randomize = partial(tiny.randomize, seed=0, low=0.2, spread=0.5)
+
+
+@pytest.mark.parametrize(("name", "path"), PARTS)
+def test_a_teacher_with_dead_channels_is_copied_exactly(name, path):
+    """The channels that a teacher really has, scattered among dead ones, are all found."""
+    make = MODELS[name]
+    small, teacher, student = make(0.5), make(1.0), make(0.5)
+    randomize(small)
+    scatter(small.get_submodule(path), teacher.get_submodule(path))
+    initialize_from_teacher(student.get_submodule(path), teacher.get_submodule(path))
+    for ours, theirs in zip(outputs(student, path), outputs(teacher, path), strict=True):
+        if ours.shape == theirs.shape:  # not the recurrent state
+            torch.testing.assert_close(ours, theirs)
+
+
+def scatter(small, wide):
+    """Put a small network's channels at odd places of a wide one, zeros elsewhere: independent of
+    the copy that is tested but for the knowledge which axes belong together."""
+    graph = StudentGraph(small, wide)
+    source = dict(graph.student.named_parameters()) | dict(graph.student.named_buffers())
+    places = {}
+    for uses in graph.uses.values():
+        for use in uses:
+            for group, _ in use.segments:
+                root = group.root()
+                if root not in places:
+                    order = torch.randperm(root.teacher, generator=torch.Generator().manual_seed(7))
+                    chosen = order[: root.student].sort().values
+                    full = root.teacher == root.student
+                    places[root] = torch.arange(root.teacher) if full else chosen
+    with torch.no_grad():
+        both = [*graph.teacher.named_parameters(), *graph.teacher.named_buffers()]
+        for name, tensor in both:
+            if not tensor.dim():
+                continue
+            tensor.fill_(1.0 if name.endswith("running_var") else 0.0)
+            indices = [torch.arange(size) for size in tensor.shape]
+            for use in graph.uses.get(name, []):
+                parts, offset = [], 0
+                for group, repeat in use.segments:
+                    root = group.root()
+                    units = places[root][:, None] * repeat + torch.arange(repeat)
+                    parts.append(offset + units.flatten())
+                    offset += root.teacher * repeat
+                indices[use.dim] = torch.cat(parts)
+            tensor[torch.meshgrid(*indices, indexing="ij")] = source[name]
+
+
+@pytest.mark.parametrize(("name", "path"), PARTS)
+def test_an_equal_student_becomes_the_teacher(name, path):
+    teacher, student = MODELS[name](1.0), MODELS[name](1.0)
+    initialize_from_teacher(student.get_submodule(path), teacher.get_submodule(path))
+    for key, value in teacher.get_submodule(path).state_dict().items():
+        assert torch.equal(value, student.get_submodule(path).state_dict()[key]), key
+
+
+def test_the_gates_of_a_gru_give_the_same_units():
+    teacher, student = nn.GRU(3, 4, num_layers=2), nn.GRU(3, 2, num_layers=2)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.view(3, 4, -1)[:, [0, 3]] *= 10  # units 0 and 3 matter, in each gate
+    initialize_from_teacher(student, teacher)
+    kept = torch.tensor([0, 3])
+    rows = torch.cat([kept, kept + 4, kept + 8])
+    assert torch.equal(student.weight_ih_l0, teacher.weight_ih_l0[rows])
+    assert torch.equal(student.weight_hh_l1, teacher.weight_hh_l1[rows][:, kept])
+    assert torch.equal(student.weight_ih_l1, teacher.weight_ih_l1[rows][:, kept])
+    assert torch.equal(student.bias_hh_l1, teacher.bias_hh_l1[rows])
+
+
+def test_the_largest_channels_go_along_in_every_layer():
+    teacher = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    student = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        teacher[0].weight[1] *= 50
+        teacher[1].running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    initialize_from_teacher(student, teacher)
+    assert torch.equal(student[0].weight, teacher[0].weight[1:2])
+    assert student[1].running_mean.tolist() == [2.0]
+    assert torch.equal(student[3].weight, teacher[3].weight[:, 4:8])
+
+
+class Sum(nn.Module):
+    def __init__(self, width, other=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, width), nn.Linear(2, other or width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.out(self.a(x) + self.b(x))
+
+
+def test_summands_keep_the_same_channels():
+    teacher, student = Sum(3), Sum(2)
+    with torch.no_grad():
+        teacher.a.weight.copy_(torch.tensor([[3.0, 0], [0, 0], [1, 0]]))
+        teacher.b.weight.copy_(torch.tensor([[0.0, 0], [9, 0], [1, 0]]))
+    initialize_from_teacher(student, teacher)  # norms 9, 81, 2: channels 0 and 1
+    assert student.a.weight.tolist() == [[3, 0], [0, 0]]
+    assert student.b.weight.tolist() == [[0, 0], [9, 0]]
+
+
+class Branchy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def linear(*sizes):
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(sizes)])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (linear(2, 3, 1), linear(2, 4, 5, 1), "differ in structure"),
+        (linear(2, 3, 1), linear(5, 4, 1), "inputs of 2 and 5 differ in size"),
+        (linear(2, 3, 1), linear(2, 4, 7), "1 is an output and has 1 channels"),
+        (linear(2, 5, 1), linear(2, 4, 1), "0: the student has 5 channels, the teacher only 4"),
+        (nn.Sequential(nn.Bilinear(2, 2, 2)), nn.Sequential(nn.Bilinear(2, 2, 2)), "Bilinear"),
+        (Branchy(2, 2), Branchy(2, 2), "Branchy cannot be traced"),
+        (nn.GRU(2, 2, bidirectional=True), nn.GRU(2, 4, bidirectional=True), "bidirectional"),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),
+            nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),
+            "are not known here",
+        ),
+        (nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Conv1d(2, 3, 1)), "0: Linear and Conv1d"),
+        (Sum(2, 2), Sum(4, 4).requires_grad_(False), None),
+    ],
+)
+def test_what_cannot_be_matched_is_said_and_nothing_is_changed(student, teacher, message):
+    if message is None:
+        initialize_from_teacher(student, teacher)
+        return
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(TargetError, match=message):
+        initialize_from_teacher(student, teacher)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

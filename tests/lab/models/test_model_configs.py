@@ -1,0 +1,29 @@
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+FOLDER = Path(__file__).parents[3] / "conf" / "model"
+DIMS = {"image_size": 16, "channels": 1, "num_classes": 10, "steps": 16, "features": 16}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_spells_out_the_constructor(path):
+    config = OmegaConf.load(path)
+    parameters = inspect.signature(get_class(config["_target_"])).parameters
+    assert set(config) - {"_target_"} == set(parameters)
+    for name, parameter in parameters.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        if parameter.default is not parameter.empty and config[name] is not None:
+            default = parameter.default
+            assert config[name] == (list(default) if isinstance(default, tuple) else default), name
+    missing = [name for name in DIMS if name in config and config[name] is None]
+    model = instantiate(config, **{name: DIMS[name] for name in missing})
+    assert type(model) is get_class(config["_target_"])
+
+
+def test_all_models_have_a_config():
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert names == {"dcgan", "wgan_gp", "vae", "recurrent_vae", "simple_net", "resnet18"}

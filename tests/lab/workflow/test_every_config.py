@@ -1,0 +1,357 @@
+"""Every shipped config runs, from the choice of files to results.json."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from lightning_compress import load_compressed
+from lightning_compress.lab.config import config_dir
+from lightning_compress.lab.data import DigitRows, Digits
+from lightning_compress.lab.workflow.experiment import run_experiment
+
+QUICK = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.accelerator=cpu",
+    "evaluate.latency_repeats=1",
+    "evaluate.samples=32",
+    "data.batch_size=8",
+]
+TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over too late for it
+DATA_OF = {"recurrent_vae": "digit_rows"}
+
+
+def names(group):
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "features"
+
+
+def run(folder, cache, *overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        prunes = "prune" in (compose("train", overrides=[*overrides]).compression or {})
+        words = [*QUICK, *([TO_THE_END] if prunes else []), f"evaluate.cache_dir={cache}"]
+        cfg = compose("train", overrides=[*words, *overrides])
+    return cfg, run_experiment(cfg, folder)
+
+
+@pytest.mark.parametrize("model", names("model"))
+def test_each_model(tmp_path, cache, model):
+    # The width of a quarter: what is tested is the way, not the training.
+    _, results = run(
+        tmp_path,
+        cache,
+        f"model={model}",
+        f"data={DATA_OF.get(model, 'digits')}",
+        "model.width_multiplier=0.25",
+        "export.onnx=true",
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["ratio"] == results["ratio"]
+    for side in ("dense", "compressed"):
+        sizes = results[side]["bytes"]
+        assert all(sizes[key] > 0 for key in ("torch", "safetensors", "lcz", "onnx"))
+        assert all(math.isfinite(value) for value in results[side]["quality"].values())
+        assert results[side]["macs"] > 0
+        assert results[side]["latency_ms"]
+        parts = results[side]["int8_ops"].values()
+        refused = [part["refused"] for part in parts if "refused" in part]
+        if refused:  # rounding adds up over eighteen barely trained layers
+            assert model == "resnet18"
+            assert sizes["onnx_int8"] is None
+            assert "differ from the fake-quantized module" in refused[0]
+        else:
+            assert sizes["onnx_int8"] < 0.6 * sizes["onnx"]
+            assert all(part["int8_ops"] or part["session"] for part in parts)
+    assert results["steps"]["dense"] == results["steps"]["compressed"] > 0
+    dense, compressed = results["dense"], results["compressed"]
+    assert compressed["nonzero_params"] < 0.3 * dense["nonzero_params"]
+    assert compressed["bytes"]["lcz"] < 0.3 * dense["bytes"]["lcz"]
+    assert results["verdict"]["metric"] in dense["quality"]
+    assert (tmp_path / "curves.csv").read_text().startswith("run,step,metric,value\ndense,")
+    if results["samples"]:
+        with Image.open(tmp_path / "samples.png") as picture:
+            assert picture.size[0] > 100
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Small data in the formats of the shipped data configs, from the real digits."""
+    data = Digits(image_size=28)
+    data.setup()
+    images = (data.train_dataset.tensors[0] * 255).byte().numpy()
+    labels = data.train_dataset.tensors[1].byte().numpy()
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    for part, rows in (("train", slice(0, 200)), ("t10k", slice(200, 300))):
+        pixels = images[rows, 0]
+        header = struct.pack(">iiii", 2051, len(pixels), 28, 28)
+        (idx / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = struct.pack(">ii", 2049, len(pixels))
+        (idx / f"{part}-labels-idx1-ubyte").write_bytes(header + labels[rows].tobytes())
+    for index in range(60):
+        home = tmp_path / "pictures" / str(labels[index])
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[index, 0]).save(home / f"{index}.png")
+    words = "".join(chr(97 + int(n)) for n in np.random.default_rng(0).integers(0, 9, 4000))
+    lines = "\n".join(words[i : i + 5] for i in range(0, 2000, 5))
+    (tmp_path / "words.txt").write_text(lines, encoding="utf-8")
+    _cifar(tmp_path / "cifar", images)
+    return tmp_path
+
+
+def _cifar(folder, images):
+    import pickle
+
+    home = folder / "cifar-10-batches-py"
+    home.mkdir(parents=True)
+    pixels = np.zeros((40, 3, 32, 32), np.uint8)
+    pixels[:, :, 2:30, 2:30] = images[:40]
+    batch = {"data": pixels.reshape(40, -1), "labels": [i % 10 for i in range(40)]}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (home / name).write_bytes(pickle.dumps(batch))
+    (home / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
+
+
+OWN_ARGUMENTS = {
+    "cifar10": ["data.folder={0}/cifar", "data.val_size=20"],
+    "fashion_mnist": ["data.folder={0}/idx", "data.val_size=20"],
+    "fashion_rows": [
+        "data.folder={0}/idx",
+        "data.val_size=20",
+        "model=recurrent_vae",
+        "model.hidden=16",
+    ],
+    "mnist": ["data.folder={0}/idx", "data.val_size=20"],
+    "image_folder": [
+        "data.folder={0}/pictures",
+        "data.image_size=16",
+        "data.grey=true",
+        "data.val_fraction=0.2",
+        "data.test_fraction=0.2",
+    ],
+    "text_lines": ["data.file={0}/words.txt", "model=recurrent_vae", "model.hidden=16"],
+    "digit_rows": ["model=recurrent_vae", "model.hidden=16"],
+    "digits": [],
+}
+
+
+@pytest.mark.parametrize("data", names("data"))
+def test_each_data_set(folders, cache, monkeypatch, data):
+    for home in ("lightning_compress.lab.data.images", "torchvision.datasets.cifar"):
+        monkeypatch.setattr(f"{home}.check_integrity", lambda *_: True)  # of the real files
+    overrides = [one.format(folders) for one in OWN_ARGUMENTS[data]]
+    _, results = run(
+        folders / "run",
+        cache,
+        f"data={data}",
+        "model.width_multiplier=0.25",
+        "export.onnx=false",
+        "evaluate.samples=8" if data == "image_folder" else "seed=0",
+        *overrides,
+    )
+    quality = results["compressed"]["quality"]
+    assert quality["neg_elbo"] == pytest.approx(quality["reconstruction"] + quality["kl"])
+    assert ("perplexity" in quality) == (data == "text_lines")
+    assert ("fid" in quality) == (data != "text_lines")
+
+
+@pytest.mark.parametrize("compression", names("compression"))
+def test_each_compression_alone(tmp_path, cache, compression):
+    steered = "prune,channels," if compression == "budget" else ""  # alone it has nothing to steer
+    overrides = [
+        f"compression=[{steered}{compression}]",
+        "model.width_multiplier=0.25",
+        "export.onnx=false",
+    ]
+    overrides.append(f"model={'dcgan' if compression == 'distill_gan' else 'vae'}")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        words = [one for one in QUICK if not one.startswith("compression.")]
+        cfg = compose("train", overrides=[*words, f"evaluate.cache_dir={cache}", *overrides])
+    assert len(cfg.compression) == 1 + steered.count(",")  # each file holds one top key
+    results = run_experiment(cfg, tmp_path)
+    assert results["ratio"] > 1.0
+
+
+def test_the_dense_run_teaches_a_narrower_student_that_is_pruned_and_quantized(tmp_path, cache):
+    _, results = run(
+        tmp_path,
+        cache,
+        "compression=[distill_vae,prune,quantize]",
+        "compression.distill.initialize=true",
+        "model.width_multiplier=0.5",
+        "student.width_multiplier=0.25",
+        "export.onnx=false",
+    )
+    assert results["compressed"]["params"] < 0.6 * results["dense"]["params"]
+    assert results["compressed"]["nonzero_params"] < 0.3 * results["compressed"]["params"]
+    curves = (tmp_path / "curves.csv").read_text()
+    assert "compressed,2,distill/decoder/bernoulli_kl" in curves
+    assert results["ratio"] > 10
+
+
+def test_fewer_channels_masks_and_grids_ship_together(tmp_path, cache):
+    """The dense twin teaches; what comes out is smaller in every file, and in MACs."""
+    _, results = run(
+        tmp_path,
+        cache,
+        "model=dcgan",
+        "compression=[distill_gan,channels,prune,quantize]",
+        "compression.channels.budget={macs: 0.5}",
+        "compression.channels.fade=0",
+        "model.width=16",
+        "model.discriminator_width=8",
+        "compression.prune.final_sparsity=0.5",
+        "trainer.limit_train_batches=4",
+        "export.onnx=true",
+    )
+    dense, compressed = results["dense"], results["compressed"]
+    assert 0.3 * dense["macs"] < compressed["macs"] <= 0.5 * dense["macs"]
+    assert compressed["params"] < 0.7 * dense["params"]
+    for kind in ("torch", "safetensors", "onnx", "onnx_int8"):
+        assert compressed["bytes"][kind] < 0.8 * dense["bytes"][kind]
+    assert all(part["int8_ops"] for part in compressed["int8_ops"].values())
+
+
+@pytest.mark.parametrize("logger", names("logger"))
+def test_each_logger(tmp_path, cache, logger):
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
+    small = ["model.width_multiplier=0.25", "export.onnx=false", "trainer.log_every_n_steps=1"]
+    run(tmp_path, cache, f"logger=[{logger}]", *small)
+    for side in ("dense", "compressed"):
+        assert any((tmp_path / side / logger).iterdir())
+    metrics, pictures, histograms = READERS[logger](tmp_path / "compressed")
+    assert {"train/loss", "val/elbo", "prune/sparsity"} <= set(metrics)
+    assert pictures == (logger != "csv")
+    assert histograms == (logger in ("tensorboard", "wandb"))
+
+
+def _read_csv(folder):
+    return (folder / "csv" / "metrics.csv").read_text().splitlines()[0].split(","), False, False
+
+
+def _read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    tags = events.Reload().Tags()
+    histograms = [tag for tag in tags["histograms"] if tag.startswith("weights/decoder.")]
+    return tags["scalars"], tags["images"] == ["samples"], bool(histograms)
+
+
+def _read_mlflow(folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "lightning_compress"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    images = [one.path for one in client.list_artifacts(found.info.run_id, "images")]
+    assert found.info.status == "FINISHED"
+    return found.data.metrics, any(path.endswith(".png") for path in images), False
+
+
+def _read_wandb(folder):
+    """An offline run's record, whose strings stand in it as they are, and its pictures."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    record = path.read_bytes()
+    keys = [key for key in ("train/loss", "val/elbo", "prune/sparsity") if key.encode() in record]
+    pictures = list(path.parent.glob("files/media/images/samples_*.png"))
+    return keys, bool(pictures), b"weights/decoder." in record
+
+
+READERS = {
+    "csv": _read_csv,
+    "tensorboard": _read_tensorboard,
+    "mlflow": _read_mlflow,
+    "wandb": _read_wandb,
+}
+
+
+# A run of so few steps removes its last channels after pruning has ended.
+@pytest.mark.filterwarnings("ignore:.*zeros went with removed channels")
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
+    overrides = ["trainer.limit_train_batches=12"]  # criteria look at some gradients first
+    if experiment.startswith("fashion"):
+        overrides += [f"data.folder={folders}/idx", "data.val_size=20"]
+    if experiment == "fashion_vae_fast":  # of so narrow a model too few channels are free
+        overrides += ["compression.channels.round_to=2"]
+    cfg, results = run(
+        folders / "run",
+        cache,
+        f"experiment={experiment}",
+        "model.width_multiplier=0.25",
+        "export.onnx=false",
+        *overrides,
+    )
+    assert results["verdict"]["metric"] == ("fid" if "dcgan" in experiment else "neg_elbo")
+    if cfg.baseline_seeds:
+        assert results["baseline_spread"]["neg_elbo"]["n"] == 3
+
+
+def test_an_artifact_loads_into_a_fresh_model_with_the_same_samples(tmp_path, cache):
+    from lightning_compress.lab.workflow.quality import generate
+    from lightning_compress.lab.workflow.training import build_model, load_trained
+
+    cfg, _ = run(
+        tmp_path, cache, "model.width_multiplier=0.25", "export.onnx=false", "compression=[prune]"
+    )
+    data = Digits()
+    data.setup()
+    trained = load_trained(cfg, data, tmp_path / "compressed" / "final.ckpt").model
+    fresh = build_model(cfg, data, seed=99)
+    load_compressed(tmp_path / "compressed" / "model.lcz", fresh.deployed_module())
+    assert generate(fresh, 5).equal(generate(trained, 5))
+
+
+def test_a_baseline_skips_the_dense_training(tmp_path, cache):
+    small = ["model.width_multiplier=0.25", "export.onnx=false"]
+    _, first = run(tmp_path / "one", cache, *small)
+    _, second = run(
+        tmp_path / "two", cache, *small, f"baseline={tmp_path / 'one' / 'dense' / 'final.ckpt'}"
+    )
+    assert second["dense"]["quality"] == first["dense"]["quality"]
+    assert second["compressed"]["quality"] == first["compressed"]["quality"]
+    assert not (tmp_path / "two" / "dense" / "final.ckpt").exists()
+
+
+def test_data_that_cannot_feed_the_model_is_refused(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"RecurrentVAE takes data of kind .*'image'"):
+        run(tmp_path, cache, "model=recurrent_vae")
+    with pytest.raises(ValueError, match=r"VAE takes data of kind \['image'\]"):
+        run(tmp_path, cache, "data=digit_rows")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.metric=charm", "evaluate.metric='charm': valid are"),
+        ("evaluate.feature=stranger", "evaluate.feature='stranger': valid are"),
+        ("baseline=nowhere.ckpt", "no checkpoint nowhere.ckpt"),
+        ("ckpt_path=nowhere", "nothing to resume from"),
+        ("baseline_seeds=[0]", "the run's own seed"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, cache, override, message):
+    from hydra.errors import InstantiationException
+
+    with pytest.raises((ValueError, OSError, InstantiationException), match=message):
+        run(tmp_path, cache, "model.width_multiplier=0.25", "export.onnx=false", override)
+
+
+def test_the_rows_of_digits_are_those_of_the_images():
+    rows, images = DigitRows(), Digits(image_size=8)
+    rows.setup()
+    images.setup()
+    assert rows.test_dataset.tensors[0].equal(images.test_dataset.tensors[0][:, 0])
+    assert Path(config_dir()).is_dir()

@@ -1,0 +1,87 @@
+"""Grids against torch's own fake quantization, and what they keep whatever the weights are."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_compress.grids import channel_axis
+from lightning_compress.quantization.ranges import affine_grid, minmax_range
+
+
+def weights(seed, shape=(6, 4, 3, 3)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_projection_equals_torch_fake_quantize(bits, symmetric, axis):
+    weight = weights(bits)
+    grid = affine_grid(weight, bits=bits, symmetric=symmetric, axis=axis)
+    limits = grid.qmin, grid.qmax
+    if axis is None:
+        zero = int(grid.zero_point)
+        expected = torch.fake_quantize_per_tensor_affine(weight, grid.scale.item(), zero, *limits)
+    else:
+        expected = torch.fake_quantize_per_channel_affine(
+            weight, grid.scale, grid.zero_point, axis, *limits
+        )
+    # torch multiplies by 1 / scale: a weight half way between two points may go the other way.
+    apart = (grid.project(weight) - expected).abs() > 1e-6
+    assert apart.float().mean() < 0.002
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([2, 4, 8]),
+    st.booleans(),
+    st.sampled_from([None, 0, 1]),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e20]),
+)
+def test_zero_stays_zero_and_projecting_twice_changes_nothing(seed, bits, symmetric, axis, unit):
+    weight = weights(seed, (5, 4)) * unit
+    weight[torch.rand(5, 4, generator=torch.Generator().manual_seed(seed)) < 0.5] = 0.0
+    grid = affine_grid(weight, bits=bits, symmetric=symmetric, axis=axis)
+    once = grid.project(weight)
+    assert (once[weight == 0] == 0).all()
+    assert torch.equal(grid.project(once), once)
+    assert once.unique().numel() <= 2**bits * grid.scale.numel()
+    step = grid.scale.max() * 0.501
+    inside = (weight - once).abs() <= step
+    assert inside.all()  # the range covers every weight: rounding is the only error
+
+
+def test_ranges_hold_zero_and_equal_a_loop():
+    weight = weights(1)
+    low, high = minmax_range(weight, axis=1)
+    for channel in range(4):
+        part = weight[:, channel]
+        assert low[channel] == min(part.min(), torch.tensor(0.0))
+        assert high[channel] == max(part.max(), torch.tensor(0.0))
+    assert minmax_range(weight.abs() + 1)[0] == 0
+
+
+def test_a_range_of_zero_width_keeps_its_zeros():
+    weight = torch.zeros(3, 4)
+    weight[0, 0] = 2.0
+    grid = affine_grid(weight, bits=4, axis=0)
+    assert torch.equal(grid.project(weight), weight)
+    assert grid.scale.tolist()[1:] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True, "8"])
+def test_bits_out_of_range_are_named(bits):
+    with pytest.raises(ValueError, match="valid are whole numbers 2 to 8"):
+        affine_grid(torch.ones(2), bits=bits)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        affine_grid(torch.tensor([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d])
+def test_the_output_channel_of_a_transposed_convolution_is_axis_one(kind):
+    assert channel_axis(kind(3, 5, 2)) == 1
+    assert channel_axis(torch.nn.Conv2d(3, 5, 2)) == 0
