@@ -7,6 +7,10 @@ the command line's `--help` and the launcher of a sweep need not wait for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -159,6 +163,18 @@ if not TYPE_CHECKING:  # so that a mistyped name is still found where types are 
         if name == "__version__":
             return importlib.import_module("importlib.metadata").version("lightning-compress")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _find_configs() -> None:
+    """Make `pkg://lightning_compress.conf` known in a checkout: `conf/` lies beside the package."""
+    name, here = f"{__name__}.conf", Path(__file__).parent
+    if not (here / "conf").is_dir() and (here.parent / "conf").is_dir():
+        spec = PathFinder.find_spec(name, [str(here.parent)])
+        if spec is not None:
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
+_find_configs()
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,13 @@
-"""Lightning callbacks: they decide when something happens, never how it is computed."""
+"""Lightning callbacks: they decide when something happens, never how it is computed.
+
+The callbacks of the experiment harness (`lightning_compress.lab`) are reachable here too, as they
+were before it had a folder of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning
@@ -15,15 +24,6 @@ from lightning_compress.callbacks.quantization_aware_training import (
 from lightning_compress.callbacks.safeguards import RandomState, ScoreMonitor, StopOnNonFinite
 from lightning_compress.callbacks.summary import CompressionSummary
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
-from lightning_compress.lab.checkpointing import EpochCheckpoint
-from lightning_compress.lab.monitoring import (
-    GiveUp,
-    History,
-    HopelessRunError,
-    LoggedPictures,
-    PlainProgress,
-    progress_callback,
-)
 
 __all__ = [
     "ArtifactCallback",
@@ -52,3 +52,35 @@ __all__ = [
     "ThresholdPruning",
     "progress_callback",
 ]
+
+if TYPE_CHECKING:
+    from lightning_compress.lab.checkpointing import EpochCheckpoint
+    from lightning_compress.lab.monitoring import (
+        GiveUp,
+        History,
+        HopelessRunError,
+        LoggedPictures,
+        PlainProgress,
+        progress_callback,
+    )
+
+_OF_THE_LAB = {
+    "EpochCheckpoint": "checkpointing",
+    "GiveUp": "monitoring",
+    "History": "monitoring",
+    "HopelessRunError": "monitoring",
+    "LoggedPictures": "monitoring",
+    "PlainProgress": "monitoring",
+    "progress_callback": "monitoring",
+}
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a callback of the harness when it is asked for, and not with this floor."""
+        if name in _OF_THE_LAB:
+            return getattr(
+                importlib.import_module(f"lightning_compress.lab.{_OF_THE_LAB[name]}"), name
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""FIXME: say what this is."""
+"""Channel groups of a teacher and of a narrower student, and where their weights hold them."""
 
 from __future__ import annotations
 

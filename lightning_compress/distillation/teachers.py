@@ -116,7 +116,7 @@ def _build(teacher: Any) -> nn.Module:
     if isinstance(teacher, nn.Module):
         return teacher
     if isinstance(teacher, Mapping):
-        from hydra.utils import instantiate
+        from hydra.utils import instantiate  # noqa: TID251 (a teacher may be given as a config)
 
         module = instantiate(dict(teacher), _convert_="all")
     else:

@@ -119,7 +119,7 @@ def _experiment(cfg: DictConfig) -> Outcome | None:
 
 
 def _run(cfg: DictConfig, runtime: HydraConf) -> None:
-    from lightning_compress.callbacks import HopelessRunError
+    from lightning_compress.lab.monitoring import HopelessRunError
     from lightning_compress.lab.report.page import write_report
     from lightning_compress.lab.report.tables import print_summary
     from lightning_compress.lab.workflow.experiment import run_experiment

@@ -18,9 +18,9 @@ def config_dir() -> Path:
     >>> (config_dir() / "train.yaml").is_file()
     True
     """
-    inside = Path(__file__).parent / "conf"
-    # A checkout links the folder into the package; where links are not kept, it is the sibling.
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:

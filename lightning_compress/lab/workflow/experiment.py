@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.callbacks import (
     CompressionSummary,
-    GiveUp,
     KnowledgeDistillation,
     QualityBudget,
     ScoreMonitor,
 )
 from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.monitoring import GiveUp
 from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
 from lightning_compress.lab.workflow.costs import (
     deployed_cost,

@@ -14,17 +14,12 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
-from lightning_compress.callbacks import (
-    EpochCheckpoint,
-    History,
-    LoggedPictures,
-    RandomState,
-    StopOnNonFinite,
-    progress_callback,
-)
+from lightning_compress.callbacks import RandomState, StopOnNonFinite
 from lightning_compress.channels.resize import rebuild_channels
 from lightning_compress.errors import TargetError, require
+from lightning_compress.lab.checkpointing import EpochCheckpoint
 from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.monitoring import History, LoggedPictures, progress_callback
 
 __all__ = [
     "InterruptedRunError",

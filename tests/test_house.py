@@ -1,0 +1,137 @@
+"""The floors of the house: who may import whom, read from the import statements."""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_compress"
+FLOORS = (
+    ("errors", "files", "modes", "hooks", "schedules", "grids"),
+    ("targets", "sample_inputs", "sharding", "state", "projection"),
+    ("pruning", "quantization"),
+    ("channels",),
+    ("lcz",),
+    ("distillation", "budget"),
+    ("conversion",),
+    ("callbacks",),
+    ("federated",),
+    ("lab",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = ("", "_moved", "models", "data", "coding", "adaptive")  # forward names, import on demand
+
+
+def module_of(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {
+    module_of(path): path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts
+}
+
+
+def room_of(module):
+    return module.partition(".")[2].partition(".")[0]
+
+
+def imports_of(path, *, lazy=True):
+    """(module, line) of each import statement; without `lazy`, those at the top alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in types or (not lazy and getattr(node, "col_offset", 0)):
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in MODULES else node.module), node.lineno
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(module) for module in MODULES} - set(DOORS)
+    assert rooms <= set(FLOOR)
+
+
+def test_no_module_imports_a_higher_floor():
+    wrong = []
+    for module, path in MODULES.items():
+        if (room := room_of(module)) in DOORS:
+            continue
+        for target, line in imports_of(path):
+            other = room_of(target) if target.startswith("lightning_compress.") else None
+            beside = other != room and FLOOR.get(other) == FLOOR[room] and FLOOR[room] > 1
+            if other is not None and (FLOOR.get(other, 99) > FLOOR[room] or beside):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong
+
+
+def test_no_circle():
+    graph = {
+        module: {target for target, _ in imports_of(path, lazy=False) if target in MODULES}
+        for module, path in MODULES.items()
+        if room_of(module) not in DOORS
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {error.args[1]}")
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        (("lightning", "pytorch_lightning"), ("callbacks", "federated", "lab")),
+        (("hydra", "omegaconf"), ("distillation", "federated", "lab")),  # a teacher from a config
+    ],
+)
+def test_who_imports_lightning_and_hydra(library, rooms):
+    wrong = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for module, path in MODULES.items()
+        for target, line in imports_of(path)
+        if target.split(".")[0] in library and room_of(module) not in rooms
+    }
+    assert not wrong
+
+
+def test_no_symbolic_link_in_the_repository():
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-s"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("from lightning_compress.models import VAE as found", "VAE"),
+        ("from lightning_compress.models.vae import VAE as found", "VAE"),
+        ("from lightning_compress.data import Digits as found", "Digits"),
+        ("from lightning_compress.coding.artifact import save_compressed as found", "save_"),
+        ("from lightning_compress.adaptive.search import QualitySearch as found", "QualitySearch"),
+    ],
+)
+def test_former_module_names_work_and_warn(statement, name):
+    code = f"{statement}\nassert found.__name__.startswith({name!r})"
+    done = subprocess.run(
+        [sys.executable, "-W", "always::FutureWarning", "-c", code],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "<string>:1: FutureWarning" in done.stderr
+    assert "has moved to" in done.stderr
