@@ -189,7 +189,7 @@ def cache_dir(tmp_path_factory):
 
 
 def test_the_wheel_of_the_sdist_carries_the_configs(tmp_path):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     subprocess.run(  # the wheel is made of the sdist
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, root],
         check=True,
