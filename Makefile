@@ -40,52 +40,52 @@ docs: $(READY)  ## the pages of docs/ as a site in outputs/site
 	$(BIN)/mkdocs build --quiet
 
 bench-coding: $(READY) nncodec  ## sizes and speeds of the coders: FILES="run/model.lcz ..."
-	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_coding.py --scale 1,10,100 $(FILES)
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_coding.py --scale 1,10,100 $(FILES)
 
 bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (a day or two; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
-	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_headline.py
-	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py
+	$(BIN)/python experiments/benchmarks/show_headline.py outputs/bench/headline docs
 
 bench-digits: $(READY) nncodec  ## small models on digits, one seed (about ten minutes; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
-	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/bench_headline.py --set digits --seeds 0
-	$(BIN)/python experiments/show_headline.py outputs/bench/headline docs
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py --set digits --seeds 0
+	$(BIN)/python experiments/benchmarks/show_headline.py outputs/bench/headline docs
 
 nncodec:  ## an environment of its own for a peer that pins an older NumPy; without it its rows are left out
 	-test -x $(NNCODEC_PYTHON) || ($(PYTHON) -m venv .cache/nncodec \
 		&& .cache/nncodec/bin/python -m pip install --quiet nncodec h5py || (rm -r .cache/nncodec; false))
 
 bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 files; interleaved ratios
-	$(BIN)/python experiments/bench_coding.py
-	$(BIN)/python experiments/bench_int8.py
+	$(BIN)/python experiments/benchmarks/bench_coding.py
+	$(BIN)/python experiments/benchmarks/bench_int8.py
 
 bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own
 	$(BIN)/python -m pip install --quiet torchao
-	$(BIN)/python experiments/bench_pt2e.py
+	$(BIN)/python experiments/benchmarks/bench_pt2e.py
 
 bench-sweep: $(READY)  ## twelve small runs, one after another and two at a time
-	$(BIN)/python experiments/bench_sweep.py
+	$(BIN)/python experiments/benchmarks/bench_sweep.py
 
 bench-pruning: bench-pruning-speed $(READY)  ## the same for pruning, and quality by criterion (hours; resumes)
-	$(BIN)/python experiments/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl
-	$(BIN)/python experiments/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
+	$(BIN)/python experiments/benchmarks/bench_pruning_quality.py outputs/bench/pruning_quality.jsonl
+	$(BIN)/python experiments/benchmarks/show_pruning_quality.py outputs/bench/pruning_quality.jsonl docs
 
 bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (hours; resumes)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peers]"
-	$(BIN)/python experiments/bench_channels.py
+	$(BIN)/python experiments/benchmarks/bench_channels.py
 
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
-	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl
-	$(BIN)/python experiments/bench_quantization.py outputs/bench/quantization.jsonl docs/quantization.md
+	$(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl
+	$(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl docs/quantization.md
 
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
-	$(BIN)/python experiments/bench_budget.py outputs/bench/budget.jsonl
-	$(BIN)/python experiments/bench_allocation.py outputs/bench/allocation.jsonl
+	$(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl
+	$(BIN)/python experiments/benchmarks/bench_allocation.py outputs/bench/allocation.jsonl
 
 bench-pruning-speed: $(READY)
-	$(BIN)/python experiments/bench_pruning.py
-	$(BIN)/python experiments/bench_pruning_scale.py
+	$(BIN)/python experiments/benchmarks/bench_pruning.py
+	$(BIN)/python experiments/benchmarks/bench_pruning_scale.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -7,7 +7,7 @@ the test split, beside that of the dense model after 300 and after 900 more step
 the grid is within the 2 %, a second budget is as wide as the grid's best point needs. Rows that
 are done are kept.
 
-python experiments/bench_budget.py [rows.jsonl] [steps]
+python experiments/benchmarks/bench_budget.py [rows.jsonl] [steps]
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows
-from finetuning import MODELS, STEPS, Start
 from lightning.pytorch import Callback
+from shared.files import coded
+from shared.finetuning import MODELS, STEPS, Start
+from shared.rows import Rows
 
 from lightning_compress import (
     GradualPruning,
     QualityBudget,
     QuantizationAwareTraining,
     ScoreMonitor,
-    save_compressed,
 )
 from lightning_compress.lab.evaluation.fidelity import fidelity
 from lightning_compress.lab.evaluation.likelihood import likelihood
@@ -117,10 +116,8 @@ class Bench:
             model, callbacks, epochs=epochs, steps=steps, validate=1 if epochs > 1 else 0
         )
         found = {"quality": self.start.quality(model)[METRIC[self.start.name]]}
-        with TemporaryDirectory() as folder:
-            info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
         return found | {
-            "lcz": info.bytes,
+            "lcz": coded(model).bytes,
             "validation": self.reading(model),
             "steps": steps * epochs,
         }

@@ -1,6 +1,6 @@
 """Time of a training step under the headline's callbacks, against the same model without any.
 
-python experiments/bench_overhead.py [steps of an epoch [copies]]
+python experiments/benchmarks/bench_overhead.py [steps of an epoch [copies]]
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-from finetuning import Start
-from headline_arms import grids, int8, pruning
-from headline_runs import SETS
 from lightning.pytorch import Callback
-from peers import teacher
-from turns import measure_steps
+from shared.finetuning import Start
+from shared.headline_arms import grids, int8, pruning
+from shared.headline_runs import SETS
+from shared.peers import teacher
+from shared.turns import measure_steps
 
 from lightning_compress.lab.workflow.training import build_model
 

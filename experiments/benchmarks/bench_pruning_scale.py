@@ -1,6 +1,6 @@
 """Time and memory of a prune event over 1, 10 and 100 million weights, in one thread.
 
-python experiments/bench_pruning_scale.py [million weights ...]
+python experiments/benchmarks/bench_pruning_scale.py [million weights ...]
 """
 
 from __future__ import annotations

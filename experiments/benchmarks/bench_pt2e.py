@@ -3,7 +3,7 @@
 A GAN whose generator upsamples and convolves, since pt2e leaves transposed convolutions in float.
 Needs `pip install torchao`.
 
-python experiments/bench_pt2e.py [steps of an epoch [copies]]
+python experiments/benchmarks/bench_pt2e.py [steps of an epoch [copies]]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from importlib import import_module
 import torch
 from bench_int8 import upsampling_generator
 from lightning.pytorch import Callback
+from shared.turns import measure_steps
 from torch import nn
-from turns import measure_steps
 
 from lightning_compress import QuantizationAwareTraining
 from lightning_compress.lab.models import DCGAN

@@ -1,6 +1,6 @@
 """The table and the plot of what bench_pruning_quality.py measured.
 
-python experiments/show_pruning_quality.py rows.jsonl docs
+python experiments/benchmarks/show_pruning_quality.py rows.jsonl docs
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
-from bench_rows import mean_and_spread, read_rows
+from shared.pages import insert
+from shared.rows import mean_and_spread, read_rows
 
 METRICS = {"vae": ("neg_elbo", "−ELBO, nats"), "dcgan": ("fid", "Fréchet distance")}
 TITLES = {"vae": "VAE, Fashion-MNIST", "dcgan": "DCGAN, Fashion-MNIST"}
-MARK, END = "<!-- figures -->", "<!-- /figures -->"
 Cells = dict[tuple[str, str, float], list[dict[str, Any]]]
 
 
@@ -30,13 +30,6 @@ def main(path: Path, folder: Path) -> None:
     insert(folder / "pruning.md", text)
     insert(folder.parent / "README.md", short_table(cells, models))
     plot(cells, models, folder / "pruning_quality.png")
-
-
-def insert(page: Path, text: str, mark: str = MARK, end: str = END) -> None:
-    """Puts a text between the marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(mark)
-    after = rest.partition(end)[2]
-    page.write_text(f"{before}{mark}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def short_table(cells: Cells, models: list[str]) -> str:

@@ -1,11 +1,11 @@
 """Size and speed of the coders, on symbols of known entropy and on trained models, one thread.
 
-python experiments/bench_coding.py [--weights 2000000] [--scale 1,10,100]
+python experiments/benchmarks/bench_coding.py [--weights 2000000] [--scale 1,10,100]
     [file.lcz | checkpoint ...]
 
 nncodec pins an older NumPy, so it runs in an environment of its own:
     python3 -m venv /tmp/nncodec && /tmp/nncodec/bin/pip install nncodec h5py
-    NNCODEC_PYTHON=/tmp/nncodec/bin/python python experiments/bench_coding.py model.lcz
+    NNCODEC_PYTHON=/tmp/nncodec/bin/python python experiments/benchmarks/bench_coding.py model.lcz
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peers import NNCODEC, nncodec_python
+from shared.peers import NNCODEC, nncodec_python
 from torch import nn
 
 from lightning_compress.grids import AffineGrid
@@ -37,7 +37,7 @@ from lightning_compress.lcz.codecs import CODECS, decode_symbols, encode_symbols
 from lightning_compress.state import set_grid
 
 Steps = NDArray[np.int64]
-HELPER = Path(__file__).with_name("nncodec_sizes.py")
+HELPER = Path(__file__).with_name("shared") / "nncodec_sizes.py"
 
 
 def synthetic(weights: int, sparsity: float, *, structured: bool) -> Steps:

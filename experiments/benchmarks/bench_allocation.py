@@ -5,7 +5,7 @@ One dense model, one scan of it. A pair of sparsity and bits for all layers give
 same with ERK densities, and sparsity and bits of each layer by Lagrange's condition on the scan
 (`Sensitivity.recipe`). Sizes are those of the `.lcz` files. Rows that are done are kept.
 
-python experiments/bench_allocation.py [rows.jsonl] [epochs]
+python experiments/benchmarks/bench_allocation.py [rows.jsonl] [epochs]
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows
 from lightning.pytorch import Trainer, seed_everything
+from shared.files import coded
+from shared.rows import Rows
 
-from lightning_compress import GradualPruning, QuantizationAwareTraining, save_compressed
+from lightning_compress import GradualPruning, QuantizationAwareTraining
 from lightning_compress.budget.sensitivity import Sensitivity
 from lightning_compress.lab.data import Digits
 from lightning_compress.lab.evaluation.likelihood import likelihood
@@ -64,10 +64,9 @@ class Bench:
         model = self._model()
         model.load_state_dict(self.weights)
         self._fit(model, self._callbacks(way, pair), self.epochs)
-        with TemporaryDirectory() as folder:
-            info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+        size = coded(model).bytes
         found = likelihood(model.eval(), images(self.data.test_dataset)[0])
-        return {"lcz": info.bytes, "neg_elbo": round(found["neg_elbo"], 3)}
+        return {"lcz": size, "neg_elbo": round(found["neg_elbo"], 3)}
 
     def _callbacks(self, way: str, pair: tuple[float, int]) -> list[Any]:
         if way == "dense":

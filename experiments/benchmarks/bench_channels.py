@@ -6,7 +6,7 @@ trained for the steps of both together. Finished rows are kept; seeds after the 
 rows alone. Then the latency of "pruned, taught" under ONNX Runtime, fp32 and int8, beside the dense
 fp32 file, in turn.
 
-python experiments/bench_channels.py [--steps 600] [--seeds 0 1 2] [--out outputs/bench/channels]
+python experiments/benchmarks/bench_channels.py [--steps 600] [--seeds 0 1 2] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows, as_file_name, mean_and_spread, read_rows
-from finetuning import EARLY, Start
 from lightning.pytorch.callbacks import ModelPruning
-from peers import teacher, torch_pruned
-from show_pruning_quality import insert
+from shared.files import Grid, coded, grid_of, milliseconds_of_parts
+from shared.finetuning import EARLY, Start
+from shared.pages import insert
+from shared.peers import teacher, torch_pruned
+from shared.rows import Rows, as_file_name, mean_and_spread, read_rows
 from torch import nn
 
-from lightning_compress import ChannelPruning, match_channels, save_compressed
+from lightning_compress import ChannelPruning, match_channels
 from lightning_compress.conversion.export import export_onnx
-from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner
 from lightning_compress.lab.models.networks import initialize_dcgan
 from lightning_compress.lab.workflow.costs import deployed_cost, int8_path, write_int8_files
 from lightning_compress.lab.workflow.training import build_model
@@ -77,7 +77,6 @@ UNTRAINED: dict[str, tuple[list[str], dict[str, Any], bool]] = {
     "vae of width 96, alike, all parts": (["model=vae", "model.width=96"], EARLY, True),
 }  # wider ones, whose speed alone is measured: overrides, how channels go, whether of all parts
 _NUMBER = re.compile(r"\d\.\d+")
-MARKS = ("<!-- figures -->", "<!-- /figures -->")
 ENDS = ("mu", "logvar", "up2")  # what makes outputs, for the pruner that does not find it itself
 
 
@@ -114,12 +113,10 @@ class Bench:
         model = model.cpu().eval()
         torch.save(model.state_dict(), self.weights(variant))
         cost, dense = deployed_cost(model), deployed_cost(self.start.model())
-        with TemporaryDirectory() as folder:
-            info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
         return self.start.quality(model) | {
             "macs": round(dense["macs"] / cost["macs"], 2),
             "params": round(dense["params"] / cost["params"], 2),
-            "lcz": info.bytes,
+            "lcz": coded(model).bytes,
         }
 
     def dense(self, variant: str) -> Row:
@@ -245,31 +242,27 @@ def in_turn(dense: Any, small: Any, data: Any, rounds: int, *, whole: bool = Fal
     Of the part that draws, or the sums over the files of all parts.
     """
     parts = dense.parts()
-    sums: dict[tuple[str, str], float] = {}  # by setting and file
     with TemporaryDirectory() as folder:
         home = Path(folder)
         write_int8_files(small, home, data)
-        for name in [*parts] if whole else [*parts][:1]:
-            for setting, times in _part_in_turn(dense, small, name, home, rounds).items():
-                for key, at in times.items():
-                    sums[setting, key] = sums.get((setting, key), 0.0) + at.median_ms
+        names = [*parts] if whole else [*parts][:1]
+        sums = milliseconds_of_parts(
+            _part_in_turn(dense, small, name, home, rounds) for name in names
+        )
     return {
         f"{key} {setting}": {"ms": round(ms, 3), "faster": round(sums[setting, "dense"] / ms, 2)}
         for (setting, key), ms in sums.items()
     }
 
 
-def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) -> Any:
+def _part_in_turn(dense: Any, small: Any, name: str, home: Path, rounds: int) -> Grid:
     inputs = dense.parts()[name][1]
     export_onnx(dense.eval().parts()[name][0], home / "dense.onnx", inputs)
     export_onnx(small.eval().parts()[name][0], home / "small.onnx", inputs)
     files = {"dense": home / "dense.onnx", "fp32": home / "small.onnx"}
     if int8_path(home, name).exists():
         files["int8"] = int8_path(home, name)
-    runners: dict[str, Callable[..., Any]] = {
-        key: partial(onnx_runner, file) for key, file in files.items()
-    }
-    return latency_grid(runners, inputs, threads=(1,), repeats=rounds)
+    return grid_of(files, inputs, rounds)
 
 
 def timings(name: str, left: float) -> list[tuple[str, str, bool]]:
@@ -314,7 +307,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if args.page is not None:
-        insert(args.page, tables(args.out, args.steps), *MARKS)
+        insert(args.page, tables(args.out, args.steps))
         return
     rows = Rows(args.out / "rows.jsonl", keys=("model", "seed", "steps", "variant"))
     times = Rows(args.out / "latency.jsonl", keys=("model", "seed", "steps", "left"))

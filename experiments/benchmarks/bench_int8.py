@@ -1,6 +1,6 @@
 """Size and speed of int8 files beside the dense model's fp32 file: one thread, calls in turn.
 
-python experiments/bench_int8.py [rounds [model]...]
+python experiments/benchmarks/bench_int8.py [rounds [model]...]
 """
 
 from __future__ import annotations

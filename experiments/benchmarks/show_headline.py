@@ -1,6 +1,6 @@
 """The tables and the picture of what bench_headline.py measured.
 
-python experiments/show_headline.py outputs/bench/headline docs
+python experiments/benchmarks/show_headline.py outputs/bench/headline docs
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import matplotlib as mpl
-from bench_rows import mean_and_spread, read_rows
-from headline_arms import ARMS, PEERS
-from headline_runs import SETS
-from show_pruning_quality import insert
+from shared.headline_arms import ARMS, PEERS
+from shared.headline_runs import SETS
+from shared.pages import insert
+from shared.rows import mean_and_spread, read_rows
 
 WHERE = {"fashion": "Fashion-MNIST", "digits": "digits"}
 LABELS = {

@@ -1,6 +1,6 @@
 """A generator of 100 million weights from pruning to its file and back: time and memory.
 
-python experiments/bench_scale.py [width of the widest layer, 2048] [training steps, 8]
+python experiments/benchmarks/bench_scale.py [width of the widest layer, 2048] [training steps, 8]
 """
 
 from __future__ import annotations

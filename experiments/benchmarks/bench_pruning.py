@@ -1,15 +1,15 @@
 """Time of a training step under pruning, against no callback and against Lightning's own.
 
-python experiments/bench_pruning.py [steps of an epoch [copies]]
+python experiments/benchmarks/bench_pruning.py [steps of an epoch [copies]]
 """
 
 import sys
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelPruning
+from shared.turns import measure_steps
 from torch import nn
 from torch.nn.utils import prune
-from turns import measure_steps
 
 from lightning_compress import Constant, GradualPruning
 from lightning_compress.lab.models import DCGAN

@@ -4,8 +4,8 @@ Each row goes on from the same dense model (the dense row too), is measured on t
 ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
 rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
 
-python experiments/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...] [--models vae ...]
-    [--again speed|quality|controls]
+python experiments/benchmarks/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...]
+    [--models vae ...] [--again speed|quality|controls]
 
 Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
 makes one):
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rows import Rows, as_file_name
-from headline_arms import ARMS
-from headline_files import Row, controls, loaded, measured, speeds_of, speeds_of_all
-from headline_runs import SETS, Runs
-from peers import NNCODEC, nncodec_python
+from shared.headline_arms import ARMS
+from shared.headline_files import Row, controls, loaded, measured, speeds_of, speeds_of_all
+from shared.headline_runs import SETS, Runs
+from shared.peers import NNCODEC, nncodec_python
+from shared.rows import Rows, as_file_name
 
 from lightning_compress.lab.workflow.costs import int8_bytes, write_int8_files
 

@@ -3,7 +3,7 @@
 Each row starts from the same dense model, trains 300 steps with the callbacks of its variant, and
 is measured on its grids, weights and activations alike. Finished rows are kept.
 
-python experiments/bench_quantization.py [rows.jsonl [page.md]]
+python experiments/benchmarks/bench_quantization.py [rows.jsonl [page.md]]
 
 With a page, only the tables of the rows so far are put into it.
 """
@@ -15,30 +15,26 @@ import warnings
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows, mean_and_spread, read_rows
-from finetuning import MODELS, Start
 from lightning.pytorch import Callback
-from show_pruning_quality import insert
+from shared.files import coded
+from shared.finetuning import MODELS, Start
+from shared.pages import insert
+from shared.peers import calibrate
+from shared.rows import Rows, mean_and_spread, read_rows
 
 from lightning_compress import (
     GradualPruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
-    quantize_static,
-    save_compressed,
 )
-from lightning_compress.lab.data import SplitDataModule
-from lightning_compress.lab.workflow.quality import rows as images
 
 SEEDS = (0, 1, 2)
 ONE_SEED = ("affine", "codebook", "learned_step")
 RATE = {"vae": 50.0, "dcgan": 0.2}  # of the entropy scheme: a twentieth of the loss at 2 bits
 PRUNED = "90 % zeros, "
-MARKS = ("<!-- figures -->", "<!-- /figures -->")
 METRIC = {"vae": "neg_elbo", "dcgan": "fid"}
 TITLES = {"vae": "VAE | −ELBO, nats", "dcgan": "DCGAN | Fréchet distance"}
 
@@ -104,22 +100,8 @@ def row(start: Start, variant: str) -> dict[str, float]:
     if variant.startswith("post-training"):
         calibrate(model, start.data, weight_bits=int(variant[-3]))
     found = start.quality(model)
-    with TemporaryDirectory() as folder:
-        info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+    info = coded(model)
     return found | {"lcz": info.bytes, "ratio": round(info.ratio, 2)}
-
-
-def calibrate(model: Any, data: SplitDataModule, *, weight_bits: int) -> None:
-    """Puts a trained model on grids by what its parts are fed in use."""
-    z = model.latents(512, seed=1).split(128)
-    if hasattr(model, "posterior"):
-        x = images(data.train_dataset)[0][:512].split(128)
-        quantize_static(model.encoder, x, weight_bits=weight_bits)
-        with torch.no_grad():
-            z = [model.posterior(batch)[0] for batch in x]
-        quantize_static(model.decoder, z, weight_bits=weight_bits)
-    else:
-        quantize_static(model.generator, z, weight_bits=weight_bits)
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -153,6 +135,6 @@ def tables(rows: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     PATH = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/bench/quantization.jsonl")
     if len(sys.argv) > 2:
-        insert(Path(sys.argv[2]), tables(read_rows(PATH)), *MARKS)
+        insert(Path(sys.argv[2]), tables(read_rows(PATH)))
     else:
         main(PATH)

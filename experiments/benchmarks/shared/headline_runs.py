@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetuning import EARLY, Annealing, Start
 from lightning.pytorch import Callback
+
+from .finetuning import EARLY, Annealing, Start
 
 __all__ = ["SETS", "Model", "Runs"]
 

@@ -4,7 +4,7 @@ A VAE of 0.87 million weights learns Fashion-MNIST; then its copies go on for eq
 pruned, pruned and trained at the step. The pruned one is also put on the same grids when
 its training has ended. All learning rates fall by one cosine. Finished rows are kept.
 
-python experiments/bench_entropy.py [rows.jsonl]
+python experiments/benchmarks/bench_entropy.py [rows.jsonl]
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench_rows import Rows
-from finetuning import MODELS, Annealing, Start
+from shared.files import coded
+from shared.finetuning import MODELS, Annealing, Start
+from shared.rows import Rows
 
 from lightning_compress import (
     GradualPruning,
     QuantizationAwareTraining,
     quantize_weights,
-    save_compressed,
 )
 
 EPOCHS, MORE = 5, 8  # of the dense model, and of each copy
@@ -51,10 +50,9 @@ def callbacks(start: Start, zeros: float, step: float | None, rate: float) -> li
 
 
 def measured(start: Start, model: Any) -> dict[str, float]:
-    with TemporaryDirectory() as folder:
-        info = save_compressed(model.deployed_module(), Path(folder) / "model.lcz")
+    size = coded(model).bytes
     dense = sum(4 * one.numel() for one in model.deployed_module().state_dict().values())
-    return {**start.quality(model), "lcz": info.bytes, "ratio": dense / info.bytes}
+    return {**start.quality(model), "lcz": size, "ratio": dense / size}
 
 
 def row(start: Start, made: list[Any], path: Path | None = None) -> dict[str, float]:

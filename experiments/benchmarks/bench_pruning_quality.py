@@ -3,7 +3,7 @@
 Each row starts from the same dense model of its seed, prunes for 60 % of 300 steps and recovers;
 the dense twin trains on for the same steps. Finished rows are kept and not made again.
 
-python experiments/bench_pruning_quality.py [rows.jsonl]
+python experiments/benchmarks/bench_pruning_quality.py [rows.jsonl]
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rows import Rows
-from finetuning import MODELS, Start
 from lightning.pytorch import Callback
+from shared.finetuning import MODELS, Start
+from shared.rows import Rows
 from torch import Tensor, nn
 
 from lightning_compress import BalanceGuard, GradualPruning, PosteriorGuard

@@ -13,12 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_quantization import calibrate
-from bench_rows import as_file_name
-from headline_files import OnnxPart, Shipped, lcz, loaded
-from headline_runs import Runs
 from lightning.pytorch.callbacks import ModelPruning
-from peers import NNCODEC, teacher, torch_pruned
 from torch import nn
 from torch.nn.utils import prune
 
@@ -33,6 +28,11 @@ from lightning_compress.conversion.export import export_onnx
 from lightning_compress.lab.workflow.costs import inputs_in_use
 from lightning_compress.lab.workflow.training import build_model
 from lightning_compress.targets import select
+
+from .headline_files import OnnxPart, Shipped, lcz, loaded
+from .headline_runs import Runs
+from .peers import NNCODEC, calibrate, teacher, torch_pruned
+from .rows import as_file_name
 
 __all__ = ["ARMS", "PEERS", "Arm"]
 

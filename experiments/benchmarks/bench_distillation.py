@@ -1,6 +1,6 @@
 """Small students with and without a teacher on Fashion-MNIST, for equal steps; rows as JSON lines.
 
-python experiments/bench_distillation.py [--steps 600] [--seeds 0 1 2] [--out outputs/distillation]
+python experiments/benchmarks/bench_distillation.py [--steps 600] [--seeds 0 1 2] [--out FOLDER]
 
 A run that is in the rows already is not repeated, so a stopped command goes on where it was.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import OmegaConf
+from shared.rows import read_rows
 
 from lightning_compress import KnowledgeDistillation, Pair, Perceptual, TeacherScore
 from lightning_compress.lab.config import config_dir
@@ -143,7 +144,7 @@ def write(args: Any, arm: str, seed: int, quality: dict[str, float], seconds: fl
 
 def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:

@@ -1,6 +1,6 @@
 """Time of a training step with a teacher, against the student alone plus the teacher's forward.
 
-python experiments/bench_distillation_cost.py [steps of an epoch [copies]]
+python experiments/benchmarks/bench_distillation_cost.py [steps of an epoch [copies]]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from turns import measure_steps
+from shared.turns import measure_steps
 
 from lightning_compress import KnowledgeDistillation, Pair
 from lightning_compress.lab.models import DCGAN

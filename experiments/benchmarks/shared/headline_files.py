@@ -10,13 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from headline_runs import Runs
 from torch import Tensor, nn
 
 from lightning_compress import export_onnx, load_compressed, onnx_session, save_compressed
 from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.evaluation.cost import torch_bytes
-from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, openvino_runner
+from lightning_compress.lab.evaluation.latency import openvino_runner
 from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.workflow.costs import (
     deployed_cost,
@@ -26,6 +25,9 @@ from lightning_compress.lab.workflow.costs import (
 )
 from lightning_compress.lab.workflow.quality import rows
 from lightning_compress.quantization.fake_quantize import fake_quantized
+
+from .files import Grid, grid_of, milliseconds_of_parts
+from .headline_runs import Runs
 
 __all__ = [
     "OnnxPart",
@@ -158,13 +160,11 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
     if file.exists() and whole.exists():
         files["int8"] = whole
     file = files["this"]
-    runners: dict[str, Callable[..., Any]] = {
-        key: partial(onnx_runner, path) for key, path in files.items()
-    }
+    others: dict[str, Callable[..., Any]] = {}
     for key, path in {"this": file, "int8": files.get("int8")}.items():
         if path is not None and _openvino_takes(path, inputs):
-            runners[f"{key}, OpenVINO"] = partial(openvino_runner, path)
-    grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
+            others[f"{key}, OpenVINO"] = partial(openvino_runner, path)
+    grid = grid_of(files, inputs, rounds, others)
     return {
         f"{key}, batch {_batch(where)}": round(1 / at.ratio, 2)
         for where, times in grid.items()
@@ -185,25 +185,25 @@ def speeds_of_all(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
         rounds: calls of each.
     """
     models = {"fp32": loaded(runs, dense), "this": loaded(runs, home)}
-    spent: dict[tuple[str, str], float] = {}  # milliseconds, by file and batch
-    for name, (_, inputs) in runs.fresh().parts().items():
-        with TemporaryDirectory() as folder:
-            files = {key: Path(folder) / f"{key}.onnx" for key in models}
-            for key, model in models.items():
-                export_onnx(model.parts()[name][0], files[key], inputs)
-            if (whole := int8_path(home, name)).exists():
-                files["int8"] = whole
-            runners = {key: partial(onnx_runner, path) for key, path in files.items()}
-            grid = latency_grid(runners, inputs, threads=(1,), repeats=rounds)
-        for where, times in grid.items():
-            for key, at in times.items():
-                spot = key, _batch(where)
-                spent[spot] = spent.get(spot, 0.0) + at.median_ms
+    spent = milliseconds_of_parts(
+        _grid_of_part(models, home, name, inputs, rounds)
+        for name, (_, inputs) in runs.fresh().parts().items()
+    )
     return {
-        f"{key}, batch {batch}": round(spent["fp32", batch] / ms, 2)
-        for (key, batch), ms in spent.items()
+        f"{key}, batch {_batch(where)}": round(spent[where, "fp32"] / ms, 2)
+        for (where, key), ms in spent.items()
         if key != "fp32"
     }
+
+
+def _grid_of_part(models: Row, home: Path, name: str, inputs: Any, rounds: int) -> Grid:
+    with TemporaryDirectory() as folder:
+        files = {key: Path(folder) / f"{key}.onnx" for key in models}
+        for key, model in models.items():
+            export_onnx(model.parts()[name][0], files[key], inputs)
+        if (whole := int8_path(home, name)).exists():
+            files["int8"] = whole
+        return grid_of(files, inputs, rounds)
 
 
 def _batch(where: str) -> str:

@@ -1,6 +1,6 @@
 """Time of a training step with weights and activations on grids, against no callback.
 
-python experiments/bench_quantization_cost.py [steps of an epoch [copies]]
+python experiments/benchmarks/bench_quantization_cost.py [steps of an epoch [copies]]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Callback
-from turns import measure_steps
+from shared.turns import measure_steps
 
 from lightning_compress import QuantizationAwareTraining
 from lightning_compress.lab.models import DCGAN

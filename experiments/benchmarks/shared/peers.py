@@ -9,10 +9,21 @@ from collections.abc import Container
 from importlib import import_module
 from typing import Any
 
-from lightning_compress import KnowledgeDistillation, Pair, Perceptual, Ramp, StepKL
-from lightning_compress.lab.workflow.costs import deployed_cost
+import torch
 
-__all__ = ["NNCODEC", "nncodec_python", "teacher", "torch_pruned"]
+from lightning_compress import (
+    KnowledgeDistillation,
+    Pair,
+    Perceptual,
+    Ramp,
+    StepKL,
+    quantize_static,
+)
+from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.workflow.costs import deployed_cost
+from lightning_compress.lab.workflow.quality import rows as images
+
+__all__ = ["NNCODEC", "calibrate", "nncodec_python", "teacher", "torch_pruned"]
 
 NNCODEC = "NNCODEC_PYTHON"  # names an interpreter that has nncodec, which pins an older NumPy
 
@@ -57,6 +68,19 @@ def torch_pruned(model: Any, left: float, ends: Container[str]) -> tuple[Any, fl
         enough = deployed_cost(found[middle])["macs"] <= target
         low, high = (low, middle) if enough else (min(middle + 1, high), high)
     return found[high], high / 16
+
+
+def calibrate(model: Any, data: SplitDataModule, *, weight_bits: int) -> None:
+    """Puts a trained model on grids by what its parts are fed in use."""
+    z = model.latents(512, seed=1).split(128)
+    if hasattr(model, "posterior"):
+        x = images(data.train_dataset)[0][:512].split(128)
+        quantize_static(model.encoder, x, weight_bits=weight_bits)
+        with torch.no_grad():
+            z = [model.posterior(batch)[0] for batch in x]
+        quantize_static(model.decoder, z, weight_bits=weight_bits)
+    else:
+        quantize_static(model.generator, z, weight_bits=weight_bits)
 
 
 def _cut(model: Any, ratio: float, ends: Container[str]) -> None:

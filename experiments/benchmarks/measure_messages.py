@@ -1,6 +1,6 @@
 """How often our callbacks speak between two processes, and how many bytes each message has.
 
-python experiments/measure_messages.py > messages.md
+python experiments/benchmarks/measure_messages.py > messages.md
 
 Counts what goes through torch.distributed on behalf of this package: the gradients that DDP and
 FSDP2 reduce themselves, and the weights that FSDP2 gathers for a forward pass, are not in it.

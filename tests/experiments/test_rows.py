@@ -1,20 +1,15 @@
 """Rows of long benchmarks: made once, kept through kills, amended in place."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "bench_rows.py"
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rows_of():
-    spec = importlib.util.spec_from_file_location("bench_rows", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda path: module.Rows(path, keys=("model", "seed"))
+    from shared.rows import Rows
+
+    return lambda path: Rows(path, keys=("model", "seed"))
 
 
 def lines(path):
