@@ -1,4 +1,4 @@
-"""Run by test_distributed.py: trains a pruned model on some processes and saves what each has."""
+"""Run by test_distributed.py: trains pruned models on some processes and saves what each has."""
 
 import os
 import sys
@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_compress import GradualPruning
 
 
-def main(folder: Path, kind: str, processes: int) -> None:
+def fit(folder: Path, kind: str, processes: int) -> None:
     torch.manual_seed(1)
-    torch.set_num_threads(1)
     model = TinyGAN() if kind == "gan" else TinyAutoencoder("SGD")
     if kind == "plain":  # BatchNorm would see half a batch in each process
         model.encoder[1] = torch.nn.Identity()
@@ -34,8 +33,10 @@ def main(folder: Path, kind: str, processes: int) -> None:
     trainer.fit(model, loader)
     masks = {slot.path: slot.pruned for slot in pruning.slots}
     state = {"model": model.state_dict(), "masks": masks, "steps": pruning.projector.steps}
-    torch.save(state, folder / f"{processes}-{trainer.global_rank}.pt")
+    torch.save(state, folder / f"{kind}-{processes}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    for kind in sys.argv[3:]:  # a start takes its time
+        fit(Path(sys.argv[1]), kind, int(sys.argv[2]))

@@ -23,7 +23,7 @@ WAYS = {
 }
 
 
-def fit(folder: Path, kind: str, processes: int, rules: dict) -> dict:
+def train(folder: Path, kind: str, processes: int, rules: dict) -> dict:
     torch.manual_seed(1)
     model = TinyGAN() if kind == "gan" else TinyAutoencoder("SGD")
     if kind == "plain":  # BatchNorm would see half a batch in each process
@@ -56,11 +56,13 @@ def fit(folder: Path, kind: str, processes: int, rules: dict) -> dict:
     }
 
 
-def main(folder: Path, kind: str, processes: int) -> None:
-    torch.set_num_threads(1)
-    states = [fit(folder, kind, processes, rules) for rules in WAYS[kind]]
-    torch.save(states, folder / f"{processes}-{states[0].pop('rank')}.pt")
+def fit(folder: Path, kind: str, processes: int) -> None:
+    states = [train(folder, kind, processes, rules) for rules in WAYS[kind]]
+    rank = {state.pop("rank") for state in states}.pop()
+    torch.save(states, folder / f"{kind}-{processes}-{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    for kind in sys.argv[3:]:  # a start takes its time
+        fit(Path(sys.argv[1]), kind, int(sys.argv[2]))

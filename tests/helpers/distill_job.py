@@ -20,8 +20,7 @@ class Wide(Student):
         self.decoder = nn.Sequential(nn.Linear(8, 11), nn.Tanh(), nn.Linear(11, 6))
 
 
-def main(folder: Path, kind: str, processes: int) -> None:
-    torch.set_num_threads(1)
+def fit(folder: Path, kind: str, processes: int) -> None:
     pair = Pair("decoder", features=[("1", "1")])
     if kind == "gan":
         model, teacher, pair = make(TaughtGAN), make(TaughtGAN, seed=1), Pair("generator")
@@ -57,8 +56,10 @@ def main(folder: Path, kind: str, processes: int) -> None:
     )
     trainer.fit(model, DataLoader(data, batch_size=8 // processes, sampler=sampler))
     saved["model"] = model.state_dict()
-    torch.save(saved, folder / f"{processes}-{trainer.global_rank}.pt")
+    torch.save(saved, folder / f"{kind}-{processes}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    for kind in sys.argv[3:]:  # a start takes its time
+        fit(Path(sys.argv[1]), kind, int(sys.argv[2]))
