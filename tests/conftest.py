@@ -1,14 +1,25 @@
-"""Settings that every test shares."""
+"""Settings that every test shares, and what makes a test one of `make test-unit`.
+
+A unit test trains nothing and starts nothing: its file names no Trainer, process or command line
+(`TRAINS`), or, of a doctest, its example. `unit` is set by that rule, and a unit test that breaks
+it fails.
+"""
 
 import contextlib
 import logging
+import re
+import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 
-from lightning_compress.lab.app import main
-from lightning_compress.lab.commands import COMMANDS
+TRAINS = re.compile(
+    r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|run_experiment|runpy|cli|main)\b"
+    r"|^from (distilling|kill_job|processes|shrinking) import",
+    re.MULTILINE,
+)
 
 torch.set_num_threads(1)
 
@@ -18,6 +29,37 @@ with contextlib.suppress(ImportError):
     from absl.logging import get_absl_handler
 
     get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+@cache
+def _trains(path):
+    return TRAINS.search(path.read_text(encoding="utf-8")) is not None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        doctest = getattr(item, "dtest", None)
+        if item.get_closest_marker("slow") or item.get_closest_marker("faults"):
+            continue
+        if doctest is None:
+            trains = _trains(item.path)
+        else:
+            trains = any(TRAINS.search(one.source) for one in doctest.examples)
+        if not trains:
+            item.add_marker(pytest.mark.unit)
+
+
+@pytest.fixture(autouse=True)
+def _a_unit_test_trains_and_starts_nothing(request, monkeypatch):
+    if request.node.get_closest_marker("unit") is None:
+        return
+
+    def refuse(*_args, **_options):
+        pytest.fail("a unit test trains and starts nothing: name what it uses in conftest.TRAINS")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    if (lightning := sys.modules.get("lightning.pytorch")) is not None:
+        monkeypatch.setattr(lightning.Trainer, "__init__", refuse)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +78,9 @@ def cli(request, tmp_path, monkeypatch, capsys, tmp_path_factory):
     With `small`, the test module's `SMALL` stands before overrides of the test's own, which so win,
     and behind a command or an option, which come first.
     """
+    from lightning_compress.lab.app import main
+    from lightning_compress.lab.commands import COMMANDS
+
     monkeypatch.chdir(tmp_path)
     cache = tmp_path_factory.getbasetemp() / "features"
 

@@ -409,7 +409,7 @@ def test_what_cannot_be_steered_is_refused(tmp_path):
     with pytest.raises(ValueError, match="steered by a target already"):
         fit(tmp_path, Measured(), QualityBudget("val/loss", 0.1), entropy)
     budget = QualityBudget("val/loss", 0.1, reference="dense")
-    with pytest.raises(ValueError, match="the command line, which trains the dense model"):
+    with pytest.raises(ValueError, match="command line.*dense"):
         fit(tmp_path, Measured(), budget, pruning())
 
 
@@ -431,7 +431,7 @@ def test_a_dense_run_is_compared_at_the_same_step(tmp_path):
     )
     budget.take_dense([*curve.rows, (9, "val/other", 5.0)])
     model = Measured()
-    with pytest.warns(UserWarning, match="worse than the dense model: it held on the way"):
+    with pytest.warns(UserWarning, match="worse than the dense model"):
         fit(tmp_path, model, budget, pruning())
     # Each trial fails. What is left trains on from where it was as the dense model did.
     good = [trial for trial in budget.history if trial.verdict != "too costly"]

@@ -249,7 +249,7 @@ def test_what_a_benchmark_needs_is_what_its_command_installs():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((EXPERIMENTS.parent / "pyproject.toml").read_text())["project"]
     makefile = (EXPERIMENTS.parent / "Makefile").read_text()
-    installed = re.search(r"\nbench: .*\n.*install.*\[(.+)\]\"\n", makefile)
+    installed = re.search(r"\nbench: .*\n.*install.*\[(.+?)\]\"", makefile)
     assert installed is not None
     asked = [f"lightning-compress[{installed.group(1)}]"]
     for one in asked:  # which grows

@@ -166,7 +166,7 @@ def test_damaged_sets_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train-images.* has 60 images, .*labels.* has 59 labels"):
         ready(tmp_path)
     write_idx(labels, torch.full((60,), 10))
-    with pytest.raises(ValueError, match="label 10 found, labels must be below num_classes=10"):
+    with pytest.raises(ValueError, match="label 10 .*num_classes=10"):
         ready(tmp_path)
     images.write_bytes(images.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: damaged or truncated"):
@@ -189,7 +189,7 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_validation_must_leave_something_to_train_on(tmp_path):
-    with pytest.raises(ValueError, match=r"val_size must be below the 60 images .* got 60"):
+    with pytest.raises(ValueError, match=r"val_size.* 60 images.*got 60"):
         ready(write_set(tmp_path), val_size=60)
 
 
