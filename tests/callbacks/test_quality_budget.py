@@ -409,7 +409,7 @@ def test_what_cannot_be_steered_is_refused(tmp_path):
     with pytest.raises(ValueError, match="steered by a target already"):
         fit(tmp_path, Measured(), QualityBudget("val/loss", 0.1), entropy)
     budget = QualityBudget("val/loss", 0.1, reference="dense")
-    with pytest.raises(ValueError, match="command line.*dense"):
+    with pytest.raises(ValueError, match=r"command line.*dense"):
         fit(tmp_path, Measured(), budget, pruning())
 
 

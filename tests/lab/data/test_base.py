@@ -218,5 +218,5 @@ def test_split_indices_partition_the_rows(seed):
 
 def test_too_few_rows_for_three_splits():
     assert [len(part) for part in fraction_split(3, 0.1, 0.1, 0)] == [1, 1, 1]
-    with pytest.raises(ValueError, match="2 rows .*1 validation and 1 test"):
+    with pytest.raises(ValueError, match=r"2 rows .*1 validation and 1 test"):
         fraction_split(2, 0.1, 0.1, 0)

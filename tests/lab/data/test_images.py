@@ -166,7 +166,7 @@ def test_damaged_sets_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train-images.* has 60 images, .*labels.* has 59 labels"):
         ready(tmp_path)
     write_idx(labels, torch.full((60,), 10))
-    with pytest.raises(ValueError, match="label 10 .*num_classes=10"):
+    with pytest.raises(ValueError, match=r"label 10 .*num_classes=10"):
         ready(tmp_path)
     images.write_bytes(images.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz: damaged or truncated"):
