@@ -13,7 +13,7 @@ NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
 
-test-unit: $(READY)  ## the tests that train and start nothing, in a minute and a half
+test-unit: $(READY)  ## the tests that train, start and export nothing, in a minute and a half
 	$(CLOCK) $(BIN)/python -m pytest -n 2 --dist worksteal -m unit $(TOLD)
 
 test: $(READY)  ## all but the slow tests

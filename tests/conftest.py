@@ -1,11 +1,12 @@
 """Settings that every test shares, and what makes a test one of `make test-unit`.
 
-A unit test trains nothing and starts nothing: its file names no Trainer, process or command line
-(`TRAINS`), or, of a doctest, its example. `unit` is set by that rule, and a unit test that breaks
-it fails.
+A unit test trains, starts and exports nothing: its file names no Trainer, process, command line or
+ONNX export (`TAKES_LONG`), or, of a doctest, its example. `unit` is set by that rule, and a unit
+test that trains or starts something all the same fails.
 """
 
 import contextlib
+import copy
 import logging
 import re
 import subprocess
@@ -15,9 +16,9 @@ from functools import cache
 import pytest
 import torch
 
-TRAINS = re.compile(
-    r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|run_experiment|runpy|cli|main)\b"
-    r"|^from (distilling|kill_job|processes|shrinking) import",
+TAKES_LONG = re.compile(
+    r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|run_experiment|runpy|cli|main"
+    r"|export_onnx|write_int8_files)\b|^from (distilling|kill_job|processes|shrinking) import",
     re.MULTILINE,
 )
 
@@ -32,8 +33,8 @@ with contextlib.suppress(ImportError):
 
 
 @cache
-def _trains(path):
-    return TRAINS.search(path.read_text(encoding="utf-8")) is not None
+def _takes_long(path):
+    return TAKES_LONG.search(path.read_text(encoding="utf-8")) is not None
 
 
 def pytest_collection_modifyitems(items):
@@ -42,10 +43,10 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("slow") or item.get_closest_marker("faults"):
             continue
         if doctest is None:
-            trains = _trains(item.path)
+            long = _takes_long(item.path)
         else:
-            trains = any(TRAINS.search(one.source) for one in doctest.examples)
-        if not trains:
+            long = any(TAKES_LONG.search(one.source) for one in doctest.examples)
+        if not long:
             item.add_marker(pytest.mark.unit)
 
 
@@ -55,11 +56,33 @@ def _a_unit_test_trains_and_starts_nothing(request, monkeypatch):
         return
 
     def refuse(*_args, **_options):
-        pytest.fail("a unit test trains and starts nothing: name what it uses in conftest.TRAINS")
+        pytest.fail(
+            "a unit test trains and starts nothing: name what it uses in conftest.TAKES_LONG"
+        )
 
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
     if (lightning := sys.modules.get("lightning.pytorch")) is not None:
         monkeypatch.setattr(lightning.Trainer, "__init__", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _torchs_table_of_onnx_operators_is_read_once():
+    """Each export parses the source of some 500 functions for it: half of what an export takes.
+
+    Once torch has brought it in, all exports of a process get copies of one table.
+    """
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry is None or hasattr(registry, "read_once"):
+        return
+    registry.read_once = cache(registry.from_torchlib)
+
+    def from_torchlib(**version):
+        made = copy.copy(registry.read_once(**version))
+        made.functions = {name: list(found) for name, found in made.functions.items()}
+        return made
+
+    registry.from_torchlib = staticmethod(from_torchlib)
 
 
 @pytest.fixture(autouse=True)
