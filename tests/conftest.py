@@ -17,7 +17,7 @@ import pytest
 import torch
 
 TAKES_LONG = re.compile(
-    r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|run_experiment|runpy|cli|main"
+    r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|executable|run_experiment|runpy|cli|main"
     r"|export_onnx|write_int8_files)\b|^from (distilling|kill_job|processes|shrinking) import",
     re.MULTILINE,
 )
