@@ -9,7 +9,7 @@ from typing import Any
 __all__ = [
     "Constant",
     "Cosine",
-    "Events",
+    "EventClock",
     "Linear",
     "Polynomial",
     "Schedule",
@@ -171,8 +171,8 @@ class Staircase(Schedule):
 _EVENTS = 100  # in a window, where no frequency is given
 
 
-class Events:
-    """Events between `begin` and `end`, and one at the end if something is unfinished then.
+class EventClock:
+    """Clock of the events in a window, with one at its end if something is unfinished then.
 
     Positions are steps of the owning optimizer or fractions of the run, in the unit of the
     window. A clock that is held stands still: what it missed shifts all that follows.
@@ -186,7 +186,7 @@ class Events:
     Raises:
         ValueError: for an empty window or a frequency below 1.
 
-    >>> events = Events(0, 10, 4)
+    >>> events = EventClock(0, 10, 4)
     >>> [step for step in range(1, 13) if events.tick(step, step).due(unfinished=True)]
     [4, 8, 10, 11, 12]
     """
@@ -220,7 +220,9 @@ class Events:
         """How much of the window is done, from 0 to 1."""
         return min(max((self.position - self.begin) / (self.end - self.begin), 0.0), 1.0)
 
-    def tick(self, raw: float, step: int, *, hold: bool = False, total: float = math.inf) -> Events:
+    def tick(
+        self, raw: float, step: int, *, hold: bool = False, total: float = math.inf
+    ) -> EventClock:
         """Move on to a position of the run.
 
         Args:

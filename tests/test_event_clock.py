@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.schedules import Events
+from lightning_compress.schedules import EventClock
 
 windows = st.tuples(st.integers(0, 40), st.integers(1, 300)).map(lambda w: (w[0], w[0] + w[1]))
 
@@ -14,7 +14,7 @@ windows = st.tuples(st.integers(0, 40), st.integers(1, 300)).map(lambda w: (w[0]
 @given(windows, st.one_of(st.none(), st.integers(1, 50)))
 @settings(deadline=None)
 def test_ahead_says_in_steps_when_the_next_event_is(window, frequency):
-    events = Events(*window, frequency)
+    events = EventClock(*window, frequency)
     due = []
     for step in range(1, window[1] + 1):
         told = events.ahead()
@@ -32,7 +32,7 @@ def test_ahead_says_in_steps_when_the_next_event_is(window, frequency):
 
 @pytest.mark.parametrize("frequency", [None, 7])
 def test_fractions_see_events_ahead_by_the_pace(frequency):
-    events, told = Events(0.25, 0.75, frequency), {}
+    events, told = EventClock(0.25, 0.75, frequency), {}
     for step in range(1, 601):
         told[step] = events.tick(step / 800, step).ahead() + step
         if events.due(unfinished=True) and step > 201:
@@ -40,7 +40,7 @@ def test_fractions_see_events_ahead_by_the_pace(frequency):
 
 
 def test_a_held_clock_stands_still_and_shifts_what_follows():
-    events, due = Events(2, 12, 4), []
+    events, due = EventClock(2, 12, 4), []
     for step in range(1, 20):
         hold = 5 <= step < 8
         events.tick(step, step, hold=hold, total=20)
@@ -55,7 +55,7 @@ def test_a_held_clock_stands_still_and_shifts_what_follows():
 @pytest.mark.parametrize(("raw", "end", "total"), [(None, 0.7, 1.0), (int, 70, 100)])
 def test_a_clock_that_is_always_held_still_ends_with_the_run(raw, end, total):
     begin = 0 if raw else 0.0
-    events = Events(begin, end, None)
+    events = EventClock(begin, end, None)
     for step in range(1, 101):
         events.tick(step if raw else step / 100, step, hold=True, total=total)
     assert events.position >= end
@@ -63,7 +63,7 @@ def test_a_clock_that_is_always_held_still_ends_with_the_run(raw, end, total):
 
 
 def test_nothing_is_held_outside_the_window():
-    events = Events(10, 20, 5)
+    events = EventClock(10, 20, 5)
     for step in range(1, 10):
         events.tick(step, step, hold=True)
     assert events.position == 9
@@ -73,7 +73,7 @@ def test_nothing_is_held_outside_the_window():
 
 
 def test_state_returns():
-    one, other = Events(0.1, 0.9, None), Events(0.1, 0.9, None)
+    one, other = EventClock(0.1, 0.9, None), EventClock(0.1, 0.9, None)
     for step in range(1, 50):
         one.tick(step / 100, step, hold=step % 7 == 0, total=1.0)
         one.due(unfinished=False)
@@ -87,6 +87,6 @@ def test_state_returns():
 
 
 def test_ahead_is_infinite_when_nothing_comes_or_nothing_is_known():
-    assert Events(0.5, 0.9, None).ahead() == math.inf
-    assert Events(0.0, 0.9, None).ahead() == 1
-    assert Events(0, 10, 2).tick(11, 11).ahead() == math.inf
+    assert EventClock(0.5, 0.9, None).ahead() == math.inf
+    assert EventClock(0.0, 0.9, None).ahead() == 1
+    assert EventClock(0, 10, 2).tick(11, 11).ahead() == math.inf

@@ -1,8 +1,7 @@
 """Levers: what a budget moves, from level 0 (leaves the model alone) to 1 (as much as it may).
 
-A callback that can be steered has three methods; `QualityBudget` needs nothing else of it:
-`lever(limits)`, `snapshot()` (what of its state belongs to the weights of now) and
-`back_to(snapshot)`. A lever that moves in leaps has `reached(level)` too: where it came to.
+`lever_of` makes the lever of a `Steerable` callback, which knows nothing of levers itself. A lever
+that moves in leaps has `reached(level)` too: where it came to.
 """
 
 from __future__ import annotations
@@ -11,18 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_compress.budget.sensitivity import Sensitivity
 
 __all__ = [
+    "KINDS",
     "BitsLever",
     "ChannelLever",
     "Lever",
     "Limits",
     "SparsityLever",
+    "Steerable",
     "StepLever",
     "levels_reached",
+    "lever_of",
 ]
 
 Share = Callable[[float], Mapping[str, float]]
@@ -71,6 +73,33 @@ class Limits:
         """
         scan = self.sensitivity
         return scan.of(paths).sparsities if isinstance(scan, Sensitivity) else None
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """A callback that a budget steers, and whose state it can roll back.
+
+    Beside these it has `steer(...)`, which takes what its kind of lever moves.
+    """
+
+    name: str
+
+    @property
+    def state_key(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    @property
+    def steered_by(self) -> str | None:
+        """What a budget moves: a key of `KINDS`; None: nothing in this run."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """What of its state belongs to the weights of now."""
+        ...
+
+    def back_to(self, snapshot: dict[str, Any]) -> None:
+        """Make a snapshot's state that of now; weights are not touched."""
 
 
 class Lever(Protocol):
@@ -254,3 +283,19 @@ class ChannelLever:
     def setting(self, level: float) -> str:
         """The part that is left."""
         return f"{self.left(level):.4f} of the {self.callback.kind}"
+
+
+KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
+    "sparsity": lambda one, limits: SparsityLever(
+        one, limits.max_sparsity, limits.shares(one.paths())
+    ),
+    "channels": lambda one, limits: ChannelLever(one, limits.min_channels),
+    "step": lambda one, limits: StepLever(one, *limits.steps),
+    "bits": lambda one, limits: BitsLever(one, dict(one.asked_bits), limits.min_bits),
+}
+
+
+def lever_of(callback: Steerable, limits: Limits) -> Lever | None:
+    """The lever that moves a callback, as far as `limits` says; None where it has none."""
+    kind = callback.steered_by
+    return None if kind is None else KINDS[kind](callback, limits)

@@ -1,4 +1,4 @@
-"""ChannelPruning: when channels go. Which go is decided in `pruning/`, by scores and budgets."""
+"""ChannelPruning: when channels are removed. Which ones is decided in `channels/`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.budget.levers import ChannelLever, Lever, Limits
+from lightning_compress.callbacks.base import WeightCallback
+from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
-from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.callbacks.protocols import FollowsRemoval, Steers
 from lightning_compress.channels.calls import Samples, place_inputs
 from lightning_compress.channels.graph import Flags, Kept
 from lightning_compress.channels.plan import ChannelPlan, roots_of
@@ -27,18 +28,8 @@ from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, S
 from lightning_compress.errors import TargetError
 from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
-from lightning_compress.schedules import Events
 from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
-
-__all__ = [
-    "ChannelCallback",
-    "ChannelPruning",
-    "claim_run",
-    "report_table",
-    "tapped_features",
-    "tell_others",
-]
 
 
 def claim_run(owner: Any, trainer: Trainer) -> None:
@@ -87,9 +78,8 @@ def tell_others(
 ) -> None:
     """Let all callbacks follow that hold something of the sizes of the module."""
     for one in trainer.callbacks:  # type: ignore[attr-defined]
-        follow = getattr(one, "on_channels_removed", None)
-        if follow is not None and one is not owner:
-            follow(module, kept, sized)
+        if isinstance(one, FollowsRemoval) and one is not owner:
+            one.on_channels_removed(module, kept, sized)
 
 
 @rank_zero_only
@@ -97,7 +87,7 @@ def report_table(owner: Any) -> None:
     """Print what was asked for, and what each layer got."""
     graph, dense = owner.plan.graph, owner.goal.dense
     wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
-    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.led else wanted
+    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
         table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
@@ -109,17 +99,49 @@ def report_table(owner: Any) -> None:
 
 
 _SCOPES = ("global", "layer")
+_EVENTS = 20
 
 
-class ChannelCallback(MaskCallback):
-    """Base of `ChannelPruning`: all but when channels go.
+class ChannelPruning(WeightCallback):
+    """Remove channels while the model trains: it ends with physically smaller layers.
+
+    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
+    steps; then they are removed from all layers, from the optimizer's state and from averages.
+    Each time the smaller model is compared with the one whose channels are 0: they are the same
+    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
+    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
+    go, and when; where it goes back, they come back.
 
     Args:
-        goal: how much is to be left.
-        scope: see `ChannelPruning`.
-        criterion: the same.
-        channelwise: the same.
-        window: as for `MaskCallback`.
+        final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
+        budget: in its place, what is left of a cost: `{"macs": 0.25}`, `{"params": 0.25}` or
+            `{"latency": 0.5}`, the last measured on this machine when training begins.
+        round_to: channels that a layer keeps are a multiple of it: others are slow.
+        min_keep: fraction of its channels that each layer keeps in any case.
+        protect: path globs or layer classes that keep their channels, beside `exclude`.
+        scope: "global" compares the channels of all layers, "layer" takes the same fraction of
+            each, the worst of its own.
+        criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
+            `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
+        schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
+        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
+        end: in the same unit.
+        frequency: steps between events; None: about 20 from begin to end.
+        fade: steps in which chosen channels fade before they are removed.
+        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
+            "batchnorm", else 0.
+        include: path globs or layer classes; None: the weights of the part that ships.
+        exclude: the same, taken away again.
+        channelwise: functions and layer classes that are not known here and treat each channel
+            by itself.
+        on_miss: "warn" or "raise" when training ends before enough is removed.
+        name: prefix of what is logged, and the key of the state.
+
+    Raises:
+        ValueError: for values outside their range; the message names the valid ones.
+
+    >>> ChannelPruning(budget={"macs": 0.25}, round_to=4).kind
+    'macs'
     """
 
     order = -1  # channels go before masks and grids
@@ -127,43 +149,144 @@ class ChannelCallback(MaskCallback):
     def __init__(
         self,
         *,
-        goal: Goal,
-        scope: str,
-        criterion: str | Callable[[Tensor], Tensor] | Criterion,
-        channelwise: Sequence[Any],
-        **window: Any,
+        final_sparsity: float = 0.5,
+        budget: Mapping[str, float] | None = None,
+        round_to: int = 8,
+        min_keep: float = 0.0,
+        protect: Sequence[Pattern] | Pattern = (),
+        scope: str = "global",
+        criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
+        schedule: Callable[[float], float] | None = None,
+        begin: float = 0.0,
+        end: float = 0.7,
+        frequency: int | None = None,
+        fade: int = 10,
+        push: float | None = None,
+        include: Sequence[Pattern] | Pattern | None = None,
+        exclude: Sequence[Pattern] | Pattern = (),
+        channelwise: Sequence[Any] = (),
+        on_miss: str = "warn",
+        name: str = "channels",
     ) -> None:
-        super().__init__(dense_gradient=False, **window)
-        self.goal, self.criterion, self.channelwise = goal, criterion, tuple(channelwise)
+        _check(round_to=round_to, fade=fade)
+        if not 0 <= min_keep <= 1:
+            raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
+        if on_miss not in ("warn", "raise"):
+            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        goal = Goal(
+            final_sparsity,
+            budget=budget,
+            schedule=schedule,
+            window=(begin, end),
+            rounding=Rounding(round_to, min_keep),
+        )
+        begin, end = goal.window
         by_norms = criterion == "batchnorm"
         if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
             valid = sorted([*CRITERIA, "batchnorm"])
             raise ValueError(f"criterion={criterion!r}: valid are {valid}")
         if scope not in _SCOPES:
             raise ValueError(f"scope={scope!r}: valid are {list(_SCOPES)}")
-        self.scope = scope
-        self._gatherings = StatisticsWindows(
-            [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
-        )
+        spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
+        super().__init__(include=include, exclude=[*spared[0], *spared[1]], name=name)
+        self.goal, self.criterion, self.scope = goal, criterion, scope
+        self.channelwise = tuple(channelwise)
+        self.events = GuardedClock(begin, end, frequency, count=_EVENTS)
+        self.fade, self.on_miss = fade, on_miss
+        self.push = (1e-4 if by_norms else 0.0) if push is None else push
+        self.sparsity = 0.0  # fraction of the channels that is gone
         self.plan: ChannelPlan | None = None
         self.cutter: Cutter | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.refused: dict[str, str] = {}
+        self._gatherings = StatisticsWindows(
+            [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
+        )
         self._tapped: dict[str, str] = {}
         self._inputs: dict[str, Any] | None = None  # of the model that came back
-        self._led = False  # whether somebody will say how far to go
+        self._steered = False  # whether a budget will decide how far to go
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._resumed: tuple[list[int] | None, int] | None = None
+        self._samples: Samples | None = None
+        self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
+        self._began = 0  # steps of the optimizer when the fit began
+        self._handle: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find mistakes, and let a checkpoint's smaller layers be loaded."""
+        super().setup(trainer, pl_module, stage)
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        leaders = [one.state_key for one in others if isinstance(one, Steers) and one.steers]
+        if leaders and self.kind == "latency":
+            raise TargetError(
+                f"{leaders[0]} cannot steer a latency, which is measured once: give "
+                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
+            )
+        self._steered = bool(leaders)
+        if self._handle is None:
+            self._handle = pl_module.register_load_state_dict_pre_hook(_match)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Stop listening to what is loaded."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets, and sample inputs of the networks that hold them.
+
+        Raises:
+            TargetError: with sharded parameters, several processes or callbacks that cannot follow.
+        """
+        super().on_fit_start(trainer, pl_module)
+        if any(slot.shards is not None for slot in self.slots):
+            raise TargetError(
+                f"{type(self).__name__} cannot prune sharded parameters (FSDP2): use GradualPruning"
+            )
+        claim_run(self, trainer)
+        self.events.start(trainer)
+        weights = sum(slot.target.numel for slot in self.slots)
+        rank_zero_info(
+            f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
+            f"{len(self.coverage) - len(self.slots)} parameters left as they are"
+        )
+        targets = [slot.target for slot in self.slots]
+        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
+        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
+        self.goal.steered = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint, and find the channels.
+
+        Raises:
+            TargetError: when none may go.
+            ValueError: for a budget that cannot be met.
+        """
+        super().on_train_start(trainer, pl_module)
+        self.events.last_step = self.projector.clock(self.paths())
+        self.look_ahead(self.events.last_step)
+        if self._samples is not None and self._given:
+            self._samples.give(pl_module, self._given)
+            self._given = None
+        self._tapped, self._began = tapped_features(trainer), self.events.last_step
+        if self._samples is not None and self._samples.complete:
+            self._make_plan(pl_module, self._samples.take())
+
+    def on_weight_step(self, trainer: Trainer) -> None:
+        """Choose channels when an event is due."""
+        self.events.advance(trainer, self.projector.clock(self.paths()), self)
+
+    def due(self) -> bool:
+        """Whether an event is due, or still waits."""
+        needed = self.needed(self.events.position)
+        return self.events.is_due(needed=needed, steered=self.is_steered)
 
     @property
     def _compare(self) -> Compare:
         if self.scope == "layer":
             return "fraction"
         return "loss" if self.criterion in ABSOLUTE else "group"
-
-    def claim(self, what: str, done: str) -> None:
-        """Channels are no masks: another callback may mask what stays."""
 
     def _make_plan(
         self, module: nn.Module, inputs: Mapping[str, Sequence[Any]], *, tell: bool = True
@@ -187,7 +310,7 @@ class ChannelCallback(MaskCallback):
         )
         if first and (said := goal.measure(self.cutter, self._scores)):
             rank_zero_info(f"{self.state_key}: {said}")
-        goal.check(self.plan.graph, led=self._led)
+        goal.check(self.plan.graph, steered=self._steered)
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
@@ -230,9 +353,10 @@ class ChannelCallback(MaskCallback):
         """
         self.goal.steer(left)
 
-    def lever(self, limits: Limits) -> Lever:
+    @property
+    def steered_by(self) -> str:
         """What a `QualityBudget` moves."""
-        return ChannelLever(self, limits.min_channels)
+        return "channels"
 
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the channels of now."""
@@ -248,7 +372,7 @@ class ChannelCallback(MaskCallback):
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
-        self._leaving, self._fading, self._pending = None, 0, False
+        self._leaving, self._fading, self.events.pending = None, 0, False
 
     def on_channels_restored(self, module: nn.Module) -> None:
         """Look at the module that has its channels again."""
@@ -258,8 +382,8 @@ class ChannelCallback(MaskCallback):
         self._make_plan(module, inputs, tell=False)
 
     @property
-    def led(self) -> bool:
-        """Whether somebody else says how far to go."""
+    def is_steered(self) -> bool:
+        """Whether a budget decides how far it goes, in its schedule's place."""
         return self.goal.steered is not None
 
     @property
@@ -279,12 +403,6 @@ class ChannelCallback(MaskCallback):
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
         return self.cutter.given_scores(self.criterion, given)
 
-    def project(self) -> None:
-        """Nothing of this callback shows between events."""
-
-    def _settle(self) -> None:
-        """Masks are other callbacks' own."""
-
     def _count(self) -> float:
         """Fraction of the channels that is gone."""
         return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
@@ -299,185 +417,15 @@ class ChannelCallback(MaskCallback):
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Clock, what stays, what fades, what the first model cost, statistics."""
-        leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
-        return {
-            **super().state_dict(),
-            "masks": {},
-            "latents": {},
-            **self.goal.state_dict(),
-            "kept": dict(self.kept),
-            "leaving": (leaving, self._fading),
-            "refused": dict(self.refused),
-            "gathering": self._gatherings.state_dict(),
-        }
-
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back, and find the channels of the smaller model."""
-        super().restore_state(state)
-        self.goal.load_state_dict(state)
-        self.refused = dict(state["refused"])
-        self.kept = dict(state["kept"])
-        self._resumed = state["leaving"]
-        step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
-
-
-_EVENTS = 20
-
-
-class ChannelPruning(ChannelCallback):
-    """Remove channels while the model trains: it ends with physically smaller layers.
-
-    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
-    steps; then they are removed from all layers, from the optimizer's state and from averages.
-    Each time the smaller model is compared with the one whose channels are 0: they are the same
-    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
-    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
-    go, and when; where it goes back, they come back.
-
-    Args:
-        final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
-        budget: in its place, what is left of a cost: `{"macs": 0.25}`, `{"params": 0.25}` or
-            `{"latency": 0.5}`, the last measured on this machine when training begins.
-        round_to: channels that a layer keeps are a multiple of it: others are slow.
-        min_keep: fraction of its channels that each layer keeps in any case.
-        protect: path globs or layer classes that keep their channels, beside `exclude`.
-        scope: "global" compares the channels of all layers, "layer" takes the same fraction of
-            each, the worst of its own.
-        criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
-            `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
-        schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
-        begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
-        end: in the same unit.
-        frequency: steps between events; None: about 20 from begin to end.
-        fade: steps in which chosen channels fade before they are removed.
-        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
-            "batchnorm", else 0.
-        include: path globs or layer classes; None: the weights of the part that ships.
-        exclude: the same, taken away again.
-        channelwise: functions and layer classes that are not known here and treat each channel
-            by itself.
-        on_miss: "warn" or "raise" when training ends before enough is removed.
-        name: prefix of what is logged, and the key of the state.
-
-    Raises:
-        ValueError: for values outside their range; the message names the valid ones.
-
-    >>> ChannelPruning(budget={"macs": 0.25}, round_to=4).kind
-    'macs'
-    """
-
-    def __init__(
-        self,
-        *,
-        final_sparsity: float = 0.5,
-        budget: Mapping[str, float] | None = None,
-        round_to: int = 8,
-        min_keep: float = 0.0,
-        protect: Sequence[Pattern] | Pattern = (),
-        scope: str = "global",
-        criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
-        schedule: Callable[[float], float] | None = None,
-        begin: float = 0.0,
-        end: float = 0.7,
-        frequency: int | None = None,
-        fade: int = 10,
-        push: float | None = None,
-        include: Sequence[Pattern] | Pattern | None = None,
-        exclude: Sequence[Pattern] | Pattern = (),
-        channelwise: Sequence[Any] = (),
-        on_miss: str = "warn",
-        name: str = "channels",
-    ) -> None:
-        _check(round_to=round_to, fade=fade)
-        if not 0 <= min_keep <= 1:
-            raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
-        if on_miss not in ("warn", "raise"):
-            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        goal = Goal(
-            final_sparsity,
-            budget=budget,
-            schedule=schedule,
-            window=(begin, end),
-            rounding=Rounding(round_to, min_keep),
-        )
-        begin, end = goal.window
-        spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
-        super().__init__(
-            begin=begin,
-            end=end,
-            frequency=frequency,
-            include=include,
-            exclude=[*spared[0], *spared[1]],
-            goal=goal,
-            criterion=criterion,
-            scope=scope,
-            channelwise=channelwise,
-            name=name,
-        )
-        self.events = Events(begin, end, frequency, count=_EVENTS)
-        self.fade, self.on_miss = fade, on_miss
-        self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
-        self._samples: Samples | None = None
-        self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
-        self._began = 0  # steps of the optimizer when the fit began
-        self._handle: Any = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes, and let a checkpoint's smaller layers be loaded."""
-        super().setup(trainer, pl_module, stage)
-        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        leaders = [one.state_key for one in others if getattr(one, "steers", False)]
-        if leaders and self.kind == "latency":
-            raise TargetError(
-                f"{leaders[0]} cannot steer a latency, which is measured once: give "
-                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
-            )
-        self._led = bool(leaders)
-        if self._handle is None:
-            self._handle = pl_module.register_load_state_dict_pre_hook(_match)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening to what is loaded."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the targets, and sample inputs of the networks that hold them."""
-        super().on_fit_start(trainer, pl_module)
-        claim_run(self, trainer)
-        targets = [slot.target for slot in self.slots]
-        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
-        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
-        self.goal.steered = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Apply the state of a checkpoint, and find the channels.
-
-        Raises:
-            TargetError: when none may go.
-            ValueError: for a budget that cannot be met.
-        """
-        super().on_train_start(trainer, pl_module)
-        if self._samples is not None and self._given:
-            self._samples.give(pl_module, self._given)
-            self._given = None
-        self._tapped, self._began = tapped_features(trainer), self._last_step
-        if self._samples is not None and self._samples.complete:
-            self._make_plan(pl_module, self._samples.take())
-
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
-        late = self.events.over and not self.led
+        late = self.events.over and not self.is_steered
         return self._leaving is None and self._gatherings[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
         """Let statistics be gathered when the next event is near."""
         self._gatherings.look_ahead(
-            self.slots, self.events, step, pending=self._pending, needed=self.needed
+            self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
     def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
@@ -492,31 +440,36 @@ class ChannelPruning(ChannelCallback):
             self.cutter.push(self.push)
 
     @torch.no_grad()
-    def event(self, trainer: Trainer) -> None:  # noqa: ARG002
+    def on_event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.cutter is not None
         target = self.goal.ask(self.events.position)
-        over = self.events.over or self.led
+        over = self.events.over or self.is_steered
         gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Remove what has faded: no graph of this batch is alive any more."""
         if self.plan is None:
             self._plan_from_calls(pl_module)
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        pl_module.log(f"{self.name}/sparsity", self.sparsity)
         if self.cutter is not None:
             pl_module.log(f"{self.name}/{self.kind}_left", self.left)
 
     def _plan_from_calls(self, module: LightningModule) -> None:
         assert self._samples is not None
-        if self._last_step > self._began and (missed := self._samples.settle()):
+        if self.events.last_step > self._began and (missed := self._samples.settle()):
             rank_zero_warn(
                 f"{self.state_key}: no batch called what holds {missed}: all of it stays"
             )
@@ -546,16 +499,16 @@ class ChannelPruning(ChannelCallback):
         """Remove what still fades, and check that enough is gone."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
-        waits = self.events.over and not self.led and self.needed(self.events.position)
+        waits = self.events.over and not self.is_steered and self.needed(self.events.position)
         if waits and self.ready(self.projector.clock(self.paths())):
-            self.event(trainer)
+            self.on_event(trainer)
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
         if self.cutter is None:
             self._miss(f"{self.state_key}: no batch went through {self._samples}")
             return
         wanted = self.goal.final
-        if not self.led and self.left > wanted * (1 + 1e-9):
+        if not self.is_steered and self.left > wanted * (1 + 1e-9):
             self._miss(
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
                 f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
@@ -571,17 +524,44 @@ class ChannelPruning(ChannelCallback):
         """Print what each layer got, when nobody changes it any more."""
         if self.plan is not None:
             report_table(self)
+        self.stop()
         super().on_fit_end(trainer, pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no hooks, whatever happened inside a step."""
+        self.stop()
+        super().on_exception(trainer, pl_module, exception)
+
     def state_dict(self) -> dict[str, Any]:
-        """What `ChannelCallback` saves, and the inputs: without them a resumed run looks again."""
-        inputs = None if self.plan is None else dict(self.plan.inputs)
-        return {**super().state_dict(), "inputs": inputs}
+        """Clock, what stays, what fades, what the first model cost, statistics, sample inputs."""
+        leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
+        return {
+            "steps": [] if self._projector is None else list(self._projector.steps),
+            "events": self.events.state_dict(),
+            "waits": self.events.waits,
+            **self.goal.state_dict(),
+            "kept": dict(self.kept),
+            "leaving": (leaving, self._fading),
+            "refused": dict(self.refused),
+            "gathering": self._gatherings.state_dict(),
+            "inputs": None if self.plan is None else dict(self.plan.inputs),
+        }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put all back; the networks are looked at when the module is in its place."""
-        super().restore_state(state)
-        self._given = state.get("inputs")
+        """Put everything back; the channels are found when the module is in its place."""
+        self.projector.steps[:] = state["steps"]
+        self.events.load_state_dict(state["events"])
+        self.events.waits = state["waits"]
+        self.goal.load_state_dict(state)
+        self.refused = dict(state["refused"])
+        self.kept = dict(state["kept"])
+        self._resumed = state["leaving"]
+        self._given = state.get("inputs")  # without them a resumed run looks at batches again
+        step = self.projector.clock(self.paths())
+        self._gatherings.restore(self.slots, step, state["gathering"])
+        self.sparsity = self._count()
 
     def stop(self) -> None:
         """Free statistics and hooks."""

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.budget.levers import Lever, Limits, SparsityLever
 from lightning_compress.callbacks.base import run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
@@ -292,9 +291,10 @@ class GradualPruning(MaskCallback):
                 raise ValueError(f"sparsity={value!r} must lie in [0, 1)")
         self.steered = dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity)
 
-    def lever(self, limits: Limits) -> Lever:
+    @property
+    def steered_by(self) -> str:
         """What a `QualityBudget` moves."""
-        return SparsityLever(self, limits.max_sparsity, limits.shares(self.paths()))
+        return "sparsity"
 
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the masks of now."""
@@ -304,7 +304,7 @@ class GradualPruning(MaskCallback):
         """The masks of a snapshot are to be those of now."""
         for part in self.parts:
             part.asked = snapshot["asked"].get(part.slots[0].path, 0.0)
-        self._pending = False
+        self.events.pending = False
 
     @property
     def arrived(self) -> bool:
@@ -353,7 +353,7 @@ class GradualPruning(MaskCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and keep the weights to rewind to, if they are these."""
         super().on_train_start(trainer, pl_module)
-        if self._rewinder is not None and self._last_step == 0:
+        if self._rewinder is not None and self.events.last_step == 0:
             self._rewinder.keep_once(0)
 
     def before_event(self, trainer: Trainer, step: int) -> None:
@@ -368,17 +368,18 @@ class GradualPruning(MaskCallback):
         return any(self._wanted(part, position) > part.asked for part in self.parts)
 
     @property
-    def led(self) -> bool:
-        """Whether somebody else says how far to go."""
+    def is_steered(self) -> bool:
+        """Whether a budget decides how far it goes, in its schedule's place."""
         return self.steered is not None
 
-    def _due(self) -> bool:
-        if not self.led:
-            return super()._due()
-        exchange = self.regrow is not None and not self.events.over
-        due = self.events.due(unfinished=False) and exchange
-        self._pending = not self.arrived or due or (self._pending and exchange)
-        return self._pending
+    def due(self) -> bool:
+        """Whether an event is due; where a budget steers, exchanges keep to the schedule's."""
+        if not self.is_steered:
+            return super().due()
+        events, exchange = self.events, self.regrow is not None and not self.events.over
+        due = events.due(unfinished=False) and exchange
+        events.pending = not self.arrived or due or (events.pending and exchange)
+        return events.pending
 
     def ready(self, step: int) -> bool:
         """Whether the criterion, and the growth where weights are exchanged, know enough."""
@@ -389,7 +390,7 @@ class GradualPruning(MaskCallback):
     def look_ahead(self, step: int) -> None:
         """Let statistics be gathered when the next event is near."""
         self._gatherings.look_ahead(
-            self.slots, self.events, step, pending=self._pending, needed=self.needed
+            self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
     def _exchanges(self) -> bool:
@@ -422,7 +423,7 @@ class GradualPruning(MaskCallback):
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Look at the smaller weights anew; statistics of the larger ones are of no use."""
         self.on_channels_restored(module)
-        for part in self.parts if self.led else ():
+        for part in self.parts if self.is_steered else ():
             # Zeros went with the channels: what is left is less sparse than was asked.
             part.asked = min(part.asked, part.sparsity)
 
@@ -444,7 +445,7 @@ class GradualPruning(MaskCallback):
         """Check that the final sparsity was reached, unless somebody else said what it is."""
         if self.steered is not None:
             return
-        wait = "; an event still waits for its statistics" if self._pending else ""
+        wait = "; an event still waits for its statistics" if self.events.pending else ""
         for miss in filter(None, (part.miss(self.events.end) for part in self.parts)):
             message = f"{self.state_key} {miss}{wait}"
             if self.on_miss == "raise":

@@ -1,22 +1,20 @@
-"""What the callbacks that make masks share: when, under which guards, and what is saved."""
+"""MaskCallback: the base of the callbacks that make masks at events of a clock."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
-from lightning_compress.callbacks.guards import Guard
+from lightning_compress.callbacks.base import WeightCallback
+from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.errors import TargetError
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
-from lightning_compress.schedules import Events
 from lightning_compress.targets import Pattern
 
 __all__ = ["MaskCallback"]
@@ -49,16 +47,13 @@ class MaskCallback(WeightCallback):
         name: str,
     ) -> None:
         super().__init__(include=include, exclude=exclude, name=name)
-        self.events = Events(begin, end, frequency)
+        self.events = GuardedClock(begin, end, frequency)
         self.dense_gradient = dense_gradient
         self.sparsity = 0.0  # of the targets, as the masks have it
-        self._last_step = 0
-        self._pending = False  # an event that waits for its statistics
-        self._waiting = self._overruled = False  # for a guard; and no longer
 
     @property
-    def led(self) -> bool:
-        """Whether somebody else says how far to go, in the schedule's place."""
+    def is_steered(self) -> bool:
+        """Whether a budget decides how far it goes, in its schedule's place."""
         return False
 
     def event(self, trainer: Trainer) -> None:
@@ -99,10 +94,7 @@ class MaskCallback(WeightCallback):
         self.claim("mask", "pruned")
         if any(slot.shards is not None for slot in self.slots):
             self.check_sharded()
-        if self.events.in_fractions:
-            check_run_ends(trainer)
-        self.events.reset()
-        self._pending = self._waiting = self._overruled = False
+        self.events.start(trainer)
         for slot in self.slots if self.dense_gradient else ():
             slot.dense_gradient = True
             _adopt_latent(slot, earlier.get(slot.path))
@@ -116,8 +108,8 @@ class MaskCallback(WeightCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and read the clock."""
         super().on_train_start(trainer, pl_module)
-        self._last_step = self.projector.clock(self.paths())
-        self.look_ahead(self._last_step)
+        self.events.last_step = self.projector.clock(self.paths())
+        self.look_ahead(self.events.last_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks."""
@@ -133,53 +125,19 @@ class MaskCallback(WeightCallback):
 
     def on_weight_step(self, trainer: Trainer) -> None:
         """Make masks when an event is due."""
-        step = self.projector.clock(self.paths())
-        if step == self._last_step:  # another optimizer's step, or the faster of two owners
-            return
-        self._last_step = step
-        self.before_event(trainer, step)
-        raw = run_progress(trainer) if self.events.in_fractions else step
-        hold = self._must_wait(trainer, raw)
-        self.events.tick(raw, step, hold=hold)
-        if not hold and self._due() and self.ready(step):
-            self._pending = False
-            self._settle()
-            self.event(trainer)
-        self.look_ahead(step)
+        self.events.advance(trainer, self.projector.clock(self.paths()), self)
 
-    def _settle(self) -> None:
-        # The optimizer's momentum has just moved pruned weights away from 0.
-        for slot in self.slots:
+    def on_event(self, trainer: Trainer) -> None:
+        """Make new masks of weights whose pruned ones are 0."""
+        for slot in self.slots:  # the optimizer's momentum has just moved them away from it
             if slot.pruned is not None and not slot.dense_gradient:
                 slot.values().masked_fill_(slot.pruned, 0.0)
+        self.event(trainer)
 
-    def _due(self) -> bool:
+    def due(self) -> bool:
+        """Whether an event is due, or still waits."""
         needed = self.needed(self.events.position)
-        if self.led:
-            self._pending = needed
-            return needed
-        due = self.events.due(unfinished=needed)
-        self._pending = needed and (due or self._pending)
-        return self._pending
-
-    def _must_wait(self, trainer: Trainer, raw: float) -> bool:
-        """Whether a guard holds the clock over this step."""
-        guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
-        blocking = [one.state_key for one in guards if not one.allows(trainer)]
-        if self.led:  # no schedule has to end: a guard may hold an event as long as it likes
-            return bool(blocking)
-        wait = bool(blocking) and self.events.may_hold(raw, _total(trainer, self.events, raw))
-        over = bool(blocking) and not wait and 0 < self.events.done < 1
-        if over and not self._overruled:
-            rank_zero_warn(
-                f"{self.state_key}: {', '.join(blocking)} would still wait, but then the schedule "
-                "could not end within the run: it goes on"
-            )
-        if wait != self._waiting:
-            what = f"waits for {', '.join(blocking)}" if wait else "goes on"
-            rank_zero_info(f"{self.state_key} {what} at sparsity {self.sparsity:.4f}")
-        self._waiting, self._overruled = wait, self._overruled or over
-        return wait
+        return self.events.is_due(needed=needed, steered=self.is_steered)
 
     @torch.no_grad()
     def set_masks(self, slots: Sequence[Slot], masks: Sequence[Tensor], trainer: Trainer) -> None:
@@ -226,7 +184,7 @@ class MaskCallback(WeightCallback):
             },
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
-            "waits": (self._pending, self._waiting, self._overruled),
+            "waits": self.events.waits,
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -245,7 +203,7 @@ class MaskCallback(WeightCallback):
                 by_path[path].set_values(by_path[path].spread.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
-        self._pending, self._waiting, self._overruled = state["waits"]
+        self.events.waits = state["waits"]
         self.sparsity = self._count()
 
 
@@ -253,12 +211,3 @@ def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:
     """Go on with what an earlier fit left hidden, wherever the weight is still as it left it."""
     if earlier is not None and earlier.latent is not None and slot.latent is None:
         slot.latent, slot.grid = earlier.latent, earlier.grid
-
-
-def _total(trainer: Trainer, events: Events, raw: float) -> float:
-    """The run's last position, in the unit of the window; infinite for an endless run."""
-    if events.in_fractions:
-        return 1.0
-    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
-        return math.inf
-    return math.floor(raw / run_progress(trainer) + 1e-6)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.budget.levers import Lever, Limits, levels_reached
+from lightning_compress.budget.levers import Lever, Limits, Steerable, levels_reached, lever_of
 from lightning_compress.budget.reference import (
     DENSE,
     Reference,
@@ -62,7 +62,7 @@ def check_company(owner: Any, others: Sequence[Any]) -> None:
     if averaging and others.index(averaging[0]) < others.index(owner):
         kind = type(averaging[0]).__name__
         raise TargetError(f"list {owner.state_key} before {kind}, which ends a run with its own")
-    if not any(hasattr(one, "lever") for one in others):
+    if not any(isinstance(one, Steerable) for one in others):
         raise TargetError(
             f"{owner.state_key} has nothing to steer: add a GradualPruning, a ChannelPruning "
             "or a QuantizationAwareTraining to the Trainer"
@@ -150,7 +150,7 @@ class BudgetCallback(Callback):
                 raise TargetError(
                     f"{self.state_key} cannot go back with sharded weights: {sharded}"
                 )
-        found = [one.lever(self.limits) for one in others if hasattr(one, "lever")]
+        found = [lever_of(one, self.limits) for one in others if isinstance(one, Steerable)]
         self.levers = [one for one in found if one is not None]
         if not self.levers:
             raise TargetError(f"{self.state_key}: no callback quantizes weights or prunes")

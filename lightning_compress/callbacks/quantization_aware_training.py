@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.budget.levers import BitsLever, Lever, Limits, StepLever
 from lightning_compress.callbacks.base import (
     WeightCallback,
     check_run_ends,
@@ -31,7 +30,7 @@ from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES,
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import GridMaker, make_maker
 from lightning_compress.quantization.weights import WeightQuantizer, check_entropy, check_sides
-from lightning_compress.schedules import Events
+from lightning_compress.schedules import EventClock
 from lightning_compress.targets import Coverage, Pattern, clean_path, deployed_part, select
 
 __all__ = [
@@ -189,13 +188,13 @@ class QuantizationAwareTraining(WeightCallback):
         self.step, self.dead_zone, self.rate = step, dead_zone, rate
         self.target_bits, self.target_bytes = target_bits, target_bytes
         self.freeze_batchnorm = freeze_batchnorm
-        self.events = Events(begin, freeze, frequency)
+        self.events = EventClock(begin, freeze, frequency)
         self.weights: WeightQuantizer | None = None
         self.activations: ActivationQuantizer | None = None
         self.activation_coverage: list[Coverage] = []
         self.started = self.frozen = self._left = False
         self.bits: dict[str, int] = {}  # of each target, by path
-        self._asked_bits: dict[str, int] = {}
+        self.asked_bits: dict[str, int] = {}
         self._clocks: dict[str, int] = {}
         self._last_step = 0
         self._told: set[str] = set()
@@ -211,9 +210,9 @@ class QuantizationAwareTraining(WeightCallback):
         self._told, self.frozen, self._left = set(), False, False
         if self.weight_bits is not None:
             self.claim("grid", "quantized")
-            self._asked_bits = self._find_bits(pl_module)
+            self.asked_bits = self._find_bits(pl_module)
             # What a budget came to in an earlier fit goes on.
-            self.bits = {path: self.bits.get(path, n) for path, n in self._asked_bits.items()}
+            self.bits = {path: self.bits.get(path, n) for path, n in self.asked_bits.items()}
             self.weights = WeightQuantizer(self.slots, self._make_maker, self.weights)
         else:
             why = "weights stay as they are: weight_bits is None"
@@ -265,13 +264,12 @@ class QuantizationAwareTraining(WeightCallback):
         if self.started:
             self.weights.show()
 
-    def lever(self, limits: Limits) -> Lever | None:
+    @property
+    def steered_by(self) -> str | None:
         """What a `QualityBudget` moves: the step, or the bits; None without grids of weights."""
         if self.weights is None:
             return None
-        if self.scheme == "entropy":
-            return StepLever(self, *limits.steps)
-        return BitsLever(self, dict(self._asked_bits), limits.min_bits)
+        return "step" if self.scheme == "entropy" else "bits"
 
     def snapshot(self) -> dict[str, Any]:
         """What makes the grids of now, without the clock."""
@@ -523,7 +521,7 @@ class QuantizationAwareTraining(WeightCallback):
             "activations": None if self.activations is None else self.activations.state_dict(),
             "steps": [] if self._projector is None else list(self._projector.steps),
             "scheme": self.scheme,
-            "asked_bits": dict(self._asked_bits),
+            "asked_bits": dict(self.asked_bits),
             "events": self.events.state_dict(),
             "flags": (self.started, self.frozen),
             "bits": dict(self.bits),
@@ -536,9 +534,9 @@ class QuantizationAwareTraining(WeightCallback):
             ValueError: for a checkpoint of other weights or layers, another scheme or other bits.
         """
         self._check_same("scheme", state.get("scheme", self.scheme), self.scheme)
-        asked = state.get("asked_bits", self._asked_bits)
-        for path in sorted(set(asked) & set(self._asked_bits)):
-            self._check_same(f"weight_bits of {path}", asked[path], self._asked_bits[path])
+        asked = state.get("asked_bits", self.asked_bits)
+        for path in sorted(set(asked) & set(self.asked_bits)):
+            self._check_same(f"weight_bits of {path}", asked[path], self.asked_bits[path])
         self.started, self.frozen = state["flags"]
         sides = (("weights", self.weight_bits), ("activations", self.activation_bits))
         for side, bits in sides:

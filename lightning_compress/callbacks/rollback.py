@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from lightning_compress.budget.levers import Steerable
 from lightning_compress.budget.reference import predicted_bytes
 from lightning_compress.budget.snapshot import (
     all_tensors,
@@ -22,6 +23,7 @@ from lightning_compress.budget.snapshot import (
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.callbacks.protocols import FollowsReturn
 from lightning_compress.callbacks.quantization_aware_training import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
@@ -37,7 +39,7 @@ Memory = dict[str, Any]
 def steered(trainer: Trainer) -> list[Any]:
     """Callbacks whose state belongs to the weights of a moment."""
     others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in others if isinstance(one, WeightCallback) and hasattr(one, "back_to")]
+    return [one for one in others if isinstance(one, WeightCallback) and isinstance(one, Steerable)]
 
 
 def bytes_now(trainer: Trainer, module: LightningModule) -> float:
@@ -90,9 +92,8 @@ def go_back(
     _show(trainer)
     _take_back_averages(trainer, memory["averages"], lost if grown else None, soft=soft)
     for one in trainer.callbacks if grown else ():  # type: ignore[attr-defined]
-        follow = getattr(one, "on_channels_restored", None)
-        if follow is not None:
-            follow(module)
+        if isinstance(one, FollowsReturn):
+            one.on_channels_restored(module)
 
 
 def _show(trainer: Trainer) -> None:

@@ -335,21 +335,21 @@ class Goal:
     def _rounding(self) -> str:
         return f"round_to={self.rounding.to} and min_keep={self.rounding.least}"
 
-    def check(self, graph: ChannelGraph, *, led: bool) -> None:
+    def check(self, graph: ChannelGraph, *, steered: bool) -> None:
         """Check that a model can come down to what is asked.
 
         Args:
             graph: of the model.
-            led: whether somebody else will say how far, so that a schedule's end does not count.
+            steered: whether a budget will decide how far, so that a schedule's end does not count.
 
         Raises:
             ValueError: when it cannot; with the closest that there is.
         """
         least = floor_of(graph, self.kind, rounding=self.rounding, dense=self.dense)
         self.least = least / self.total
-        if led and self.least >= 1:
+        if steered and self.least >= 1:
             raise ValueError(f"{self._rounding} leave nothing that may go")
-        if led or least <= self.total * self.final * (1 + 1e-9):
+        if steered or least <= self.total * self.final * (1 + 1e-9):
             return
         asked, closest = f"final_sparsity={1 - self.final:.4g}", 1 - self.least
         if self.fraction is not None:

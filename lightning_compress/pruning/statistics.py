@@ -23,7 +23,7 @@ from lightning_compress.pruning.layer_inputs import (
     to_matrix,
     weight_name,
 )
-from lightning_compress.schedules import Events
+from lightning_compress.schedules import EventClock
 
 __all__ = [
     "Criterion",
@@ -310,7 +310,7 @@ class StatisticsWindow:
     def look_ahead(
         self,
         slots: Sequence[Slot],
-        events: Events,
+        events: EventClock,
         step: int,
         *,
         pending: bool,
@@ -406,7 +406,7 @@ class StatisticsWindows(list[StatisticsWindow]):
     def look_ahead(
         self,
         slots: Sequence[Slot],
-        events: Events,
+        events: EventClock,
         step: int,
         *,
         pending: bool,

@@ -13,7 +13,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomically
@@ -185,13 +184,16 @@ def _leaves(cfg: Any) -> Iterator[tuple[str, object]]:
     return walk(OmegaConf.to_container(cfg, resolve=True), "")
 
 
-@rank_zero_only
 def write_records(cfg: DictConfig, folder: Path) -> None:
     """Write the overrides, the config and Hydra's own, as Hydra does before any program begins.
 
     Hydra's would be there before the folder is locked, so that a second run, which is then refused,
     leaves its own in place of the first one's: `hydra.output_subdir` is null in our configs.
     """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # seconds; sweeps need none
+
+    if rank_zero_only.rank:
+        return
     known: Any = HydraConfig.instance().cfg
     contents: dict[str, Any] = {
         "config.yaml": cfg,

@@ -1,0 +1,1 @@
+"""Channel pruning: the dependency graph of a module's channels, and their physical removal."""
