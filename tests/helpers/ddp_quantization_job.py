@@ -1,12 +1,11 @@
 """Run by test_quantization_distributed.py: trains on some processes and saves what each has."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
+from processes import on, share_of
 from tiny import TinyAutoencoder, TinyGAN, quiet_trainer
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_compress import GradualPruning, QuantizationAwareTraining, compression_state
 
@@ -28,20 +27,10 @@ def train(folder: Path, kind: str, processes: int, rules: dict) -> dict:
     model = TinyGAN() if kind == "gan" else TinyAutoencoder("SGD")
     if kind == "plain":  # BatchNorm would see half a batch in each process
         model.encoder[1] = torch.nn.Identity()
-    rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-    data, rank = TensorDataset(rows), int(os.environ.get("LOCAL_RANK", "0"))
-    sampler = DistributedSampler(data, processes, rank, shuffle=False)
-    loader = DataLoader(data, batch_size=8 // processes, sampler=sampler)
     quantization = QuantizationAwareTraining(weight_bits=4, **rules)
-    trainer = quiet_trainer(
-        folder,
-        quantization,
-        GradualPruning(final_sparsity=0.5),
-        devices=processes,
-        use_distributed_sampler=False,
-        strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true",
-    )
-    trainer.fit(model, loader)
+    pruning = GradualPruning(final_sparsity=0.5)
+    trainer = quiet_trainer(folder, quantization, pruning, **on(processes))
+    trainer.fit(model, share_of(processes))
     found = compression_state(model)
     activations = {
         path: [one and (one.scale, one.zero_point) for one in (pair.input, pair.output)]

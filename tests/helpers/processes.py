@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 HELPERS = Path(__file__).parent
 
@@ -32,6 +33,25 @@ def alone(job, folder, *kinds):
         warnings.simplefilter("ignore")  # as in a process of its own
         for kind in kinds:
             import_module(job).fit(folder, kind, 1)
+
+
+def share_of(processes):
+    """Every N-th row for each of N processes: together they see the batches of a single one."""
+    rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    data, rank = TensorDataset(rows), int(os.environ.get("LOCAL_RANK", "0"))
+    sampler = DistributedSampler(data, processes, rank, shuffle=False)
+    return DataLoader(data, batch_size=8 // processes, sampler=sampler)
+
+
+def on(processes, *, gan=True):
+    """Arguments of a Trainer on so many processes, whose data are `share_of` them."""
+    # A GAN's losses leave one network out each, which Lightning wants to be told.
+    several = f"ddp{'_find_unused_parameters_true' * gan}"
+    return {
+        "devices": processes,
+        "use_distributed_sampler": False,  # Lightning's own shuffles
+        "strategy": "auto" if processes == 1 else several,
+    }
 
 
 def saved(folder, kind, processes):
