@@ -76,9 +76,9 @@ def within_limit(
     Returns:
         True, False, or None to wait for another reading.
 
-    >>> judge([1.0], 2.0), judge([5.0, 5.0], 2.0), judge([5.0, 3.0], 2.0)
-    (True, False, None)
-    >>> judge([1.9], 2.0, spread=0.5) is None
+    >>> [within_limit(one, 2.0) for one in ([1.0], [5.0, 5.0], [5.0, 3.0])]
+    [True, False, None]
+    >>> within_limit([1.9], 2.0, spread=0.5) is None
     True
     """
     if not readings or not all(map(math.isfinite, readings)):

@@ -54,6 +54,7 @@ def enlarged_as_conv(
         groups: of the convolution.
 
     >>> import torch
+    >>> from torch.nn import functional
     >>> x, weight = torch.rand(2, 3, 6, 8), torch.rand(4, 3, 3, 3)
     >>> rewritten = enlarged_as_conv(weight, factor=2, padding=(1, 1))
     >>> large = functional.interpolate(x, scale_factor=2)

@@ -257,7 +257,7 @@ class Loss:
 class FunctionLoss(Loss):
     """A function of (student output, teacher output); `each`: of each tensor in them, added up.
 
-    >>> FunctionLoss(mse)(Call(torch.zeros(2), torch.ones(2))).item()
+    >>> FunctionLoss(mse)(LossInputs(torch.zeros(2), torch.ones(2))).item()
     1.0
     """
 

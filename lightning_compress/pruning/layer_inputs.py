@@ -337,7 +337,7 @@ class LayerCall:
         output: what the call returned.
 
     >>> layer, x = nn.Linear(2, 1), torch.tensor([[3.0, 4.0], [4.0, 3.0]])
-    >>> Call(layer, (x,), {}, layer(x)).inputs("weight").energy()
+    >>> LayerCall(layer, (x,), {}, layer(x)).inputs("weight").energy()
     tensor([[25., 25.]])
     """
 

@@ -224,11 +224,9 @@ def test_an_artifact_does_not_cut_another_model(tmp_path):
 def test_another_model_is_not_matched():
     with pytest.raises(TargetError, match="cannot become"):
         match_channels(nn.Linear(4, 4), {"weight": (4, 4, 1)})
-    with pytest.raises(
-        TargetError, match=r"do not fit together: .*weight_ih_l0 has 9 rows, not 12"
-    ):
+    with pytest.raises(TargetError, match=r"weight_ih_l0 .*9 rows.*12"):
         match_channels(nn.GRU(4, 4), {"weight_ih_l0": (9, 4)})
-    with pytest.raises(TargetError, match=r"do not fit together: .*bias has 3 entries, not 4"):
+    with pytest.raises(TargetError, match=r"bias .*3 entries.*4"):
         match_channels(nn.Linear(4, 4), {"bias": (3,)})
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from distilling import Student, TaughtGAN, Watch, assert_equal, fit, make
+from distilling import Student, TaughtGAN, Watch, WideStudent, assert_equal, fit, make
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -24,20 +24,11 @@ from lightning_compress import (
     sparsity,
 )
 
-
-class Wide(Student):
-    """A teacher whose decoder has 11 hidden units in place of 7."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.decoder = nn.Sequential(nn.Linear(8, 11), nn.Tanh(), nn.Linear(11, 6))
-
-
 FEATURES = Pair("decoder", loss="mse", features=[("1", "1")], weight=2.0)
 
 
 def test_adapters_train_and_belong_to_nobody_else(tmp_path):
-    model, kd = make(), KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES])
+    model, kd = make(), KnowledgeDistillation(make(WideStudent, seed=1), pairs=[FEATURES])
     names = set(model.state_dict())
     watch = Watch(kd)
     trainer = fit(tmp_path, model, kd, watch)
@@ -57,7 +48,7 @@ def test_adapters_learn_what_the_features_have_in_common(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    model, teacher = make(Still), make(Wide, seed=1)
+    model, teacher = make(Still), make(WideStudent, seed=1)
     pair = Pair("decoder", loss=None, features=[("1", "1")])
     kd = KnowledgeDistillation(teacher, pairs=[pair], adapter_lr=0.05)
     loader = batches(count=1, size=64)
@@ -79,7 +70,7 @@ def test_adapters_do_not_see_the_gradient_scalers_factor(tmp_path):
 
     for scale in (1.0, 4096.0):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        kd = KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES])
+        kd = KnowledgeDistillation(make(WideStudent, seed=1), pairs=[FEATURES])
         plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
         fit(tmp_path, make(), kd, Look(), plugins=[plugin], max_steps=1)
     assert found[0].norm() > 0
@@ -100,7 +91,7 @@ def test_adapters_gradients_are_cleared_with_the_students(tmp_path, clears):
             (adapter, _) = kd.session.adapter_parameters()
             gradients.append(adapter.grad.clone())
 
-    kd = KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES])
+    kd = KnowledgeDistillation(make(WideStudent, seed=1), pairs=[FEATURES])
     x = next(iter(batches()))[0]
     loader = DataLoader(TensorDataset(x.repeat(2, 1)), len(x))
     fit(tmp_path, make(Skipping, manual=True), kd, loader=loader, max_epochs=1)
@@ -124,17 +115,19 @@ class Sized(Latent):
 
 RUNS = {
     "adapters": lambda: [
-        KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES], weight=Ramp(end=12))
+        KnowledgeDistillation(make(WideStudent, seed=1), pairs=[FEATURES], weight=Ramp(end=12))
     ],
     "prior": lambda: [
-        KnowledgeDistillation(make(Wide, seed=1), pairs=[Pair("decoder", prior=5)], weight=5.0)
+        KnowledgeDistillation(
+            make(WideStudent, seed=1), pairs=[Pair("decoder", prior=5)], weight=5.0
+        )
     ],
     "average": lambda: [KnowledgeDistillation(EMATeacher(0.9), pairs=["decoder"], weight=3.0)],
     "online": lambda: [
         KnowledgeDistillation(OnlineTeacher(changes={"width": 9}), pairs=["decoder"], weight=3.0)
     ],
     "pruned": lambda: [
-        KnowledgeDistillation(make(Wide, seed=1), pairs=[FEATURES]),
+        KnowledgeDistillation(make(WideStudent, seed=1), pairs=[FEATURES]),
         GradualPruning(final_sparsity=0.7),
     ],
 }
@@ -197,7 +190,7 @@ def test_prior_draws_teach_without_data(tmp_path):
         def loss(self, x):
             return 1e-6 * self.decoder(torch.zeros(4, 8)).square().mean()
 
-    teacher, model = make(Wide, seed=1), make(Blind)
+    teacher, model = make(WideStudent, seed=1), make(Blind)
     z = torch.randn(256, 8)
     distance = lambda: (model.decoder(z) - teacher.decoder(z)).square().mean().item()  # noqa: E731
     before = distance()

@@ -93,7 +93,7 @@ def test_an_input_that_is_changed_in_place_raises(tmp_path):
             self.decoder = nn.Sequential(nn.Tanh(), nn.Linear(8, 6))  # needs no input of its own
 
     kd = KnowledgeDistillation(make(Frozen, seed=1), pairs=["decoder"])
-    with pytest.raises(RuntimeError, match=r"an input of 'decoder', shape .* was changed in place"):
+    with pytest.raises(RuntimeError, match=r"'decoder'.*in place"):
         fit(tmp_path, make(Frozen), kd)
 
 

@@ -1,32 +1,29 @@
 """Several processes prune the same weights, and as one process with their joined batches does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import alone, saved, start
 
-TESTS = Path(__file__).parents[1] / "helpers"
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process and two have made: a start of processes takes seconds, training does not."""
+    folder = tmp_path_factory.mktemp("pruned")
+    alone("ddp_job", folder, "plain")
+    start("ddp_job", folder, 2, "vae", "gan", "plain")
+    return folder
 
 
-def run(folder, kind, processes):
-    done = subprocess.run(
-        [sys.executable, TESTS / "ddp_job.py", folder, kind, str(processes)],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{processes}-{rank}.pt") for rank in range(processes)]
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pruned-by-four")
+    start("ddp_job", folder, 4, "vae", "plain")
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["vae", "gan"])
-def test_two_processes_have_equal_masks_and_weights(tmp_path, kind):
-    first, second = run(tmp_path, kind, 2)
+def test_two_processes_have_equal_masks_and_weights(folder, kind):
+    first, second = saved(folder, kind, 2)
     assert first["steps"] == second["steps"]
     for path, mask in first["masks"].items():
         assert torch.equal(mask, second["masks"][path]), path
@@ -38,18 +35,25 @@ def test_two_processes_have_equal_masks_and_weights(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_four_processes_have_equal_masks(tmp_path):
-    states = run(tmp_path, "vae", 4)
+def test_four_processes_have_equal_masks(four):
+    states = saved(four, "vae", 4)
     for state in states[1:]:
         for path, mask in states[0]["masks"].items():
             assert torch.equal(mask, state["masks"][path])
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_equal_one_with_the_joined_batch(tmp_path, processes):
-    (alone,) = run(tmp_path, "plain", 1)
-    first, *_ = run(tmp_path, "plain", processes)
-    for path, mask in alone["masks"].items():
+def test_two_processes_equal_one_with_the_joined_batch(folder):
+    as_one(folder, saved(folder, "plain", 2)[0])
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one_with_the_joined_batch(folder, four):
+    as_one(folder, saved(four, "plain", 4)[0])
+
+
+def as_one(folder, first):
+    (one,) = saved(folder, "plain", 1)
+    for path, mask in one["masks"].items():
         assert torch.equal(mask, first["masks"][path]), path
-    for name, value in alone["model"].items():
+    for name, value in one["model"].items():
         torch.testing.assert_close(value, first["model"][name])

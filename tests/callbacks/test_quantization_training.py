@@ -443,7 +443,7 @@ def test_the_step_is_steered_to_a_target(tmp_path, target):
 
 def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
     callback = quantizing("entropy", step=0.01, weight_bits=3, include=["decoder.*"])
-    with pytest.warns(UserWarning, match=r"step of decoder.weight is raised above 0\.01 rms"):
+    with pytest.warns(UserWarning, match=r"decoder\.weight .*0\.01 rms"):
         quiet_trainer(tmp_path, callback).fit(TinyAutoencoder(), batches())
     assert callback.slots[0].grid.bits == 3
 
@@ -484,7 +484,7 @@ def test_what_training_shows_to_be_wrong_is_told(tmp_path):
 
     spare = Unused()
     callback = quantizing(activation_bits=8)
-    with pytest.warns(UserWarning, match=r"activations of decoder.1 stay as they are: never seen"):
+    with pytest.warns(UserWarning, match=r"decoder\.1 .*never seen"):
         quiet_trainer(tmp_path, callback).fit(spare, batches())
     known = compression_state(spare).activations
     assert set(known) == {"encoder.0", "decoder.0"}
@@ -500,7 +500,7 @@ def test_what_training_shows_to_be_wrong_is_told(tmp_path):
             return self.decoder(self.encoder(x) * 0)
 
     dead = Dead()
-    with pytest.warns(UserWarning, match=r"activations of decoder stay as they are: always 0"):
+    with pytest.warns(UserWarning, match=r"activations.* decoder .*always 0"):
         quiet_trainer(tmp_path, quantizing()).fit(dead, batches())
     known = compression_state(dead).activations
     assert known["decoder"].input is None

@@ -109,7 +109,7 @@ class Endless(IterableDataset):
 )
 def test_data_without_a_length_are_named(tmp_path, make):
     data = DataLoader(Endless(), batch_size=None)
-    with pytest.raises(ValueError, match="the training data have no length: set max_steps"):
+    with pytest.raises(ValueError, match=r"no length.*max_steps"):
         quiet_trainer(tmp_path, make()).fit(model(0), data)
 
 

@@ -1,37 +1,25 @@
 """FSDP2: parameters spread over two processes are compressed as whole ones are, and resume."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import alone, start
 from torch import nn
 
 from lightning_compress import TargetError
 from lightning_compress.pruning.criteria import make_criterion
 from lightning_compress.pruning.mask_plan import check_sharded
 
-TESTS = Path(__file__).parents[1] / "helpers"
 WEIGHTS = 6 * 7 + 7 + 7 + 7 * 6
 QAT = ["minmax", "affine", "mse", "percentile", "learned", "learned_tensor", "codebook", "entropy"]
+OPTIONS = ("plain", "straight_through", "afterwards", *QAT)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What one process and two have made of the same model, in each way."""
     folder = tmp_path_factory.mktemp("sharded")
-    for processes in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, TESTS / "fsdp_job.py", folder, processes],
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parents[1]}:{TESTS}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=480,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    alone("fsdp_job", folder, *OPTIONS)
+    start("fsdp_job", folder, 2, *OPTIONS)
     return folder
 
 

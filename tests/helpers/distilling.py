@@ -51,6 +51,14 @@ class Student(LightningModule):
         return getattr(torch.optim, self.optimizer)(self.parameters(), lr=0.01)
 
 
+class WideStudent(Student):
+    """A teacher whose decoder has 11 hidden units in place of 7."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.decoder = nn.Sequential(nn.Linear(8, 11), nn.Tanh(), nn.Linear(11, 6))
+
+
 class TaughtGAN(TinyGAN):
     """A GAN that adds the loss to its generator's where it is given a teacher."""
 

@@ -90,7 +90,14 @@ def made(option):
     return [GradualPruning(final_sparsity=0.8, regrow=option if option != "plain" else None)]
 
 
-def fit(folder: Path, processes: int, option: str, *, resume: bool = False) -> None:
+def fit(folder: Path, option: str, processes: int) -> None:
+    """Trains in a way, and the ways that must resume once more from the middle."""
+    train(folder, option, processes)
+    if option in ("plain", *RESUMED):
+        train(folder, option, processes, resume=True)
+
+
+def train(folder: Path, option: str, processes: int, *, resume: bool = False) -> None:
     torch.manual_seed(1)
     model = (ShardedAutoencoder if processes > 1 else Autoencoder)()
     rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -150,13 +157,7 @@ def load(folder: Path, name: str, model, weights) -> None:
         save_compressed(model, folder / "nowhere" / "model.lcz")
 
 
-def main(folder: Path, processes: int) -> None:
-    torch.set_num_threads(1)
-    for option in ("plain", "straight_through", "afterwards", *QAT):  # a start takes its time
-        fit(folder, processes, option)
-        if option in ("plain", *RESUMED):
-            fit(folder, processes, option, resume=True)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.set_num_threads(1)
+    for option in sys.argv[3:]:  # a start takes its time
+        fit(Path(sys.argv[1]), option, int(sys.argv[2]))

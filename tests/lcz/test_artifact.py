@@ -322,7 +322,7 @@ def test_floats_off_the_grid_can_be_cast(tmp_path, name, dtype):
 
 def test_values_that_a_cast_would_lose_are_kept(tmp_path):
     model = Holder(torch.tensor([1e6, 1.0, math.inf]), torch.ones(3, dtype=torch.int64))
-    with pytest.warns(UserWarning, match="'t0' has values beyond float16: stored as float32"):
+    with pytest.warns(UserWarning, match="'t0' .*float16.*float32"):
         save_compressed(model, tmp_path / "a.lcz", float_dtype="fp16")
     fresh = load_compressed(tmp_path / "a.lcz", Holder(torch.zeros(3), torch.zeros(3).long()))
     assert_same(fresh, model)

@@ -135,5 +135,5 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_validation_must_leave_something_to_train_on(folder):
-    with pytest.raises(ValueError, match="val_size must be below the 40 training images, got 40"):
+    with pytest.raises(ValueError, match=r"val_size.* 40 training.*got 40"):
         ready(folder, val_size=40)

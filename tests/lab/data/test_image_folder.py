@@ -138,7 +138,7 @@ def test_faulty_folders_are_named(flat, classes, tmp_path):
     with pytest.raises(FileNotFoundError, match="bird holds no image"):
         ready(classes)
     (flat / "sub").mkdir()
-    with pytest.raises(ValueError, match=r"flat holds images \(00.png\) and subfolders \(sub\)"):
+    with pytest.raises(ValueError, match=r"flat .*00\.png.*sub"):
         ready(flat)
 
 

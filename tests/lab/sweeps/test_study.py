@@ -127,5 +127,5 @@ def test_bad_options_are_named(changes, message):
 
 def test_an_objective_that_is_not_measured_is_named(tmp_path):
     goals = (("bytes", "minimize"), ("quality.charm", "minimize"))
-    with pytest.raises(KeyError, match=r"no 'charm' in results.json; there are \['loss'\]"):
+    with pytest.raises(KeyError, match=r"'charm'.*results\.json.*'loss'"):
         run_study(options(objectives=goals), [], tmp_path, launcher(tmp_path))

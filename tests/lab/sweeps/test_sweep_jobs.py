@@ -98,6 +98,9 @@ def test_killed_jobs_are_told_and_the_same_command_goes_on(cli, tmp_path):
     ]
     quality = [one["compressed"]["quality"] for one in results]
     assert quality[0] == quality[1]  # the killed one went on bit for bit
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", "multirun", "--out", "page.html"])
+    assert (tmp_path / "page.html").stat().st_size > 10_000  # of both
     assert len(list(tmp_path.glob(".cache/dense/*/dense/final.ckpt"))) == 2  # callbacks count
 
 

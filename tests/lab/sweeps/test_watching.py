@@ -9,7 +9,7 @@ import pytest
 
 JOB = """
 import os, pathlib, signal, time
-from lightning_compress.lab.sweeps import watching
+from lightning_compress.lab.sweeps import jobs as watching
 seen, told = pathlib.Path("seen"), []
 def interrupted(*_):  # the first one is lost, as one that comes in a finalizer is
     told.append(1)

@@ -1,4 +1,8 @@
-"""Every shipped config runs, from the choice of files to results.json."""
+"""Every shipped config is composed and instantiated; one of each group runs to results.json.
+
+The others of a group run to the end in `make test-slow`: they differ in what is instantiated, not
+in the way.
+"""
 
 import json
 import math
@@ -8,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 from lightning_compress import load_compressed
 from lightning_compress.lab.config import config_dir
 from lightning_compress.lab.data import DigitRows, Digits
 from lightning_compress.lab.workflow.experiment import run_experiment
+from lightning_compress.lab.workflow.quality import generate
+from lightning_compress.lab.workflow.training import build_model, load_trained
 
 QUICK = [
     "trainer.max_epochs=1",
@@ -28,8 +35,27 @@ TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over to
 DATA_OF = {"recurrent_vae": "digit_rows"}
 
 
+# What runs to the end in `make test`: together an autoencoder, a GAN and a recurrent model.
+WHOLE = {
+    "model": "wgan_gp",
+    "data": "text_lines",
+    "compression": "qat_entropy",
+    "logger": "tensorboard",
+    "experiment": "fashion_vae_fast",
+}
+
+
 def names(group):
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def runs(group):
+    """A group's names, all but one of them slow."""
+    assert WHOLE[group] in names(group)
+    return [
+        name if name == WHOLE[group] else pytest.param(name, marks=pytest.mark.slow)
+        for name in names(group)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +63,74 @@ def cache(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "features"
 
 
-def run(folder, cache, *overrides):
+def composed(*overrides):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        prunes = "prune" in (compose("train", overrides=[*overrides]).compression or {})
-        words = [*QUICK, *([TO_THE_END] if prunes else []), f"evaluate.cache_dir={cache}"]
-        cfg = compose("train", overrides=[*words, *overrides])
+        return compose("train", overrides=list(overrides))
+
+
+def run(folder, cache, *overrides):
+    prunes = "prune" in (composed(*overrides).compression or {})
+    words = [*QUICK, *([TO_THE_END] if prunes else []), f"evaluate.cache_dir={cache}"]
+    cfg = composed(*words, *overrides)
     return cfg, run_experiment(cfg, folder)
 
 
+def instantiated(cfg):
+    """Model, data, callbacks, loggers and Trainer of a config, as a run makes them."""
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    model = build_model(cfg, data, seed=0)
+    callbacks = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
+    assert all(one in trainer.callbacks for one in callbacks)
+    return model, data
+
+
 @pytest.mark.parametrize("model", names("model"))
+def test_each_model_is_instantiated(model):
+    words = [f"model={model}", f"data={DATA_OF.get(model, 'digits')}"]
+    made, _ = instantiated(composed(*words, "model.width_multiplier=0.25"))
+    for part, inputs in made.eval().parts().values():
+        part(*inputs)
+
+
+@pytest.mark.parametrize("data", names("data"))
+def test_each_data_set_is_instantiated(folders, known_files, data):
+    words = ["model.width_multiplier=0.25", f"data={data}", "data.batch_size=8"]
+    words += [one.format(folders) for one in OWN_ARGUMENTS[data]]
+    model, made = instantiated(composed(*words))
+    batch = next(iter(made.train_dataloader()))
+    assert len(batch[0]) == 8
+    for part, inputs in model.eval().parts().values():
+        part(*inputs)
+
+
+@pytest.mark.parametrize("compression", names("compression"))
+def test_each_compression_is_instantiated(compression):
+    model = "dcgan" if compression == "distill_gan" else "vae"
+    cfg = composed(f"compression=[{compression}]", f"model={model}", "model.width_multiplier=0.25")
+    assert len(cfg.compression) == 1  # each file holds one top key
+    instantiated(cfg)
+
+
+@pytest.mark.parametrize("logger", names("logger"))
+def test_each_logger_is_instantiated(tmp_path, logger):
+    if logger != "csv":
+        pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
+    (made,) = composed(f"logger=[{logger}]").logger.values()
+    instantiate(made, save_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_each_experiment_is_instantiated(folders, experiment):
+    words = [f"experiment={experiment}", "model.width_multiplier=0.25"]
+    if experiment.startswith("fashion"):
+        words += [f"data.folder={folders}/idx", "data.val_size=20"]
+    instantiated(composed(*words))
+
+
+@pytest.mark.parametrize("model", runs("model"))
 def test_each_model(tmp_path, cache, model):
     # The width of a quarter: what is tested is the way, not the training.
     _, results = run(
@@ -109,6 +194,13 @@ def folders(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def known_files(monkeypatch):
+    """Small files pass for the real ones, whose checksums are known."""
+    for home in ("lightning_compress.lab.data.images", "torchvision.datasets.cifar"):
+        monkeypatch.setattr(f"{home}.check_integrity", lambda *_: True)
+
+
 def _cifar(folder, images):
     import pickle
 
@@ -145,10 +237,8 @@ OWN_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("data", names("data"))
-def test_each_data_set(folders, cache, monkeypatch, data):
-    for home in ("lightning_compress.lab.data.images", "torchvision.datasets.cifar"):
-        monkeypatch.setattr(f"{home}.check_integrity", lambda *_: True)  # of the real files
+@pytest.mark.parametrize("data", runs("data"))
+def test_each_data_set(folders, cache, known_files, data):
     overrides = [one.format(folders) for one in OWN_ARGUMENTS[data]]
     _, results = run(
         folders / "run",
@@ -165,7 +255,7 @@ def test_each_data_set(folders, cache, monkeypatch, data):
     assert ("fid" in quality) == (data != "text_lines")
 
 
-@pytest.mark.parametrize("compression", names("compression"))
+@pytest.mark.parametrize("compression", runs("compression"))
 def test_each_compression_alone(tmp_path, cache, compression):
     steered = "prune,channels," if compression == "budget" else ""  # alone it has nothing to steer
     overrides = [
@@ -174,9 +264,7 @@ def test_each_compression_alone(tmp_path, cache, compression):
         "export.onnx=false",
     ]
     overrides.append(f"model={'dcgan' if compression == 'distill_gan' else 'vae'}")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        words = [one for one in QUICK if not one.startswith("compression.")]
-        cfg = compose("train", overrides=[*words, f"evaluate.cache_dir={cache}", *overrides])
+    cfg = composed(*QUICK, f"evaluate.cache_dir={cache}", *overrides)
     assert len(cfg.compression) == 1 + steered.count(",")  # each file holds one top key
     results = run_experiment(cfg, tmp_path)
     assert results["ratio"] > 1.0
@@ -222,7 +310,7 @@ def test_fewer_channels_masks_and_grids_ship_together(tmp_path, cache):
     assert all(part["int8_ops"] for part in compressed["int8_ops"].values())
 
 
-@pytest.mark.parametrize("logger", names("logger"))
+@pytest.mark.parametrize("logger", runs("logger"))
 def test_each_logger(tmp_path, cache, logger):
     if logger != "csv":
         pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
@@ -279,7 +367,7 @@ READERS = {
 
 # A run of so few steps removes its last channels after pruning has ended.
 @pytest.mark.filterwarnings("ignore:.*zeros went with removed channels")
-@pytest.mark.parametrize("experiment", names("experiment"))
+@pytest.mark.parametrize("experiment", runs("experiment"))
 def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
     overrides = ["trainer.limit_train_batches=12"]  # criteria look at some gradients first
     if experiment.startswith("fashion"):
@@ -299,27 +387,21 @@ def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
         assert results["baseline_spread"]["neg_elbo"]["n"] == 3
 
 
-def test_an_artifact_loads_into_a_fresh_model_with_the_same_samples(tmp_path, cache):
-    from lightning_compress.lab.workflow.quality import generate
-    from lightning_compress.lab.workflow.training import build_model, load_trained
-
-    cfg, _ = run(
-        tmp_path, cache, "model.width_multiplier=0.25", "export.onnx=false", "compression=[prune]"
-    )
+def test_an_artifact_loads_into_a_fresh_model_and_a_baseline_skips_the_dense_training(
+    tmp_path, cache
+):
+    small = ["model.width_multiplier=0.25", "export.onnx=false", "logger=[csv]"]
+    small.append("compression=[prune]")
+    cfg, first = run(tmp_path / "one", cache, *small)
+    assert (tmp_path / "one" / "compressed" / "csv" / "metrics.csv").is_file()
     data = Digits()
     data.setup()
-    trained = load_trained(cfg, data, tmp_path / "compressed" / "final.ckpt").model
+    trained = load_trained(cfg, data, tmp_path / "one" / "compressed" / "final.ckpt").model
     fresh = build_model(cfg, data, seed=99)
-    load_compressed(tmp_path / "compressed" / "model.lcz", fresh.deployed_module())
+    load_compressed(tmp_path / "one" / "compressed" / "model.lcz", fresh.deployed_module())
     assert generate(fresh, 5).equal(generate(trained, 5))
-
-
-def test_a_baseline_skips_the_dense_training(tmp_path, cache):
-    small = ["model.width_multiplier=0.25", "export.onnx=false"]
-    _, first = run(tmp_path / "one", cache, *small)
-    _, second = run(
-        tmp_path / "two", cache, *small, f"baseline={tmp_path / 'one' / 'dense' / 'final.ckpt'}"
-    )
+    dense = tmp_path / "one" / "dense" / "final.ckpt"
+    _, second = run(tmp_path / "two", cache, *small, f"baseline={dense}")
     assert second["dense"]["quality"] == first["dense"]["quality"]
     assert second["compressed"]["quality"] == first["compressed"]["quality"]
     assert not (tmp_path / "two" / "dense" / "final.ckpt").exists()

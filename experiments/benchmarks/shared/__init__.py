@@ -1,0 +1,1 @@
+"""What several benchmarks share: rows, dense starts, peers, times and table cells."""
