@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_compress.distillation.pairs import Pair, Ramp
     from lightning_compress.distillation.teachers import EMATeacher
     from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
+    from lightning_compress.following import apply_compression
     from lightning_compress.lcz.artifact import (
         inspect_compressed,
         load_compressed,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     )
     from lightning_compress.lcz.header import ArtifactInfo
     from lightning_compress.projection import Projector
+    from lightning_compress.pruning.one_shot import prune_weights
     from lightning_compress.quantization.fake_quantize import fake_quantized
     from lightning_compress.quantization.post_training import (
         quantize_dynamic,
@@ -101,6 +103,7 @@ __all__ = [
     "TargetError",
     "TeacherScore",
     "ThresholdPruning",
+    "apply_compression",
     "compression_state",
     "export_onnx",
     "fake_quantized",
@@ -109,6 +112,7 @@ __all__ = [
     "load_compressed",
     "match_channels",
     "onnx_session",
+    "prune_weights",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
@@ -137,9 +141,11 @@ _HOMES = {
     "distillation.pairs": "Pair Ramp",
     "distillation.teachers": "EMATeacher",
     "errors": "CorruptArtifactError MissingExtraError TargetError",
+    "following": "apply_compression",
     "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
     "lcz.header": "ArtifactInfo",
     "projection": "Projector",
+    "pruning.one_shot": "prune_weights",
     "quantization.fake_quantize": "fake_quantized",
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",
     "schedules": "Constant Cosine Linear Polynomial Staircase",

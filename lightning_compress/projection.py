@@ -26,9 +26,13 @@ from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, l
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
-__all__ = ["Projector", "Slot"]
+__all__ = ["Projector", "Slot", "naming_divergence"]
 
 Quantizer = Callable[[Tensor], Grid]
+_HALF = (
+    "The weights are float16, in which Adam's eps of 1e-8 is 0 and nothing is above 65504: use "
+    "precision='16-mixed' or 'bf16-true'"
+)
 _REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
 
 
@@ -192,7 +196,8 @@ class Slot:
             self.grid = None
             clear_grid(self.target.layer, self.target.name)
         else:
-            whole = self.quantizer(masked)
+            with naming_divergence([self]):
+                whole = self.quantizer(masked)
             self.grid = self._here(whole)
             set_grid(self.target.layer, self.target.name, whole)
 
@@ -243,6 +248,26 @@ class Slot:
             gradient.copy_(self.mask_gradient(gradient))
 
 
+@contextmanager
+def naming_divergence(slots: Sequence[Slot]) -> Iterator[None]:
+    """Name the weight that is no longer finite where that is why something failed.
+
+    Raises:
+        FloatingPointError: in place of the error.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, OverflowError) as error:
+        for slot in slots:
+            if int(slot.spread.sum((~torch.isfinite(slot.values())).sum())):
+                half = slot.parameter.dtype == torch.float16
+                raise FloatingPointError(
+                    f"{slot.path} holds weights that are NaN or infinite: training has diverged. "
+                    f"{_HALF if half else 'Lower the learning rate, or look at the data'}"
+                ) from error
+        raise
+
+
 class Projector:
     """All projected parameters of one module, and the hooks on the optimizers that own them.
 
@@ -265,6 +290,7 @@ class Projector:
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
         self.asleep = False
+        self.copies: Any = None  # of the weights, which somebody else keeps and which follow
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._owners: dict[str, list[int]] = {}
         self._handlers: list[tuple[int, Callable[[], None]]] = []
@@ -286,7 +312,8 @@ class Projector:
         slot = self.slots.get(path)
         if slot is None:
             slot = self.slots[path] = Slot(target)
-            self._handles.append(_hook_gradient(slot))
+            if target.parameter.requires_grad:  # a frozen weight gets no gradient
+                self._handles.append(_hook_gradient(slot))
         return slot
 
     def on_step(self, handler: Callable[[], None], *, order: int) -> None:
@@ -309,7 +336,11 @@ class Projector:
         groups = [_parameter_ids(optimizer) for optimizer in optimizers]
         for path, slot in self.slots.items():
             self._owners[path] = [i for i, ids in enumerate(groups) if id(slot.parameter) in ids]
-        orphans = [path for path, owners in self._owners.items() if not owners]
+        orphans = [
+            path
+            for path, owners in self._owners.items()
+            if not owners and self.slots[path].parameter.requires_grad
+        ]
         if orphans:
             raise TargetError(
                 f"no optimizer owns {orphans}: such weights never train; exclude them, or give "
@@ -329,8 +360,13 @@ class Projector:
             del _REGISTRY[module]
 
     def clock(self, paths: Sequence[str]) -> int:
-        """Steps of the optimizer that owns the parameters; of several, the slowest one's."""
+        """Steps of the optimizer that owns the parameters; of several, the slowest one's.
+
+        Frozen weights have none: where all are, the fastest optimizer counts.
+        """
         owners = {index for path in paths for index in self._owners[path]}
+        if not owners:
+            return max(self.steps, default=0)
         return min(self.steps[index] for index in owners)
 
     def project(self) -> None:

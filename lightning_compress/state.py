@@ -19,6 +19,7 @@ __all__ = [
     "compression_state",
     "forget_removed",
     "has_grid",
+    "known_grid",
     "note_removed",
     "removed_channels",
     "set_activation_grids",
@@ -115,6 +116,11 @@ def set_grid(layer: nn.Module, name: str, grid: Grid) -> None:
 def has_grid(layer: nn.Module, name: str) -> bool:
     """Whether `layer.<name>` lies on a grid, as `set_grid` left it."""
     return name in layer.__dict__.get(_ATTRIBUTE, {})
+
+
+def known_grid(layer: nn.Module, name: str) -> Grid | None:
+    """The grid of `layer.<name>`, as `set_grid` left it."""
+    return layer.__dict__.get(_ATTRIBUTE, {}).get(name)
 
 
 def clear_grid(layer: nn.Module, name: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_compress.copies import adapters, frozen_copies
+from lightning_compress.deployment import deployed_part, unnamed_networks
 from lightning_compress.errors import TargetError
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Target",
     "clean_path",
     "deployed_part",
+    "left_out",
     "overlooked",
     "select",
     "sparsity",
@@ -34,6 +36,7 @@ _MATMUL_LAYERS: tuple[type[nn.Module], ...] = (
     nn.RNNCellBase,
     nn.MultiheadAttention,
 )
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -45,12 +48,6 @@ _NORMS: tuple[type[nn.Module], ...] = (
 # free tensor behind `weight`. `original0` and `weight_g` hold magnitudes, not weights.
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
-
-# What the two sides of a GAN are called elsewhere: netG and netD, G and D, gen and disc, g_AB ...
-_CALLED = r"(net_?)?({})(\d*|_.*|[A-Z]{{1,2}})"
-_DRAWS = re.compile(_CALLED.format("g|gen|generator"))
-_JUDGES = re.compile(_CALLED.format("d|dis|disc|discriminator|critic"))
-_SURELY_JUDGES = re.compile(_CALLED.format("discriminator|critic"))
 
 
 @dataclass(frozen=True)
@@ -107,83 +104,29 @@ def clean_path(path: str) -> str:
     return ".".join(parts)
 
 
-def deployed_part(module: nn.Module) -> tuple[str, ...]:
-    """Child modules that ship: a GAN's generator, a VAE's encoder and decoder, else all.
-
-    A module says so itself by an attribute `deployed`; otherwise its children's names tell: those
-    of this package, then what GANs call their two sides elsewhere.
-
-    >>> deployed_part(nn.ModuleDict({"generator": nn.Linear(1, 1), "critic": nn.Linear(1, 1)}))
-    ('generator',)
-    >>> deployed_part(nn.ModuleDict({"netG": nn.Linear(1, 1), "netD": nn.Linear(1, 1)}))
-    ('netG',)
-    """
-    inner = getattr(module, "_orig_mod", module)
-    declared = getattr(inner, "deployed", None)
-    if declared is not None:
-        return (declared,) if isinstance(declared, str) else tuple(declared)
-    children = {name for name, _ in inner.named_children()}
-    for part in (("generator",), ("encoder", "decoder"), ("decoder",)):
-        if children.issuperset(part):
-            return part
-    return _beside_a_judge(inner) or ("",)
-
-
-def _beside_a_judge(module: nn.Module) -> tuple[str, ...]:
-    """The networks of a GAN that draw, where its discriminator goes by a usual name; else none.
-
-    One letter says nothing alone: `d1` may be a layer, `D` beside `G` is a discriminator.
-    """
-    names = [
-        name for name, one in module.named_children() if next(one.parameters(), None) is not None
-    ]
-    draw = [name for name in names if _named(_DRAWS, name)]
-    if draw and any(_named(_JUDGES, name) for name in names):
-        return tuple(draw)
-    if any(_named(_SURELY_JUDGES, name) for name in names):
-        return tuple(name for name in names if not _named(_SURELY_JUDGES, name))
-    return ()
-
-
 def overlooked(module: nn.Module) -> list[str]:
-    """Child modules with weights to compress that are neither deployed by name nor a discriminator.
-
-    A VAE's heads beside its encoder, say. None where the module declares what is `deployed`.
+    """Networks with weights to train that are neither deployed by name nor judges.
 
     >>> names = ("encoder", "decoder", "fc_mu", "discriminator")
     >>> overlooked(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
     ['fc_mu']
     """
-    inner = getattr(module, "_orig_mod", module)
-    parts = deployed_part(module)
-    if getattr(inner, "deployed", None) is not None or parts == ("",):
-        return []
-    return [
-        name
-        for name, child in inner.named_children()
-        if name not in parts and not _named(_JUDGES, name) and _holds_weights(child)
-    ]
-
-
-def _holds_weights(module: nn.Module) -> bool:
-    return any(
-        isinstance(layer, _MATMUL_LAYERS) and parameter.requires_grad
-        for layer in module.modules()
-        for parameter in layer.parameters(recurse=False)
-    )
-
-
-def _named(pattern: re.Pattern[str], name: str) -> bool:
-    # netG and NetG are one name; so are G and g.
-    return any(pattern.fullmatch(form) for form in (name, name.lower()))
+    return unnamed_networks(module)
 
 
 def select(
     module: nn.Module,
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern = (),
+    *,
+    frozen: bool | None = None,
+    any_layer: bool = False,
+    apart: Mapping[str, str] | None = None,
 ) -> Selection:
     """Find the parameters to compress.
+
+    A glob over a module takes the kinds of layers that the default takes; the exact path of a
+    parameter, or of the layer that holds it, takes anything.
 
     Args:
         module: the model.
@@ -191,6 +134,11 @@ def select(
             None stands for the weights of the matmul, convolution and recurrent layers in the
             part that ships (`deployed_part`).
         exclude: the same, taken away again.
+        frozen: whether weights that do not train are targets. None: those under adapters (LoRA),
+            which train in their place, and those that `include` must mean: by an exact path, or
+            by a pattern that matches nothing else.
+        any_layer: whether matrices of layers of any kind are targets, Embeddings apart.
+        apart: modules that are left as they are, by path, and why.
 
     Raises:
         TargetError: for a pattern that matches nothing (the closest paths are named), for
@@ -202,25 +150,91 @@ def select(
     wanted = None if include is None else _patterns(include)
     unwanted = _patterns(exclude)
     _check_patterns(module, [*(wanted or ()), *unwanted])
-    parts = deployed_part(module) if wanted is None else ()
-    selection, seen, tied = Selection(), {}, defaultdict(list)
-    for owner, layer in module.named_modules(remove_duplicate=True):
-        for name, parameter in layer.named_parameters(recurse=False):
-            path = f"{owner}.{name}" if owner else name
-            reason = _why_not(path, layer, name, parameter, wanted, unwanted, parts)
-            first = seen.setdefault(id(parameter), path)
-            if first != path:
-                tied[first] += [] if reason else [path]
-                reason = f"tied to {first}"
-            if not reason:
-                selection.targets.append(Target(path, layer, name, parameter))
-            shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
-            selection.coverage.append(Coverage(path, shape, not reason, reason))
+    rules = _Rules(wanted, unwanted, deployed_part(module) if wanted is None else ())
+    rules.any_layer, rules.apart = any_layer, apart or {}
+    rules.frozen = bool(frozen)
+    rules.adapted = adapters(module) if frozen is None else {}
+    selection = Selection()
+    rules.meant = _all_frozen(module, wanted or ()) if frozen is None else []
+    for places in _places(module):
+        reasons = [rules.why_not(*place) for place in places]
+        fit = [place for place, reason in zip(places, reasons, strict=True) if not reason]
+        # One place where it fits is enough: an output layer that is tied to an Embedding, say.
+        if reasons[0] == "excluded":
+            fit = []
+        path, layer, name, parameter = places[0]
+        if fit:
+            tied = tuple(other for other, *_ in fit if other != path)
+            selection.targets.append(Target(path, layer, name, parameter, tied))
+        shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
+        selection.coverage.append(Coverage(path, shape, bool(fit), "" if fit else reasons[0]))
+        selection.coverage.extend(
+            Coverage(other, shape, False, f"tied to {path}") for other, *_ in places[1:]
+        )
     if not selection.targets:
         lines = "; ".join(f"{row.path}: {row.reason}" for row in selection.coverage[:8])
         raise TargetError(f"no parameter is left to compress ({lines or 'no parameters at all'})")
-    targets = [replace(one, tied=tuple(tied[one.path])) for one in selection.targets]
-    return Selection(targets, selection.coverage)
+    return selection
+
+
+def _all_frozen(module: nn.Module, patterns: Sequence[Pattern]) -> list[Pattern]:
+    """Patterns that match no weight that trains."""
+    places = [place for same in _places(module) for place in same if _is_matrix(place[3])]
+    return [
+        one
+        for one in patterns
+        if not any(p.requires_grad and _matches(one, path, layer) for path, layer, _, p in places)
+    ]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, UninitializedParameter) or parameter.dim() > 1
+
+
+_Place = tuple[str, nn.Module, str, nn.Parameter]
+
+
+def _places(module: nn.Module) -> list[list[_Place]]:
+    """Each parameter with all places that hold it: path, layer, name."""
+    found: dict[int, list[_Place]] = {}
+    for owner, layer in module.named_modules(remove_duplicate=True):
+        for name, parameter in layer.named_parameters(recurse=False):
+            path = f"{owner}.{name}" if owner else name
+            found.setdefault(id(parameter), []).append((path, layer, name, parameter))
+    return list(found.values())
+
+
+def left_out(module: nn.Module, coverage: Sequence[Coverage]) -> str:
+    """What to tell where less than half of the deployed part's weights are targets; else empty.
+
+    Weights are matrices and kernels; those that `exclude` names are no one's surprise, and those
+    of a frozen copy (an average kept by hand) follow their original.
+
+    >>> net = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 2))
+    >>> left_out(net, select(net).coverage)[:52]
+    'only 2 % of the weights of the deployed part are com'
+    """
+    parts = deployed_part(module)
+    copies = tuple(f"{one.path}." for one in frozen_copies(module))
+    rows = [
+        row
+        for row in coverage
+        if len(row.shape) > 1
+        and any(_glob(part, clean_path(row.path)) for part in parts)
+        and not row.reason.startswith(("excluded", "norm", "tied", "an adapter"))
+        and not row.path.startswith(copies)
+    ]
+    sizes = {row.path: math.prod(row.shape) for row in rows}
+    taken = sum(sizes[row.path] for row in rows if row.selected)
+    if 2 * taken >= sum(sizes.values()):
+        return ""
+    largest = sorted((row for row in rows if not row.selected), key=lambda row: -sizes[row.path])
+    named = "; ".join(f"{clean_path(row.path)} ({row.reason})" for row in largest[:3])
+    return (
+        f"only {100 * taken / sum(sizes.values()):.0f} % of the weights of the deployed part are "
+        f"compressed. The largest that are left out: {named}. Name what of it ships in "
+        "include=[...] by its path, beside what is compressed now, and what does not in exclude"
+    )
 
 
 def _patterns(given: Sequence[Pattern] | Pattern) -> list[Pattern]:
@@ -237,6 +251,16 @@ def _matches(pattern: Pattern, path: str, layer: nn.Module) -> bool:
     if isinstance(pattern, type):
         return isinstance(layer, pattern)
     return any(_glob(pattern, name) for name in {path, clean_path(path)})
+
+
+def _exact(pattern: Pattern, path: str, layer: nn.Module) -> bool:
+    """Whether a pattern is a layer's class, a parameter's path, or that of a layer of no others."""
+    if isinstance(pattern, type):
+        return isinstance(layer, pattern)
+    clean = clean_path(path)
+    alone = all(name == "parametrizations" for name, _ in layer.named_children())
+    owners = {path.rpartition(".")[0], clean.rpartition(".")[0]} if alone else set()
+    return pattern in (path, clean) or pattern.removesuffix(".*") in owners - {""}
 
 
 def _glob(pattern: str, path: str) -> bool:
@@ -264,27 +288,50 @@ def _check_patterns(module: nn.Module, patterns: Iterable[Pattern]) -> None:
         raise TargetError(f"the pattern {pattern!r} matches no parameter; closest: {close}")
 
 
-def _why_not(
-    path: str,
-    layer: nn.Module,
-    name: str,
-    parameter: nn.Parameter,
-    wanted: list[Pattern] | None,
-    unwanted: list[Pattern],
-    parts: tuple[str, ...],
-) -> str:
-    """The reason to leave a parameter as it is; empty when it is a target."""
-    if wanted is None:
-        if not any(_glob(part, clean_path(path)) for part in parts):
-            return f"outside the deployed part {list(parts)}"
-    elif not any(_matches(pattern, path, layer) for pattern in wanted):
-        return "not included"
-    if any(_matches(pattern, path, layer) for pattern in unwanted):
-        return "excluded"
-    if isinstance(parameter, UninitializedParameter):
-        raise TargetError(f"{path} has no shape yet: run one batch through the lazy layer first")
-    exact = wanted is not None and any(w in (path, clean_path(path)) for w in wanted)
-    return _why_unfit(path, layer, name, parameter, by_default=wanted is None, exact=exact)
+class _Rules:
+    """Why parameters are left as they are."""
+
+    def __init__(
+        self, wanted: list[Pattern] | None, unwanted: list[Pattern], parts: tuple[str, ...]
+    ) -> None:
+        self.wanted, self.unwanted, self.parts = wanted, unwanted, parts
+        self.frozen = self.any_layer = False
+        self.apart: Mapping[str, str] = {}
+        self.adapted: Mapping[int, bool] = {}  # a parameter's id -> whether it is the base
+        self.meant: Sequence[Pattern] = ()  # patterns whose weights are all frozen
+
+    def why_not(self, path: str, layer: nn.Module, name: str, parameter: nn.Parameter) -> str:
+        """The reason to leave a parameter as it is; empty when it is a target."""
+        if self.wanted is None:
+            if not any(_glob(part, clean_path(path)) for part in self.parts):
+                return f"outside the deployed part {list(self.parts)}"
+        elif not any(_matches(pattern, path, layer) for pattern in self.wanted):
+            return "not included"
+        if any(_matches(pattern, path, layer) for pattern in self.unwanted):
+            return "excluded"
+        for inside, why in self.apart.items():
+            if path.startswith(f"{inside}."):
+                return why
+        if isinstance(parameter, UninitializedParameter):
+            raise TargetError(
+                f"{path} has no shape yet: run one batch through the lazy layer first"
+            )
+        exact = (self.any_layer and not isinstance(layer, _TABLES)) or any(
+            _exact(one, path, layer) for one in self.wanted or ()
+        )
+        itself = any(one in (path, clean_path(path)) for one in self.wanted or ())
+        named = exact or any(_matches(one, path, layer) for one in self.meant)
+        return self._why_untrained(parameter, named=named) or _why_unfit(
+            path, layer, name, parameter, exact=exact, itself=itself
+        )
+
+    def _why_untrained(self, parameter: nn.Parameter, *, named: bool) -> str:
+        base = self.adapted.get(id(parameter))
+        if base is False and not named:
+            return "an adapter of a frozen weight: small, and merged into it"
+        if parameter.requires_grad or self.frozen or base or named:
+            return ""
+        return "frozen (requires_grad is False)"
 
 
 def _why_unfit(
@@ -293,26 +340,26 @@ def _why_unfit(
     name: str,
     parameter: nn.Parameter,
     *,
-    by_default: bool,
     exact: bool,
+    itself: bool,
 ) -> str:
     if not parameter.is_floating_point() or parameter.numel() == 0:
         return "not a floating-point tensor, or empty"
-    if not parameter.requires_grad:
-        return "frozen (requires_grad is False)"
-    if getattr(layer, "sparse", False) and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+    if getattr(layer, "sparse", False) and isinstance(layer, _TABLES):
         return "its gradients are sparse (sparse=True), which no mask can follow"
     if name in _MAGNITUDE:
         return "magnitude of a weight_norm"
     if ".parametrizations." in path and (reason := _why_not_parametrized(layer)):
         return reason
-    if exact:
-        return ""
+    return "" if itself else _why_odd(layer, name, parameter, exact=exact)
+
+
+def _why_odd(layer: nn.Module, name: str, parameter: nn.Parameter, *, exact: bool) -> str:
     if isinstance(layer, _NORMS):
         return "norm parameter"
     if parameter.dim() < 2:
         return "bias or vector"
-    if by_default and name not in _FREE_TENSOR and not isinstance(layer, _MATMUL_LAYERS):
+    if not exact and name not in _FREE_TENSOR and not isinstance(layer, _MATMUL_LAYERS):
         return f"{type(layer).__name__} is no matmul, conv or recurrent layer: include it by name"
     return ""
 
@@ -324,11 +371,15 @@ def _why_not_parametrized(layer: nn.Module) -> str:
 
 
 def sparsity(module: nn.Module, include: Sequence[Pattern] | Pattern | None = None) -> float:
-    """Fraction of zeros in the compressible weights, in [0, 1].
+    """Fraction of zeros in the weights, in [0, 1].
+
+    Weights are all matrices and kernels, whether they train or not and whatever layer holds them.
+    Norms, biases, vectors and Embeddings that `include` does not name by their paths are left out.
+    What a callback reports is the sparsity of its targets alone.
 
     Args:
         module: any module.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the part that ships.
 
     Raises:
         TargetError: for a pattern that matches nothing.
@@ -338,6 +389,6 @@ def sparsity(module: nn.Module, include: Sequence[Pattern] | Pattern | None = No
     >>> sparsity(layer)
     0.5
     """
-    targets = select(module, include).targets
+    targets = select(module, include, frozen=True, any_layer=True).targets
     zeros = sum(int((target.parameter == 0).sum()) for target in targets)
     return zeros / sum(target.numel for target in targets)

@@ -81,7 +81,7 @@ def test_twenty_steps_equal_a_fake_quantized_forward(name, bits, make):
 def test_recurrent_and_embedding_weights_stay_on_mask_and_grid(kind):
     module = nn.ModuleDict({"table": nn.Embedding(7, 5), "cell": kind(5, 4, bidirectional=True)})
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
-    projector = attach(module, optimizer, bits=3, mask=True, include=["*"])
+    projector = attach(module, optimizer, bits=3, mask=True, include=["*", "table"])
     for _ in range(5):
         optimizer.zero_grad()
         output, _ = module["cell"](module["table"](torch.randint(0, 7, (6, 2))))

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
-from lightning_compress.targets import deployed_part, overlooked, select
+from lightning_compress.targets import overlooked, select
 
 
 def paths(module, *args, **kwargs):
@@ -92,7 +93,9 @@ def test_what_lies_beside_the_deployed_part_is_named():
 def test_norms_biases_and_embeddings_need_their_own_name():
     module = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.LayerNorm((2, 2)))
     assert paths(module) == ["1.weight"]
-    assert paths(module, ["*"]) == ["0.weight", "1.weight"]
+    assert paths(module, ["*"]) == ["1.weight"]  # a glob takes what the default takes
+    assert paths(module, ["0", "1"]) == ["0.weight", "1.weight"]
+    assert paths(module, ["0.weight"]) == ["0.weight"]
     assert paths(module, ["1.bias"]) == ["1.bias"]
     assert "include it by name" in reasons(module)["0.weight"]
     assert reasons(module, ["*"])["2.weight"] == "norm parameter"

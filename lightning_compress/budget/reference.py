@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_compress.budget.levers import Lever
 from lightning_compress.budget.search import Trial, estimated_spread, recent
+from lightning_compress.deployment import deployed_part
 from lightning_compress.quantization.entropy import entropy_bits
 from lightning_compress.state import Grid, compression_state
-from lightning_compress.targets import clean_path, deployed_part
+from lightning_compress.targets import clean_path
 
 __all__ = [
     "DENSE",

@@ -10,12 +10,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
+from lightning_compress.copies import Copy, frozen_copies
+from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
+from lightning_compress.following import FollowedCopies
 from lightning_compress.projection import Projector, Slot
+from lightning_compress.pruning.masks import were_pruned
 from lightning_compress.sharding import to_shards
-from lightning_compress.state import has_grid
-from lightning_compress.targets import Coverage, Pattern, deployed_part, overlooked, select
+from lightning_compress.state import known_grid
+from lightning_compress.structure import StructureReader
+from lightning_compress.targets import Coverage, Pattern, left_out, overlooked, select
 
 __all__ = ["WeightCallback", "check_run_ends", "run_progress", "tell_of_overlooked"]
 
@@ -40,15 +47,33 @@ def check_run_ends(trainer: Trainer) -> None:
         raise ValueError(_ENDLESS)
 
 
-def tell_of_overlooked(module: LightningModule) -> None:
-    """Warn of weights that are left alone since their network's name says nothing."""
-    if names := overlooked(module):
+def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Warn of weights that are left alone since their network's name says nothing.
+
+    Networks of an optimizer that trains nothing of the deployed part are not named: they judge it.
+    """
+    if names := [one for one in overlooked(module) if not _elsewhere(module, one, optimizers)]:
         parts = deployed_part(module)
         rank_zero_warn(
             f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
             f"known to ship. Name all that ships in an attribute of the model, "
             f"deployed = {(*parts, *names)}, or give include=[...]"
         )
+
+
+def tell_of_left_out(module: LightningModule, coverage: Sequence[Coverage]) -> None:
+    """Warn where less than half of the deployed part's weights are targets."""
+    if message := left_out(module, coverage):
+        rank_zero_warn(message)
+
+
+def _elsewhere(module: LightningModule, path: str, optimizers: Sequence[Optimizer]) -> bool:
+    parts = [module.get_submodule(one) for one in deployed_part(module)]
+    deployed = {id(each) for part in parts for each in part.parameters()}
+    own = {id(each) for each in module.get_submodule(path).parameters()}
+    groups = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    owners = [ids for ids in groups if ids & own]
+    return bool(owners) and not any(ids & deployed for ids in owners)
 
 
 def run_progress(trainer: Trainer) -> float:
@@ -83,6 +108,15 @@ class WeightCallback(Callback):
 
     order = 0  # of several callbacks on one weight: masks go before grids
 
+    waiting: StructureReader | None = None  # while nobody knows what of the module ships
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let the hooks of every callback wait until it is known what ships."""
+        super().__init_subclass__(**kwargs)
+        for name in HELD:
+            if name in cls.__dict__:
+                setattr(cls, name, held(cls.__dict__[name]))
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         one = super().__new__(cls)
         one._made_with = args, kwargs
@@ -116,7 +150,7 @@ class WeightCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find mistakes before anything is built or trained; begin anew with another module."""
-        self._loaded = None  # what validate or test may have left here
+        self._loaded = self.waiting = None  # what validate, test or a broken fit may have left
         if stage != "fit":
             return
         layers = {id(layer) for layer in pl_module.modules()}
@@ -133,10 +167,13 @@ class WeightCallback(Callback):
         to_shards(pl_module)
         self._projector = Projector.of(pl_module)
         self.projector.asleep = True
-        selection = select(pl_module, self.include, self.exclude)
+        self._find_copies(trainer, pl_module)
+        apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
+        selection = select(pl_module, self.include, self.exclude, apart=apart)
         self.coverage = selection.coverage
         if self.include is None:
-            tell_of_overlooked(pl_module)
+            tell_of_overlooked(pl_module, trainer.optimizers)
+            tell_of_left_out(pl_module, self.coverage)
         masks = {slot.path: slot.pruned for slot in self.slots}
         self.slots = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)
@@ -145,6 +182,69 @@ class WeightCallback(Callback):
             pruned = masks.get(slot.path)
             if pruned is not None and slot.pruned is None and slot.values().shape == pruned.shape:
                 slot.set_mask(~pruned)
+
+    def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copies of what trains, such as an average that the user keeps, follow it."""
+        if self.projector.copies is None:
+            owned = {
+                id(one)
+                for optimizer in trainer.optimizers
+                for group in optimizer.param_groups
+                for one in group["params"]
+            }
+            found = frozen_copies(pl_module, owned)
+            self.projector.copies = FollowedCopies(pl_module, found)
+
+    @property
+    def copies(self) -> list[Copy]:
+        """Copies of trained networks inside the module, which follow them."""
+        followed = self.projector.copies
+        return [] if followed is None else followed.copies
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Show averages on their masks and grids."""
+        if self._projector is not None and self._projector.copies is not None:
+            self._projector.copies.show(self._projector)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Let averages go on as they were."""
+        if self._projector is not None and self._projector.copies is not None:
+            self._projector.copies.hide()
+
+    def settle_copies(self) -> None:
+        """Leave averages on their masks and grids, when training has ended."""
+        if self._projector is not None and self._projector.copies is not None:
+            self._projector.copies.settle(self._projector)
+
+    @held
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing, but while the structure is read."""
+
+    @held
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing, but while the structure is read."""
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Say what ships, so that a resumed run knows it from the start."""
+        save_deployed(pl_module, checkpoint)
+
+    def on_load_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Take over what ships."""
+        load_deployed(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
@@ -163,8 +263,11 @@ class WeightCallback(Callback):
         for slot in self.slots:
             mine = slot.owners.get("mask") in (None, self.state_key)
             rounded = slot.owners.get("grid") not in (None, self.state_key)
-            rounded = rounded or has_grid(slot.target.layer, slot.target.name)
-            if mine and slot.pruned is None and not rounded:
+            grid = known_grid(slot.target.layer, slot.target.name)
+            rounded = rounded or grid is not None
+            here = grid is not None and slot.shards is None
+            pruned = here and were_pruned(grid.quantize(slot.data))
+            if mine and slot.pruned is None and (pruned or not rounded):
                 zeros = (slot.data == 0).float().mean().item()
                 if _SOME_ZEROS <= zeros < 1:
                     lost.append(f"{slot.path} ({zeros:.0%})")
@@ -172,7 +275,7 @@ class WeightCallback(Callback):
             rank_zero_warn(
                 f"{self.state_key}: zeros that no mask keeps, so that training fills them: "
                 f"{', '.join(lost)}. If they were pruned before, list that fit's pruning callback "
-                "(the same object), or resume with ckpt_path"
+                "(the same object), resume with ckpt_path, or list GradualPruning(keep_zeros=True)"
             )
 
     def claim(self, what: str, done: str) -> None:
@@ -209,6 +312,7 @@ class WeightCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remove the hooks."""
+        self.settle_copies()
         self.projector.detach()
 
     def on_exception(
@@ -218,6 +322,8 @@ class WeightCallback(Callback):
         exception: BaseException,  # noqa: ARG002
     ) -> None:
         """Leave visible weights and no hooks, whatever happened inside a step."""
+        if self.waiting is not None:
+            self.waiting.stop()
         if self._projector is not None:
             self._projector.detach()
 

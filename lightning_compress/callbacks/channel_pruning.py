@@ -409,11 +409,12 @@ class ChannelPruning(WeightCallback):
 
     def on_save_checkpoint(
         self,
-        trainer: Trainer,  # noqa: ARG002
+        trainer: Trainer,
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
         """Say which entries stay, so that the full model can be cut before it is loaded."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
 
@@ -488,7 +489,13 @@ class ChannelPruning(WeightCallback):
         """
         assert self.cutter is not None
         assert self._leaving is not None
-        tell = partial(tell_others, self, trainer, pl_module)
+        others = partial(tell_others, self, trainer, pl_module)
+
+        def tell(kept: Kept, sized: Mapping[str, int]) -> None:
+            others(kept, sized)
+            if self.projector.copies is not None:
+                self.projector.copies.cut(kept, sized)
+
         for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.base import run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import Projector, Slot, naming_divergence
 from lightning_compress.pruning.criteria import make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
 from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
@@ -202,6 +202,8 @@ class GradualPruning(MaskCallback):
         regrow_fraction: of the active weights, exchanged at `begin`; by a cosine to 0 at `end`.
         min_keep: fraction of each target that stays, so that no layer dies by accident; or one
             for each of several patterns (0.01 elsewhere).
+        keep_zeros: begin with the zeros that the weights have, those of a loaded file say, and go
+            on from there; a tensor of nothing but zeros is taken as not pruned.
         rewind: a `Rewinding`, or its `to`: when the sparsity has risen, weights go back to that.
         on_miss: "warn" or "raise" when training ends below the final sparsity.
         name: prefix of what is logged, and the key of the state; two callbacks need two names.
@@ -229,6 +231,7 @@ class GradualPruning(MaskCallback):
         regrow: str | None = None,
         regrow_fraction: float = 0.3,
         min_keep: float | Mapping[Pattern, float] = 0.01,
+        keep_zeros: bool = False,
         rewind: Rewinding | float | None = None,
         on_miss: str = "warn",
         name: str = "prune",
@@ -255,7 +258,7 @@ class GradualPruning(MaskCallback):
             name=name,
         )
         check_min_keep(min_keep, self.parts)
-        self.min_keep, self.on_miss = min_keep, on_miss
+        self.min_keep, self.on_miss, self.keep_zeros = min_keep, on_miss, keep_zeros
         self.scope, self.regrow, self.regrow_fraction = scope, regrow, regrow_fraction
         self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
         self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
@@ -352,9 +355,21 @@ class GradualPruning(MaskCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and keep the weights to rewind to, if they are these."""
+        if self.keep_zeros and self._loaded is None:
+            self._mask_zeros()
         super().on_train_start(trainer, pl_module)
         if self._rewinder is not None and self.events.last_step == 0:
             self._rewinder.keep_once(0)
+
+    def _mask_zeros(self) -> None:
+        """Masks of the zeros that are there; sparsity goes on from theirs."""
+        for slot in self.slots:
+            kept = slot.data != 0
+            if slot.pruned is None and 0 < int(slot.spread.sum(kept.sum())) < slot.target.numel:
+                slot.set_mask(kept)
+        for part in self.parts:
+            part.asked = max(part.asked, part.sparsity)
+        self.project()
 
     def before_event(self, trainer: Trainer, step: int) -> None:
         """Keep the weights to rewind to, when the run is there."""
@@ -403,7 +418,8 @@ class GradualPruning(MaskCallback):
         before, masks = self.sparsity, {}
         for part in self.parts:
             scores = self._gatherings[0].scores(self.slots, part.slots)
-            found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
+            with naming_divergence(part.slots):
+                found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
             masks.update(zip(part.paths(), found, strict=True))
         if self._exchanges():
             share = exchanged_fraction(self.regrow_fraction, self.events.done)
@@ -443,6 +459,7 @@ class GradualPruning(MaskCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Check that the final sparsity was reached, unless somebody else said what it is."""
+        self.settle_copies()
         if self.steered is not None:
             return
         wait = "; an event still waits for its statistics" if self.events.pending else ""

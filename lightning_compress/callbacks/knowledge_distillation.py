@@ -144,9 +144,9 @@ class KnowledgeDistillation(Callback):
             if self._module is None:
                 self._module = load_teacher(given, self.checkpoint, student)
             teacher = self._module
-        check_stranger(teacher, student)
-        prepare_teacher(teacher, student)
         pairs = make_pairs(self.pairs, student, teacher, self.losses)
+        check_stranger(teacher, student, [pair.student for pair in pairs])
+        prepare_teacher(teacher, student)
         return Session(
             pairs,
             student,

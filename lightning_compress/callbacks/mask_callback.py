@@ -152,6 +152,8 @@ class MaskCallback(WeightCallback):
         """Show the masks of now in the weights, and count what they prune."""
         for slot in self.slots:
             slot.project()
+        if self.projector.copies is not None:
+            self.projector.copies.mask(self.projector)
         self.sparsity = self._count()
 
     def _count(self) -> float:

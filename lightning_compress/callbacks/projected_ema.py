@@ -62,6 +62,7 @@ class ProjectedEMA(EMAWeightAveraging):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average what the optimizer moves, not what is on masks and grids."""
+        self._projector = self._projector or Projector.find(pl_module)  # one that waited
         with self._unprojected():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

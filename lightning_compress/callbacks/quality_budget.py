@@ -145,6 +145,11 @@ class BudgetCallback(Callback):
             TargetError: when that is nothing, or when sharded weights could not go back.
         """
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(getattr(one, "waiting", None) is not None for one in others):
+            raise TargetError(
+                f"{self.state_key} must know before training what ships: name it in an attribute "
+                "of the model, deployed = (...)"
+            )
         for one in steered(trainer):
             if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
                 raise TargetError(

@@ -18,9 +18,12 @@ from lightning_compress.callbacks.base import (
     WeightCallback,
     check_run_ends,
     run_progress,
+    tell_of_left_out,
     tell_of_overlooked,
 )
+from lightning_compress.callbacks.deferral import held
 from lightning_compress.channels.graph import Kept
+from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.sparsity_groups import by_pattern
@@ -31,7 +34,8 @@ from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import GridMaker, make_maker
 from lightning_compress.quantization.weights import WeightQuantizer, check_entropy, check_sides
 from lightning_compress.schedules import EventClock
-from lightning_compress.targets import Coverage, Pattern, clean_path, deployed_part, select
+from lightning_compress.structure import StructureReader
+from lightning_compress.targets import Coverage, Pattern, clean_path, select
 
 __all__ = [
     "PostTrainingQuantization",
@@ -56,6 +60,8 @@ class PostTrainingQuantization(Callback):
     4
     """
 
+    waiting: StructureReader | None = None  # while nobody knows what of the module ships
+
     def __init__(
         self,
         *,
@@ -75,14 +81,48 @@ class PostTrainingQuantization(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes in the patterns before anything is trained."""
         if stage == "fit" and not is_overridden("configure_model", pl_module):
-            self.coverage = select(pl_module, self.include, self.exclude).coverage
+            self.coverage = select(pl_module, self.include, self.exclude, frozen=True).coverage
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    @held
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, which `configure_model` may have made since."""
-        self.coverage = select(pl_module, self.include, self.exclude).coverage
+        self.coverage = select(pl_module, self.include, self.exclude, frozen=True).coverage
         if self.include is None:
-            tell_of_overlooked(pl_module)
+            tell_of_overlooked(pl_module, trainer.optimizers)
+            tell_of_left_out(pl_module, self.coverage)
 
+    @held
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing, but while the structure is read."""
+
+    @held
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Nothing, but while the structure is read."""
+
+    @held
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing."""
+
+    @property
+    def state_key(self) -> str:
+        """Its name: it has no state."""
+        return type(self).__name__
+
+    def on_exception(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Leave no hooks."""
+        if self.waiting is not None:
+            self.waiting.stop()
+
+    @held
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Quantize: after averaging and the last pruning, which end with training."""
         self.coverage = quantize_weights(
@@ -476,6 +516,7 @@ class QuantizationAwareTraining(WeightCallback):
         Raises:
             ValueError: when no batch went through any of them.
         """
+        self.settle_copies()
         for norm in self._norms if self.freeze_batchnorm else ():
             norm.train(pl_module.training)
         if not self.started:

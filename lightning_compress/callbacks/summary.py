@@ -33,13 +33,32 @@ class CompressionSummary(Callback):
 
     def __init__(self, *, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=False)
+        self._printed = False
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Print which parameters each callback takes, and why it leaves the others."""
+        self._printed = False
+        self._print_coverage(trainer)
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """The same, where what ships is known only now."""
+        if not self._printed:
+            self._print_coverage(trainer)
+
+    def _print_coverage(self, trainer: Trainer) -> None:
         callbacks = _compressors(trainer)
-        if not callbacks:
+        if not callbacks or any(one.waiting is not None for one in callbacks):
             return
+        self._printed = True
         table = Table(title="Coverage: what is compressed, and why the rest is not")
         for heading in ("parameter", "shape", *(type(one).__name__ for one in callbacks)):
             table.add_column(heading, overflow="fold")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept, channel_graph, combine
 from lightning_compress.channels.resize import check_sizes, select_entries, shrink
 from lightning_compress.channels.trace import Labels, tensors_in
+from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
-from lightning_compress.targets import Target, clean_path, deployed_part
+from lightning_compress.targets import Target, clean_path
 
 __all__ = [
     "ChannelPlan",

@@ -317,6 +317,12 @@ def select_optimizer_state(
     """
     notes = []
     for optimizer in optimizers:
+        if hasattr(optimizer, "_numel_cache"):  # LBFGS: one flat vector of all parameters
+            if any(one in kept for group in optimizer.param_groups for one in group["params"]):
+                optimizer.state.clear()
+                optimizer._numel_cache = None  # type: ignore[attr-defined]
+                notes.append(f"{type(optimizer).__name__} begins anew: its state is of all weights")
+            continue
         for parameter, dims in kept.items():
             state = optimizer.state.get(parameter, {})
             odd = []

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.schedules import check_window
-from lightning_compress.targets import clean_path, deployed_part
+from lightning_compress.targets import clean_path
 
 __all__ = [
     "ChannelAdapter",

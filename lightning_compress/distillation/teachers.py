@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 DENSE = "dense"  # the dense run of an experiment, which alone can resolve it
+_WAYS = "give a copy (copy.deepcopy), or EMATeacher() for self-distillation"
 TeacherSpec = nn.Module | Mapping[str, Any] | Callable[[], nn.Module] | str | Path
 
 
@@ -168,19 +169,38 @@ def _fill(module: nn.Module, content: Mapping[str, Any], path: Path) -> None:
         raise TargetError(f"{path} does not fit {type(module).__name__}: {error}") from error
 
 
-def check_stranger(teacher: nn.Module, student: nn.Module) -> None:
-    """Check that the two share no parameter.
+def check_stranger(teacher: nn.Module, student: nn.Module, pairs: Sequence[str] = ()) -> None:
+    """Check that the two share nothing that trains: the teacher is frozen, and does not move.
+
+    Args:
+        teacher: of the run.
+        student: the model in training.
+        pairs: paths of the student's modules that are taught.
 
     Raises:
-        TargetError: when they do.
+        TargetError: naming what they share, and in which pair.
     """
-    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    if teacher is student:
+        raise TargetError(f"the teacher is the student: {_WAYS}")
+    own = {id(one): (name, one) for name, one in student.named_parameters()}
     shared = [own[id(one)] for one in teacher.parameters() if id(one) in own]
-    if teacher is student or shared:
-        raise TargetError(
-            f"the teacher is the student: they share {shared[:3] or 'everything'}; give a copy "
-            "(copy.deepcopy), or EMATeacher() for self-distillation"
-        )
+    taught = [
+        path for path in pairs if any(not path or name.startswith(f"{path}.") for name, _ in shared)
+    ]
+    if not taught and not any(one.requires_grad for _, one in shared):
+        return  # a part that is frozen on both sides, say
+    names = [name for name, _ in shared][:3]
+    if len(shared) == len(own):
+        raise TargetError(f"the teacher is the student: they share everything; {_WAYS}")
+    where = (
+        f"which the pair {taught[0]!r} teaches"
+        if taught
+        else f"which trains, while the pairs {list(pairs)} teach other modules"
+    )
+    raise TargetError(
+        f"the teacher shares {names} with the student, {where}: freezing the teacher would freeze "
+        f"it too; {_WAYS}"
+    )
 
 
 def prepare_teacher(teacher: nn.Module, student: nn.Module) -> None:
@@ -188,4 +208,7 @@ def prepare_teacher(teacher: nn.Module, student: nn.Module) -> None:
     like = next((one for one in student.parameters() if one.is_floating_point()), None)
     if like is not None:
         teacher.to(device=like.device, dtype=like.dtype)
+    shared = {one: one.training for one in student.modules()}
     teacher.eval().requires_grad_(False)
+    for one in teacher.modules():  # a frozen part of both keeps the student's mode
+        one.training = shared.get(one, False)

@@ -52,13 +52,15 @@ def save_compressed(
     reorder: bool = False,
     state: Mapping[str, Tensor] | None = None,
     workers: int = 1,
+    signed_zeros: bool = False,
 ) -> ArtifactInfo:
     """Writes every entry of a module's `state_dict` to one entropy-coded file.
 
-    Lossless with respect to the values that the module shows, unless `float_dtype` or one of the
-    rewritings below is asked for. Weights on a grid become symbols; other tensors the smallest of
-    plain values, a codebook, and non-zero values with a mask. The file appears as a whole or not
-    at all. Tensors are encoded one after the other: memory grows with the largest, not their sum.
+    Lossless with respect to the values that the module shows (-0.0 apart, see `signed_zeros`),
+    unless `float_dtype` or one of the rewritings below is asked for. Weights on a grid become
+    symbols; other tensors the smallest of plain values, a codebook, and non-zero values with a
+    mask. The file appears as a whole or not at all. Tensors are encoded one after the other:
+    memory grows with the largest, not their sum.
     Of a sharded module (FSDP2) all processes must call: tensors are gathered one by one, and the
     first process writes.
 
@@ -80,6 +82,8 @@ def save_compressed(
             average, or those of a checkpoint.
         workers: threads that encode tensors side by side; memory grows with their number. They
             gain little: the range coder keeps Python's lock.
+        signed_zeros: store -0.0 as such. Otherwise it becomes 0.0, which equals it: weights that
+            were pruned as `weight * mask` hold it in every second zero, half a bit each.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, or a
@@ -96,7 +100,7 @@ def save_compressed(
     ['bias', 'weight']
     """
     _check_module(module, "write_tensors")
-    encoding = Encoding(codec, float_dtype, workers)
+    encoding = Encoding(codec, float_dtype, workers, signed_zeros)
     to_shards(module)
     contents = module_contents(module, state or {})
     if (fold_batchnorm or reorder) and any(map(is_sharded, contents.tensors.values())):
@@ -127,6 +131,7 @@ def write_tensors(
     *,
     float_dtype: str | None = None,
     workers: int = 1,
+    signed_zeros: bool = False,
 ) -> ArtifactInfo:
     """Writes named tensors as `save_compressed` writes a module's, without a module.
 
@@ -137,9 +142,8 @@ def write_tensors(
     """
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
-    return write_contents(
-        Contents(tensors, {}, {}), Path(path), Encoding(codec, float_dtype, workers)
-    )
+    encoding = Encoding(codec, float_dtype, workers, signed_zeros)
+    return write_contents(Contents(tensors, {}, {}), Path(path), encoding)
 
 
 def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:

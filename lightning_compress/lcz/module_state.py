@@ -264,12 +264,15 @@ def sizes_in(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes, by stored name, of tensors that are smaller in a file than in the full module.
 
-    Only those that the file says were cut from the very shape that the module has.
+    Only those that the file says were cut from the very shape that the module has. Of tensors that
+    are tied it names one.
     """
+    sources = {record.name: record.tied or record.name for record in records}
+    cut = {sources[name]: shape for name, shape in lost.shapes.items() if name in sources}
     return {
         record.name: record.shape
         for record in records
-        if (full := lost.shapes.get(record.name)) is not None
+        if (full := cut.get(sources[record.name])) is not None
         and record.name in tensors
         and tuple(tensors[record.name].shape) == full
         and len(record.shape) == len(full)

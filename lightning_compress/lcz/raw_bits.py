@@ -16,7 +16,7 @@ from lightning_compress.lcz.bits import ByteReader, tally, varint
 
 __all__ = [
     "DTYPES", "PACKINGS", "dtype_name", "from_patterns", "inflate", "pack_patterns", "patterns",
-    "unpack_patterns", "word_size",
+    "unpack_patterns", "without_minus_zeros", "word_size",
 ]  # fmt: skip
 
 _NAMES = (
@@ -51,6 +51,25 @@ def patterns(tensor: Tensor) -> Patterns:
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().view(f"<u{word_size(tensor.dtype)}")
+
+
+def without_minus_zeros(tensor: Tensor) -> Tensor:
+    """The same values with 0.0 in place of -0.0, which `weight * mask` leaves; equal to them.
+
+    >>> without_minus_zeros(torch.tensor([-0.0, -1.0])).signbit().tolist()
+    [False, True]
+    """
+    if tensor.is_complex():
+        return torch.view_as_complex(without_minus_zeros(torch.view_as_real(tensor.resolve_conj())))
+    if not tensor.is_floating_point():
+        return tensor
+    bits = patterns(tensor)
+    minus = bits == 1 << 8 * bits.itemsize - 1
+    if not minus.any():
+        return tensor
+    return from_patterns(
+        np.where(minus, 0, bits).astype(bits.dtype), tensor.dtype, tuple(tensor.shape)
+    )
 
 
 def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

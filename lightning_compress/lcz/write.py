@@ -32,7 +32,7 @@ from lightning_compress.lcz.module_state import (
     write_channels,
 )
 from lightning_compress.lcz.parallel import check_workers, mapped, shown
-from lightning_compress.lcz.raw_bits import dtype_name
+from lightning_compress.lcz.raw_bits import dtype_name, without_minus_zeros
 from lightning_compress.lcz.tensors import encode_on_grid, encode_values, same_grid
 from lightning_compress.sharding import is_sharded, whole_tensor
 from lightning_compress.state import Grid
@@ -109,6 +109,7 @@ class Encoding:
         codec: of the symbols, as in `save_compressed`.
         float_dtype: what floats that are on no grid are cast to: None, "fp16" or "bf16".
         workers: threads that encode tensors side by side.
+        signed_zeros: whether -0.0 stays apart from 0.0.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, or no worker.
@@ -117,6 +118,7 @@ class Encoding:
     codec: str = "auto"
     float_dtype: str | None = None
     workers: int = 1
+    signed_zeros: bool = False
 
     def __post_init__(self) -> None:
         check_codec(self.codec)
@@ -216,6 +218,8 @@ def _tied_record(name: str, source: TensorRecord, *, has_grid: bool) -> TensorRe
 
 
 def _encode(name: str, tensor: Tensor, grid: Grid | None, encoding: Encoding) -> _Coded:
+    if not encoding.signed_zeros:
+        tensor = without_minus_zeros(tensor)
     record = TensorRecord(name, tuple(tensor.shape), dtype_name(tensor.dtype), zeros=_zeros(tensor))
     complaint = ""
     if grid is not None:

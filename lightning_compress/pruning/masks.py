@@ -24,9 +24,12 @@ __all__ = [
     "lowest_pruned",
     "pack_mask",
     "unpack_mask",
+    "were_pruned",
 ]
 _CHUNK = 1 << 18  # elements handled at once: bounds the extra memory of a prune event
 _HALF = 1 << 16
+_FEW_ZEROS = 0.3  # below, rounding to few bits may have made them
+_HEAVY = 2.5  # tails heavier than Laplace's, which trained weights may have
 _Pairs = Sequence[tuple[Tensor, Tensor | None]]
 
 
@@ -150,6 +153,28 @@ def _kth_key(pairs: _Pairs, rank: int, shards: Shards | None) -> tuple[int, int]
         below = int(cumulative[bucket] - counts[bucket])
         prefix = prefix * _HALF + bucket if level else bucket - _HALF // 2
     return prefix, below
+
+
+def were_pruned(steps: Tensor) -> bool:
+    """Whether weights on a grid hold more zeros than rounding makes, so that some were pruned.
+
+    Rounding a Laplace distribution makes a fraction `z` of zeros, and of what is left a fraction
+    `(1 - z)^2` lies further than one step from 0; of a Gaussian it is less. Pruned weights leave a
+    gap: what is left lies far out.
+
+    Args:
+        steps: whole steps from 0.
+
+    >>> far = torch.tensor([0, 0, 0, 0, 0, 0, 7, -5, 3, -4])
+    >>> were_pruned(far), were_pruned(far.clamp(-1, 1))
+    (True, False)
+    """
+    sizes = steps.abs()
+    zeros = float((sizes == 0).float().mean())
+    left = int((sizes > 0).sum())
+    if zeros < _FEW_ZEROS or not left:
+        return False
+    return int((sizes > 1).sum()) / left > _HEAVY * (1 - zeros) ** 2
 
 
 def pack_mask(mask: Tensor) -> Tensor:

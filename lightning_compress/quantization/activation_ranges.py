@@ -357,12 +357,15 @@ class ActivationQuantizer:
         self.last = state["last"]
 
 
-def calibration_batches(data: Iterable[object] | Tensor) -> list[object]:
+def calibration_batches(
+    data: Iterable[object] | Tensor, batch_to_args: Callable[[Any], Any] | None = None
+) -> list[object]:
     """The batches of calibration data, checked.
 
     Args:
         data: inputs of the module: each a tensor, a tuple or list of arguments, or a dict of
             keyword arguments. A single tensor is one batch.
+        batch_to_args: from what `data` yield to such inputs, where they are more, labels say.
 
     Raises:
         ValueError: when there is nothing, or values that are NaN or infinite.
@@ -371,6 +374,8 @@ def calibration_batches(data: Iterable[object] | Tensor) -> list[object]:
     2
     """
     batches: list[object] = [data] if isinstance(data, Tensor) else list(data)
+    if batch_to_args is not None:
+        batches = [batch_to_args(batch) for batch in batches]
     tensors = [[one for one in _values(batch) if isinstance(one, Tensor)] for batch in batches]
     if not any(one.numel() for row in tensors for one in row):
         raise ValueError("the calibration data are empty: give at least one batch of inputs")
@@ -388,10 +393,32 @@ def _values(batch: object) -> list[Any]:
 
 
 def run_batch(module: nn.Module, batch: object) -> object:
-    """Call a module on a batch of `calibration_batches`."""
+    """Call a module on a batch of `calibration_batches`.
+
+    Raises:
+        ValueError: naming the batch, when the module cannot take it.
+    """
+    try:
+        return module(**batch) if isinstance(batch, Mapping) else module(*_values(batch))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be called with a batch of the data, "
+            f"{_described(batch)}: {error}. Say what it is called with: "
+            "batch_to_args=lambda batch: ..., which returns a tensor, a tuple of arguments, or a "
+            "dict of them"
+        ) from error
+
+
+def _described(batch: object) -> str:
+    def named(one: object) -> str:
+        if isinstance(one, Tensor):
+            return f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}"
+        return type(one).__name__
+
     if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*_values(batch))
+        return "{" + ", ".join(f"{key!r}: {named(one)}" for key, one in batch.items()) + "}"
+    inside = ", ".join(map(named, _values(batch)))
+    return f"({inside})" if isinstance(batch, (tuple, list)) else inside
 
 
 def calibrate(module: nn.Module, side: ActivationQuantizer, batches: Sequence[object]) -> None:

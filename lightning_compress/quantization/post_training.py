@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.projection import Slot
 from lightning_compress.quantization.activation_ranges import (
@@ -30,7 +31,7 @@ from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids
-from lightning_compress.targets import Coverage, Pattern, Selection, deployed_part, select
+from lightning_compress.targets import Coverage, Pattern, Selection, select
 
 __all__ = [
     "POST_TRAINING_SCHEMES",
@@ -129,7 +130,7 @@ def _put_on_grids(
 ) -> Selection:
     """`enlarged`: weight -> factor of the picture that it reads, for sums that fit int8."""
     to_shards(module)
-    selection = select(module, include, exclude)
+    selection = select(module, include, exclude, frozen=True)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
         slot = Slot(target)
@@ -182,7 +183,7 @@ def quantize_dynamic(
     """
     check_bits("bits", bits)
     _check_names(scheme)
-    selection = select(module, include, exclude)
+    selection = select(module, include, exclude, frozen=True)
     layers, _ = activation_layers(module, selection.targets)
     with _evaluating(module):
         equalized = equalize_layers(module, layers) if equalize else []
@@ -206,6 +207,7 @@ def quantize_static(
     observer: str = "minmax",
     bias_correction: bool = False,
     equalize: bool = False,
+    batch_to_args: Callable[[Any], Any] | None = None,
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern = (),
 ) -> PostTrainingReport:
@@ -224,6 +226,8 @@ def quantize_static(
         observer: "minmax", "moving_average", "percentile" or "mse", of both sides.
         bias_correction: take the mean shift of each layer's output from its bias.
         equalize: first let layers share their ranges (`equalize_layers`).
+        batch_to_args: from a batch to what the module is called with, where it holds more: of a
+            loader of (x, label) pairs `lambda batch: batch[0]`.
         include: path globs or layer classes; None: the weights of the part that ships.
         exclude: the same, taken away again.
 
@@ -241,7 +245,10 @@ def quantize_static(
     check_bits("weight_bits", weight_bits)
     check_bits("activation_bits", activation_bits)
     _check_names(scheme, observer)
-    batches, selection = calibration_batches(data), select(module, include, exclude)
+    batches, selection = (
+        calibration_batches(data, batch_to_args),
+        select(module, include, exclude, frozen=True),
+    )
     layers, activations = activation_layers(module, selection.targets)
     with _evaluating(module):
         equalized = equalize_layers(module, layers) if equalize else []

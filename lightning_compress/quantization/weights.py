@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import check_bits
-from lightning_compress.projection import Slot
+from lightning_compress.projection import Slot, naming_divergence
 from lightning_compress.quantization.entropy import EntropyGrids, entropy_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.weight_quantizers import WEIGHT_SCHEMES, GridMaker, RangeGrids
@@ -179,16 +179,8 @@ class WeightQuantizer:
         """
         for slot, maker in self.pairs:
             if event or slot.path in stepped:
-                values = masked(slot)
-                try:
-                    moved = maker.step(values, event=event)
-                except ValueError as error:
-                    if _finite(slot, values):
-                        raise
-                    raise FloatingPointError(
-                        f"{slot.path} holds weights that are NaN or infinite: training has "
-                        "diverged. Lower the learning rate, or look at the data"
-                    ) from error
+                with naming_divergence([slot]):
+                    moved = maker.step(masked(slot), event=event)
                 if moved is not None:
                     slot.set_values(moved)
 
@@ -201,7 +193,8 @@ class WeightQuantizer:
         pairs = [(slot, one) for slot, one in self.pairs if isinstance(one, EntropyGrids)]
         told = {}
         if pairs and bits is not None:
-            found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
+            with naming_divergence([slot for slot, _ in pairs]):
+                found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
             if abs(found / bits - 1) > 0.05:
                 told["target"] = (
                     f"{found / 8:.0f} bytes is as near as a step comes to the target of "
@@ -218,7 +211,8 @@ class WeightQuantizer:
     def freeze(self) -> None:
         """Keep the grids."""
         for slot, maker in self.pairs:
-            maker.freeze(masked(slot))
+            with naming_divergence([slot]):
+                maker.freeze(masked(slot))
 
     def freeze_one(self, path: str) -> None:
         """Keep the grid of one weight."""
@@ -230,9 +224,10 @@ class WeightQuantizer:
         """Project all weights, those of other optimizers too, and count their bytes."""
         bits = 0.0
         for slot, _ in self.pairs:
-            slot.project()
-            if slot.grid is not None:
-                bits += entropy_bits(slot.grid.quantize(slot.data), spread=slot.spread)
+            with naming_divergence([slot]):
+                slot.project()
+                if slot.grid is not None:
+                    bits += entropy_bits(slot.grid.quantize(slot.data), spread=slot.spread)
         self.predicted_bytes = bits / 8
 
     def state_dict(self) -> dict[str, Any]:

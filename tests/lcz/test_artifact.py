@@ -159,7 +159,7 @@ class Holder(nn.Module):
 def test_any_tensor_comes_back_bit_for_bit(tmp_path_factory, dtype, shape, style, codec, seed):
     path = tmp_path_factory.getbasetemp() / "any.lcz"
     model = Holder(tensors_of(dtype, shape, style, seed))
-    info = save_compressed(model, path, codec)
+    info = save_compressed(model, path, codec, signed_zeros=True)
     fresh = Holder(torch.empty_like(model.t0))
     load_compressed(path, fresh)
     assert_same(model, fresh)
@@ -174,7 +174,7 @@ def test_forms_are_chosen_by_size(tmp_path):
     pixels = torch.tensor(load_digits().images[:100], dtype=torch.float64)
     nans = torch.randn(50) * torch.nan
     model = Holder(sparse, masked, few, pixels, torch.randn(50), nans, torch.ones(9).bool())
-    info = save_compressed(model, tmp_path / "a.lcz").per_tensor
+    info = save_compressed(model, tmp_path / "a.lcz", signed_zeros=True).per_tensor
     kinds = [info[f"t{i}"].kind for i in range(5)]
     assert kinds == ["mask", "mask", "codebook", "codebook", "plain"]
     assert info["t0"].bytes < 5000 * (0.469 + 0.1 * 32) / 8 * 1.05
@@ -255,7 +255,7 @@ def test_values_off_the_grid_warn_and_survive(tmp_path, value):
     with torch.no_grad():
         model.out.weight[0, 0] = value
     with pytest.warns(UserWarning, match=r"'out.weight' is not bit for bit on its grid") as caught:
-        info = save_compressed(model, tmp_path / "a.lcz")
+        info = save_compressed(model, tmp_path / "a.lcz", signed_zeros=True)
     assert caught[0].filename == __file__
     assert info.per_tensor["out.weight"].kind == "mask"
     fresh = load_compressed(tmp_path / "a.lcz", compressed(seed=1))

@@ -63,7 +63,7 @@ def scan_sensitivity(
     """
     check_scan(sparsities, bits, better)
     sign = 1.0 if better == "lower" else -1.0
-    targets = select(module, include, exclude).targets
+    targets = select(module, include, exclude, frozen=True).targets
     with evaluating(module):
         dense = float(score(module))
         layers = []

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_compress.budget.reference import part_bytes
 from lightning_compress.budget.sensitivity import LayerScan, Sensitivity
+from lightning_compress.deployment import deployed_part
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.evaluation.cost import torch_bytes
 from lightning_compress.lab.evaluation.profile import LayerProfile, profile_layers
@@ -24,7 +25,6 @@ from lightning_compress.lab.workflow.sensitivity import (
     print_sensitivity,
     scan_subject,
 )
-from lightning_compress.targets import deployed_part
 
 __all__ = [
     "Findings",

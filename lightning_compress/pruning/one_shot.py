@@ -1,0 +1,177 @@
+"""Prune a trained module in place: score, remove what is low, save. No Lightning, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.projection import Slot
+from lightning_compress.pruning.criteria import GradientStatistics, make_criterion
+from lightning_compress.pruning.granularity import layout_of, make_granularity
+from lightning_compress.pruning.layer_inputs import find_owner
+from lightning_compress.pruning.mask_plan import MaskPlan, normed_axis, row_leaders
+from lightning_compress.pruning.masks import SCOPES
+from lightning_compress.pruning.sparsity_groups import MIN_KEEP
+from lightning_compress.pruning.statistics import Criterion
+from lightning_compress.quantization.activation_ranges import calibration_batches, run_batch
+from lightning_compress.targets import Pattern, select
+
+__all__ = ["prune_weights"]
+
+
+@torch.no_grad()
+def prune_weights(
+    module: nn.Module,
+    sparsity: float | None = None,
+    *,
+    threshold: float | None = None,
+    criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
+    scope: str = "global",
+    granularity: str | Sequence[object] = "unstructured",
+    data: Iterable[object] | Tensor | None = None,
+    batch_to_args: Callable[[Any], Any] | None = None,
+    include: Sequence[Pattern] | Pattern | None = None,
+    exclude: Sequence[Pattern] | Pattern = (),
+) -> nn.Module:
+    """Set the weights of a trained module that are worth least to 0, in place.
+
+    Sparsity is the absolute fraction of zeros in the targets, exact to the weight; zeros that are
+    there already count first, and each target keeps 1 % where the sparsity leaves room for it, so
+    that no layer dies by accident. Weights that do not train are targets too. For a module that is
+    trained on afterwards, `GradualPruning(keep_zeros=True)` keeps the zeros.
+
+    Args:
+        module: of any kind.
+        sparsity: fraction of zeros in the targets, in [0, 1).
+        threshold: in its place: what scores below it goes; of "magnitude", `|W| < threshold`.
+        criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
+        scope: "global" compares all targets together, "layer" prunes each by the same fraction,
+            "erk" by Erdos-Renyi-Kernel densities.
+        granularity: as in `GradualPruning`; of "n:m" the sparsity is 1 - n/m.
+        data: batches that criteria of activations, Hessians and gradients look at. For those of
+            gradients the module must return its loss.
+        batch_to_args: from a batch to what the module is called with: a tensor, a tuple of
+            arguments, or a dict of them; None: the batch itself.
+        include: path globs or layer classes; None: the weights of the deployed part.
+        exclude: the same, taken away again.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: for values outside their range, data that are missing, empty or not finite.
+        TargetError: for patterns that match nothing.
+
+    >>> layer = nn.Linear(4, 1)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -2.0, 0.0, 3.0]]))
+    >>> prune_weights(layer, 0.5).weight.data
+    tensor([[ 0., -2.,  0.,  3.]])
+    >>> prune_weights(layer, threshold=2.5).weight.data
+    tensor([[0., 0., 0., 3.]])
+    """
+    _check(sparsity, threshold, scope)
+    units, judge = make_granularity(granularity), make_criterion(criterion)
+    slots = [Slot(target) for target in select(module, include, exclude, frozen=True).targets]
+    if judge.window and data is None:
+        raise ValueError(
+            f"criterion={criterion!r} looks at what goes through the layers: give data=[...], "
+            "batches that the module is called with"
+        )
+    judge.begin(slots)
+    try:
+        if judge.window and data is not None:
+            _gather(module, slots, judge, calibration_batches(data, batch_to_args))
+        scores = [judge.scores(slot) for slot in slots]
+        for slot in slots:
+            slot.pruned = slot.data == 0
+        if threshold is None:
+            plan = MaskPlan(units, SCOPES[scope], reopen=False)
+            plan.layouts = {one.path: layout_of(module, one.target.path) for one in slots}
+            plan.check(slots)
+            wanted = units.limit if units.limit < 1 else float(sparsity or 0.0)
+            plan.floors = {one.path: min(MIN_KEEP, 1 - wanted) for one in slots}
+            masks = plan.masks(slots, scores, wanted)
+        else:
+            masks = [_above(*pair, threshold) for pair in zip(slots, scores, strict=True)]
+        for slot, mask in zip(slots, masks, strict=True):
+            slot.set_mask(mask & ~slot.pruned if slot.pruned is not None else mask)
+            update = getattr(judge, "update", None)
+            if update is not None and (values := update(slot, mask)) is not None:
+                slot.set_values(values)
+            slot.project()
+    finally:
+        judge.end()
+    return module
+
+
+def _check(sparsity: float | None, threshold: float | None, scope: str) -> None:
+    if (sparsity is None) == (threshold is None):
+        raise ValueError(
+            f"sparsity={sparsity!r}, threshold={threshold!r}: give one of the two, such as "
+            "sparsity=0.9 or threshold=0.01"
+        )
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1)")
+    if threshold is not None and not threshold > 0:
+        raise ValueError(f"threshold={threshold!r} must be above 0")
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r}: valid are {list(SCOPES)}")
+
+
+def _above(slot: Slot, scores: Tensor, threshold: float) -> Tensor:
+    mask = scores >= threshold
+    if (axis := normed_axis(slot.target)) is not None:  # its norm divides: no row may die
+        mask |= row_leaders(slot.values(), axis, None)
+    return mask
+
+
+def _gather(
+    module: nn.Module, slots: Sequence[Slot], judge: Criterion, batches: Sequence[object]
+) -> None:
+    gradients = isinstance(judge, GradientStatistics)
+    with _watched(module, slots, gradients=gradients):
+        for batch in batches:
+            with torch.set_grad_enabled(gradients):
+                out = run_batch(module, batch)
+            if not gradients:
+                continue
+            if not (isinstance(out, Tensor) and out.numel() == 1 and out.requires_grad):
+                raise ValueError(
+                    f"criterion {type(judge).__name__} needs gradients of a loss, and the module "
+                    f"returns {_named(out)}: give a module that returns its loss, or another "
+                    "criterion"
+                )
+            torch.autograd.backward(out, inputs=[slot.parameter for slot in slots])
+
+
+def _named(out: object) -> str:
+    return f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else str(type(out))
+
+
+@contextmanager
+def _watched(module: nn.Module, slots: Sequence[Slot], *, gradients: bool) -> Iterator[None]:
+    """Eval mode, but for the layers that are looked at; what training would need, for a while."""
+    modes = {layer: layer.training for layer in module.modules()}
+    trained = {slot.parameter: slot.parameter.requires_grad for slot in slots}
+    before = {slot.parameter: slot.parameter.grad for slot in slots}
+    module.eval()
+    for owner in filter(None, map(find_owner, slots)):
+        owner.training = True  # statistics are of layers in training mode
+    with ExitStack() as stack:
+        if gradients:
+            for slot in slots:
+                slot.parameter.requires_grad = True
+                slot.parameter.grad = None
+                stack.callback(slot.parameter.register_hook(slot.mask_gradient).remove)
+        try:
+            yield
+        finally:
+            for parameter, trains in trained.items():
+                parameter.requires_grad = trains
+                parameter.grad = before[parameter]
+            for layer, mode in modes.items():
+                layer.training = mode
