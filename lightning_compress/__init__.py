@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         ArtifactCallback,
         BalanceGuard,
         ChannelPruning,
+        CompressedCheckpoint,
+        CompressedEarlyStopping,
         CompressionSummary,
         GradualPruning,
         Guard,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
         write_tensors,
     )
     from lightning_compress.lcz.header import ArtifactInfo
+    from lightning_compress.lcz.restoring import restore_compression
     from lightning_compress.projection import Projector
     from lightning_compress.quantization.fake_quantize import fake_quantized
     from lightning_compress.quantization.post_training import (
@@ -64,6 +67,8 @@ __all__ = [
     "ArtifactInfo",
     "BalanceGuard",
     "ChannelPruning",
+    "CompressedCheckpoint",
+    "CompressedEarlyStopping",
     "CompressionState",
     "CompressionSummary",
     "Constant",
@@ -110,6 +115,7 @@ __all__ = [
     "quantize_weights",
     "read_tensors",
     "rebuild_channels",
+    "restore_compression",
     "save_compressed",
     "sparsity",
     "write_tensors",
@@ -118,10 +124,11 @@ __all__ = [
 # Where the names of `__all__` are; for who reads types the imports above say the same.
 _HOMES = {
     "callbacks": (
-        "ArtifactCallback BalanceGuard ChannelPruning CompressionSummary GradualPruning Guard "
-        "KnowledgeDistillation OnlineTeacher PosteriorGuard PostTrainingQuantization "
-        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Rewinding "
-        "ScoreMonitor StopOnNonFinite ThresholdPruning"
+        "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
+        "CompressedEarlyStopping CompressionSummary GradualPruning Guard KnowledgeDistillation "
+        "OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
+        "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
+        "ThresholdPruning"
     ),
     "channels.resize": "match_channels rebuild_channels",
     "channels.student": "initialize_from_teacher",
@@ -135,6 +142,7 @@ _HOMES = {
     "errors": "CorruptArtifactError MissingExtraError TargetError",
     "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
     "lcz.header": "ArtifactInfo",
+    "lcz.restoring": "restore_compression",
     "projection": "Projector",
     "quantization.fake_quantize": "fake_quantized",
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",

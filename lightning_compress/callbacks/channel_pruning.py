@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_compress.budget.levers import ChannelLever, Lever, Limits
+from lightning_compress.callbacks.base import is_trial_run
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.calls import Samples, place_inputs
@@ -25,6 +26,7 @@ from lightning_compress.channels.remover import Cutter, Goal
 from lightning_compress.channels.resize import CHANNELS, match_channels
 from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
 from lightning_compress.errors import TargetError
+from lightning_compress.projection import Slot
 from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.schedules import Events
@@ -271,6 +273,15 @@ class ChannelCallback(MaskCallback):
         """Whether more is to go at a position."""
         return self.plan is not None and self.goal.needs(position)
 
+    @property
+    def schedule_over(self) -> bool:
+        """Whether all channels are gone that are to go."""
+        return self._leaving is None and super().schedule_over
+
+    def fit_results(self) -> dict[str, Any]:
+        """The channels that stayed too."""
+        return {**super().fit_results(), "kept": dict(self.kept), "refused": dict(self.refused)}
+
     def _scores(self) -> Scores:
         assert self.cutter is not None
         if self.criterion in ("magnitude", "batchnorm"):
@@ -291,11 +302,12 @@ class ChannelCallback(MaskCallback):
 
     def on_save_checkpoint(
         self,
-        trainer: Trainer,  # noqa: ARG002
+        trainer: Trainer,
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
         """Say which entries stay, so that the full model can be cut before it is loaded."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
 
@@ -469,6 +481,17 @@ class ChannelPruning(ChannelCallback):
         if self._samples is not None and self._samples.complete:
             self._make_plan(pl_module, self._samples.take())
 
+    def on_targets_changed(
+        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+    ) -> None:
+        """Go on with the channels that were found: what came since keeps its width."""
+        super().on_targets_changed(trainer, module, added)
+        if added:
+            rank_zero_warn(
+                f"{self.state_key}: channels of {[slot.path for slot in added]} stay: the layers "
+                "came after the channels were found, when training began"
+            )
+
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
         late = self.events.over and not self.led
@@ -552,17 +575,23 @@ class ChannelPruning(ChannelCallback):
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
         if self.cutter is None:
-            self._miss(f"{self.state_key}: no batch went through {self._samples}")
+            self._miss(trainer, f"{self.state_key}: no batch went through {self._samples}")
             return
         wanted = self.goal.final
         if not self.led and self.left > wanted * (1 + 1e-9):
+            why = (
+                f"the run ended before end={self.events.end!r} and {self.fade} steps of fading "
+                "were over"
+            )
             self._miss(
+                trainer,
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
-                f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
-                "of fading were over"
+                f"{wanted:.4f}: {self.why_no_steps() or why}",
             )
 
-    def _miss(self, message: str) -> None:
+    def _miss(self, trainer: Trainer, message: str) -> None:
+        if is_trial_run(trainer):  # it reaches nothing
+            return
         if self.on_miss == "raise":
             raise RuntimeError(message)
         rank_zero_warn(message)
