@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         ArtifactCallback,
         BalanceGuard,
         ChannelPruning,
+        CompressedCheckpoint,
+        CompressedEarlyStopping,
         CompressionSummary,
         GradualPruning,
         Guard,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         StopOnNonFinite,
         ThresholdPruning,
     )
+    from lightning_compress.channels.following import apply_compression
     from lightning_compress.channels.resize import match_channels, rebuild_channels
     from lightning_compress.channels.student import initialize_from_teacher
     from lightning_compress.conversion.checks import Parity
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from lightning_compress.distillation.pairs import Pair, Ramp
     from lightning_compress.distillation.teachers import EMATeacher
     from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
-    from lightning_compress.following import apply_compression
     from lightning_compress.lcz.artifact import (
         inspect_compressed,
         load_compressed,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         write_tensors,
     )
     from lightning_compress.lcz.header import ArtifactInfo
+    from lightning_compress.lcz.restoring import restore_compression
     from lightning_compress.projection import Projector
     from lightning_compress.pruning.one_shot import prune_weights
     from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -70,6 +73,8 @@ __all__ = [
     "ArtifactInfo",
     "BalanceGuard",
     "ChannelPruning",
+    "CompressedCheckpoint",
+    "CompressedEarlyStopping",
     "CompressionState",
     "CompressionSummary",
     "Constant",
@@ -118,6 +123,7 @@ __all__ = [
     "quantize_weights",
     "read_tensors",
     "rebuild_channels",
+    "restore_compression",
     "save_compressed",
     "sparsity",
     "write_tensors",
@@ -126,10 +132,11 @@ __all__ = [
 # Where the names of `__all__` are; for who reads types the imports above say the same.
 _HOMES = {
     "callbacks": (
-        "ArtifactCallback BalanceGuard ChannelPruning CompressionSummary GradualPruning Guard "
-        "KnowledgeDistillation OnlineTeacher PosteriorGuard PostTrainingQuantization "
-        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Rewinding "
-        "ScoreMonitor StopOnNonFinite ThresholdPruning"
+        "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
+        "CompressedEarlyStopping CompressionSummary GradualPruning Guard KnowledgeDistillation "
+        "OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
+        "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
+        "ThresholdPruning"
     ),
     "channels.resize": "match_channels rebuild_channels",
     "channels.student": "initialize_from_teacher",
@@ -141,9 +148,10 @@ _HOMES = {
     "distillation.pairs": "Pair Ramp",
     "distillation.teachers": "EMATeacher",
     "errors": "CorruptArtifactError MissingExtraError TargetError",
-    "following": "apply_compression",
+    "channels.following": "apply_compression",
     "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
     "lcz.header": "ArtifactInfo",
+    "lcz.restoring": "restore_compression",
     "projection": "Projector",
     "pruning.one_shot": "prune_weights",
     "quantization.fake_quantize": "fake_quantized",

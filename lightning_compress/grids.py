@@ -16,6 +16,8 @@ __all__ = [
     "channel_axis",
     "check_bits",
     "grid_of_range",
+    "grid_step",
+    "range_of_grid",
 ]
 
 
@@ -171,6 +173,29 @@ def grid_of_range(
     scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
     zero = torch.zeros_like(low) if symmetric else torch.round(-low / scale).clamp(0, levels)
     return AffineGrid(scale, zero.to(torch.int32), bits, symmetric, axis)
+
+
+def range_of_grid(grid: AffineGrid) -> tuple[Tensor, Tensor]:
+    """The lowest and highest values on a grid; `grid_of_range` makes it of them again.
+
+    >>> low, high = range_of_grid(grid_of_range(torch.zeros(1), torch.ones(1), bits=2,
+    ...                                         symmetric=False))
+    >>> low, high
+    (tensor([0.]), tensor([1.]))
+    """
+    low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+    return grid.scale * low, grid.scale * high
+
+
+def grid_step(grid: AffineGrid | CodebookGrid, weight: Tensor) -> Tensor:
+    """The distance of neighbours on a grid, the largest of a codebook, to broadcast over a weight.
+
+    >>> grid_step(CodebookGrid(torch.tensor([-1.0, 0.0, 0.5])), torch.zeros(2, 2))
+    tensor(1.)
+    """
+    if isinstance(grid, CodebookGrid):
+        return grid.centres.diff().max().to(weight.device)
+    return grid._along_axis(grid.scale, weight)
 
 
 def check_bits(name: str, bits: object) -> None:

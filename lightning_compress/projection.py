@@ -21,12 +21,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
-from lightning_compress.grids import AffineGrid
+from lightning_compress.grids import AffineGrid, grid_step
 from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, local_part, shards_of
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
 __all__ = ["Projector", "Slot", "naming_divergence"]
+
+_FEW = 256
 
 Quantizer = Callable[[Tensor], Grid]
 _HALF = (
@@ -56,6 +58,7 @@ class Slot:
         self.latent: Tensor | None = None
         self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
+        self._rewritten: Tensor | None = None  # whether somebody else wrote into it before
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
         # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
         self.gradient_rule: Callable[[Tensor], None] | None = None
@@ -148,15 +151,53 @@ class Slot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the latent values into the parameter, so that the optimizer updates them."""
+        """Put the latent values into the parameter, so that the optimizer updates them.
+
+        What somebody else wrote into the parameter since counts: there it is the new latent value.
+        Where that happens again (clamping or normalisation at each step), the latent value keeps
+        its distance to its grid point, up to a step: otherwise no update smaller than half a step
+        would ever show.
+        """
         if self.latent is None or self._holds_latent:
             return
-        masked = self._masked_latent(self.latent)
-        expected = masked if self.grid is None else self.grid.project(masked)
-        # Where somebody else wrote (weight clamping, user code), what was written counts.
-        data = self.data
-        data.copy_(torch.where(data == expected, self.latent, data))
+        data, expected = self.data, self._expected(self.latent)
+        if data.device.type == "cpu" and torch.equal(data, expected):
+            data.copy_(self.latent)
+        else:  # without asking whether anything differs, for which a GPU would have to wait
+            other = data != expected
+            written = data
+            if self._rewritten is not None:
+                written = data + self._rewritten * self._distance(self.latent, expected)
+            again = False if self._rewritten is None else self._rewritten
+            self._rewritten = other.any() | again
+            data.copy_(torch.where(other, written, self.latent))
         self._holds_latent = True
+
+    def _expected(self, latent: Tensor) -> Tensor:
+        """What the parameter holds, unless somebody else wrote into it."""
+        masked = self._masked_latent(latent)
+        return masked if self.grid is None else self.grid.project(masked)
+
+    def _distance(self, latent: Tensor, expected: Tensor) -> Tensor:
+        """How far latent values lie from their grid points, a step at most."""
+        if self.grid is None:
+            return torch.zeros_like(latent)
+        step = grid_step(self.grid, latent).to(latent.dtype)
+        return (latent - expected).clamp(-step, step)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether somebody else wrote into the parameter since it was projected."""
+        if self._holds_latent:
+            return False
+        if self.latent is None:
+            return self.pruned is not None and bool(self.data[self.pruned].any())
+        return not torch.equal(self.data, self._expected(self.latent))
+
+    def settle(self) -> None:
+        """Project what somebody else wrote since the last step."""
+        if self.overwritten:
+            self.project(same_grid=self.shards is not None)
 
     @contextmanager
     def unprojected(self) -> Iterator[None]:
@@ -294,7 +335,9 @@ class Projector:
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._owners: dict[str, list[int]] = {}
         self._handlers: list[tuple[int, Callable[[], None]]] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[int, list[RemovableHandle]] = {}  # on optimizers, by index
+        self._gradients: dict[str, RemovableHandle] = {}  # on parameters, by path
+        self._marks: dict[int, _Mark] = {}  # of optimizers that have made no step yet
 
     @classmethod
     def of(cls, module: nn.Module) -> Projector:
@@ -307,53 +350,114 @@ class Projector:
         return _REGISTRY.get(module)
 
     def add(self, target: Target) -> Slot:
-        """Take a parameter under projection, or return the slot it has."""
+        """Take a parameter under projection, or return the slot it has.
+
+        A parameter that has taken another's place gets a slot of its own.
+        """
         path = clean_path(target.path)
         slot = self.slots.get(path)
+        if slot is not None and slot.parameter is not target.parameter:
+            self.drop(path)
+            slot = None
         if slot is None:
             slot = self.slots[path] = Slot(target)
             if target.parameter.requires_grad:  # a frozen weight gets no gradient
-                self._handles.append(_hook_gradient(slot))
+                self._gradients[path] = _hook_gradient(slot)
         return slot
+
+    def drop(self, path: str) -> None:
+        """Let go of a parameter that is no longer the module's."""
+        del self.slots[path]
+        if (handle := self._gradients.pop(path, None)) is not None:
+            handle.remove()
+        self._owners.pop(path, None)
 
     def on_step(self, handler: Callable[[], None], *, order: int) -> None:
         """Run a handler after each optimizer step, before projecting; lower orders go first."""
         self._handlers.append((order, handler))
         self._handlers.sort(key=lambda pair: pair[0])
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Hook the optimizers that own the slots; calling again takes in new slots.
+    def attach(self, optimizers: Sequence[Optimizer], *, strict: bool = True) -> list[str]:
+        """Hook the optimizers that own the slots; calling again takes in new slots and optimizers.
+
+        An optimizer in another's place goes on with its clock; one more begins with that of the
+        slowest owner.
+
+        Args:
+            optimizers: all of them.
+            strict: refuse slots that no optimizer owns.
+
+        Returns:
+            Paths of slots that no optimizer owns.
 
         Raises:
             TargetError: when an optimizer keeps weights of its own, or owns none of the slots.
         """
-        if not self._optimizers:
-            for index, optimizer in enumerate(optimizers):
-                _check_optimizer(optimizer)
-                self._optimizers.append(weakref.ref(optimizer))
-                self._hook(optimizer, index)
-            self.steps = self.steps or [0] * len(optimizers)
         groups = [_parameter_ids(optimizer) for optimizer in optimizers]
         for path, slot in self.slots.items():
             self._owners[path] = [i for i, ids in enumerate(groups) if id(slot.parameter) in ids]
+            if slot.parameter.requires_grad and path not in self._gradients:  # thawed since
+                self._gradients[path] = _hook_gradient(slot)
+        begun = min((self.steps[i] for i in self._in_use() if i < len(self.steps)), default=0)
+        self.steps += [begun] * (len(optimizers) - len(self.steps))
+        for index, optimizer in enumerate(optimizers):
+            if index not in self._handles or self._optimizers[index]() is not optimizer:
+                _check_optimizer(optimizer)
+                self._unhook(index)
+                self._optimizers[index : index + 1] = [weakref.ref(optimizer)]
+                self._hook(optimizer, index)
+        for index in range(len(optimizers), len(self._optimizers)):
+            self._unhook(index)
+        del self._optimizers[len(optimizers) :]
         orphans = [
             path
             for path, owners in self._owners.items()
             if not owners and self.slots[path].parameter.requires_grad
         ]
-        if orphans:
+        if orphans and strict:
             raise TargetError(
                 f"no optimizer owns {orphans}: such weights never train; exclude them, or give "
                 "them to an optimizer in configure_optimizers"
             )
+        return orphans
+
+    def is_attached_to(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether these are the optimizers whose steps are watched."""
+        known = [reference() for reference in self._optimizers]
+        same = zip(known, optimizers, strict=False)
+        return len(known) == len(optimizers) and all(one is other for one, other in same)
+
+    def idle(self, paths: Sequence[str]) -> list[tuple[Optimizer, bool]]:
+        """Optimizers that own the parameters and have made no step since they were hooked.
+
+        Returns:
+            Each with whether the weights have changed all the same.
+        """
+        found = []
+        for index in sorted({index for path in paths for index in self._owners.get(path, ())}):
+            optimizer, mark = self._optimizers[index](), self._marks.get(index)
+            if optimizer is not None and mark is not None:
+                slot = self.slots.get(mark.path)
+                found.append((optimizer, slot is not None and mark.moved(slot)))
+        return found
+
+    def _in_use(self) -> set[int]:
+        return {index for owners in self._owners.values() for index in owners}
+
+    def _unhook(self, index: int) -> None:
+        for handle in self._handles.pop(index, []):
+            handle.remove()
+        self._marks.pop(index, None)
 
     def detach(self) -> None:
         """Remove all hooks; the parameters stay visible."""
         for slot in self.slots.values():
             slot.hide(alone=True)
-        for handle in self._handles:
+        for index in list(self._handles):
+            self._unhook(index)
+        for handle in self._gradients.values():
             handle.remove()
-        self._handles.clear()
+        self._gradients.clear()
         self._handlers.clear()
         self._optimizers.clear()
         for module in [module for module, one in _REGISTRY.items() if one is self]:
@@ -364,10 +468,15 @@ class Projector:
 
         Frozen weights have none: where all are, the fastest optimizer counts.
         """
-        owners = {index for path in paths for index in self._owners[path]}
+        owners = {index for path in paths for index in self._owners[path]} or self._in_use()
         if not owners:
             return max(self.steps, default=0)
         return min(self.steps[index] for index in owners)
+
+    def settle(self) -> None:
+        """Project what user code wrote into parameters since the last step."""
+        for slot in self.slots.values():
+            slot.settle()
 
     def project(self) -> None:
         """Make every parameter visible."""
@@ -382,8 +491,12 @@ class Projector:
             if not self.asleep:
                 self._after_step(index)
 
-        self._handles.append(optimizer.register_step_pre_hook(_untraced(before)))
-        self._handles.append(optimizer.register_step_post_hook(_untraced(after)))
+        self._handles[index] = [
+            optimizer.register_step_pre_hook(_untraced(before)),
+            optimizer.register_step_post_hook(_untraced(after)),
+        ]
+        if owned := self._owned(index):
+            self._marks[index] = _Mark(owned[0])
 
     def _owned(self, index: int) -> list[Slot]:
         return [self.slots[path] for path, owners in self._owners.items() if index in owners]
@@ -412,10 +525,28 @@ class Projector:
 
     def _after_step(self, index: int) -> None:
         self.steps[index] += 1
+        self._marks.pop(index, None)
         for _, handler in self._handlers:
             handler()
         for slot in self._owned(index):
             slot.project()
+
+
+class _Mark:
+    """A few values of a weight, to tell later whether it was updated."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.path, self.values = slot.path, self._few(slot)
+
+    @staticmethod
+    def _few(slot: Slot) -> Tensor:
+        return slot.values().reshape(-1)[:_FEW].clone()
+
+    def moved(self, slot: Slot) -> bool:
+        """Whether the weight has other values now."""
+        now = self._few(slot)
+        same = now.shape == self.values.shape and torch.equal(now, self.values)
+        return slot.overwritten or not same
 
 
 def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""Sample inputs of a student's module, so that mistakes show before training."""
+"""Sample inputs of modules: batches as arguments, and what a submodule receives."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from lightning_compress.modes import evaluating_eager, own_random_stream
 
 __all__ = [
     "as_inputs",
+    "calibration_batches",
     "placed",
+    "run_batch",
     "sample_inputs",
     "take_rows",
 ]
@@ -101,3 +104,67 @@ def placed(inputs: tuple[Any, ...], module: nn.Module) -> tuple[Any, ...]:
         return one.to(like.device, like.dtype if one.is_floating_point() else None)
 
     return pytree.tree_map(place, inputs)
+
+
+def calibration_batches(
+    data: Iterable[object] | Tensor, batch_to_args: Callable[[Any], Any] | None = None
+) -> list[object]:
+    """The batches of calibration data, checked.
+
+    Args:
+        data: inputs of the module: each a tensor, a tuple or list of arguments, or a dict of
+            keyword arguments. A single tensor is one batch.
+        batch_to_args: from what `data` yield to such inputs, where they are more, labels say.
+
+    Raises:
+        ValueError: when there is nothing, or values that are NaN or infinite.
+
+    >>> len(calibration_batches([torch.zeros(2, 3), (torch.ones(2, 3),)]))
+    2
+    """
+    batches: list[object] = [data] if isinstance(data, Tensor) else list(data)
+    if batch_to_args is not None:
+        batches = [batch_to_args(batch) for batch in batches]
+    tensors = [[one for one in _values(batch) if isinstance(one, Tensor)] for batch in batches]
+    if not any(one.numel() for row in tensors for one in row):
+        raise ValueError("the calibration data are empty: give at least one batch of inputs")
+    for index, row in enumerate(tensors):
+        for one in row:
+            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
+                raise ValueError(f"batch {index} of the calibration data holds NaN or infinity")
+    return batches
+
+
+def _values(batch: object) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
+
+
+def run_batch(module: nn.Module, batch: object) -> object:
+    """Call a module on a batch of `calibration_batches`.
+
+    Raises:
+        ValueError: naming the batch, when the module cannot take it.
+    """
+    try:
+        return module(**batch) if isinstance(batch, Mapping) else module(*_values(batch))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be called with a batch of the data, "
+            f"{_described(batch)}: {error}. Say what it is called with: "
+            "batch_to_args=lambda batch: ..., which returns a tensor, a tuple of arguments, or a "
+            "dict of them"
+        ) from error
+
+
+def _described(batch: object) -> str:
+    def named(one: object) -> str:
+        if isinstance(one, Tensor):
+            return f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}"
+        return type(one).__name__
+
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {named(one)}" for key, one in batch.items()) + "}"
+    inside = ", ".join(map(named, _values(batch)))
+    return f"({inside})" if isinstance(batch, (tuple, list)) else inside

@@ -20,10 +20,12 @@ __all__ = [
     "forget_removed",
     "has_grid",
     "known_grid",
+    "known_mask",
     "note_removed",
     "removed_channels",
     "set_activation_grids",
     "set_grid",
+    "set_known_mask",
 ]
 
 Grid = AffineGrid | CodebookGrid
@@ -32,6 +34,7 @@ Grid = AffineGrid | CodebookGrid
 _ATTRIBUTE = "_compression_grids"
 _ACTIVATIONS = "_compression_activations"
 _CHANNELS = "_compression_channels"
+_MASKS = "_compression_masks"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,26 @@ def known_grid(layer: nn.Module, name: str) -> Grid | None:
 def clear_grid(layer: nn.Module, name: str) -> None:
     """Forget the grid of `layer.<name>`, if it had one."""
     layer.__dict__.get(_ATTRIBUTE, {}).pop(name, None)
+
+
+def known_mask(layer: nn.Module, name: str) -> Tensor | None:
+    """The mask (True where a weight stays) that was restored for `layer.<name>`, if one was."""
+    return layer.__dict__.get(_MASKS, {}).get(name)
+
+
+def set_known_mask(layer: nn.Module, name: str, mask: Tensor | None) -> None:
+    """Remember the mask of `layer.<name>`, so that the next fit keeps its zeros; None forgets it.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 1)
+    >>> set_known_mask(layer, "weight", torch.tensor([[True, False]]))
+    >>> known_mask(layer, "weight").tolist(), known_mask(layer, "bias")
+    ([[True, False]], None)
+    """
+    masks = layer.__dict__.setdefault(_MASKS, {})
+    masks.pop(name, None)
+    if mask is not None:
+        masks[name] = mask
 
 
 def activation_grids(layer: nn.Module) -> ActivationGrids | None:

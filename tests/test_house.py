@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compress"
 FLOORS = (
     ("errors", "files", "modes", "hooks", "schedules", "grids"),
-    ("targets", "sample_inputs", "sharding", "state", "projection"),
+    (
+        "copies",
+        "deployment",
+        "targets",
+        "sample_inputs",
+        "sharding",
+        "state",
+        "projection",
+        "following",
+        "structure",
+    ),  # fmt: skip
     ("pruning", "quantization"),
     ("channels",),
     ("lcz",),

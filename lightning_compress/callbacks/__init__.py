@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress.callbacks.artifact import ArtifactCallback
 from lightning_compress.callbacks.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.compressed_scores import (
+    CompressedCheckpoint,
+    CompressedEarlyStopping,
+)
 from lightning_compress.callbacks.gradual_pruning import GradualPruning, Rewinding
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
@@ -29,6 +33,8 @@ __all__ = [
     "ArtifactCallback",
     "BalanceGuard",
     "ChannelPruning",
+    "CompressedCheckpoint",
+    "CompressedEarlyStopping",
     "CompressionSummary",
     "EpochCheckpoint",
     "GiveUp",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_compress.callbacks.base import is_trial_run
 from lightning_compress.files import check_writable
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.lcz.codecs import check_codec
@@ -84,8 +87,18 @@ class ArtifactCallback(Callback):
         """Write the file: after averaging and quantization, which end with training."""
         target, shipped = self._target(trainer), self._shipped(pl_module)
         # The parts of a sharded module are with all processes; one of them writes.
-        if trainer.is_global_zero or any(map(is_sharded, shipped.state_dict().values())):
-            self.info = self._save(shipped, target)
+        if not trainer.is_global_zero and not any(map(is_sharded, shipped.state_dict().values())):
+            return
+        if is_trial_run(trainer):  # find errors, and leave the file of a real run alone
+            with tempfile.TemporaryDirectory() as folder:
+                self.info = self._save(shipped, Path(folder) / target.name)
+            rank_zero_info(f"fast_dev_run: {target} could be written, and was left as it is")
+            return
+        self.info = self._save(shipped, target)
+
+    def fit_results(self) -> dict[str, Any]:
+        """What the file holds, for when the fit ran in another process."""
+        return {"info": self.info}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Stop listening."""

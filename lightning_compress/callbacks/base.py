@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
+from lightning_compress.callbacks.spawned import bring_results_back, results_come_back
+from lightning_compress.channels.following import FollowedCopies
+from lightning_compress.channels.resize import rebuild_channels
 from lightning_compress.copies import Copy, frozen_copies
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
-from lightning_compress.following import FollowedCopies
+from lightning_compress.lcz.restoring import STATE, attach_state, has_state, pack_state
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.pruning.masks import were_pruned
 from lightning_compress.sharding import to_shards
-from lightning_compress.state import known_grid
+from lightning_compress.state import (
+    ActivationGrids,
+    CompressionState,
+    compression_state,
+    known_grid,
+    known_mask,
+    removed_channels,
+    set_grid,
+)
 from lightning_compress.structure import StructureReader
-from lightning_compress.targets import Coverage, Pattern, left_out, overlooked, select
+from lightning_compress.targets import (
+    Coverage,
+    Pattern,
+    Selection,
+    clean_path,
+    left_out,
+    overlooked,
+    select,
+)
 
-__all__ = ["WeightCallback", "check_run_ends", "run_progress", "tell_of_overlooked"]
+__all__ = [
+    "WeightCallback",
+    "builds_layers_later",
+    "check_run_ends",
+    "is_trial_run",
+    "run_progress",
+    "tell_of_overlooked",
+]
 
 _ENDLESS = (
     "begin and end are fractions of the run, but the run has no end: set max_epochs or max_steps "
@@ -45,6 +75,16 @@ def check_run_ends(trainer: Trainer) -> None:
     """
     if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
         raise ValueError(_ENDLESS)
+
+
+def is_trial_run(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which is to find errors and reaches nothing."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def builds_layers_later(module: LightningModule) -> bool:
+    """Whether a module may get its layers, or the sizes of lazy ones, after callbacks' `setup`."""
+    return any(is_overridden(hook, module) for hook in ("setup", "configure_model"))
 
 
 def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -118,6 +158,7 @@ class WeightCallback(Callback):
                 setattr(cls, name, held(cls.__dict__[name]))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        bring_results_back()  # in the processes of a spawned fit too, which unpickle it
         one = super().__new__(cls)
         one._made_with = args, kwargs
         return one
@@ -135,11 +176,23 @@ class WeightCallback(Callback):
         self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
+        self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
+        self._told_idle = False
+        self._told_orphans: set[str] = set()
 
     @property
     def state_key(self) -> str:
         """Key of this callback's state in a checkpoint."""
         return f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def schedule_over(self) -> bool:
+        """Whether all that the schedule asks for is done; `CompressedCheckpoint` waits for it."""
+        return True
+
+    def fit_results(self) -> dict[str, Any]:
+        """What is read of this callback after a fit, for when that ran in another process."""
+        return {"coverage": self.coverage}
 
     @property
     def projector(self) -> Projector:
@@ -159,17 +212,17 @@ class WeightCallback(Callback):
             args, kwargs = self._made_with
             type(self).__init__(self, *args, **kwargs)
         _refuse_plain_averaging(trainer)
-        if not is_overridden("configure_model", pl_module):
+        if not builds_layers_later(pl_module):
             select(pl_module, self.include, self.exclude)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters by name and hook their optimizers."""
+        _tell_of_spawned(trainer)
         to_shards(pl_module)
         self._projector = Projector.of(pl_module)
         self.projector.asleep = True
         self._find_copies(trainer, pl_module)
-        apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
-        selection = select(pl_module, self.include, self.exclude, apart=apart)
+        selection = self._select(pl_module)
         self.coverage = selection.coverage
         if self.include is None:
             tell_of_overlooked(pl_module, trainer.optimizers)
@@ -177,11 +230,18 @@ class WeightCallback(Callback):
         masks = {slot.path: slot.pruned for slot in self.slots}
         self.slots = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)
+        self._groups, self._told_idle, self._told_orphans = [], False, set()
         self.projector.on_step(lambda: self.on_weight_step(trainer), order=self.order)
         for slot in self.slots:  # a second fit goes on with the masks of the first
             pruned = masks.get(slot.path)
             if pruned is not None and slot.pruned is None and slot.values().shape == pruned.shape:
                 slot.set_mask(~pruned)
+            _adopt_known_mask(slot)
+
+    def _select(self, module: LightningModule) -> Selection:
+        """The targets of now; copies of what trains follow it and are none."""
+        apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
+        return select(module, self.include, self.exclude, apart=apart)
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies of what trains, such as an average that the user keeps, follow it."""
@@ -202,8 +262,12 @@ class WeightCallback(Callback):
         return [] if followed is None else followed.copies
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Show averages on their masks and grids."""
-        if self._projector is not None and self._projector.copies is not None:
+        """Show averages on their masks and grids, and what user code wrote since the last step."""
+        if self._projector is None or self.waiting is not None:
+            return
+        if trainer.state.fn == TrainerFn.FITTING and not self._projector.asleep:
+            self._projector.settle()
+        if self._projector.copies is not None:
             self._projector.copies.show(self._projector)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -217,34 +281,10 @@ class WeightCallback(Callback):
             self._projector.copies.settle(self._projector)
 
     @held
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Nothing, but while the structure is read."""
-
-    @held
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Nothing, but while the structure is read."""
-
-    def on_save_checkpoint(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Say what ships, so that a resumed run knows it from the start."""
-        save_deployed(pl_module, checkpoint)
-
-    def on_load_checkpoint(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Take over what ships."""
-        load_deployed(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
@@ -257,6 +297,87 @@ class WeightCallback(Callback):
         self.projector.asleep = False
         self.projector.project()
 
+    @held
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Look again at targets and optimizers: each epoch, and when optimizers are others."""
+        groups = [len(one.param_groups) for one in trainer.optimizers]
+        same = groups == self._groups and self.projector.is_attached_to(trainer.optimizers)
+        if batch_idx == 0 or not same:
+            self._groups = groups
+            self._look_again(trainer, pl_module)
+
+    def _look_again(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take what has appeared since, and let go of what is no longer the module's."""
+        to_shards(module)
+        held = {clean_path(path): one for path, one in module.named_parameters()}
+        kept = [slot for slot in self.slots if held.get(slot.path) is slot.parameter]
+        known = {slot.path for slot in kept}
+        gone = [slot for slot in self.slots if slot not in kept]
+        try:
+            selection = self._select(module)
+        except TargetError:  # all of it is frozen or gone: what is left of the targets goes on
+            fresh, coverage = [], self.coverage
+        else:
+            fresh = [one for one in selection.targets if clean_path(one.path) not in known]
+            coverage = selection.coverage
+        for slot in gone:
+            if self.projector.slots.get(slot.path) is slot:
+                self.projector.drop(slot.path)
+        added = [self.projector.add(target) for target in fresh]
+        self.slots = [*kept, *added]
+        self._tell_of_orphans(self.projector.attach(trainer.optimizers, strict=False))
+        if not added and not gone:
+            return
+        self.coverage = coverage
+        for slot in added:
+            _adopt_known_mask(slot)
+        _tell_of_change(self.state_key, added, gone)
+        if self.slots:
+            self.on_targets_changed(trainer, module, added)
+
+    @held
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:  # noqa: ARG002
+        """Hook optimizers that user code has made since the batch began.
+
+        Targets wait for the next batch: a graph with the weights of now is alive.
+        """
+        if not self.projector.is_attached_to(trainer.optimizers):
+            self.projector.attach(trainer.optimizers, strict=False)
+            self._groups = []
+
+    def on_targets_changed(
+        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+    ) -> None:
+        """React to targets that have appeared in mid-run, or gone; `slots` are those of now."""
+
+    def _tell_of_orphans(self, paths: Sequence[str]) -> None:
+        own = set(self.paths())
+        if fresh := [one for one in paths if one in own and one not in self._told_orphans]:
+            self._told_orphans.update(fresh)
+            rank_zero_warn(
+                f"{self.state_key}: no optimizer owns {fresh}, so that they do not train. "
+                "Give them to one, by add_param_group or by trainer.strategy.setup_optimizers"
+            )
+
+    @held
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Name an optimizer that has made no step, in the first epoch; project what was written."""
+        self.projector.settle()
+        if not self._told_idle and (why := self.why_no_steps()):
+            rank_zero_warn(f"{self.state_key}: {why}")
+        self._told_idle = True
+
+    def why_no_steps(self) -> str:
+        """Why the clock stands still; empty when every optimizer of the targets makes steps."""
+        idle = self.projector.idle(self.paths())
+        return "; ".join(_why_idle(optimizer, moved=moved) for optimizer, moved in idle)
+
     def _tell_of_lost_masks(self) -> None:
         """Warn where zeros of an earlier run have no mask any more; a grid makes zeros too."""
         lost = []
@@ -265,8 +386,9 @@ class WeightCallback(Callback):
             rounded = slot.owners.get("grid") not in (None, self.state_key)
             grid = known_grid(slot.target.layer, slot.target.name)
             rounded = rounded or grid is not None
-            here = grid is not None and slot.shards is None
-            pruned = here and were_pruned(grid.quantize(slot.data))
+            pruned = (
+                grid is not None and slot.shards is None and were_pruned(grid.quantize(slot.data))
+            )
             if mine and slot.pruned is None and (pruned or not rounded):
                 zeros = (slot.data == 0).float().mean().item()
                 if _SOME_ZEROS <= zeros < 1:
@@ -310,10 +432,52 @@ class WeightCallback(Callback):
         """
         self._loaded = state_dict if state_dict.get("steps") else None
 
+    def activation_grids_now(self) -> dict[str, ActivationGrids]:
+        """Grids of activations as things are in this fit, by path of the layer."""
+        return {}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave what ships, and what `restore_compression` needs; one callback does it for all.
+
+        What another one has left, such as the grids of an average, counts.
+        """
+        save_deployed(pl_module, checkpoint)
+        if STATE in checkpoint and "version" in checkpoint[STATE]:
+            return
+        state = pack_state(_state_now(trainer, pl_module))
+        for what, known in checkpoint.get(STATE, {}).items():
+            state[what].update(known)
+        checkpoint[STATE] = state
+
+    def on_load_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Let the module carry the grids and masks of the checkpoint whose weights it holds now."""
+        load_deployed(pl_module, checkpoint)
+        if not has_state(checkpoint):
+            return
+        if not removed_channels(pl_module):
+            rebuild_channels(pl_module, checkpoint)
+        attach_state(pl_module, checkpoint)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Remove the hooks."""
+        """Remove the hooks; a run that was over before it began keeps what its checkpoint says."""
         self.settle_copies()
+        if self._loaded is not None:
+            with _as_loaded(self.slots):
+                self.restore_state(self._loaded)
+                self.projector.project()
+            self._loaded = None
+            self.on_finished_run(pl_module)
         self.projector.detach()
+
+    def on_finished_run(self, module: LightningModule) -> None:
+        """React to a `fit` that had nothing left to train, once the state is back."""
 
     def on_exception(
         self,
@@ -330,6 +494,90 @@ class WeightCallback(Callback):
     def paths(self) -> list[str]:
         """Paths of the targets."""
         return [slot.path for slot in self.slots]
+
+
+@contextmanager
+def _as_loaded(slots: Sequence[Slot]) -> Iterator[None]:
+    """Leave weights and grids as a checkpoint has them, whatever a state is restored into."""
+    layers = [(slot.target.layer, slot.target.name) for slot in slots]
+    grids = [known_grid(layer, name) for layer, name in layers]
+    values = [slot.data.clone() for slot in slots]
+    yield
+    with torch.no_grad():
+        for slot, grid, value in zip(slots, grids, values, strict=True):
+            slot.data.copy_(value)
+            if grid is not None:
+                set_grid(slot.target.layer, slot.target.name, grid)
+
+
+def _tell_of_spawned(trainer: Trainer) -> None:
+    spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if spawned and not results_come_back():
+        rank_zero_warn(
+            "the fit runs in processes of its own, from which this version of Lightning brings "
+            "back weights alone: call restore_compression(module, checkpoint) when it is over"
+        )
+
+
+def _tell_of_change(key: str, added: Sequence[Slot], gone: Sequence[Slot]) -> None:
+    fresh, left = {slot.path for slot in added}, {slot.path for slot in gone}
+    for word, paths in (
+        ("new targets, taken from here on", fresh - left),
+        ("targets whose parameter was replaced, taken anew", fresh & left),
+        ("targets that are no longer there", left - fresh),
+    ):
+        if paths:
+            rank_zero_info(f"{key}: {word}: {', '.join(sorted(paths))}")
+
+
+def _why_idle(optimizer: Optimizer, *, moved: bool) -> str:
+    """The reason why no hook of an optimizer was called."""
+    name = type(optimizer).__name__
+    others = [
+        one
+        for one in dir(type(optimizer))
+        if "step" in one
+        and not one.startswith("_")
+        and not hasattr(Optimizer, one)
+        and callable(getattr(type(optimizer), one))
+    ]
+    if not moved:
+        return (
+            f"{name} has made no step, and its weights have not changed: the training step never "
+            "lets it update them. Nothing is compressed until it does"
+        )
+    by = f"by {', '.join(others)}" if others else "by something else than its step()"
+    return (
+        f"{name} updates weights {by}, never by step(): only step() has the hooks that masks and "
+        "grids need, so that nothing is compressed. Make the update in step(), such as "
+        "step(closure), or give the optimizer inside it to configure_optimizers"
+    )
+
+
+def _adopt_known_mask(slot: Slot) -> None:
+    """Go on with a mask that was restored, while the weight still has its zeros."""
+    mask = known_mask(slot.target.layer, slot.target.name)
+    if mask is None or slot.pruned is not None or mask.shape != slot.parameter.shape:
+        return
+    part = slot.spread.part(mask).to(slot.data.device)
+    if not slot.data[~part].any():
+        slot.set_mask(part)
+
+
+def _state_now(trainer: Trainer, module: LightningModule) -> CompressionState:
+    """Grids, activation grids, and the masks that no callback of this run has in its own state."""
+    known = compression_state(module, masks=False)
+    projector = Projector.find(module)
+    masks = {
+        slot.target.path: ~slot.whole(slot.pruned)
+        for slot in (projector.slots.values() if projector is not None else ())
+        if slot.pruned is not None and "mask" not in slot.owners
+    }
+    activations = dict(known.activations)
+    for one in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(one, WeightCallback):
+            activations.update(one.activation_grids_now())
+    return CompressionState(masks, known.grids, activations)
 
 
 def _refuse_plain_averaging(trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import WeightCallback
+from lightning_compress.callbacks.base import WeightCallback, is_trial_run
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.protocols import FollowsRemoval, Steers
@@ -26,6 +26,7 @@ from lightning_compress.channels.remover import Cutter, Goal
 from lightning_compress.channels.resize import CHANNELS, match_channels
 from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
 from lightning_compress.errors import TargetError
+from lightning_compress.projection import Slot
 from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.state import removed_channels
@@ -395,6 +396,21 @@ class ChannelPruning(WeightCallback):
         """Whether more is to go at a position."""
         return self.plan is not None and self.goal.needs(position)
 
+    @property
+    def schedule_over(self) -> bool:
+        """Whether all channels are gone that are to go."""
+        over = self.events.over and not self.needed(self.events.position)
+        return self._leaving is None and (self.is_steered or over)
+
+    def fit_results(self) -> dict[str, Any]:
+        """The channels that stayed too."""
+        return {
+            **super().fit_results(),
+            "sparsity": self.sparsity,
+            "kept": dict(self.kept),
+            "refused": dict(self.refused),
+        }
+
     def _scores(self) -> Scores:
         assert self.cutter is not None
         if self.criterion in ("magnitude", "batchnorm"):
@@ -417,6 +433,20 @@ class ChannelPruning(WeightCallback):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
+
+    def on_targets_changed(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        module: LightningModule,  # noqa: ARG002
+        added: Sequence[Slot],
+    ) -> None:
+        """Go on with the channels that were found: what came since keeps its width."""
+        self.sparsity = self._count()
+        if added:
+            rank_zero_warn(
+                f"{self.state_key}: channels of {[slot.path for slot in added]} stay: the layers "
+                "came after the channels were found, when training began"
+            )
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
@@ -512,17 +542,23 @@ class ChannelPruning(WeightCallback):
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
         if self.cutter is None:
-            self._miss(f"{self.state_key}: no batch went through {self._samples}")
+            self._miss(trainer, f"{self.state_key}: no batch went through {self._samples}")
             return
         wanted = self.goal.final
         if not self.is_steered and self.left > wanted * (1 + 1e-9):
+            why = (
+                f"the run ended before end={self.events.end!r} and {self.fade} steps of fading "
+                "were over"
+            )
             self._miss(
+                trainer,
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
-                f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "
-                "of fading were over"
+                f"{wanted:.4f}: {self.why_no_steps() or why}",
             )
 
-    def _miss(self, message: str) -> None:
+    def _miss(self, trainer: Trainer, message: str) -> None:
+        if is_trial_run(trainer):  # it reaches nothing
+            return
         if self.on_miss == "raise":
             raise RuntimeError(message)
         rank_zero_warn(message)

@@ -22,7 +22,9 @@ HELD = (
     "on_fit_start",
     "on_train_start",
     "on_train_batch_start",
+    "on_before_backward",
     "on_train_batch_end",
+    "on_train_epoch_end",
     "on_train_end",
     "on_fit_end",
 )

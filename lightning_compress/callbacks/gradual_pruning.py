@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.base import run_progress
+from lightning_compress.callbacks.base import is_trial_run, run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
 from lightning_compress.projection import Projector, Slot, naming_divergence
@@ -340,6 +340,24 @@ class GradualPruning(MaskCallback):
                 self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
             )
 
+    def on_targets_changed(
+        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+    ) -> None:
+        """Share new targets out, and let the next event bring them to what was asked so far."""
+        before = {slot.path: part for part in self.parts for slot in part.slots}
+        self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
+        self.plan.check(self.slots)
+        share_out(module, self.parts, self.exclude, self.slots)
+        shared = {path for part in self.parts for path in part.paths()}
+        for slot in self.slots:  # what is frozen by now is no target, but keeps its mask
+            if slot.path not in shared:
+                before[slot.path].slots.append(slot)
+        self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
+        self._gatherings.reset()
+        for part in self.parts:
+            part.asked = min(part.asked, part.sparsity)
+        super().on_targets_changed(trainer, module, added)
+
     def check_sharded(self) -> None:
         """Single weights by their values alone can be compared over processes.
 
@@ -458,12 +476,16 @@ class GradualPruning(MaskCallback):
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Check that the final sparsity was reached, unless somebody else said what it is."""
+        """Check that the final sparsity was reached, unless somebody else said what it is.
+
+        A `fast_dev_run` reaches nothing.
+        """
         self.settle_copies()
-        if self.steered is not None:
+        if self.steered is not None or is_trial_run(trainer):
             return
         wait = "; an event still waits for its statistics" if self.events.pending else ""
-        for miss in filter(None, (part.miss(self.events.end) for part in self.parts)):
+        why = self.why_no_steps()
+        for miss in filter(None, (part.miss(self.events.end, late=why) for part in self.parts)):
             message = f"{self.state_key} {miss}{wait}"
             if self.on_miss == "raise":
                 raise RuntimeError(message)

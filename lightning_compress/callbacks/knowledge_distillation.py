@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import check_run_ends, run_progress
+from lightning_compress.callbacks.base import builds_layers_later, check_run_ends, run_progress
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import shrink
 from lightning_compress.channels.student import initialize_from_teacher
@@ -115,7 +114,7 @@ class KnowledgeDistillation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes before anything trains: paths, sizes, a teacher that is the student."""
         self._loaded = None  # what validate or test may have left here
-        if stage == "fit" and not is_overridden("configure_model", pl_module):
+        if stage == "fit" and not builds_layers_later(pl_module):
             self._session(pl_module, rank=0).remove()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -56,6 +56,15 @@ class MaskCallback(WeightCallback):
         """Whether a budget decides how far it goes, in its schedule's place."""
         return False
 
+    @property
+    def schedule_over(self) -> bool:
+        """Whether masks do not change any more; a `QualityBudget` has an end of its own."""
+        return self.is_steered or (self.events.over and not self.needed(self.events.position))
+
+    def fit_results(self) -> dict[str, Any]:
+        """The sparsity too."""
+        return {**super().fit_results(), "sparsity": self.sparsity}
+
     def event(self, trainer: Trainer) -> None:
         """Make new masks for the position of the clock and hand them to `set_masks`."""
         raise NotImplementedError
@@ -104,6 +113,18 @@ class MaskCallback(WeightCallback):
             f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
             f"{skipped} parameters left as they are"
         )
+
+    def on_targets_changed(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        module: LightningModule,  # noqa: ARG002
+        added: Sequence[Slot],
+    ) -> None:
+        """Count new targets in: they are dense until the next event."""
+        self.claim("mask", "pruned")
+        for slot in added if self.dense_gradient else ():
+            slot.dense_gradient = True
+        self.sparsity = self._count()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint and read the clock."""
@@ -158,6 +179,8 @@ class MaskCallback(WeightCallback):
 
     def _count(self) -> float:
         total = sum(slot.target.numel for slot in self.slots)
+        if not total:
+            return 0.0
         return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
 
     def on_train_batch_end(

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import match_channels, shrink
 from lightning_compress.errors import TargetError
+from lightning_compress.lcz.restoring import STATE, pack_state
 from lightning_compress.projection import Projector
-from lightning_compress.state import set_grid
+from lightning_compress.state import CompressionState, set_grid
 
 __all__ = ["ProjectedEMA"]
 
@@ -43,6 +45,7 @@ class ProjectedEMA(EMAWeightAveraging):
         super().__init__(decay=decay, **kwargs)
         self._raw: dict[str, Tensor] = {}
         self._projector: Projector | None = None
+        self._finished: dict[str, Tensor] | None = None  # the model of a checkpoint, until training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remember the projector: it is gone from the module when training has ended.
@@ -50,6 +53,7 @@ class ProjectedEMA(EMAWeightAveraging):
         Raises:
             TargetError: for sharded weights.
         """
+        self._finished = None
         self._projector = Projector.find(pl_module)
         slots = self._projector.slots.values() if self._projector else ()
         if sharded := [slot.path for slot in slots if slot.shards is not None]:
@@ -99,6 +103,12 @@ class ProjectedEMA(EMAWeightAveraging):
         super().on_train_end(trainer, pl_module)
         self._project(pl_module, remember=True)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Hand out the checkpoint's average where a run was over before it began."""
+        if self._finished is not None:
+            pl_module.load_state_dict(self._finished)
+            self._finished = None
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -106,18 +116,25 @@ class ProjectedEMA(EMAWeightAveraging):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._average_model is None or self._projector is None:
             return
-        raw = {}
+        raw, grids = {}, {}
         for slot in self._projector.slots.values():
             path = slot.target.path
             raw[path] = self._raw.get(path, checkpoint["state_dict"][path])
-            checkpoint["state_dict"][path] = slot.visible(raw[path])[0]
+            checkpoint["state_dict"][path], grid = slot.visible(raw[path])
+            if grid is not None:
+                grids[path] = grid
         checkpoint["averaging_state"][_RAW] = raw
+        # The grids of the average, not those of the weights that train.
+        ours = pack_state(CompressionState(grids=grids))["grids"]
+        checkpoint.setdefault(STATE, {}).setdefault("grids", {}).update(ours)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Load the module's own weights and the raw average."""
         raw = checkpoint.get("averaging_state", {}).pop(_RAW, {})
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._finished = dict(checkpoint["state_dict"]) if fitting and raw else None
         if self._average_model is not None:
             match_channels(self._average_model.module, checkpoint["state_dict"])
         super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -30,7 +30,7 @@ from lightning_compress.budget.search import (
     Trial,
     recent,
 )
-from lightning_compress.callbacks.base import check_run_ends, run_progress
+from lightning_compress.callbacks.base import check_run_ends, is_trial_run, run_progress
 from lightning_compress.callbacks.rollback import (
     Memory,
     bytes_now,
@@ -83,6 +83,7 @@ class BudgetCallback(Callback):
 
     steers = True  # others leave it to this one how far they go
     begin: float
+    end: float
     patience: int
     confidence: float
     stride: tuple[float, ...]
@@ -115,11 +116,21 @@ class BudgetCallback(Callback):
         self._pending = Decision()
         self._seen = False
         self._stale: object = None
+        self._progress = 0.0  # of the run, at the last reading
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint."""
         return f"{type(self).__name__}[{self.name}]"
+
+    @property
+    def schedule_over(self) -> bool:
+        """Whether nothing is tried any more."""
+        return self._progress >= self.end
+
+    def fit_results(self) -> dict[str, Any]:
+        """What was tried, for when the fit ran in another process."""
+        return {"search": self.search, "readings": self.readings}
 
     @property
     def history(self) -> list[Trial]:
@@ -196,7 +207,9 @@ class BudgetCallback(Callback):
     def _print(self) -> None:
         trial_table(self.history, self.levers, self.monitor)
 
-    def _miss(self, what: str) -> None:
+    def _miss(self, trainer: Trainer, what: str) -> None:
+        if is_trial_run(trainer):  # it reaches nothing
+            return
         if self.on_miss == "raise":
             raise RuntimeError(f"{self.state_key}: {what}")
         rank_zero_warn(f"{self.state_key}: {what}")
@@ -402,7 +415,7 @@ class QualityBudget(BudgetCallback):
             value = trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
         self._seen = True
         cost = self.reference.cost(float(value.item() if isinstance(value, Tensor) else value))
-        progress = run_progress(trainer)
+        progress = self._progress = run_progress(trainer)
         if self.search is None:
             self.readings.append(cost)
             if progress < self.begin:
@@ -449,7 +462,9 @@ class QualityBudget(BudgetCallback):
         if not self._seen:
             self._missing(trainer)
         if self.search is None:
-            self._miss(f"the run ended before begin={self.begin!r}: nothing was compressed")
+            self._miss(
+                trainer, f"the run ended before begin={self.begin!r}: nothing was compressed"
+            )
             return
         back = self._finish()
         if back and self._memory is not None:
@@ -457,15 +472,18 @@ class QualityBudget(BudgetCallback):
             rank_zero_info(f"{self.state_key}: back to the last model within the budget")
         self._print()
         if self.search.good is None:
-            self._miss("no model was within the budget; the model is as the last step left it")
+            self._miss(
+                trainer, "no model was within the budget; the model is as the last step left it"
+            )
             return
         cost = self._kept if back or not self.lately else recent(self.lately)
         worse = (cost - self.reference.dense) / self.reference.scale
         noise = self.search.rules.confidence * self.search.rules.spread
         if self.max_degradation is not None and worse > self.max_degradation + noise:
             self._miss(
+                trainer,
                 f"ended {worse:.2%} worse than the dense model: it held on the way, but the "
-                "dense one learned on; raise begin, or train longer"
+                "dense one learned on; raise begin, or train longer",
             )
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002

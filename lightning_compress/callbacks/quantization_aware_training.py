@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -10,13 +11,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import (
     WeightCallback,
+    builds_layers_later,
     check_run_ends,
+    is_trial_run,
     run_progress,
     tell_of_left_out,
     tell_of_overlooked,
@@ -25,15 +28,23 @@ from lightning_compress.callbacks.deferral import held
 from lightning_compress.channels.graph import Kept
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
+from lightning_compress.lcz.lost_grids import lost_grids
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.sparsity_groups import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
-from lightning_compress.quantization.fake_quantize import activation_layers
+from lightning_compress.quantization.fake_quantize import activation_layers, fake_quantized
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
-from lightning_compress.quantization.weight_quantizers import GridMaker, make_maker
+from lightning_compress.quantization.weight_quantizers import GridMaker, begin_from, make_maker
 from lightning_compress.quantization.weights import WeightQuantizer, check_entropy, check_sides
 from lightning_compress.schedules import EventClock
+from lightning_compress.sharding import is_sharded
+from lightning_compress.state import (
+    ActivationGrids,
+    activation_grids,
+    compression_state,
+    known_grid,
+)
 from lightning_compress.structure import StructureReader
 from lightning_compress.targets import Coverage, Pattern, clean_path, select
 
@@ -80,7 +91,7 @@ class PostTrainingQuantization(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes in the patterns before anything is trained."""
-        if stage == "fit" and not is_overridden("configure_model", pl_module):
+        if stage == "fit" and not builds_layers_later(pl_module):
             self.coverage = select(pl_module, self.include, self.exclude, frozen=True).coverage
 
     @held
@@ -133,6 +144,9 @@ class PostTrainingQuantization(Callback):
             include=self.include,
             exclude=self.exclude,
         ).coverage
+
+
+_EVALUATED: set[int] = set()  # modules that compute on their grids at the moment
 
 
 class QuantizationAwareTraining(WeightCallback):
@@ -240,6 +254,7 @@ class QuantizationAwareTraining(WeightCallback):
         self._told: set[str] = set()
         self._norms: list[nn.Module] = []
         self._enlarged: EnlargedReaders | None = None
+        self._evaluation: ExitStack | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets and hook their optimizers; what an earlier fit found goes on."""
@@ -253,7 +268,10 @@ class QuantizationAwareTraining(WeightCallback):
             self.asked_bits = self._find_bits(pl_module)
             # What a budget came to in an earlier fit goes on.
             self.bits = {path: self.bits.get(path, n) for path, n in self.asked_bits.items()}
-            self.weights = WeightQuantizer(self.slots, self._make_maker, self.weights)
+            earlier = self.weights
+            self.weights = WeightQuantizer(self.slots, self._make_maker, earlier)
+            if earlier is None:
+                self._begin_from_known(self.weights)
         else:
             why = "weights stay as they are: weight_bits is None"
             self.coverage = [
@@ -263,9 +281,51 @@ class QuantizationAwareTraining(WeightCallback):
             self.claim("activations", "quantized")
             self._find_activations(pl_module)
             self._look_for_enlarged()
-        parts = [pl_module.get_submodule(part) for part in deployed_part(pl_module)]
+        self._find_norms(pl_module)
+
+    @torch.no_grad()
+    def _begin_from_known(self, weights: WeightQuantizer) -> None:
+        """Go on with grids that the module carries, while its weights still lie on them."""
+        for slot, maker in weights.pairs:
+            grid = known_grid(slot.target.layer, slot.target.name)
+            if grid is None or slot.shards is not None:
+                continue
+            if torch.equal(grid.project(slot.data), slot.data):
+                begin_from(maker, grid)
+
+    def _find_norms(self, module: LightningModule) -> None:
+        parts = [module.get_submodule(part) for part in deployed_part(module)]
         kind = nn.modules.batchnorm._BatchNorm
         self._norms = [one for part in parts for one in part.modules() if isinstance(one, kind)]
+
+    def on_targets_changed(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        module: LightningModule,
+        added: Sequence[Slot],
+    ) -> None:
+        """Let new weights and activations onto grids, which follow them until the run ends."""
+        if self.weights is not None:
+            self.claim("grid", "quantized")
+            self.asked_bits = {**self.asked_bits, **self._find_bits(module)}
+            fresh = {slot.path for slot in added}
+            self.bits = {
+                slot.path: self.asked_bits[slot.path]
+                if slot.path in fresh
+                else self.bits[slot.path]
+                for slot in self.slots
+            }
+            self.weights.change(self.slots, self._make_maker, started=self.started)
+            self._look_for_enlarged()
+        if self.activations is not None:
+            self.claim("activations", "quantized")
+            targets = [slot.target for slot in self.slots]
+            layers, self.activation_coverage = activation_layers(module, targets)
+            self.activations.change(layers)
+        self._find_norms(module)
+        self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        if self.weights is not None and self.started:
+            self.weights.show()
 
     def _find_bits(self, module: LightningModule) -> dict[str, int]:
         given = self.weight_bits
@@ -372,12 +432,18 @@ class QuantizationAwareTraining(WeightCallback):
         if before is not None and list(before.layers) == list(layers):
             self.activations.load_state_dict(before.state_dict())
             self.activations.thaw()
+        elif before is None:
+            self.activations.begin_from(
+                {path: known for path, one in layers.items() if (known := activation_grids(one))}
+            )
         for row in self.activation_coverage:
             if not row.selected:
                 rank_zero_info(f"{self.state_key}: activations of {row.path}: {row.reason}")
 
     def _look_for_enlarged(self) -> None:
         """Layers whose weights an int8 file adds up; found as they first run."""
+        if self._enlarged is not None:
+            self._enlarged.stop()
         if self.weights is not None:
             layers = {slot.path: slot.target.layer for slot in self.slots}
             self._enlarged = EnlargedReaders(layers, self.weights.make_room)
@@ -412,7 +478,7 @@ class QuantizationAwareTraining(WeightCallback):
     def on_weight_step(self, trainer: Trainer) -> None:
         """Let grids follow a step of the weights; at an event do the costly part, and freeze."""
         clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
-        stepped = {path for path, clock in clocks.items() if clock != self._clocks[path]}
+        stepped = {path for path, clock in clocks.items() if clock != self._clocks.get(path)}
         self._clocks = clocks
         step = self.projector.clock(self.paths())
         if step == self._last_step:  # another optimizer's step, or the faster of two owners
@@ -433,7 +499,7 @@ class QuantizationAwareTraining(WeightCallback):
         ends = self.events.over and not self.frozen
         event = self.events.due(unfinished=False) or ends
         self._follow(stepped, event=event)
-        if self.activations is not None and not self.frozen:
+        if self.activations is not None and self.activations.following:
             several = trainer.world_size > 1
             self.activations.step(partial(_reduce, trainer) if several else None)
         if event:
@@ -485,12 +551,13 @@ class QuantizationAwareTraining(WeightCallback):
 
     def on_train_batch_start(
         self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Keep BatchNorm's statistics, once frozen: Lightning puts all layers in training mode."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.freeze_batchnorm and self.frozen:
             for norm in self._norms:
                 norm.eval()
@@ -510,7 +577,7 @@ class QuantizationAwareTraining(WeightCallback):
         if (step := self.weights.relative_step) is not None:
             pl_module.log(f"{self.name}/step", step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the grids of activations in the layers.
 
         Raises:
@@ -520,15 +587,77 @@ class QuantizationAwareTraining(WeightCallback):
         for norm in self._norms if self.freeze_batchnorm else ():
             norm.train(pl_module.training)
         if not self.started:
-            begin = self.events.begin
-            rank_zero_warn(
-                f"{self.state_key}: the run ended before begin={begin!r}: nothing is quantized"
-            )
+            why = self.why_no_steps() or f"the run ended before begin={self.events.begin!r}"
+            if not is_trial_run(trainer):
+                rank_zero_warn(f"{self.state_key}: nothing is quantized: {why}")
         elif self.activations is not None:
-            if not self.frozen:
+            if self.activations.following and not is_trial_run(trainer):
                 self._freeze_activations(self.activations)
             self.activations.leave_grids()
             self._left = True
+
+    @property
+    def schedule_over(self) -> bool:
+        """Whether grids stay as they are."""
+        return self.frozen
+
+    def fit_results(self) -> dict[str, Any]:
+        """Bits, and how far it went, too."""
+        names = ("activation_coverage", "bits", "frozen", "started")
+        return {**super().fit_results(), **{name: getattr(self, name) for name in names}}
+
+    def activation_grids_now(self) -> dict[str, ActivationGrids]:
+        """Grids of activations as things are in this fit, by path of the layer."""
+        return self.activations.grids() if self.started and self.activations is not None else {}
+
+    def on_finished_run(self, module: LightningModule) -> None:  # noqa: ARG002
+        """Leave the grids of activations in the layers, as when training ends."""
+        if self.started and self.activations is not None:
+            self.activations.leave_grids()
+            self._left = True
+
+    def _enter_grids(self, trainer: Trainer, module: LightningModule) -> None:
+        """Evaluate on the grids that the module carries, as validation inside the fit does."""
+        if trainer.state.fn == TrainerFn.FITTING or self._evaluation is not None:
+            return
+        if self.activation_bits is None and not compression_state(module, masks=False).activations:
+            return
+        _tell_of_lost_grids(self.state_key, module)
+        self._evaluation = ExitStack()
+        if id(module) not in _EVALUATED:  # several callbacks round once
+            self._evaluation.enter_context(fake_quantized(module))
+            self._evaluation.callback(_EVALUATED.discard, id(module))
+            _EVALUATED.add(id(module))
+
+    def _leave_grids(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate on the grids of a trained module; inside a fit they are there already."""
+        super().on_validation_start(trainer, pl_module)
+        self._enter_grids(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test on the grids of a trained module."""
+        self._enter_grids(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict on the grids of a trained module."""
+        self._enter_grids(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Compute in float again."""
+        self._leave_grids()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Compute in float again."""
+        self._leave_grids()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Compute in float again."""
+        self._leave_grids()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks."""
@@ -550,6 +679,7 @@ class QuantizationAwareTraining(WeightCallback):
                 maker.select(dims)
 
     def _stop(self) -> None:
+        self._leave_grids()
         if self.activations is not None:
             self.activations.detach()
         if self._enlarged is not None:
@@ -611,3 +741,21 @@ class QuantizationAwareTraining(WeightCallback):
 def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
     on_device = values.to(trainer.strategy.root_device)
     return trainer.strategy.reduce(on_device, reduce_op=how).cpu()
+
+
+@torch.no_grad()
+def _tell_of_lost_grids(key: str, module: nn.Module) -> None:
+    """Warn where weights and grids of a module that is evaluated do not belong together."""
+    off = []
+    for path, grid in compression_state(module, masks=False).grids.items():
+        weight = module.get_parameter(path)
+        if not is_sharded(weight) and not torch.equal(grid.project(weight), weight):
+            off.append(path)
+    if off:
+        rank_zero_warn(
+            f"{key}: {', '.join(off[:2])} {'do' if len(off) > 1 else 'does'} not lie on the grid "
+            "that the module carries: other weights were loaded since. "
+            "restore_compression(module, checkpoint) brings back what belongs to them"
+        )
+    elif text := lost_grids(module):
+        rank_zero_warn(f"{key}: evaluated in float. {text}")

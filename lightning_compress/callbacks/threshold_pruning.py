@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_compress.callbacks.base import is_trial_run
 from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.projection import Slot
 from lightning_compress.pruning.mask_plan import normed_axis, row_leaders, threshold_mask
 from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.targets import Pattern
@@ -122,11 +124,20 @@ class ThresholdPruning(MaskCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Check that the last threshold was applied."""
         final = self.threshold_at(self.events.end)
-        if self._asked < final:
+        if self._asked < final and not is_trial_run(trainer):
+            why = f"the run ended before end={self.events.end!r} of the schedule"
             rank_zero_warn(
                 f"{self.state_key} ended at threshold {self._asked:.4g} instead of {final:.4g}: "
-                f"the run ended before end={self.events.end!r} of the schedule"
+                f"{self.why_no_steps() or why}"
             )
+
+    def on_targets_changed(
+        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+    ) -> None:
+        """Compare new targets too, though the threshold may not rise any more."""
+        super().on_targets_changed(trainer, module, added)
+        if added:
+            self._asked = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, hidden values, clock and the last threshold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from lightning_compress.conversion.program import onnx_program, plain_copy
 from lightning_compress.conversion.session import executed_ops, session_options
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
+from lightning_compress.lcz.lost_grids import lost_grids
 from lightning_compress.sample_inputs import as_inputs
 
 __all__ = [
@@ -167,6 +169,8 @@ def export_onnx(
     plain = plain_copy(module)
     refuse_unsupported(plain, inputs, int8=int8)
     if int8:
+        if text := lost_grids(module):
+            warnings.warn(f"stored on new grids of 8 bits: {text}", stacklevel=2)
         return _export_int8(
             module,
             plain,

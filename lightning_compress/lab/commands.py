@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.lcz.artifact import MAX_BYTES, inspect_compressed, write_tensors
-from lightning_compress.lcz.checkpoints import read_checkpoint, write_checkpoint
+from lightning_compress.lcz.artifact import MAX_BYTES, inspect_compressed
+from lightning_compress.lcz.checkpoints import read_checkpoint, read_contents, write_checkpoint
 from lightning_compress.lcz.codecs import CHOICES
 from lightning_compress.lcz.header import ArtifactInfo
+from lightning_compress.lcz.lost_grids import few_valued
 from lightning_compress.lcz.raw_bits import patterns
+from lightning_compress.lcz.write import Encoding, write_contents
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -123,10 +125,16 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 def _pack(chosen: argparse.Namespace) -> int:
     target = chosen.out or chosen.checkpoint.with_suffix(".lcz")
-    tensors = read_checkpoint(chosen.checkpoint, chosen.key)
-    info = write_tensors(
-        tensors, target, chosen.codec, float_dtype=chosen.float_dtype, workers=chosen.workers
-    )
+    contents = read_contents(chosen.checkpoint, chosen.key)
+    encoding = Encoding(chosen.codec, chosen.float_dtype, chosen.workers)
+    few = [] if contents.grids else few_valued(contents.tensors.items())
+    if few:
+        print(
+            f"note: {few[0]} takes few values, but {chosen.checkpoint} knows no grids: one that "
+            "was saved whole, with the compression callbacks listed, gives a smaller file",
+            file=sys.stderr,
+        )
+    info = write_contents(contents, target, encoding)
     print(f"{target}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors")
     return SAME
 

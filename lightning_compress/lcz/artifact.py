@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.header import ArtifactInfo, artifact_info
+from lightning_compress.lcz.lost_grids import is_lightning, lost_grids
 from lightning_compress.lcz.module_state import (
     Contents,
     batchnorm_folded,
@@ -103,6 +105,8 @@ def save_compressed(
     encoding = Encoding(codec, float_dtype, workers, signed_zeros)
     to_shards(module)
     contents = module_contents(module, state or {})
+    if is_lightning(module) and (text := lost_grids(module)):
+        warnings.warn(f"stored as plain values, which takes more bytes: {text}", stacklevel=2)
     if (fold_batchnorm or reorder) and any(map(is_sharded, contents.tensors.values())):
         raise ValueError(
             "fold_batchnorm and reorder look at several whole tensors at once, and the module is "

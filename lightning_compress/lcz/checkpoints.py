@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.artifact import MAX_BYTES, read_tensors
+from lightning_compress.lcz.module_state import Contents, check_tensor, stored_name
+from lightning_compress.lcz.restoring import has_state, state_for_file
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["read_checkpoint", "read_contents", "write_checkpoint"]
 
 _NESTED = ("state_dict", "model_state_dict", "model")  # where trainers keep a model's entries
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -46,14 +48,46 @@ def read_checkpoint(
             raise ValueError(f"{path} is no safetensors file: {error}") from None
     if suffix not in _TORCH:
         raise ValueError(f"{path}: valid are .lcz, .safetensors, {', '.join(_TORCH)}")
+    return _entries(_unpickled(path), key, path)
+
+
+def _unpickled(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # on junk, the unpickler stumbles over anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read without running code of its own: {why}") from None
-    return _entries(content, key, path)
+
+
+def read_contents(path: Path, key: str | None = None) -> Contents:
+    """What a checkpoint of any kind holds, as a file is to hold it.
+
+    Of a Lightning checkpoint these are its tensors with the grids, activation grids and removed
+    channels that the compression callbacks left in it, as `save_compressed` has them of the module.
+
+    Args:
+        path: of the file, as in `read_checkpoint`.
+        key: the entry that holds the tensors, which then stand alone; None: the usual ones.
+
+    Raises:
+        ValueError: for a suffix or content that is none of these; a pickle that would run code.
+        TypeError: for an entry that is no dense tensor.
+        OSError: when it cannot be read.
+    """
+    if path.suffix.lower() not in _TORCH:
+        return Contents(read_checkpoint(path, key), {}, {})
+    content = _unpickled(path)
+    tensors = _entries(content, key, path)
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    known = isinstance(content, Mapping) and has_state(content)
+    if key is not None or not known or "state_dict" not in content:
+        return Contents(tensors, {}, {})
+    state = state_for_file(content)
+    tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
+    return Contents(tensors, state.grids, state.activations, state.channels)
 
 
 def _entries(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:

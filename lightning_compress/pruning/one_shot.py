@@ -17,7 +17,7 @@ from lightning_compress.pruning.mask_plan import MaskPlan, normed_axis, row_lead
 from lightning_compress.pruning.masks import SCOPES
 from lightning_compress.pruning.sparsity_groups import MIN_KEEP
 from lightning_compress.pruning.statistics import Criterion
-from lightning_compress.quantization.activation_ranges import calibration_batches, run_batch
+from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.targets import Pattern, select
 
 __all__ = ["prune_weights"]

@@ -81,19 +81,24 @@ class Part:
         finals = [part.target(math.inf) for part in parts]
         return steered_sparsity(steered, self.target(math.inf), max(finals))
 
-    def miss(self, end: float) -> str:
-        """What is missing at the end of a run, in words; empty when nothing is."""
+    def miss(self, end: float, *, late: str = "") -> str:
+        """What is missing at the end of a run, in words; empty when nothing is.
+
+        Args:
+            end: of the window.
+            late: why the schedule did not come to its end, where it is not that the run ended.
+        """
         final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
         reached = self.sparsity
-        late = round(final * total) > round(self.asked * total)
+        unasked = round(final * total) > round(self.asked * total)
         units = [slot.unit for slot in self.slots]
         near = max(max(units), sum(units) / 2)  # with scope="layer" each rounds by itself
-        if not late and (self.fixed or (final - reached) * total <= near):
+        if not unasked and (self.fixed or (final - reached) * total <= near):
             return ""
         of = "" if self.pattern is None else f" of {self.pattern!r}"
         why = (
-            f"the run ended before end={end!r} of the schedule"
-            if late
+            late or f"the run ended before end={end!r} of the schedule"
+            if unasked
             else "min_keep or whole units kept more, or zeros went with removed channels"
         )
         return f"ended at sparsity {reached:.4f}{of} instead of {final:.4f}: {why}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.grids import AffineGrid, grid_of_range
+from lightning_compress.grids import AffineGrid, grid_of_range, range_of_grid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
 from lightning_compress.quantization.learned_step import LearnedPositive
 from lightning_compress.quantization.ranges import RangeObserver, settle
+from lightning_compress.sample_inputs import run_batch
 from lightning_compress.state import ActivationGrids, set_activation_grids
 
 __all__ = [
@@ -22,8 +23,6 @@ __all__ = [
     "ActivationQuantizer",
     "LastLayers",
     "calibrate",
-    "calibration_batches",
-    "run_batch",
 ]
 
 
@@ -218,22 +217,71 @@ class ActivationQuantizer:
         clip_lr: float | None = None,
     ) -> None:
         self.layers, self.parts = layers, parts
-        rules = {"bits": bits, "observer": observer}
-        self.inputs = {path: Activation(clip_lr=clip_lr, **rules) for path in layers}
+        self._rules: dict[str, Any] = {"bits": bits, "observer": observer}
+        self._clip_lr = clip_lr
+        self.inputs = {path: self._input() for path in layers}
         # All are watched until it is known which are the last ones.
-        self.outputs = {path: Activation(**rules) for path in layers}
+        self.outputs = {path: self._output() for path in layers}
         self.last: list[str] | None = None
         self.calibrating = False  # only watch, in any mode
+        self._searching = True  # for the last layers
         self._finder: LastLayers | None = None
         self._handles: list[RemovableHandle] = []
 
+    def _input(self) -> Activation:
+        return Activation(clip_lr=self._clip_lr, **self._rules)
+
+    def _output(self) -> Activation:
+        return Activation(**self._rules)
+
+    def begin_from(self, known: Mapping[str, ActivationGrids]) -> None:
+        """Begin with grids that an earlier fit has left, where the bits are the same.
+
+        Args:
+            known: by path of the layer.
+        """
+        for path, pair in known.items():
+            for one, grid in (
+                (self.inputs.get(path), pair.input),
+                (self.outputs.get(path), pair.output),
+            ):
+                if one is not None and grid is not None and grid.bits == one.bits:
+                    low, high = range_of_grid(grid)
+                    one.observer.range = (float(low), float(high))
+
+    def change(self, layers: dict[str, nn.Module]) -> None:
+        """Go on with other layers, by path: those that are known keep their ranges.
+
+        Which are the last ones is looked for again; until it is known, those of before count.
+        """
+        attached = bool(self._handles)
+        same = {path for path, layer in layers.items() if self.layers.get(path) is layer}
+        self.detach()
+        self.layers = layers
+        self.inputs = {
+            path: self.inputs[path] if path in same else self._input() for path in layers
+        }
+        self.outputs = {
+            path: self.outputs[path] if path in same else self._output() for path in layers
+        }
+        if self.last is not None:
+            self.last = [path for path in self.last if path in same]
+        self._searching = True
+        if attached:
+            self.attach()
+
+    @property
+    def following(self) -> bool:
+        """Whether any range is still to settle."""
+        return not all(one.frozen for one in self._all())
+
     def attach(self) -> None:
         """Hook the layers."""
-        if self.last is None:
+        if self._searching:
             self._finder = LastLayers(self.layers, self.parts)
         for path, layer in self.layers.items():
             self._handles.append(hook_input(layer, partial(self._enter, path)))
-            if self.last is None or path in self.last:
+            if self._searching or path in (self.last or ()):
                 self._handles.append(hook_output(layer, partial(self._leave, path)))
 
     def _enter(self, path: str, x: Tensor) -> Tensor:
@@ -241,7 +289,7 @@ class ActivationQuantizer:
 
     def _leave(self, path: str, x: Tensor) -> Tensor:
         changed = self._change(self.outputs[path], path, x)
-        return x if self.last is None else changed
+        return changed if path in (self.last or ()) else x
 
     def _change(self, one: Activation, path: str, x: Tensor) -> Tensor:
         try:
@@ -263,7 +311,7 @@ class ActivationQuantizer:
         self._handles.clear()
 
     def _all(self) -> list[Activation]:
-        kept = self.layers if self.last is None else self.last
+        kept = self.layers if self._searching else self.last or ()
         return [*self.inputs.values(), *(self.outputs[path] for path in kept)]
 
     def step(self, reduce: Reduce | None = None) -> None:
@@ -277,9 +325,14 @@ class ActivationQuantizer:
 
     def _look(self) -> None:
         if self._finder is not None and self._finder.look():
-            self.last = self._finder.found()
-            self.detach()
-            self.attach()
+            self._settle_last(self._finder)
+
+    def _settle_last(self, finder: LastLayers) -> None:
+        found = finder.found()
+        self.last = found or self.last or []
+        self._searching = False
+        self.detach()
+        self.attach()
 
     def forget_gradients(self) -> None:
         """Drop what another optimizer's loss left at the clip values."""
@@ -313,10 +366,8 @@ class ActivationQuantizer:
             )
         for path in bare:
             self.inputs[path].observer.range = None
-        if self.last is None and self._finder is not None:
-            self.last = self._finder.found()
-            self.detach()
-            self.attach()
+        if self._finder is not None:
+            self._settle_last(self._finder)
         for one in self._all():
             one.frozen = True
 
@@ -325,12 +376,22 @@ class ActivationQuantizer:
         for one in self._all():
             one.frozen = False
 
+    def grids(self) -> dict[str, ActivationGrids]:
+        """The grids of now, by path of the layer; without those that are not known yet."""
+        last = self.last or ()
+        found = {
+            path: ActivationGrids(
+                self.inputs[path].grid(), self.outputs[path].grid() if path in last else None
+            )
+            for path in self.layers
+        }
+        return {path: grids for path, grids in found.items() if grids != ActivationGrids()}
+
     def leave_grids(self) -> None:
         """Let the layers remember their grids."""
+        grids = self.grids()
         for path, layer in self.layers.items():
-            output = self.outputs[path].grid() if path in (self.last or ()) else None
-            grids = ActivationGrids(self.inputs[path].grid(), output)
-            set_activation_grids(layer, None if grids == ActivationGrids() else grids)
+            set_activation_grids(layer, grids.get(path))
 
     def state_dict(self) -> dict[str, Any]:
         """All ranges, and which layers are last."""
@@ -355,70 +416,7 @@ class ActivationQuantizer:
             self.inputs[path].load_state_dict(state["inputs"][path])
             self.outputs[path].load_state_dict(state["outputs"][path])
         self.last = state["last"]
-
-
-def calibration_batches(
-    data: Iterable[object] | Tensor, batch_to_args: Callable[[Any], Any] | None = None
-) -> list[object]:
-    """The batches of calibration data, checked.
-
-    Args:
-        data: inputs of the module: each a tensor, a tuple or list of arguments, or a dict of
-            keyword arguments. A single tensor is one batch.
-        batch_to_args: from what `data` yield to such inputs, where they are more, labels say.
-
-    Raises:
-        ValueError: when there is nothing, or values that are NaN or infinite.
-
-    >>> len(calibration_batches([torch.zeros(2, 3), (torch.ones(2, 3),)]))
-    2
-    """
-    batches: list[object] = [data] if isinstance(data, Tensor) else list(data)
-    if batch_to_args is not None:
-        batches = [batch_to_args(batch) for batch in batches]
-    tensors = [[one for one in _values(batch) if isinstance(one, Tensor)] for batch in batches]
-    if not any(one.numel() for row in tensors for one in row):
-        raise ValueError("the calibration data are empty: give at least one batch of inputs")
-    for index, row in enumerate(tensors):
-        for one in row:
-            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
-                raise ValueError(f"batch {index} of the calibration data holds NaN or infinity")
-    return batches
-
-
-def _values(batch: object) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, (tuple, list)) else [batch]
-
-
-def run_batch(module: nn.Module, batch: object) -> object:
-    """Call a module on a batch of `calibration_batches`.
-
-    Raises:
-        ValueError: naming the batch, when the module cannot take it.
-    """
-    try:
-        return module(**batch) if isinstance(batch, Mapping) else module(*_values(batch))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be called with a batch of the data, "
-            f"{_described(batch)}: {error}. Say what it is called with: "
-            "batch_to_args=lambda batch: ..., which returns a tensor, a tuple of arguments, or a "
-            "dict of them"
-        ) from error
-
-
-def _described(batch: object) -> str:
-    def named(one: object) -> str:
-        if isinstance(one, Tensor):
-            return f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}"
-        return type(one).__name__
-
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {named(one)}" for key, one in batch.items()) + "}"
-    inside = ", ".join(map(named, _values(batch)))
-    return f"({inside})" if isinstance(batch, (tuple, list)) else inside
+        self._searching = self.last is None
 
 
 def calibrate(module: nn.Module, side: ActivationQuantizer, batches: Sequence[object]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lightning_compress.grids import channel_axis
 from lightning_compress.hooks import hook_output
-from lightning_compress.quantization.activation_ranges import run_batch
+from lightning_compress.sample_inputs import run_batch
 from lightning_compress.targets import Coverage
 
 __all__ = [

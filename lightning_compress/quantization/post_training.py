@@ -14,12 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.projection import Slot
-from lightning_compress.quantization.activation_ranges import (
-    ActivationQuantizer,
-    calibrate,
-    calibration_batches,
-    run_batch,
-)
+from lightning_compress.quantization.activation_ranges import ActivationQuantizer, calibrate
 from lightning_compress.quantization.corrections import (
     channel_means,
     correct_biases,
@@ -29,6 +24,7 @@ from lightning_compress.quantization.fake_quantize import activation_layers
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
+from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids
 from lightning_compress.targets import Coverage, Pattern, Selection, select

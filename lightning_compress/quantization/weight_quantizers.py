@@ -8,16 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_compress.grids import AffineGrid, grid_of_range
+from lightning_compress.grids import AffineGrid, CodebookGrid, grid_of_range, range_of_grid
 from lightning_compress.quantization.codebook import CodebookGrids
 from lightning_compress.quantization.entropy import EntropyGrids
-from lightning_compress.quantization.learned_step import LearnedStepGrids
+from lightning_compress.quantization.learned_step import LearnedPositive, LearnedStepGrids
 from lightning_compress.quantization.ranges import MOMENTUM, find_range, minmax_range
 from lightning_compress.quantization.upsampled_conv import LARGEST, step_for_sums
 from lightning_compress.sharding import ONE_PIECE, Spread
 from lightning_compress.state import Grid
 
-__all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "make_maker"]
+__all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "begin_from", "make_maker"]
 
 WEIGHT_SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
 _FOLLOWING = ("minmax", "moving_average")  # look at every step; the others search at events
@@ -158,6 +158,30 @@ class RangeGrids:
         self.range, self.frozen = state["range"], state["frozen"]
         # What the layer reads does not change: a state of before it was seen takes nothing away.
         self.enlarged = max(self.enlarged, state.get("enlarged", 1))
+
+
+def begin_from(maker: GridMaker, grid: Grid) -> None:
+    """Let a new maker begin with a grid that an earlier fit has left, where it can make it.
+
+    >>> import torch
+    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> zero = torch.zeros(1, dtype=torch.int32)
+    >>> begin_from(maker, AffineGrid(torch.tensor([0.5]), zero, 4, True, None))
+    >>> maker.grid(torch.zeros(1)).scale
+    tensor([0.5000])
+    """
+    if isinstance(maker, CodebookGrids) and isinstance(grid, CodebookGrid):
+        if maker.centres is None and grid.centres.numel() == 2**maker.bits:
+            maker.centres = grid.centres.clone()
+        return
+    if not isinstance(grid, AffineGrid) or not isinstance(maker, (RangeGrids, LearnedStepGrids)):
+        return
+    if (grid.bits, grid.axis) != (maker.bits, maker.axis):
+        return
+    if isinstance(maker, RangeGrids) and grid.symmetric == maker.symmetric and maker.range is None:
+        maker.range = range_of_grid(grid)
+    elif isinstance(maker, LearnedStepGrids) and grid.symmetric and maker.learned is None:
+        maker.learned = LearnedPositive(grid.scale.clone(), maker.lr)
 
 
 def make_maker(

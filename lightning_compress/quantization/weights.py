@@ -112,6 +112,25 @@ class WeightQuantizer:
             maker.thaw()
             self.pairs.append((slot, maker))
 
+    def change(
+        self, slots: Sequence[Slot], make: Callable[[Slot], GridMaker], *, started: bool
+    ) -> None:
+        """Go on with other weights; those that are new begin, if the others have.
+
+        Args:
+            slots: the weights of now.
+            make: the maker of a new slot's grid.
+            started: whether the weights are on grids already.
+        """
+        makers = {id(slot): maker for slot, maker in self.pairs}
+        fresh = [slot for slot in slots if id(slot) not in makers]
+        self.pairs = [(slot, makers.get(id(slot)) or make(slot)) for slot in slots]
+        for slot, maker in self.pairs if started else ():
+            if slot in fresh:
+                maker.start(masked(slot))
+        if started:
+            self.install()
+
     @property
     def makers(self) -> dict[str, GridMaker]:
         """The makers by path."""

@@ -192,7 +192,7 @@ def write_records(cfg: DictConfig, folder: Path) -> None:
     """
     from lightning.pytorch.utilities.rank_zero import rank_zero_only  # seconds; sweeps need none
 
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     known: Any = HydraConfig.instance().cfg
     contents: dict[str, Any] = {
