@@ -22,9 +22,8 @@ FLOORS = (
         "sharding",
         "state",
         "projection",
-        "following",
         "structure",
-    ),  # fmt: skip
+    ),
     ("pruning", "quantization"),
     ("channels",),
     ("lcz",),
