@@ -40,14 +40,15 @@ if TYPE_CHECKING:
     from lightning_compress.distillation.pairs import Pair, Ramp
     from lightning_compress.distillation.teachers import EMATeacher
     from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
+    from lightning_compress.lcz.arrays import inspect_compressed, onnx_model, read_arrays
     from lightning_compress.lcz.artifact import (
-        inspect_compressed,
         load_compressed,
         read_tensors,
         save_compressed,
+        write_graph,
         write_tensors,
     )
-    from lightning_compress.lcz.header import ArtifactInfo
+    from lightning_compress.lcz.header import ArtifactInfo, GraphInfo
     from lightning_compress.projection import Projector
     from lightning_compress.quantization.fake_quantize import fake_quantized
     from lightning_compress.quantization.post_training import (
@@ -71,6 +72,7 @@ __all__ = [
     "Cosine",
     "EMATeacher",
     "GradualPruning",
+    "GraphInfo",
     "Guard",
     "KnowledgeDistillation",
     "Linear",
@@ -104,14 +106,17 @@ __all__ = [
     "inspect_compressed",
     "load_compressed",
     "match_channels",
+    "onnx_model",
     "onnx_session",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
+    "read_arrays",
     "read_tensors",
     "rebuild_channels",
     "save_compressed",
     "sparsity",
+    "write_graph",
     "write_tensors",
 ]
 
@@ -133,8 +138,9 @@ _HOMES = {
     "distillation.pairs": "Pair Ramp",
     "distillation.teachers": "EMATeacher",
     "errors": "CorruptArtifactError MissingExtraError TargetError",
-    "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
-    "lcz.header": "ArtifactInfo",
+    "lcz.arrays": "inspect_compressed onnx_model read_arrays",
+    "lcz.artifact": "load_compressed read_tensors save_compressed write_graph write_tensors",
+    "lcz.header": "ArtifactInfo GraphInfo",
     "projection": "Projector",
     "quantization.fake_quantize": "fake_quantized",
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",

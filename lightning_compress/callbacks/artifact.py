@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
+from lightning_compress.errors import require
 from lightning_compress.files import check_writable
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.lcz.codecs import check_codec
@@ -38,6 +40,12 @@ class ArtifactCallback(Callback):
         submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
             the whole LightningModule where it does not say. A sharded one (FSDP2) is gathered
             tensor by tensor, and the first process writes.
+        graph: the file also holds the ONNX model of the module, which is exported when `fit` ends
+            and checked against PyTorch: `onnx_session("model.lcz")` runs it, without torch. Weights
+            on grids are integers in it. Its sample inputs are what the module was given in
+            training, or those of the model's `parts()`: a graph each, by their names, where there
+            are several. Files beside checkpoints hold none. Where the export is refused, a warning
+            says why, and the file holds the weights alone.
         codec: as in `save_compressed`.
         options: other arguments of `save_compressed`, such as `float_dtype="fp16"`.
 
@@ -47,6 +55,7 @@ class ArtifactCallback(Callback):
     Raises:
         ValueError: for an unknown codec.
         OSError: when `fit` starts, if the file could not be written when it ends.
+        MissingExtraError: when `fit` starts, if what `graph` needs is not installed.
 
     >>> ArtifactCallback("model.lcz", codec="fast").path.name
     'model.lcz'
@@ -58,6 +67,7 @@ class ArtifactCallback(Callback):
         *,
         beside_checkpoints: bool = False,
         submodule: str | None = None,
+        graph: bool = False,
         codec: str = "auto",
         **options: Any,
     ) -> None:
@@ -65,12 +75,16 @@ class ArtifactCallback(Callback):
         self.path = Path(path)
         self.beside_checkpoints = beside_checkpoints
         self.submodule = submodule
+        self.graph = graph
         self.options: dict[str, Any] = {"codec": codec, **options}
         self.info: ArtifactInfo | None = None
+        self._seen: Any = None  # SeenInputs, while fit runs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a wrong `submodule` or folder before anything is trained; listen to checkpoints."""
-        self._shipped(pl_module)
+        shipped = self._shipped(pl_module)
+        if self.graph:
+            self._watch(shipped)
         folder = self._target(trainer).parent
         if trainer.is_global_zero:
             check_writable(folder)
@@ -85,7 +99,8 @@ class ArtifactCallback(Callback):
         target, shipped = self._target(trainer), self._shipped(pl_module)
         # The parts of a sharded module are with all processes; one of them writes.
         if trainer.is_global_zero or any(map(is_sharded, shipped.state_dict().values())):
-            self.info = self._save(shipped, target)
+            graphs = self._graphs(pl_module, shipped) if self.graph else {}
+            self.info = self._save(shipped, target, **({"graph": graphs} if graphs else {}))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Stop listening."""
@@ -100,7 +115,35 @@ class ArtifactCallback(Callback):
         """Stop listening: there is no teardown then."""
         self._stop(trainer)
 
+    def _watch(self, shipped: nn.Module) -> None:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require(name, extra="onnx")
+        from lightning_compress.conversion.graphs import SeenInputs
+
+        self._seen = SeenInputs(shipped)
+
+    def _graphs(self, pl_module: LightningModule, shipped: nn.Module) -> dict[str, bytes]:
+        """The ONNX models by name; none, and a warning, where they cannot be made."""
+        from lightning_compress.conversion.graphs import exported_graphs, sampled_parts
+
+        try:
+            if any(map(is_sharded, shipped.state_dict().values())):
+                raise ValueError("the module is sharded: load the file into a plain one and export")
+            parts = sampled_parts(pl_module, shipped, self._seen and self._seen.inputs)
+            if parts is None:
+                raise ValueError(
+                    f"{type(shipped).__name__} was never called with tensors in training: name "
+                    "with submodule= one that is, or set example_input_array"
+                )
+            return exported_graphs(parts)
+        except (ValueError, RuntimeError, TypeError) as error:  # training is worth its file
+            warnings.warn(f"{self.path} holds no graph: {error}", stacklevel=2)
+            return {}
+
     def _stop(self, trainer: Trainer) -> None:
+        if self._seen is not None:
+            self._seen.stop()
+            self._seen = None
         if isinstance(listener := trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = listener.inner
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_compress.files import write_atomically
-from lightning_compress.lcz.artifact import MAX_BYTES, read_tensors
+from lightning_compress.lcz.artifact import read_tensors
+from lightning_compress.lcz.opening import MAX_BYTES
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.grids import MAX_BITS, MIN_BITS
 from lightning_compress.lcz.codecs import CODECS
+from lightning_compress.lcz.graph import GraphRecord
 from lightning_compress.lcz.raw_bits import DTYPES, PACKINGS, word_size
 
 __all__ = [
+    "MAX_BITS",
     "MAX_CODEBOOK",
     "MAX_EXPANSION",
+    "MIN_BITS",
     "ArtifactInfo",
+    "GraphInfo",
     "TensorInfo",
     "TensorRecord",
     "artifact_info",
@@ -24,6 +27,7 @@ __all__ = [
     "read_records",
     "write_records",
 ]
+MIN_BITS, MAX_BITS = 2, 8  # of a grid in the file
 MAX_CODEBOOK = 256
 
 # Elements per byte of file. Only runs of one value come near: they cost nothing once begun.
@@ -133,12 +137,12 @@ def _row(record: TensorRecord) -> dict[str, Any]:
     }
 
 
-def read_records(rows: object, payload_bytes: int, size: int) -> list[TensorRecord]:
+def read_records(rows: object, payload_bytes: int | None, size: int) -> list[TensorRecord]:
     """The records of a header, each checked by itself and all against the file.
 
     Args:
         rows: the header's list of tensors, as parsed from JSON.
-        payload_bytes: what the payloads take in the file.
+        payload_bytes: what the payloads take in the file; None: others follow, of unknown length.
         size: of the file.
 
     Raises:
@@ -150,7 +154,8 @@ def read_records(rows: object, payload_bytes: int, size: int) -> list[TensorReco
     by_name = {record.name: record for record in records}
     if len(by_name) != len(records):
         raise CorruptArtifactError("a tensor's name stands in the header twice")
-    if (total := sum(record.payload_bytes for record in records)) != payload_bytes:
+    total = sum(record.payload_bytes for record in records)
+    if payload_bytes is not None and total != payload_bytes:
         raise CorruptArtifactError(f"payloads of {total} bytes, the file has {payload_bytes}")
     for record in records:
         if (fault := _fault(record, by_name)) is not None:
@@ -302,19 +307,40 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class GraphInfo:
+    """A runnable graph of an artifact: an ONNX model.
+
+    Args:
+        bytes: its payload in the file.
+        onnx_bytes: of the ONNX file that it unpacks to.
+        per_tensor: its tensors that are stored with it, by name in the graph.
+        shared: tensors of the module whose numbers the graph takes, stored once for both.
+        twice: those of `per_tensor` that are matrices or kernels, though the file holds the
+            module's tensors as well: their numbers are not the module's in another order.
+    """
+
+    bytes: int
+    onnx_bytes: int
+    per_tensor: dict[str, TensorInfo]
+    shared: tuple[str, ...] = ()
+    twice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ArtifactInfo:
-    """An `.lcz` file. `header_bytes` and the tensors' `bytes` add up to `bytes`.
+    """An `.lcz` file. `header_bytes` and the `bytes` of tensors and graphs add up to `bytes`.
 
     Args:
         path: of the file.
         bytes: of the whole file.
         header_bytes: prefix, header and checksum: all that is no payload.
         ratio: bytes of the tensors stored plainly in their own dtypes, each tied one once, divided
-            by `bytes`.
+            by `bytes`; of a file without tensors, bytes of its graphs' ONNX files.
         entropy_bound_bytes: sum of the tensors' `bound_bytes`. Code tables and `header_bytes` are
             not in it. Run lengths may go below it where zeros cluster, since zero-order entropy
             looks at each symbol alone.
         per_tensor: by name, in the order of `state_dict`.
+        graphs: the runnable ones, by name; "" where there is one.
     """
 
     path: Path
@@ -323,9 +349,12 @@ class ArtifactInfo:
     ratio: float
     entropy_bound_bytes: int
     per_tensor: dict[str, TensorInfo]
+    graphs: dict[str, GraphInfo] = field(default_factory=dict)
 
 
-def artifact_info(path: Path, records: Sequence[TensorRecord], size: int) -> ArtifactInfo:
+def artifact_info(
+    path: Path, records: Sequence[TensorRecord], size: int, graphs: Sequence[GraphRecord] = ()
+) -> ArtifactInfo:
     """Sums up the records of a file of `size` bytes."""
     by_name = {record.name: record for record in records}
     tensors = {
@@ -336,13 +365,32 @@ def artifact_info(path: Path, records: Sequence[TensorRecord], size: int) -> Art
         for record in records
         if record.kind != "tied"
     )
+    runnable = {graph.name: _graph_info(graph, has_module=bool(records)) for graph in graphs}
+    costs = [one.bytes for one in (*tensors.values(), *runnable.values())]
+    stored = [*tensors.values(), *(t for one in runnable.values() for t in one.per_tensor.values())]
+    if not records:
+        plain = sum(one.onnx_bytes for one in runnable.values())
     return ArtifactInfo(
         path=path,
         bytes=size,
-        header_bytes=size - sum(tensor.bytes for tensor in tensors.values()),
+        header_bytes=size - sum(costs),
         ratio=plain / size,
-        entropy_bound_bytes=sum(tensor.bound_bytes for tensor in tensors.values()),
+        entropy_bound_bytes=sum(tensor.bound_bytes for tensor in stored),
         per_tensor=tensors,
+        graphs=runnable,
+    )
+
+
+def _graph_info(graph: GraphRecord, *, has_module: bool) -> GraphInfo:
+    own = {record.name: _tensor_info(record, record) for record in graph.records}
+    shared = dict.fromkeys(gap.source for gap, _ in graph.gaps if gap.source)
+    weights = (name for name, one in own.items() if sum(size > 1 for size in one.shape) > 1)
+    return GraphInfo(
+        bytes=graph.payload_bytes,
+        onnx_bytes=graph.onnx_bytes,
+        per_tensor=own,
+        shared=tuple(shared),
+        twice=tuple(weights) if has_module else (),
     )
 
 
