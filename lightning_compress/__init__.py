@@ -47,14 +47,15 @@ if TYPE_CHECKING:
     from lightning_compress.distillation.pairs import Pair, Ramp
     from lightning_compress.distillation.teachers import EMATeacher
     from lightning_compress.errors import CorruptArtifactError, MissingExtraError, TargetError
+    from lightning_compress.lcz.arrays import inspect_compressed, onnx_model, read_arrays
     from lightning_compress.lcz.artifact import (
-        inspect_compressed,
         load_compressed,
         read_tensors,
         save_compressed,
+        write_graph,
         write_tensors,
     )
-    from lightning_compress.lcz.header import ArtifactInfo
+    from lightning_compress.lcz.info import ArtifactInfo, GraphInfo
     from lightning_compress.lcz.restoring import restore_compression
     from lightning_compress.projection import Projector
     from lightning_compress.pruning.one_shot import prune_weights
@@ -82,6 +83,7 @@ __all__ = [
     "Cosine",
     "EMATeacher",
     "GradualPruning",
+    "GraphInfo",
     "Guard",
     "KnowledgeDistillation",
     "Linear",
@@ -116,16 +118,19 @@ __all__ = [
     "inspect_compressed",
     "load_compressed",
     "match_channels",
+    "onnx_model",
     "onnx_session",
     "prune_weights",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
+    "read_arrays",
     "read_tensors",
     "rebuild_channels",
     "restore_compression",
     "save_compressed",
     "sparsity",
+    "write_graph",
     "write_tensors",
 ]
 
@@ -138,6 +143,7 @@ _HOMES = {
         "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
         "ThresholdPruning"
     ),
+    "channels.following": "apply_compression",
     "channels.resize": "match_channels rebuild_channels",
     "channels.student": "initialize_from_teacher",
     "conversion.checks": "Parity",
@@ -148,9 +154,9 @@ _HOMES = {
     "distillation.pairs": "Pair Ramp",
     "distillation.teachers": "EMATeacher",
     "errors": "CorruptArtifactError MissingExtraError TargetError",
-    "channels.following": "apply_compression",
-    "lcz.artifact": "inspect_compressed load_compressed read_tensors save_compressed write_tensors",
-    "lcz.header": "ArtifactInfo",
+    "lcz.arrays": "inspect_compressed onnx_model read_arrays",
+    "lcz.artifact": "load_compressed read_tensors save_compressed write_graph write_tensors",
+    "lcz.info": "ArtifactInfo GraphInfo",
     "lcz.restoring": "restore_compression",
     "projection": "Projector",
     "pruning.one_shot": "prune_weights",

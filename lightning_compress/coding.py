@@ -22,7 +22,7 @@ __getattr__ = alias(
         "foresight": "lightning_compress.lcz.context_fitting",
         "grids": "lightning_compress.lcz.tensors",
         "huffman": "lightning_compress.lcz.huffman",
-        "info": "lightning_compress.lcz.header",
+        "info": "lightning_compress.lcz.info",
         "lanes": "lightning_compress.lcz.huffman",
         "loading": "lightning_compress.lcz.read",
         "logistic": "lightning_compress.lcz.context_model",

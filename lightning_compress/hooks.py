@@ -14,6 +14,7 @@ __all__ = [
     "Hook",
     "Taps",
     "hook_input",
+    "hook_inputs",
     "hook_output",
     "tensors_of",
 ]
@@ -28,7 +29,7 @@ class _Inert:
 
 
 class _Hook:
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Callable[..., Any]) -> None:
         # Traced hooks are silently wrong, so the compiler is kept out.
         self.change: Any = torch.compiler.disable(change)
 
@@ -48,6 +49,11 @@ class _InputHook(_Hook):
         return args, {**kwargs, "input": self.change(kwargs["input"])}
 
 
+class _SeenHook(_Hook):
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.change((*args, *kwargs.values()))
+
+
 class _OutputHook(_Hook):
     def __call__(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG002
         return self.change(output)
@@ -63,6 +69,11 @@ def hook_input(layer: nn.Module, change: Change, *, first: bool = False) -> Remo
     >>> handle.remove()
     """
     return layer.register_forward_pre_hook(_InputHook(change), with_kwargs=True, prepend=first)
+
+
+def hook_inputs(layer: nn.Module, look: Callable[[tuple[Any, ...]], None]) -> RemovableHandle:
+    """Show what a layer is given, positional and by keyword, at each forward pass."""
+    return layer.register_forward_pre_hook(_SeenHook(look), with_kwargs=True)
 
 
 def hook_output(layer: nn.Module, change: Change) -> RemovableHandle:

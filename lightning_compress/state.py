@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lightning_compress.grids import AffineGrid, CodebookGrid
+from lightning_compress.removed import RemovedChannels
 from lightning_compress.sharding import whole_tensor
 
 __all__ = [
@@ -43,24 +44,6 @@ class ActivationGrids:
 
     input: AffineGrid | None = None
     output: AffineGrid | None = None
-
-
-@dataclass(frozen=True)
-class RemovedChannels:
-    """What a module lost.
-
-    Args:
-        shapes: of tensors before channels were removed, by path.
-        sizes: of layers that know a size and hold no tensors, as it is now, by path.
-        kept: of the channels that a layer made at first, those that stay, by path.
-    """
-
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.shapes or self.sizes)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import is_trial_run
+from lightning_compress.errors import require
 from lightning_compress.files import check_writable
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.lcz.codecs import check_codec
-from lightning_compress.lcz.header import ArtifactInfo
+from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.sharding import is_sharded, local_part
 
 __all__ = ["ArtifactCallback"]
@@ -41,6 +43,12 @@ class ArtifactCallback(Callback):
         submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
             the whole LightningModule where it does not say. A sharded one (FSDP2) is gathered
             tensor by tensor, and the first process writes.
+        graph: the file also holds the ONNX model of the module, which is exported when `fit` ends
+            and checked against PyTorch: `onnx_session("model.lcz")` runs it, without torch. Weights
+            on grids are integers in it. Its sample inputs are what the module was given in
+            training, or those of the model's `parts()`: a graph each, by their names, where there
+            are several. Files beside checkpoints hold none. Where the export is refused, a warning
+            says why, and the file holds the weights alone.
         codec: as in `save_compressed`.
         options: other arguments of `save_compressed`, such as `float_dtype="fp16"`.
 
@@ -50,6 +58,7 @@ class ArtifactCallback(Callback):
     Raises:
         ValueError: for an unknown codec.
         OSError: when `fit` starts, if the file could not be written when it ends.
+        MissingExtraError: when `fit` starts, if what `graph` needs is not installed.
 
     >>> ArtifactCallback("model.lcz", codec="fast").path.name
     'model.lcz'
@@ -61,6 +70,7 @@ class ArtifactCallback(Callback):
         *,
         beside_checkpoints: bool = False,
         submodule: str | None = None,
+        graph: bool = False,
         codec: str = "auto",
         **options: Any,
     ) -> None:
@@ -68,12 +78,16 @@ class ArtifactCallback(Callback):
         self.path = Path(path)
         self.beside_checkpoints = beside_checkpoints
         self.submodule = submodule
+        self.graph = graph
         self.options: dict[str, Any] = {"codec": codec, **options}
         self.info: ArtifactInfo | None = None
+        self._seen: Any = None  # SeenInputs, while fit runs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a wrong `submodule` or folder before anything is trained; listen to checkpoints."""
-        self._shipped(pl_module)
+        shipped = self._shipped(pl_module)
+        if self.graph:
+            self._watch(shipped)
         folder = self._target(trainer).parent
         if trainer.is_global_zero:
             check_writable(folder)
@@ -91,10 +105,14 @@ class ArtifactCallback(Callback):
             return
         if is_trial_run(trainer):  # find errors, and leave the file of a real run alone
             with tempfile.TemporaryDirectory() as folder:
-                self.info = self._save(shipped, Path(folder) / target.name)
+                self._write(pl_module, shipped, Path(folder) / target.name)
             rank_zero_info(f"fast_dev_run: {target} could be written, and was left as it is")
             return
-        self.info = self._save(shipped, target)
+        self._write(pl_module, shipped, target)
+
+    def _write(self, module: LightningModule, shipped: nn.Module, target: Path) -> None:
+        graphs = self._graphs(module, shipped) if self.graph else {}
+        self.info = self._save(shipped, target, **({"graph": graphs} if graphs else {}))
 
     def fit_results(self) -> dict[str, Any]:
         """What the file holds, for when the fit ran in another process."""
@@ -113,7 +131,35 @@ class ArtifactCallback(Callback):
         """Stop listening: there is no teardown then."""
         self._stop(trainer)
 
+    def _watch(self, shipped: nn.Module) -> None:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require(name, extra="onnx")
+        from lightning_compress.conversion.graphs import SeenInputs
+
+        self._seen = SeenInputs(shipped)
+
+    def _graphs(self, pl_module: LightningModule, shipped: nn.Module) -> dict[str, bytes]:
+        """The ONNX models by name; none, and a warning, where they cannot be made."""
+        from lightning_compress.conversion.graphs import exported_graphs, sampled_parts
+
+        try:
+            if any(map(is_sharded, shipped.state_dict().values())):
+                raise ValueError("the module is sharded: load the file into a plain one and export")
+            parts = sampled_parts(pl_module, shipped, self._seen and self._seen.inputs)
+            if parts is None:
+                raise ValueError(
+                    f"{type(shipped).__name__} was never called with tensors in training: name "
+                    "with submodule= one that is, or set example_input_array"
+                )
+            return exported_graphs(parts)
+        except (ValueError, RuntimeError, TypeError) as error:  # training is worth its file
+            warnings.warn(f"{self.path} holds no graph: {error}", stacklevel=2)
+            return {}
+
     def _stop(self, trainer: Trainer) -> None:
+        if self._seen is not None:
+            self._seen.stop()
+            self._seen = None
         if isinstance(listener := trainer.strategy.checkpoint_io, _Beside):
             trainer.strategy.checkpoint_io = listener.inner
 

@@ -29,8 +29,9 @@ from lightning_compress.channels.selection import (
 )
 from lightning_compress.projection import Projector, Slot
 from lightning_compress.pruning.sparsity_groups import make_schedules
+from lightning_compress.removed import RemovedChannels
 from lightning_compress.schedules import Schedule
-from lightning_compress.state import RemovedChannels, note_removed
+from lightning_compress.state import note_removed
 
 __all__ = [
     "Cutter",

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_compress.channels.graph import Kept, free_reshapes
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import evaluating
-from lightning_compress.state import RemovedChannels, forget_removed, note_removed, removed_channels
+from lightning_compress.removed import RemovedChannels
+from lightning_compress.state import forget_removed, note_removed, removed_channels
 
 __all__ = [
     "CHANNELS",

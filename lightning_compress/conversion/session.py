@@ -10,6 +10,9 @@ from typing import Any
 
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
+from lightning_compress.lcz.arrays import onnx_model
+from lightning_compress.lcz.container import MAGIC
+from lightning_compress.lcz.protobuf import model_options
 
 __all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "session_options"]
 
@@ -21,25 +24,44 @@ MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "
 MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "BitShift", "Identity", "Expand"}
 
 
-def onnx_session(path: str | Path, *, threads: int | None = None, spinning: bool = True) -> Any:
+def onnx_session(
+    path: str | Path,
+    *,
+    graph: str | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+) -> Any:
     """An ONNX Runtime session on the CPU with the options that the file's metadata asks for.
 
-    Weights that wait for a DequantizeLinear at every call make a file of whole numbers up to 3
+    Weights that wait for a DequantizeLinear at every call make a file of integers up to 3
     times slower: `session.disable_quant_qdq` has them evaluated once.
 
     Args:
-        path: of the file.
+        path: of an ONNX file, or of an `.lcz` file that holds a runnable graph; torch and onnx
+            need not be installed for either.
+        graph: of an `.lcz` file with several, the name of one.
         threads: for one call; None takes what ONNX Runtime takes.
         spinning: whether threads wait for the next call by spinning, as is ONNX Runtime's way.
 
     Raises:
-        MissingExtraError: when onnx or onnxruntime is not installed.
+        MissingExtraError: when onnxruntime is not installed.
+        CorruptArtifactError: when an `.lcz` file is damaged.
+        ValueError: for a file that is neither, or holds no such graph.
+        OSError: when the file cannot be read.
     """
-    proto = require("onnx", extra="onnx").load(str(path))
-    settings = session_options({entry.key: entry.value for entry in proto.metadata_props})
+    require("onnxruntime", extra="onnx")
+    with Path(path).open("rb") as stream:
+        packed = stream.read(len(MAGIC)) == MAGIC or Path(path).suffix == ".lcz"
+    data = onnx_model(path, graph) if packed else Path(path).read_bytes()
+    if graph is not None and not packed:
+        raise ValueError(f"graph={graph!r}: {path} is no .lcz file and holds one graph")
+    try:
+        settings = session_options(model_options(data))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not spinning:
         settings["session.intra_op.allow_spinning"] = "0"
-    return make_session(str(path), settings, threads=threads)
+    return make_session(data if packed else str(path), settings, threads=threads)
 
 
 def session_options(metadata: Mapping[str, str]) -> dict[str, str]:

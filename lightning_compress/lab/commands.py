@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_compress.lcz.artifact import MAX_BYTES, inspect_compressed
+from lightning_compress.files import write_atomically
+from lightning_compress.lcz.arrays import MAX_ONNX_BYTES, inspect_compressed, onnx_model
+from lightning_compress.lcz.artifact import write_graph
 from lightning_compress.lcz.checkpoints import read_checkpoint, read_contents, write_checkpoint
 from lightning_compress.lcz.codecs import CHOICES
-from lightning_compress.lcz.header import ArtifactInfo
+from lightning_compress.lcz.info import ArtifactInfo, GraphInfo, TensorInfo
 from lightning_compress.lcz.lost_grids import few_valued
+from lightning_compress.lcz.opening import MAX_BYTES
 from lightning_compress.lcz.raw_bits import patterns
 from lightning_compress.lcz.write import Encoding, write_contents
 
@@ -45,15 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="what an .lcz file holds, from its header")
     inspect.add_argument("file", type=Path)
-    pack = commands.add_parser("pack", help="a checkpoint to an .lcz file")
-    pack.add_argument("checkpoint", type=Path, help=".pt, .pth, .ckpt, .bin or .safetensors")
-    pack.add_argument("--out", type=Path, help="default: beside the checkpoint, as .lcz")
+    pack = commands.add_parser("pack", help="a checkpoint or an ONNX file to an .lcz file")
+    what = ".pt, .pth, .ckpt, .bin, .safetensors; or .onnx, for an .lcz file that runs"
+    pack.add_argument("checkpoint", type=Path, help=what)
+    what = "default: beside the checkpoint, as .lcz; model.lcz for model.int8.onnx"
+    pack.add_argument("--out", type=Path, help=what)
     pack.add_argument("--codec", choices=list(CHOICES), default="auto")
     pack.add_argument("--float-dtype", choices=["fp16", "bf16"], help="lossy: of plain floats")
     pack.add_argument("--workers", type=int, default=1, help="threads")
-    unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint")
+    unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint or an ONNX file")
     unpack.add_argument("file", type=Path)
     unpack.add_argument("--out", type=Path, help="default: beside the file, as .safetensors")
+    what = "write the runnable graph of the file here, in place of a checkpoint"
+    unpack.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help=what)
+    unpack.add_argument("--graph", help="which one, where the file holds several")
     diff = commands.add_parser("diff", help="compare the tensors of two files of any kind")
     diff.add_argument("one", type=Path)
     diff.add_argument("other", type=Path)
@@ -124,6 +132,8 @@ def _inspect(chosen: argparse.Namespace) -> int:
 
 
 def _pack(chosen: argparse.Namespace) -> int:
+    if chosen.checkpoint.suffix.lower() == ".onnx":
+        return _pack_graph(chosen)
     target = chosen.out or chosen.checkpoint.with_suffix(".lcz")
     contents = read_contents(chosen.checkpoint, chosen.key)
     encoding = Encoding(chosen.codec, chosen.float_dtype, chosen.workers)
@@ -139,12 +149,52 @@ def _pack(chosen: argparse.Namespace) -> int:
     return SAME
 
 
+def _pack_graph(chosen: argparse.Namespace) -> int:
+    for name in ("key", "float_dtype"):
+        if getattr(chosen, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for checkpoints: {chosen.checkpoint} is an ONNX file")
+    target = chosen.out or _beside(chosen.checkpoint)
+    info = write_graph(chosen.checkpoint, target, chosen.codec)
+    print(f"{target}: {info.bytes} bytes, {info.ratio:.2f}x smaller than the ONNX file")
+    return SAME
+
+
+def _beside(path: Path) -> Path:
+    """`model.lcz` for `model.int8.onnx`, unless the weights of a module are there."""
+    target = path.with_name(path.stem.removesuffix(".int8") + ".lcz")
+    if target.exists() and inspect_compressed(target).per_tensor:
+        raise ValueError(f"{target} holds the tensors of a module: name another file with --out")
+    return target
+
+
+def _unpack_graph(chosen: argparse.Namespace) -> int:
+    if chosen.out is not None:
+        raise ValueError("--out is for a checkpoint and --onnx for the graph: give one of them")
+    most = min(chosen.max_bytes, MAX_ONNX_BYTES)
+    data = onnx_model(chosen.file, chosen.graph, max_bytes=most)
+    write_atomically(chosen.onnx, data, what="the ONNX file")
+    print(f"{chosen.onnx}: {len(data)} bytes")
+    return SAME
+
+
 def _unpack(chosen: argparse.Namespace) -> int:
+    if chosen.onnx is not None:
+        return _unpack_graph(chosen)
+    if chosen.graph is not None:
+        raise ValueError(f"--graph {chosen.graph}: say with --onnx where the ONNX file is to go")
+    if chosen.file.suffix.lower() == ".lcz" and _only_graphs(chosen.file):
+        raise ValueError(f"{chosen.file} holds a graph and no tensors: unpack it with --onnx FILE")
     target = chosen.out or chosen.file.with_suffix(".safetensors")
     tensors = read_checkpoint(chosen.file, max_bytes=chosen.max_bytes)
     write_checkpoint(tensors, target)
     print(f"{target}: {len(tensors)} tensors")
     return SAME
+
+
+def _only_graphs(path: Path) -> bool:
+    info = inspect_compressed(path)
+    return bool(info.graphs) and not info.per_tensor
 
 
 def _diff(chosen: argparse.Namespace) -> int:
@@ -171,19 +221,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def describe(info: ArtifactInfo) -> str:
     """The tensors of a file as a table, and their sums."""
     head = ("tensor", "shape", "dtype", "sparsity", "bits", "codec", "bytes", "bound")
-    rows = [
-        (
-            name,
-            "x".join(map(str, tensor.shape)) or "-",
-            tensor.dtype,
-            f"{1 - tensor.nonzero / tensor.elements:.2%}" if tensor.elements else "-",
-            str(tensor.bits),
-            tensor.codec,
-            str(tensor.bytes),
-            str(tensor.bound_bytes),
-        )
-        for name, tensor in info.per_tensor.items()
-    ]
+    rows = [_row(name, tensor) for name, tensor in info.per_tensor.items()]
+    for graph, one in info.graphs.items():
+        prefix = f"{graph or 'graph'}: "
+        rows += [_row(prefix + name, tensor) for name, tensor in one.per_tensor.items()]
+        model = one.bytes - sum(tensor.bytes for tensor in one.per_tensor.values())
+        rows.append((prefix + "model", "-", "", "-", "", "deflate", str(model), "-"))
     sums = ("all", "", "", "", "", "", str(info.bytes), str(info.entropy_bound_bytes))
     table = [head, *rows, sums]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
@@ -195,7 +238,32 @@ def describe(info: ArtifactInfo) -> str:
         for row in table
     ]
     plain = f"{info.header_bytes} bytes of {info.bytes} are header and checksum"
-    return "\n".join([*lines, f"{plain}; {info.ratio:.2f}x smaller than its tensors"])
+    what = "tensors" if info.per_tensor or not info.graphs else "ONNX files"
+    lines.append(f"{plain}; {info.ratio:.2f}x smaller than its {what}")
+    return "\n".join([*lines, *(_graph_line(*pair) for pair in info.graphs.items())])
+
+
+def _row(name: str, tensor: TensorInfo) -> tuple[str, ...]:
+    return (
+        name,
+        "x".join(map(str, tensor.shape)) or "-",
+        tensor.dtype,
+        f"{1 - tensor.nonzero / tensor.elements:.2%}" if tensor.elements else "-",
+        str(tensor.bits),
+        tensor.codec,
+        str(tensor.bytes),
+        str(tensor.bound_bytes),
+    )
+
+
+def _graph_line(name: str, graph: GraphInfo) -> str:
+    title = f"graph {name!r}" if name else "graph"
+    line = f"{title}: {graph.bytes} bytes, an ONNX file of {graph.onnx_bytes}"
+    if graph.shared:
+        line += f"; {len(graph.shared)} tensors are the module's, stored once"
+    if graph.twice:
+        line += f"; stored a second time: {', '.join(graph.twice)}"
+    return line
 
 
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.header import ArtifactInfo, artifact_info
+from lightning_compress.lcz.arrays import inspect_compressed
+from lightning_compress.lcz.graph_inlining import inlined
+from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.lcz.lost_grids import is_lightning, lost_grids
 from lightning_compress.lcz.module_state import (
     Contents,
@@ -26,7 +28,8 @@ from lightning_compress.lcz.module_state import (
     sizes_in,
     stored_name,
 )
-from lightning_compress.lcz.read import Artifact, check_fit, check_shared, check_size, opened
+from lightning_compress.lcz.opening import MAX_BYTES, check_size
+from lightning_compress.lcz.read import Artifact, check_fit, check_shared, opened
 from lightning_compress.lcz.write import Encoding, write_contents
 from lightning_compress.sharding import is_sharded, shards_of, to_shards
 from lightning_compress.state import (
@@ -38,10 +41,11 @@ from lightning_compress.state import (
 )
 
 __all__ = [
-    "inspect_compressed", "load_compressed", "read_tensors", "save_compressed", "write_tensors",
+    "inspect_compressed", "load_compressed", "read_tensors", "save_compressed", "write_graph",
+    "write_tensors",
 ]  # fmt: skip
 
-MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
+Graph = bytes | str | os.PathLike[str]
 
 
 def save_compressed(
@@ -49,6 +53,7 @@ def save_compressed(
     path: str | os.PathLike[str],
     codec: str = "auto",
     *,
+    graph: Graph | Mapping[str, Graph] | None = None,
     float_dtype: str | None = None,
     fold_batchnorm: bool = False,
     reorder: bool = False,
@@ -73,6 +78,10 @@ def save_compressed(
             smallest of those that take in 10 million weights a second and give back 25, or one by
             its name:
             "arithmetic", "context", "huffman", "rle_huffman", "raw", "relative_index".
+        graph: an ONNX model of the module, or the path of one, so that the file also runs by
+            itself: `onnx_session(path)`. Its weights are stored once with the module's where they
+            are the same numbers in another order, else again: `ArtifactInfo.graphs` names them.
+            Several, by name, for a module of several parts.
         float_dtype: "fp16" or "bf16" stores floats that are on no grid in that type; loading casts
             them back.
         fold_batchnorm: store each BatchNorm as one scale and one shift a channel, which costs
@@ -88,8 +97,8 @@ def save_compressed(
             were pruned as `weight * mask` hold it in every second zero, half a bit each.
 
     Raises:
-        ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, or a
-            rewriting of a sharded module.
+        ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, a
+            rewriting of a sharded module, or a graph that is no ONNX model.
         TypeError: for entries that are no dense tensors, or what is no module.
         KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
@@ -103,6 +112,7 @@ def save_compressed(
     """
     _check_module(module, "write_tensors")
     encoding = Encoding(codec, float_dtype, workers, signed_zeros)
+    graphs = onnx_bytes(graph)
     to_shards(module)
     contents = module_contents(module, state or {})
     if is_lightning(module) and (text := lost_grids(module)):
@@ -116,7 +126,50 @@ def save_compressed(
         contents = batchnorm_folded(module, contents)
     if reorder:
         contents = reordered(module, contents)
-    return write_contents(contents, Path(path), encoding)
+    return write_contents(contents, Path(path), encoding, graphs)
+
+
+def write_graph(
+    graph: Graph | Mapping[str, Graph], path: str | os.PathLike[str], codec: str = "auto"
+) -> ArtifactInfo:
+    """Writes ONNX models to a file that holds nothing else: small, and `onnx_session` runs it.
+
+    Args:
+        graph: the model or the path of one; several by name.
+        path: of the file; its folder must exist.
+        codec: as in `save_compressed`.
+
+    Raises:
+        ValueError: for an unknown codec, or what is no ONNX model.
+        OSError: naming the path, when a file cannot be read or written.
+    """
+    return write_contents(Contents({}, {}, {}), Path(path), Encoding(codec), onnx_bytes(graph))
+
+
+def onnx_bytes(graph: Graph | Mapping[str, Graph] | None) -> dict[str, bytes]:
+    """ONNX models by name, each with its weights inside; "" names a single one.
+
+    Raises:
+        ValueError: naming the graph, for what is no ONNX model.
+        OSError: when a file cannot be read.
+        TypeError: for what is neither bytes nor a path.
+    """
+    if graph is None:
+        return {}
+    named = graph if isinstance(graph, Mapping) else {"": graph}
+    return {name: _model(name, one) for name, one in named.items()}
+
+
+def _model(name: str, graph: Graph) -> bytes:
+    if not isinstance(graph, (bytes, str, os.PathLike)):
+        raise TypeError(f"graph: expected bytes or a path of an ONNX model, got {graph!r:.80}")
+    where = f"graph {name!r}" if isinstance(graph, bytes) else str(graph)
+    folder = None if isinstance(graph, bytes) else Path(graph).parent
+    data = graph if isinstance(graph, bytes) else Path(graph).read_bytes()
+    try:
+        return inlined(data, folder)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _check_module(module: nn.Module, instead: str) -> None:
@@ -148,21 +201,6 @@ def write_tensors(
         check_tensor(name, tensor)
     encoding = Encoding(codec, float_dtype, workers, signed_zeros)
     return write_contents(Contents(tensors, {}, {}), Path(path), encoding)
-
-
-def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
-    """What a file holds, from its header alone.
-
-    The header is checked against its CRC-32, by itself, and against the length of the file; the
-    payloads are neither read nor checked.
-
-    Raises:
-        CorruptArtifactError: when the file is damaged or no `.lcz` file.
-        OSError: when it cannot be read.
-    """
-    target = Path(path)
-    with opened(target, verify=False) as artifact:
-        return artifact_info(target, artifact.records, artifact.container.size)
 
 
 def read_tensors(

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_compress.files import write_atomically
-from lightning_compress.lcz.artifact import MAX_BYTES, read_tensors
+from lightning_compress.lcz.artifact import read_tensors
 from lightning_compress.lcz.module_state import Contents, check_tensor, stored_name
+from lightning_compress.lcz.opening import MAX_BYTES
 from lightning_compress.lcz.restoring import has_state, state_for_file
 
 __all__ = ["read_checkpoint", "read_contents", "write_checkpoint"]

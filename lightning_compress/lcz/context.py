@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ __all__ = [
     "decode",
     "encode",
 ]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
 Bits = NDArray[np.bool_]
 Chances = NDArray[np.float64]
 
@@ -65,6 +66,8 @@ class _Pass:
             bits = coder(part, probability(plane.logits(weights, keys, own)))
             if not (self.last and part.stop == len(at)):  # nobody would ask for it
                 plane.learn(keys, own, bits)
+        if self.last:
+            del self._planes[name]  # whose counts are a few times larger than the symbols
 
 
 class EncodingPass(_Pass):

@@ -29,7 +29,7 @@ __all__ = [
 AT_ONCE = 1 << 19  # positions of the largest tensor for which this is worth its memory
 _KEYS = 1 << 17  # that are worked on in one go
 _NARROW = 64  # rows that are cheaper to add up in one call, which is slow along this axis
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
 Bits = NDArray[np.bool_]
 
 

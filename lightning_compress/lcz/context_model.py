@@ -32,7 +32,8 @@ WEIGHT_ONE = 32  # a feature's weight is in units of 1 / WEIGHT_ONE
 _LIMIT = 16 * 256  # logits beyond it are cut
 _MANY = 1 << 12  # bits that weights are first fitted to a few of
 _FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's table
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
+Bits = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 _LOG_TABLE = np.rint(256 * np.log2(1 + np.arange(1 << _FRACTION) / (1 << _FRACTION)))
 _LOG_TABLE = _LOG_TABLE.astype(np.int64)
@@ -181,7 +182,10 @@ class View:
         x, y, z = (axis * np.uint32(step) for axis, step in zip(along, _LATTICE, strict=True))
         top = ((x[:, None, None] + y[:, None] + z) >> np.uint32(24)).astype(np.uint8)
         wave = _WAVE_OF[top.reshape(-1)]
-        order = np.argsort(wave, kind="stable") + start
+        order = np.argsort(wave, kind="stable")
+        if stop < 1 << 31:
+            order = order.astype(np.int32)  # half the memory
+        order += start
         return order, np.cumsum(np.bincount(wave, minlength=len(_ENDS)))
 
     def keys(self, positions: Ints, tables: Iterable[int]) -> Iterator[Ints]:
@@ -276,10 +280,9 @@ def candidate_views(shape: tuple[int, ...]) -> list[View]:
     return views
 
 
-_AT_ONCE = 1 << 18  # keys that are worked on in one go, rather than wave by wave, table by table
+_AT_ONCE = 1 << 16  # keys that are worked on in one go, rather than wave by wave, table by table
 _HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
 _PRIOR = 6  # how many observations the whole plane's probability counts for in each table
-Bits = NDArray[np.bool_]
 Weights = dict[int, int]  # by table
 
 
@@ -299,14 +302,14 @@ class Plane:
         self.view = view
         self._tables = tuple(range(len(view.subsets)) if tables is None else tables)
         sizes = [view.sizes[table] for table in self._tables]
-        self._first = np.cumsum([0, *sizes], dtype=np.int64)[:-1, None]
+        self._first = np.cumsum([0, *sizes], dtype=np.int32)[:-1, None]
         self._most = max((view.positions(table) for table in self._tables), default=0)
         self._nodes = np.zeros((2, nodes), np.int64)
         self._counts = np.zeros((2, sum(sizes)), np.int64)
 
     def keys(self, positions: Ints) -> Ints:
         """(T, N) where the counts of each position are, table by table."""
-        keys = np.empty((len(self._tables), len(positions)), np.int64)
+        keys = np.empty((len(self._tables), len(positions)), np.int32)  # half the memory
         for row, places in zip(keys, self.view.keys(positions, self._tables), strict=True):
             row[:] = places
         keys += self._first
@@ -328,7 +331,7 @@ class Plane:
 
     def features(self, keys: Ints) -> Ints:
         """(T, N) what the counts of each of (T, N) keys say beyond what the plane's do."""
-        return self._asked(keys, self._counts)
+        return self._asked(keys, self._counts, self._most)
 
     def logits(self, weights: Weights, keys: Ints, nodes: Ints | None) -> Ints:
         """The logit of a one at each of N positions; (1,) if it is the same at all of them.
@@ -347,22 +350,23 @@ class Plane:
         else:  # table by table: not all features in memory at once
             total = np.zeros(keys.shape[1], np.int64)
             bounds = itertools.pairwise([*self._first[:, 0].tolist(), self._counts.shape[1]])
-            for row, weight, (start, stop) in zip(keys, each, bounds, strict=True):
-                total += weight * self._asked(row - start, self._counts[:, start:stop])
+            for table, row, (start, stop) in zip(self._tables, keys, bounds, strict=True):
+                counts, most = self._counts[:, start:stop], self.view.positions(table)
+                total += weights[table] * self._asked(row - start, counts, most)
         return base + total // WEIGHT_ONE
 
-    def _asked(self, keys: Ints, counts: Ints) -> Ints:
+    def _asked(self, keys: Ints, counts: Ints, most: int) -> Ints:
         """What counts say at keys: worked out for all there are, or for those that are asked."""
         if keys.size < counts.shape[1]:
-            return self._beyond(counts.take(keys, axis=1))
-        return self._beyond(counts).take(keys)
+            return self._beyond(counts.take(keys, axis=1), most)
+        return self._beyond(counts, most).take(keys)
 
-    def _beyond(self, counts: Ints) -> Ints:
-        """How far the logits of (2, ...) counts lie from those of the plane's alone."""
+    def _beyond(self, counts: Ints, most: int) -> Ints:
+        """How far the logits of (2, ...) counts, up to `most`, lie from the plane's alone."""
         zeros, ones = self._nodes.sum(1).tolist()
         believed = priors(zeros, ones)
         prior = np.array(believed).reshape(2, *[1] * (counts.ndim - 1))
-        most = min(self._most, zeros + ones)
+        most = min(most, zeros + ones)
         if 2 * most < counts[0].size:
             logs = log2_256((np.arange(most + 1) << 16) + prior.reshape(2, 1))
             found = logs[1].take(counts[1]) - logs[0].take(counts[0])

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.grids import MAX_BITS, MIN_BITS
 from lightning_compress.lcz.codecs import CODECS
 from lightning_compress.lcz.raw_bits import DTYPES, PACKINGS, word_size
 
 __all__ = [
+    "MAX_BITS",
     "MAX_CODEBOOK",
     "MAX_EXPANSION",
-    "ArtifactInfo",
-    "TensorInfo",
+    "MIN_BITS",
     "TensorRecord",
-    "artifact_info",
     "optional",
     "read_records",
     "write_records",
 ]
+MIN_BITS, MAX_BITS = 2, 8  # of a grid in the file
 MAX_CODEBOOK = 256
 
 # Elements per byte of file. Only runs of one value come near: they cost nothing once begun.
@@ -133,12 +131,12 @@ def _row(record: TensorRecord) -> dict[str, Any]:
     }
 
 
-def read_records(rows: object, payload_bytes: int, size: int) -> list[TensorRecord]:
+def read_records(rows: object, payload_bytes: int | None, size: int) -> list[TensorRecord]:
     """The records of a header, each checked by itself and all against the file.
 
     Args:
         rows: the header's list of tensors, as parsed from JSON.
-        payload_bytes: what the payloads take in the file.
+        payload_bytes: what the payloads take in the file; None: others follow, of unknown length.
         size: of the file.
 
     Raises:
@@ -150,7 +148,8 @@ def read_records(rows: object, payload_bytes: int, size: int) -> list[TensorReco
     by_name = {record.name: record for record in records}
     if len(by_name) != len(records):
         raise CorruptArtifactError("a tensor's name stands in the header twice")
-    if (total := sum(record.payload_bytes for record in records)) != payload_bytes:
+    total = sum(record.payload_bytes for record in records)
+    if payload_bytes is not None and total != payload_bytes:
         raise CorruptArtifactError(f"payloads of {total} bytes, the file has {payload_bytes}")
     for record in records:
         if (fault := _fault(record, by_name)) is not None:
@@ -270,101 +269,3 @@ def _tied_fault(record: TensorRecord, target: TensorRecord | None) -> str | None
     if record.grid not in ((), target.grid) or record.payload_bytes or record.codec:
         return "a tied tensor with a payload or grid of its own"
     return None
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of an artifact.
-
-    Args:
-        shape: of the tensor.
-        dtype: its name in the module, such as `"float32"`.
-        kind: `"grid"`, `"codebook"`, `"mask"` (zeros apart), `"plain"`, or `"tied"`: stored under
-            another name, at no cost.
-        codec: of the symbols; of values without symbols `"bytes"` or `"planes"` (deflated).
-        bits: of a symbol on a grid or in a codebook, else of a stored value.
-        nonzero: values that are not 0.
-        elements: values in all.
-        bytes: its payload in the file.
-        bound_bytes: the zero-order entropy of its symbols, plus what is stored beside them (scales,
-            zero points, codebook, plain values).
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str
-    codec: str
-    bits: int
-    nonzero: int
-    elements: int
-    bytes: int
-    bound_bytes: int
-
-
-@dataclass(frozen=True)
-class ArtifactInfo:
-    """An `.lcz` file. `header_bytes` and the tensors' `bytes` add up to `bytes`.
-
-    Args:
-        path: of the file.
-        bytes: of the whole file.
-        header_bytes: prefix, header and checksum: all that is no payload.
-        ratio: bytes of the tensors stored plainly in their own dtypes, each tied one once, divided
-            by `bytes`.
-        entropy_bound_bytes: sum of the tensors' `bound_bytes`. Code tables and `header_bytes` are
-            not in it. Run lengths may go below it where zeros cluster, since zero-order entropy
-            looks at each symbol alone.
-        per_tensor: by name, in the order of `state_dict`.
-    """
-
-    path: Path
-    bytes: int
-    header_bytes: int
-    ratio: float
-    entropy_bound_bytes: int
-    per_tensor: dict[str, TensorInfo]
-
-
-def artifact_info(path: Path, records: Sequence[TensorRecord], size: int) -> ArtifactInfo:
-    """Sums up the records of a file of `size` bytes."""
-    by_name = {record.name: record for record in records}
-    tensors = {
-        record.name: _tensor_info(record, by_name.get(record.tied, record)) for record in records
-    }
-    plain = sum(
-        record.elements * DTYPES[record.dtype].itemsize
-        for record in records
-        if record.kind != "tied"
-    )
-    return ArtifactInfo(
-        path=path,
-        bytes=size,
-        header_bytes=size - sum(tensor.bytes for tensor in tensors.values()),
-        ratio=plain / size,
-        entropy_bound_bytes=sum(tensor.bound_bytes for tensor in tensors.values()),
-        per_tensor=tensors,
-    )
-
-
-def _tensor_info(record: TensorRecord, source: TensorRecord) -> TensorInfo:
-    tied = record.kind == "tied"
-    return TensorInfo(
-        shape=record.shape,
-        dtype=record.dtype,
-        kind=record.kind,
-        codec="tied" if tied else record.codec or record.packing,
-        bits=_bits(source),
-        nonzero=source.elements - source.zeros,
-        elements=record.elements,
-        bytes=record.payload_bytes,
-        bound_bytes=0 if tied else record.entropy_bytes + record.aux_bytes,
-    )
-
-
-def _bits(record: TensorRecord) -> int:
-    if record.grid:
-        first, *others = record.grid
-        return first if others else (first - 1).bit_length()
-    if record.kind == "codebook":
-        return max((record.aux_bytes - 1) // record.word - 1, 1).bit_length()
-    return 8 * DTYPES[record.storage].itemsize

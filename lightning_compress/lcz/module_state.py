@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from lightning_compress.channels.resize import match_channels
 from lightning_compress.errors import CorruptArtifactError, TargetError
 from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.lcz.header import TensorRecord
+from lightning_compress.lcz.layer_grids import SIDES, LayerGrid
 from lightning_compress.lcz.raw_bits import DTYPES, dtype_name
 from lightning_compress.lcz.tensors import grid_fault
+from lightning_compress.removed import RemovedChannels
 from lightning_compress.sharding import local_part
-from lightning_compress.state import (
-    ActivationGrids,
-    Grid,
-    RemovedChannels,
-    compression_state,
-    note_removed,
-)
+from lightning_compress.state import ActivationGrids, Grid, compression_state
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = [
     "KEY",
@@ -49,7 +46,6 @@ __all__ = [
     "write_activations",
     "write_channels",
 ]
-_SIDES = {"i": "input", "o": "output"}
 
 
 def write_activations(grids: Mapping[str, ActivationGrids]) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def write_activations(grids: Mapping[str, ActivationGrids]) -> dict[str, Any]:
     return {
         path: {
             key: _row(path, grid)
-            for key, side in _SIDES.items()
+            for key, side in SIDES.items()
             if (grid := getattr(pair, side)) is not None
         }
         for path, pair in grids.items()
@@ -76,35 +72,17 @@ def _row(path: str, grid: AffineGrid) -> list[int]:
     return [grid.bits, int(grid.symmetric), int(grid.zero_point), int(scale[0])]
 
 
-def read_activations(entry: object) -> dict[str, ActivationGrids]:
-    """What `write_activations` wrote.
-
-    Raises:
-        CorruptArtifactError: naming the layer, when it is anything else.
-    """
-    if not isinstance(entry, dict):
-        raise CorruptArtifactError("the header's activations are no object")
-    return {path: _pair(path, row) for path, row in entry.items()}
+def read_activations(grids: Mapping[str, Mapping[str, LayerGrid]]) -> dict[str, ActivationGrids]:
+    """What `write_activations` wrote, as tensors; see `layer_grids` for its checks."""
+    return {
+        path: ActivationGrids(**{side: _grid(row) for side, row in pair.items()})
+        for path, pair in grids.items()
+    }
 
 
-def _pair(path: str, row: object) -> ActivationGrids:
-    if not isinstance(row, dict) or not set(row) <= set(_SIDES):
-        raise CorruptArtifactError(f"activations of {path!r}: {str(row)[:80]!r}")
-    return ActivationGrids(**{_SIDES[key]: _grid(path, value) for key, value in row.items()})
-
-
-def _grid(path: str, row: object) -> AffineGrid:
-    whole = isinstance(row, list) and len(row) == 4 and all(type(item) is int for item in row)
-    if not isinstance(row, list) or not whole or not (0 <= row[2] < 256 and 0 <= row[3] < 1 << 32):
-        raise CorruptArtifactError(f"activations of {path!r}: {str(row)[:80]!r} is no grid")
-    bits, symmetric, zero, scale = row
-    if symmetric not in (0, 1):
-        raise CorruptArtifactError(f"activations of {path!r}: symmetric is {symmetric}")
-    step = torch.from_numpy(np.array([scale], "<u4").view("<f4").astype(np.float32))
-    grid = AffineGrid(step, torch.tensor([zero], dtype=torch.int32), bits, bool(symmetric), None)
-    if (fault := grid_fault(grid, ())) is not None:
-        raise CorruptArtifactError(f"activations of {path!r}: {fault}")
-    return grid
+def _grid(row: LayerGrid) -> AffineGrid:
+    zero = torch.tensor([row.zero_point], dtype=torch.int32)
+    return AffineGrid(torch.tensor([row.scale]), zero, row.bits, bool(row.symmetric), None)
 
 
 CONVOLUTIONS = (
@@ -297,6 +275,9 @@ def fit_channels(
     Raises:
         CorruptArtifactError: when the sizes do not fit together.
     """
+    from lightning_compress.channels.resize import match_channels
+    from lightning_compress.state import note_removed
+
     try:
         match_channels(module, {paths[name]: shape for name, shape in shapes.items()})
         for path, size in lost.sizes.items():

@@ -1,29 +1,60 @@
-"""Tensors as bit patterns, and the packing of patterns that are not coded as symbols."""
+"""Tensors as bit patterns, and the packing of patterns that are not coded as symbols.
+
+Nothing here needs torch but the way from tensors to patterns and back.
+"""
 
 from __future__ import annotations
 
 import math
 import zlib
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context
 from lightning_compress.lcz.bits import ByteReader, tally, varint
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 __all__ = [
-    "DTYPES", "PACKINGS", "dtype_name", "from_patterns", "inflate", "pack_patterns", "patterns",
-    "unpack_patterns", "without_minus_zeros", "word_size",
+    "DTYPES", "PACKINGS", "Dtype", "dtype_name", "from_patterns", "inflate", "pack_patterns",
+    "patterns", "unpack_patterns", "without_minus_zeros", "word_size",
 ]  # fmt: skip
 
-_NAMES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128 "
-    "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
-)
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES.split()}
+
+class Dtype(NamedTuple):
+    """What the format knows of a dtype: bytes of an element, and which kind of number it is."""
+
+    itemsize: int
+    is_floating_point: bool = False
+    is_complex: bool = False
+    is_signed: bool = True
+
+
+# By the name that torch has for it.
+DTYPES: dict[str, Dtype] = {
+    "float64": Dtype(8, is_floating_point=True),
+    "float32": Dtype(4, is_floating_point=True),
+    "float16": Dtype(2, is_floating_point=True),
+    "bfloat16": Dtype(2, is_floating_point=True),
+    "float8_e4m3fn": Dtype(1, is_floating_point=True),
+    "float8_e5m2": Dtype(1, is_floating_point=True),
+    "complex64": Dtype(8, is_complex=True),
+    "complex128": Dtype(16, is_complex=True),
+    "int64": Dtype(8),
+    "int32": Dtype(4),
+    "int16": Dtype(2),
+    "int8": Dtype(1),
+    "uint64": Dtype(8, is_signed=False),
+    "uint32": Dtype(4, is_signed=False),
+    "uint16": Dtype(2, is_signed=False),
+    "uint8": Dtype(1, is_signed=False),
+    "bool": Dtype(1, is_signed=False),
+}
 PACKINGS = ("bytes", "planes", "coded")
 
 Patterns = NDArray[np.unsignedinteger]
@@ -32,13 +63,14 @@ Patterns = NDArray[np.unsignedinteger]
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype as the file spells it.
 
+    >>> import torch
     >>> dtype_name(torch.bfloat16)
     'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
 
 
-def word_size(dtype: torch.dtype) -> int:
+def word_size(dtype: Dtype | torch.dtype) -> int:
     """Bytes of one pattern: an element, or half of one for complex128."""
     return min(dtype.itemsize, 8)
 
@@ -46,9 +78,12 @@ def word_size(dtype: torch.dtype) -> int:
 def patterns(tensor: Tensor) -> Patterns:
     """(N,) the bits of a tensor's elements as unsigned numbers: -0.0 and NaNs stay apart.
 
+    >>> import torch
     >>> patterns(torch.tensor([0.0, -0.0, 1.0]))
     array([         0, 2147483648, 1065353216], dtype=uint32)
     """
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().view(f"<u{word_size(tensor.dtype)}")
 
@@ -78,6 +113,8 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
     Raises:
         CorruptArtifactError: for a bool that is neither 0 nor 1.
     """
+    import torch
+
     if dtype is torch.bool and bits.max(initial=0) > 1:
         raise CorruptArtifactError(f"a bool of {bits.max()}")
     if not len(bits):  # an empty array has strides that no other dtype can view

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.container import Container, read_container
-from lightning_compress.lcz.header import TensorRecord, optional, read_records
-from lightning_compress.lcz.module_state import KEY as CHANNELS
-from lightning_compress.lcz.module_state import read_activations, read_channels, shared_memory
+from lightning_compress.lcz.header import TensorRecord
+from lightning_compress.lcz.module_state import read_activations, shared_memory
+from lightning_compress.lcz.opening import OpenFile, check_size, opened_file
 from lightning_compress.lcz.parallel import mapped, shown
-from lightning_compress.lcz.raw_bits import DTYPES, dtype_name, patterns
+from lightning_compress.lcz.raw_bits import dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
-from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
+from lightning_compress.removed import RemovedChannels
+from lightning_compress.state import ActivationGrids, Grid
 
 __all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
 
@@ -27,10 +27,18 @@ __all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
 class Artifact:
     """An open file whose header has been checked."""
 
-    container: Container
-    records: list[TensorRecord]
-    activations: dict[str, ActivationGrids] = field(default_factory=dict)
-    channels: RemovedChannels = field(default_factory=RemovedChannels)
+    file: OpenFile
+    activations: dict[str, ActivationGrids]
+
+    @property
+    def records(self) -> list[TensorRecord]:
+        """One a tensor of the module."""
+        return self.file.records
+
+    @property
+    def channels(self) -> RemovedChannels:
+        """What the module lost."""
+        return self.file.channels
 
     def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
         """Names, tensors and grids in the order of the file, each decoded when it is asked for.
@@ -44,7 +52,7 @@ class Artifact:
         kept: dict[str, tuple[Tensor, Grid | None]] = {}
         sources = {record.tied for record in self.records if record.kind == "tied"}
         sizes = [record.elements for record in self.records if record.kind != "tied"]
-        decoded = mapped(_decode, self._payloads(), workers)
+        decoded = mapped(_decode, self.file.payloads(), workers)
         for name, tensor, grid in shown(decoded, sizes, "decoding"):
             if name in sources:
                 kept[name] = tensor, grid
@@ -53,13 +61,6 @@ class Artifact:
             if record.kind == "tied":
                 tensor, grid = kept[record.tied]
                 yield record.name, tensor, grid if record.grid else None
-
-    def _payloads(self) -> Iterator[tuple[TensorRecord, bytes]]:
-        offset = 0
-        for record in self.records:
-            if record.kind != "tied":
-                yield record, self.container.read(offset, record.payload_bytes)
-                offset += record.payload_bytes
 
 
 def _decode(job: tuple[TensorRecord, bytes]) -> tuple[str, Tensor, Grid | None]:
@@ -74,29 +75,13 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
         CorruptArtifactError: naming the file, here and for what is raised while it is open.
         OSError: when it cannot be read.
     """
-    try:
-        with read_container(path, verify=verify) as container:
-            header = container.header
-            extra = (key for key in header if key not in ("tensors", "activations"))
-            if not all(map(optional, extra)):
-                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
-            records = read_records(header.get("tensors"), container.payload_bytes, container.size)
-            activations = read_activations(header.get("activations", {}))
-            channels = read_channels(header.get(CHANNELS))
-            yield Artifact(container, records, activations, channels)
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(f"{path}: {error}") from error
-
-
-def check_size(records: list[TensorRecord], most: int) -> None:
-    """Refuse a file whose tensors would take more than `most` bytes.
-
-    Raises:
-        CorruptArtifactError: when they would.
-    """
-    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
-    if plain > most:
-        raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+    with opened_file(path, verify=verify) as file:
+        if file.graphs and not file.records:
+            raise CorruptArtifactError(
+                "holds a graph and no tensors of a module: run it with `onnx_session`, or get "
+                "the ONNX file with `onnx_model`"
+            )
+        yield Artifact(file, read_activations(file.activations))
 
 
 def check_fit(

@@ -12,37 +12,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.grids import MAX_BITS, MIN_BITS, AffineGrid, CodebookGrid
-from lightning_compress.lcz.bits import ByteReader, by_piece, tally
-from lightning_compress.lcz.codecs import decode_symbols, encode_symbols, entropy_bits
+from lightning_compress.grids import AffineGrid, CodebookGrid
+from lightning_compress.lcz.bits import by_piece, tally
+from lightning_compress.lcz.codecs import encode_symbols, entropy_bits
+from lightning_compress.lcz.decoding import (
+    MASK_MINUS_ZERO,
+    MASK_VALUE,
+    MASK_ZERO,
+    StoredGrid,
+    decode_steps,
+    decode_words,
+    minus_zero,
+)
 from lightning_compress.lcz.header import MAX_CODEBOOK, TensorRecord
 from lightning_compress.lcz.raw_bits import (
     DTYPES,
+    Dtype,
     Patterns,
     from_patterns,
     pack_patterns,
     patterns,
-    unpack_patterns,
 )
 from lightning_compress.state import Grid
 
 __all__ = [
-    "MAX_SYMBOLS",
     "decode_tensor",
     "encode_on_grid",
     "encode_values",
-    "from_symbols",
+    "encode_words",
+    "from_stored",
     "grid_fault",
     "grid_symbols",
     "grid_traits",
     "pack_grid",
     "same_grid",
-    "unpack_grid",
 ]
-
-# From -255 to 255: every zero point that 8 bits allow, and every place of 0 in a codebook.
-MAX_SYMBOLS = 2 * (2**MAX_BITS - 1) + 1
 
 
 def grid_symbols(tensor: Tensor, grid: Grid) -> NDArray[np.uint16] | None:
@@ -61,32 +65,6 @@ def grid_symbols(tensor: Tensor, grid: Grid) -> NDArray[np.uint16] | None:
     return (2 * np.abs(whole) - (whole < 0)).astype(np.uint16)
 
 
-def from_symbols(symbols: NDArray[np.uint16], grid: Grid, record: TensorRecord) -> Tensor:
-    """The steps from zero, int32 in the record's shape, that `grid_symbols` turned into symbols.
-
-    Raises:
-        CorruptArtifactError: for a symbol outside the grid.
-    """
-    half = (symbols.astype(np.int32) + 1) >> 1
-    steps = torch.from_numpy(np.where(symbols & 1, -half, half)).reshape(record.shape)
-    low, high = _range(grid, len(record.shape))
-    if not ((steps >= low) & (steps <= high)).all():
-        raise CorruptArtifactError(f"a symbol outside its grid of {grid.bits} bits")
-    return steps
-
-
-def _range(grid: Grid, dims: int) -> tuple[Tensor, Tensor]:
-    """The lowest and highest step, along the grid's axis."""
-    if isinstance(grid, CodebookGrid):
-        low = torch.tensor(-grid.zero_index)
-        return low, low + grid.centres.numel() - 1
-    along = [1] * dims
-    if grid.axis is not None:
-        along[grid.axis] = -1
-    zero = grid.zero_point.reshape(along)
-    return grid.qmin - zero, grid.qmax - zero
-
-
 def grid_traits(grid: Grid) -> tuple[int, ...]:
     """What the header says of a grid: (centres,), (bits, symmetric) or (bits, symmetric, axis)."""
     if isinstance(grid, CodebookGrid):
@@ -103,28 +81,14 @@ def pack_grid(grid: Grid) -> tuple[str, bytes]:
     return packing, zeros + scales
 
 
-def unpack_grid(data: bytes, record: TensorRecord) -> Grid:
-    """The grid that `pack_grid` wrote.
-
-    Raises:
-        CorruptArtifactError: for scales that are not finite and positive, centres that do not rise
-            or lack 0, or zero points off the grid.
-    """
-    reader, count = ByteReader(data), record.grid_values
-    signed = len(record.grid) == 1 or bool(record.grid[1])
-    zeros = b"" if signed else reader.take(count, "the zero points of a grid")
-    bits = unpack_patterns(record.packing, reader.rest(), count, 4)
-    floats = from_patterns(bits, torch.float32, (count,))
-    if len(record.grid) == 1:
-        grid: Grid = CodebookGrid(floats)
-    else:
-        zero_point = torch.zeros(count, dtype=torch.int32)
-        if not signed:
-            zero_point = torch.from_numpy(np.frombuffer(zeros, np.uint8).astype(np.int32))
-        grid = AffineGrid(floats, zero_point, record.grid[0], signed, record.axis)
-    if (fault := grid_fault(grid, record.shape)) is not None:
-        raise CorruptArtifactError(fault)
-    return grid
+def from_stored(stored: StoredGrid) -> Grid:
+    """The grid that `pack_grid` wrote, as tensors."""
+    floats = torch.from_numpy(stored.floats)
+    if stored.is_codebook:
+        return CodebookGrid(floats)
+    bits, symmetric = stored.traits[:2]
+    zero_points = torch.from_numpy(stored.zero_points)
+    return AffineGrid(floats, zero_points, bits, bool(symmetric), stored.axis)
 
 
 def same_grid(one: Grid | None, other: Grid | None) -> bool:
@@ -137,37 +101,16 @@ def same_grid(one: Grid | None, other: Grid | None) -> bool:
 def grid_fault(grid: Grid, shape: tuple[int, ...]) -> str | None:
     """Why a grid of a tensor of this shape cannot stand in the file; None: it can."""
     if isinstance(grid, CodebookGrid):
-        return _codebook_fault(grid.centres)
-    scale, zero = grid.scale, grid.zero_point
-    if not MIN_BITS <= grid.bits <= MAX_BITS:
-        return f"a grid of {grid.bits} bits"
-    if grid.axis is not None and not 0 <= grid.axis < len(shape):
-        return f"a grid along axis {grid.axis} of {len(shape)}"
-    count = 1 if grid.axis is None else shape[grid.axis]
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (count,) or zero.shape != scale.shape:
-        return f"a grid of {scale.dtype} {tuple(scale.shape)} where {count} scales belong"
-    if not (torch.isfinite(scale) & (scale > 0)).all():
-        return "a grid with a scale that is not finite and above 0"
-    low, high = (0, 0) if grid.symmetric else (grid.qmin, grid.qmax)
-    if not ((zero >= low) & (zero <= high)).all():
-        return "a grid with a zero point outside it"
-    return None
-
-
-def _codebook_fault(centres: Tensor) -> str | None:
-    if centres.dtype != torch.float32 or centres.dim() != 1:
-        return f"centres of {centres.dtype} {tuple(centres.shape)}"
-    if not 2 <= len(centres) <= MAX_CODEBOOK:
-        return f"a codebook of {len(centres)} centres"
-    if not (torch.isfinite(centres).all() and (centres[1:] > centres[:-1]).all()):
-        return "centres that are not finite or do not rise"
-    if not (patterns(centres) == 0).any():
-        return "centres without 0"
-    return None
+        floats, zeros = grid.centres, torch.zeros(0, dtype=torch.int32)
+    else:
+        floats, zeros = grid.scale, grid.zero_point
+    if floats.dtype != torch.float32 or floats.dim() != 1 or zeros.dim() != 1:
+        return f"a grid of {floats.dtype} {tuple(floats.shape)}"
+    one, other = (part.detach().cpu().numpy() for part in (floats, zeros))
+    return StoredGrid(one, other, grid_traits(grid)).fault(shape)
 
 
 Shape = tuple[int, ...]
-_ZERO, _VALUE, _MINUS_ZERO = 0, 1, 2  # the symbols of a mask; multiplying by a mask leaves -0.0
 _SLOW = ("auto", "context")  # who asks for these gets slowly coded values too
 _DENSE = 0.99  # with more values than this, a mask gains too little for the time it takes
 _SAMPLE = 4096  # with more distinct values than a codebook holds here, no need to look further
@@ -230,7 +173,11 @@ def encode_on_grid(
 
 def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[TensorRecord, bytes]:
     """A tensor bit by bit: the smallest of its plain values, a codebook, or a mask of zeros."""
-    bits = patterns(tensor)
+    return encode_words(record, patterns(tensor), codec)
+
+
+def encode_words(record: TensorRecord, bits: Patterns, codec: str) -> tuple[TensorRecord, bytes]:
+    """The same for the patterns of a tensor's elements, in the record's storage dtype."""
     shape = record.code_shape
     dtype = DTYPES[record.storage]
     others = [*_codebook(bits, codec, shape, dtype), *_mask(bits, codec, shape)]
@@ -243,17 +190,17 @@ def _plain(bits: Patterns, codec: str, most: int | None) -> _Form:
     return _Form("plain", data, packing=packing)
 
 
-def _order(book: Patterns, dtype: torch.dtype) -> NDArray[np.intp]:
+def _order(book: Patterns, dtype: Dtype) -> NDArray[np.intp]:
     """Which of rising patterns comes when, from the lowest value to the highest."""
     if not dtype.is_signed:
         return np.arange(len(book))
-    negative = book >= _minus_zero(book.itemsize)
+    negative = book >= minus_zero(book.itemsize)
     downwards = dtype.is_floating_point or dtype.is_complex  # else two's complement
     below = np.flatnonzero(negative)
     return np.concatenate([below[::-1] if downwards else below, np.flatnonzero(~negative)])
 
 
-def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: torch.dtype) -> Iterator[_Form]:
+def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: Dtype) -> Iterator[_Form]:
     if not len(bits) or len(np.unique(bits[:_SAMPLE])) > MAX_CODEBOOK:
         return
     book = np.unique(bits)
@@ -271,17 +218,13 @@ def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: torch.dtype) -> I
 
 
 def _mask(bits: Patterns, codec: str, shape: Shape) -> Iterator[_Form]:
-    symbols = np.full(len(bits), _VALUE, np.uint16)
-    symbols[bits == 0] = _ZERO
-    symbols[bits == _minus_zero(bits.itemsize)] = _MINUS_ZERO
-    kept = symbols == _VALUE
+    symbols = np.full(len(bits), MASK_VALUE, np.uint16)
+    symbols[bits == 0] = MASK_ZERO
+    symbols[bits == minus_zero(bits.itemsize)] = MASK_MINUS_ZERO
+    kept = symbols == MASK_VALUE
     if len(bits) and kept.mean() < _DENSE:
         packing, values = pack_patterns(bits[kept], coded=codec in _SLOW)
         yield _coded("mask", values, symbols, codec, shape, packing)
-
-
-def _minus_zero(size: int) -> int:
-    return 1 << 8 * size - 1
 
 
 def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | None]:
@@ -290,45 +233,10 @@ def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | 
     Raises:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
     """
-    aux, data = payload[: record.aux_bytes], payload[record.aux_bytes :]
-    try:
-        if record.kind == "grid":
-            return _decode_grid(record, aux, data)
-        bits = _DECODERS[record.kind](record, aux, data)
-        stored = from_patterns(bits, DTYPES[record.storage], record.shape)
-    except CorruptArtifactError as error:
-        raise CorruptArtifactError(f"tensor {record.name!r}: {error}") from None
-    return stored.to(DTYPES[record.dtype]), None
-
-
-def _decode_grid(record: TensorRecord, aux: bytes, data: bytes) -> tuple[Tensor, Grid]:
-    grid = unpack_grid(aux, record)
-    symbols = decode_symbols(record.codec, data, record.shape, limit=MAX_SYMBOLS)
-    steps = from_symbols(symbols, grid, record)
-    return grid.dequantize(steps, DTYPES[record.dtype]), grid
-
-
-def _decode_plain(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:  # noqa: ARG001
-    return unpack_patterns(record.packing, aux, record.words, record.word)
-
-
-def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
-    book = np.frombuffer(aux[1:], f"<u{record.word}")
-    symbols = decode_symbols(record.codec, data, record.code_shape, limit=2 * MAX_CODEBOOK)
-    half = (symbols.astype(np.int64) + 1) >> 1
-    places = aux[0] + np.where(symbols & 1, -half, half)
-    if len(places) and not (places.min() >= 0 and places.max() < len(book)):
-        raise CorruptArtifactError(f"a symbol outside its codebook of {len(book)}")
-    return book[places]
-
-
-def _decode_mask(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
-    symbols = decode_symbols(record.codec, data, record.code_shape, limit=_MINUS_ZERO + 1)
-    bits = np.zeros(record.words, f"<u{record.word}")
-    bits[symbols == _MINUS_ZERO] = _minus_zero(record.word)
-    kept = symbols == _VALUE
-    bits[kept] = unpack_patterns(record.packing, aux, int(kept.sum()), record.word)
-    return bits
-
-
-_DECODERS = {"plain": _decode_plain, "codebook": _decode_codebook, "mask": _decode_mask}
+    dtype = getattr(torch, record.dtype)
+    if record.kind == "grid":
+        steps, stored = decode_steps(record, payload)
+        grid = from_stored(stored)
+        return grid.dequantize(torch.from_numpy(steps), dtype), grid
+    bits = decode_words(record, payload)
+    return from_patterns(bits, getattr(torch, record.storage), record.shape).to(dtype), None

@@ -7,23 +7,23 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.codecs import check_codec
 from lightning_compress.lcz.container import SMALLEST, write_container
-from lightning_compress.lcz.header import (
-    ArtifactInfo,
-    TensorRecord,
-    artifact_info,
-    read_records,
-    write_records,
-)
+from lightning_compress.lcz.graph import GraphRecord
+from lightning_compress.lcz.graph_writing import Source, encoded_graph
+from lightning_compress.lcz.header import TensorRecord, read_records, write_records
+from lightning_compress.lcz.info import ArtifactInfo, artifact_info
 from lightning_compress.lcz.module_state import KEY as CHANNELS
 from lightning_compress.lcz.module_state import (
     Contents,
@@ -32,7 +32,7 @@ from lightning_compress.lcz.module_state import (
     write_channels,
 )
 from lightning_compress.lcz.parallel import check_workers, mapped, shown
-from lightning_compress.lcz.raw_bits import dtype_name, without_minus_zeros
+from lightning_compress.lcz.raw_bits import dtype_name, patterns, without_minus_zeros
 from lightning_compress.lcz.tensors import encode_on_grid, encode_values, same_grid
 from lightning_compress.sharding import is_sharded, whole_tensor
 from lightning_compress.state import Grid
@@ -134,8 +134,19 @@ class _Coded:
     complaint: str = ""
 
 
-def write_contents(contents: Contents, path: Path, encoding: Encoding) -> ArtifactInfo:
+def write_contents(
+    contents: Contents,
+    path: Path,
+    encoding: Encoding,
+    graphs: Mapping[str, bytes] | None = None,
+) -> ArtifactInfo:
     """Write a file of these contents; where some are sharded, all processes must.
+
+    Args:
+        contents: of the module.
+        path: of the file.
+        encoding: how tensors are encoded.
+        graphs: ONNX models by name, with their weights inside.
 
     Raises:
         ValueError: for what the format cannot hold.
@@ -143,11 +154,17 @@ def write_contents(contents: Contents, path: Path, encoding: Encoding) -> Artifa
     """
     tensors = contents.tensors
     if any(map(is_sharded, tensors.values())):
-        return together(tensors, lambda gather: _written(contents, path, encoding, gather))
-    return _written(contents, path, encoding, tensors.__getitem__)
+        return together(tensors, lambda gather: _written(contents, path, encoding, gather, graphs))
+    return _written(contents, path, encoding, tensors.__getitem__, graphs)
 
 
-def _written(contents: Contents, path: Path, encoding: Encoding, gather: Gather) -> ArtifactInfo:
+def _written(
+    contents: Contents,
+    path: Path,
+    encoding: Encoding,
+    gather: Gather,
+    graphs: Mapping[str, bytes] | None,
+) -> ArtifactInfo:
     tied = _tied(contents)
     header: dict[str, Any] = {}
     if contents.activations:
@@ -165,9 +182,36 @@ def _written(contents: Contents, path: Path, encoding: Encoding, gather: Gather)
             found[name] = _tied_record(name, found[source], has_grid=name in contents.grids)
         records = [found[name] for name in contents.tensors]
         header["tensors"] = _checked(write_records(records), spool.tell())
+        runnable: list[GraphRecord] = []
+        sources = _sources(contents, found, gather)
+        for name, model in (graphs or {}).items():
+            encoded = encoded_graph(name, model, encoding.codec, sources)
+            runnable.append(encoded.record)
+            spool.writelines(encoded.payloads)
+        if runnable:
+            header["graphs"] = [
+                graph.row() | {"tensors": write_records(graph.records)} for graph in runnable
+            ]
         spool.seek(0)
         size = write_container(path, header, iter(lambda: spool.read(_PIECE), b""))
-    return artifact_info(path, records, size)
+    return artifact_info(path, records, size, runnable)
+
+
+def _sources(
+    contents: Contents, records: Mapping[str, TensorRecord], gather: Gather
+) -> dict[str, Source]:
+    """The module's tensors as a graph may find its own numbers in them."""
+
+    def steps(name: str) -> NDArray[np.integer] | None:
+        if records[name].kind != "grid":
+            return None
+        return contents.grids[name].quantize(gather(name)).cpu().numpy()
+
+    return {
+        name: Source(record, partial(steps, name), lambda name=name: patterns(gather(name)))
+        for name, record in records.items()
+        if record.kind != "tied" and not record.stored and record.elements
+    }
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The file at the end of fit and beside checkpoints holds what the model and they hold."""
 
+import sys
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -9,10 +11,13 @@ from lightning_compress import (
     ArtifactCallback,
     Constant,
     GradualPruning,
+    MissingExtraError,
     PostTrainingQuantization,
     ProjectedEMA,
     compression_state,
+    inspect_compressed,
     load_compressed,
+    onnx_session,
     read_tensors,
 )
 
@@ -89,3 +94,54 @@ def test_mistakes_are_found_before_training(tmp_path):
     trainer = quiet_trainer(tmp_path, ArtifactCallback(submodule="nowhere"))
     with pytest.raises(AttributeError, match="nowhere"):
         trainer.fit(TinyAutoencoder(), batches())
+
+
+def runs_as(path, module, x, graph=None):
+    session = onnx_session(path, graph=graph)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        return torch.allclose(torch.from_numpy(found), module.eval()(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_file_runs_by_itself(tmp_path, bits):
+    model = TinyAutoencoder()
+    callbacks = [PostTrainingQuantization(weight_bits=bits)] if bits else []
+    artifact = ArtifactCallback(graph=True)
+    quiet_trainer(tmp_path, *callbacks, artifact, max_epochs=1).fit(model, batches())
+    assert runs_as(tmp_path / "model.lcz", model, torch.randn(5, 6))
+    assert inspect_compressed(tmp_path / "model.lcz") == artifact.info
+    assert same(load_compressed(tmp_path / "model.lcz", TinyAutoencoder()).state_dict(),
+                model.state_dict())  # fmt: skip
+    assert not model._forward_pre_hooks
+
+
+def test_parts_have_a_graph_each_and_a_part_called_in_training_has_its_own(tmp_path):
+    class Parts(TinyAutoencoder):
+        def parts(self):
+            samples = {"decoder": torch.randn(2, 8), "encoder": torch.randn(2, 6)}
+            return {name: (getattr(self, name), (x,)) for name, x in samples.items()}
+
+    model = Parts()
+    quiet_trainer(tmp_path, ArtifactCallback(graph=True), max_epochs=1).fit(model, batches())
+    assert list(inspect_compressed(tmp_path / "model.lcz").graphs) == ["decoder", "encoder"]
+    assert runs_as(tmp_path / "model.lcz", model.decoder, torch.randn(3, 8), "decoder")
+    gan = TinyGAN()
+    artifact = ArtifactCallback("g.lcz", graph=True, submodule="generator")
+    quiet_trainer(tmp_path, artifact, max_epochs=1).fit(gan, batches())
+    assert runs_as(tmp_path / "g.lcz", gan.generator, torch.randn(3, 3))
+
+
+def test_where_nothing_can_be_exported_the_weights_are_there_and_a_warning_says_why(tmp_path):
+    gan = TinyGAN()
+    with pytest.warns(UserWarning, match=r"model\.lcz holds no graph: TinyGAN.*submodule="):
+        quiet_trainer(tmp_path, ArtifactCallback(graph=True), max_epochs=1).fit(gan, batches())
+    assert same(read_tensors(tmp_path / "model.lcz"), gan.state_dict())
+
+
+def test_a_missing_extra_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    model = TinyAutoencoder()
+    with pytest.raises(MissingExtraError, match=r"lightning-compress\[onnx\]"):
+        quiet_trainer(tmp_path, ArtifactCallback(graph=True)).fit(model, batches())
+    assert not model.seen

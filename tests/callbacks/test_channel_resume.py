@@ -172,7 +172,8 @@ def small_model(name):
     """A model without half of its channels, as the callback leaves it."""
     from lightning_compress.channels.plan import ChannelPlan
     from lightning_compress.channels.resize import shrink
-    from lightning_compress.state import RemovedChannels, note_removed
+    from lightning_compress.removed import RemovedChannels
+    from lightning_compress.state import note_removed
 
     torch.manual_seed(0)
     model = MODELS[name]()

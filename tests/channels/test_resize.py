@@ -18,7 +18,8 @@ from lightning_compress.channels.resize import (
     sizes_of_layers,
     structure_of,
 )
-from lightning_compress.state import RemovedChannels, note_removed, removed_channels
+from lightning_compress.removed import RemovedChannels
+from lightning_compress.state import note_removed, removed_channels
 
 
 class Recurrent(nn.Module):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import target
 import torch
+from onnx import helper, numpy_helper
 
 from lightning_compress.grids import CodebookGrid
 from lightning_compress.lcz.artifact import save_compressed
@@ -47,18 +48,37 @@ def files():
         if name == "affine":
             grid = affine_grid(torch.tensor([-1.0, 2.0]), bits=8, symmetric=False)
             set_activation_grids(model[3], ActivationGrids(input=grid))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "a.lcz")
-            save_compressed(model, path)
-            data = path.read_bytes()
-        yield f"file_{name}", bytes([len(CODECS) + 1]) + data
-        *_, stored, plain = target.PREFIX.unpack_from(data)
-        start = target.PREFIX.size + stored
-        header = data[target.PREFIX.size : start]
-        header = zlib.decompress(header) if stored < plain else header
-        assert json.loads(header)
-        size = len(header).to_bytes(2, "little")
-        yield f"signed_{name}", bytes([len(CODECS)]) + size + header + data[start:-32]
+        yield from seeds(name, model)
+    yield from seeds("graph", model, graph=graph_of(model))
+
+
+def seeds(name, model, **options):
+    """A module's file as it is, and its plain header and payloads, to be signed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.lcz")
+        save_compressed(model, path, **options)
+        data = path.read_bytes()
+    yield f"file_{name}", bytes([len(CODECS) + 1]) + data
+    *_, stored, plain = target.PREFIX.unpack_from(data)
+    start = target.PREFIX.size + stored
+    header = data[target.PREFIX.size : start]
+    header = zlib.decompress(header) if stored < plain else header
+    assert json.loads(header)
+    size = len(header).to_bytes(2, "little")
+    yield f"signed_{name}", bytes([len(CODECS)]) + size + header + data[start:-32]
+
+
+def graph_of(model):
+    """An ONNX model that holds the module's numbers transposed, and some of its own."""
+    weight = model[0].weight.detach().numpy()
+    own = np.random.default_rng(0).integers(0, 3, (64, 9)).astype(np.int8)
+    tensors = [numpy_helper.from_array(weight.T.copy(), "w"), numpy_helper.from_array(own, "own")]
+    nodes = [helper.make_node("Identity", [one.name], [one.name + "_"]) for one in tensors]
+    outputs = [
+        helper.make_tensor_value_info(one.name + "_", one.data_type, one.dims) for one in tensors
+    ]
+    graph = helper.make_graph(nodes, "g", [], outputs, tensors)
+    return helper.make_model(graph).SerializeToString()
 
 
 if __name__ == "__main__":

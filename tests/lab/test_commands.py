@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -168,3 +170,68 @@ def test_a_reader_that_ends_first_is_no_error(tmp_path, words):
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.fixture
+def onnx_file(tmp_path):
+    values = np.random.default_rng(0).integers(-3, 4, (60, 20)).astype(np.int8)
+    weight = numpy_helper.from_array(values, "weight")
+    out = helper.make_tensor_value_info("out", weight.data_type, weight.dims)
+    node = helper.make_node("Identity", ["weight"], ["out"])
+    model = helper.make_model(helper.make_graph([node], "g", [], [out], [weight]))
+    path = tmp_path / "model.int8.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_an_onnx_file_comes_back_to_the_byte(tmp_path, capsys, onnx_file):
+    assert run_command(["pack", str(onnx_file)]) == 0
+    assert "smaller than the ONNX file" in capsys.readouterr().out
+    packed, back = tmp_path / "model.lcz", tmp_path / "back.onnx"
+    assert packed.stat().st_size < onnx_file.stat().st_size
+    assert run_command(["unpack", str(packed), "--onnx", str(back)]) == 0
+    assert back.read_bytes() == onnx_file.read_bytes()
+    capsys.readouterr()
+    assert run_command(["inspect", str(packed)]) == 0
+    shown = capsys.readouterr().out
+    assert "graph: weight" in shown
+    assert f"an ONNX file of {onnx_file.stat().st_size}" in shown
+
+
+def test_packing_a_graph_spares_the_weights_beside_it(tmp_path, capsys, onnx_file, state):
+    write_tensors(state, tmp_path / "model.lcz")
+    before = (tmp_path / "model.lcz").read_bytes()
+    assert run_command(["pack", str(onnx_file)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert (tmp_path / "model.lcz").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "keyword"),
+    [
+        (["unpack", "w.lcz", "--onnx", "x.onnx"], "holds no graph"),
+        (["unpack", "g.lcz"], "--onnx"),
+        (["unpack", "g.lcz", "--onnx", "x.onnx", "--out", "x.pt"], "--out"),
+        (["unpack", "g.lcz", "--onnx", "x.onnx", "--graph", "b"], "no graph 'b'"),
+        (["unpack", "w.lcz", "--graph", "b"], "--onnx"),
+        (["unpack", "g.lcz", "--onnx", "x.onnx", "--max-bytes", "9"], "max_bytes=9"),
+        (["pack", "text.onnx"], "no ONNX model"),
+        (["pack", "none.onnx"], "none.onnx"),
+        (["pack", "model.int8.onnx", "--float-dtype", "fp16", "--out", "y.lcz"], "--float-dtype"),
+        (["pack", "model.int8.onnx", "--key", "model", "--out", "y.lcz"], "--key"),
+    ],
+)
+def test_what_cannot_be_packed_or_unpacked_says_so_in_a_line(
+    tmp_path, monkeypatch, capsys, onnx_file, state, words, keyword
+):
+    monkeypatch.chdir(tmp_path)
+    write_tensors(state, "w.lcz")
+    assert run_command(["pack", onnx_file.name, "--out", "g.lcz"]) == 0
+    (tmp_path / "text.onnx").write_text("no model")
+    capsys.readouterr()
+    assert run_command(words) == 2
+    error = capsys.readouterr().err
+    assert keyword in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "x.onnx").exists()
+    assert not (tmp_path / "y.lcz").exists()

@@ -48,16 +48,92 @@ def read_file(data):
     assert zlib.crc32(header) == crc
     header = zlib.decompress(header) if flags else header
     assert len(header) == plain
-    found, at = {}, 32 + stored
-    for row in json.loads(header)["tensors"]:
+    header = json.loads(header)
+    found, at = read_rows(header["tensors"], data, 32 + stored)
+    for graph in header.get("graphs", []):
+        model = zlib.decompress(data[at : at + graph["l"]])
+        assert len(model) == graph["p"]
+        own, at = read_rows(graph["tensors"], data, at + graph["l"])
+        found["graph", graph["n"]] = assemble(model, graph["i"], found, list(own.values()))
+    assert at == len(data) - 32
+    return found
+
+
+def read_rows(rows, data, at):
+    found = {}
+    for row in rows:
         aux, symbols = row.get("a", 0), row.get("l", 0)
         if row.get("k") == "tied":
             found[row["n"]] = row
         else:
             found[row["n"]] = row | decode_row(row, data[at : at + aux], data[at + aux :][:symbols])
         at += aux + symbols
-    assert at == len(data) - 32
-    return found
+    return found, at
+
+
+def assemble(model, gaps, found, own):
+    """The ONNX model: what was left out of it, put back."""
+    out, at = b"", 0
+    for gap in gaps:
+        out += model[at : at + gap["a"]]
+        at += gap["a"]
+        out += fill(gap, found[gap["t"]] if "t" in gap else own.pop(0))
+    assert not own
+    return out + model[at:]
+
+
+def fill(gap, row):
+    if "d" not in gap:
+        size = min(WORDS[row["d"]], 8)
+        words = arrange([word.to_bytes(size, "little") for word in words_of(row)], gap)
+        return b"".join(words)
+    numbers = row["steps"] if "steps" in row else signed(row)
+    if gap.get("s"):
+        axis, *turned = gap["s"]
+        inner = math.prod(row["s"][axis + 1 :])
+        turned = [i // inner % row["s"][axis] in turned for i in range(len(numbers))]
+        numbers = [-n if turn else n for n, turn in zip(numbers, turned, strict=True)]
+    numbers = [n * gap.get("m", 1) + gap.get("o", 0) for n in arrange(numbers, gap)]
+    if gap["d"].endswith("int4"):
+        low = [n & 15 for n in numbers] + [0] * (len(numbers) % 2)
+        return bytes(a | b << 4 for a, b in zip(low[::2], low[1::2], strict=True))
+    size = int(gap["d"].strip("uint")) // 8
+    return b"".join(n.to_bytes(size, "little", signed=gap["d"][0] == "i") for n in numbers)
+
+
+def words_of(row):
+    """The bit patterns of a row's values, in its dtype; grids here are of float32."""
+    if "words" in row:
+        assert "f" not in row
+        return row["words"]
+    assert row["d"] == "float32"
+    middle = row["floats"].index(0.0) if len(row["q"]) == 1 else 0
+    along = math.prod(row["s"][row["q"][2] + 1 :]) if len(row["q"]) == 3 else 0
+    values = []
+    for at, step in enumerate(row["steps"]):
+        scale = row["floats"][at // along % len(row["floats"]) if along else 0]
+        values.append(row["floats"][middle + step] if len(row["q"]) == 1 else step * scale)
+    return [struct.unpack("<I", struct.pack("<f", value))[0] for value in values]
+
+
+def signed(row):
+    assert row["d"] in ("int8", "uint8")
+    return [w - 256 if row["d"] == "int8" and w > 127 else w for w in row["words"]]
+
+
+def arrange(values, gap):
+    """Seen in a box, its axes in another order, some of them backwards."""
+    if not gap.get("b"):
+        return values
+    box, order, backwards = gap["b"], gap["x"], gap.get("f", [])
+    strides = [math.prod(box[axis + 1 :]) for axis in range(len(box))]
+    ranges = [
+        range(box[axis])[:: -1 if index in backwards else 1] for index, axis in enumerate(order)
+    ]
+    return [
+        values[sum(i * strides[axis] for i, axis in zip(place, order, strict=True))]
+        for place in itertools.product(*ranges)
+    ]
 
 
 def decode_row(row, aux, symbols):

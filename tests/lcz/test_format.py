@@ -110,7 +110,7 @@ def everything():
             set_grid(model[index], "weight", grid)
     unsigned = affine_grid(torch.tensor([-1.0, 2.0]), symmetric=False)
     set_activation_grids(model[3], ActivationGrids(unsigned, affine_grid(torch.tensor([2.0]))))
-    for name, dtype in DTYPES.items():
+    for name, dtype in ((name, getattr(torch, name)) for name in DTYPES):
         bits = torch.randint(0, 2 if name == "bool" else 256, (6 * dtype.itemsize,))
         model.register_buffer(f"of_{name}", bits.to(torch.uint8).view(dtype))
     model.register_buffer("few", torch.randint(-2, 3, (50,)) / 4)

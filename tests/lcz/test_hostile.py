@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.artifact import inspect_compressed, load_compressed, save_compressed
+from lightning_compress.lcz.arrays import inspect_compressed
+from lightning_compress.lcz.artifact import load_compressed, save_compressed
 from lightning_compress.lcz.container import read_container, write_container
 from lightning_compress.lcz.raw_bits import patterns
 from lightning_compress.quantization.ranges import affine_grid

@@ -139,11 +139,16 @@ def torch_runner(
 
 
 def onnx_runner(
-    path: str | Path, inputs: Tensor | tuple[Tensor, ...], threads: int | None = 1
+    path: str | Path,
+    inputs: Tensor | tuple[Tensor, ...],
+    threads: int | None = 1,
+    *,
+    graph: str | None = None,
 ) -> Runner:
     """One call of an ONNX file under ONNX Runtime on the CPU with that many threads (None: all).
 
-    The inputs are given in the order of the file's own inputs.
+    The inputs are given in the order of the file's own inputs. An `.lcz` file that holds a graph
+    will do as well: `graph` names one of several.
 
     Raises:
         MissingExtraError: when onnxruntime is not installed.
@@ -151,7 +156,7 @@ def onnx_runner(
     """
     require("onnxruntime", extra="onnx")
     # threads that spin between calls would take the cores from the other candidates
-    session = onnx_session(path, threads=_threads(threads), spinning=False)
+    session = onnx_session(path, graph=graph, threads=_threads(threads), spinning=False)
     names = [entry.name for entry in session.get_inputs()]
     batch = as_inputs(inputs)
     if len(names) != len(batch):

@@ -262,7 +262,7 @@ def files_plot(results: Results) -> Plot | None:
     """Return the sizes of all files, dense and compressed; None when there are none."""
     bars = [
         (f"{key}, {side}", size, STYLES[side][0])
-        for key in ("torch", "safetensors", "onnx", "onnx_int8", "lcz")
+        for key in ("torch", "safetensors", "onnx", "onnx_int8", "lcz_graph", "lcz")
         for side in ("dense", "compressed")
         if (size := _known(section(results[side], "bytes"), key))
     ]

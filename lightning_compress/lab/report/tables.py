@@ -104,6 +104,7 @@ FILE_LABELS = {
     "torch": "torch.save, fp32",
     "safetensors": "safetensors",
     "lcz": ".lcz (entropy coded)",
+    "lcz_graph": ".lcz with its int8 graph (runs by itself)",
     "onnx": "ONNX, fp32",
     "onnx_int8": "ONNX, int8",
 }

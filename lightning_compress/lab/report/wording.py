@@ -305,6 +305,7 @@ def notes(results: Results) -> list[str]:
         *_evaluator_notes(section(results, "evaluator")),
         *_fairness_notes(results),
         *_coding_notes(results),
+        *_one_file_notes(results),
         *_empty_layer_notes(results),
         "Unstructured zeros make the file smaller, not the model faster: dense CPU runtimes "
         "multiply them all the same. MACs are counted dense for the same reason.",
@@ -360,6 +361,26 @@ def _coding_notes(results: Results) -> list[str]:
         f"The .lcz file takes {kilobytes(size)}; the zero-order entropy bound of its symbols is "
         f"{kilobytes(bound)} ({times(size / bound)} the bound, headers included)."
     ]
+
+
+def _one_file_notes(results: Results) -> list[str]:
+    """The file that ships and runs: its bytes, and its speed."""
+    size = scalar(section(results["compressed"], "bytes").get("lcz_graph"))
+    if not size:
+        return []
+    text = f"One file, {kilobytes(size)}, is all that has to ship: the int8 graph and its weights"
+    text += " in one .lcz file, which onnx_session runs without PyTorch"
+    dense, compressed = (section(results[side], "latency_ms") for side in ("dense", "compressed"))
+    for key, values in compressed.items():
+        slow = scalar(section(dense, key).get("median"))
+        fast = scalar(values.get("median")) if isinstance(values, Mapping) else None
+        if key.startswith("onnxruntime int8") and slow and fast:
+            text += (
+                f"; {milliseconds(fast)} ms a call ({key.partition(', ')[2]}), "
+                f"{times(slow / fast)} as fast as the dense fp32 file"
+            )
+            break
+    return [f"{text}."]
 
 
 def _empty_layer_notes(results: Results) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,14 @@ from lightning_compress.conversion.export import OnnxInfo, export_onnx
 from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.evaluation.cost import file_sizes, macs, parameter_counts
 from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, torch_runner
-from lightning_compress.lcz.artifact import save_compressed
-from lightning_compress.lcz.header import ArtifactInfo
+from lightning_compress.lcz.artifact import save_compressed, write_graph
+from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.state import compression_state
 
 __all__ = [
     "deployed_cost",
+    "graph_name",
+    "graph_path",
     "inputs_in_use",
     "int8_bytes",
     "int8_path",
@@ -32,6 +34,7 @@ __all__ = [
     "layer_rows",
     "side_by_side_latency",
     "write_files",
+    "write_graph_file",
     "write_int8_files",
 ]
 DRAWN = 64
@@ -41,6 +44,29 @@ BATCHES = 4
 def int8_path(folder: Path, part: str) -> Path:
     """Where a part's int8 file lies."""
     return folder / f"{part}.int8.onnx"
+
+
+def graph_path(folder: Path) -> Path:
+    """Where the one file lies that runs by itself: `onnx_session` opens it."""
+    return folder / "model.graph.lcz"
+
+
+def graph_name(part: str, parts: int) -> str | None:
+    """What a part's graph is called in a file of so many graphs; None: it is the only one."""
+    return part if parts > 1 else None
+
+
+def write_graph_file(folder: Path, infos: Mapping[str, OnnxInfo | OnnxMismatchError]) -> int | None:
+    """Write the int8 files of all parts into one `.lcz` file that runs; its size.
+
+    None, and no file, where a part has no int8 file.
+    """
+    path = graph_path(folder)
+    if not infos or any(isinstance(info, OnnxMismatchError) for info in infos.values()):
+        path.unlink(missing_ok=True)  # of an earlier run in this folder
+        return None
+    graphs = {graph_name(part, len(infos)) or "": int8_path(folder, part) for part in infos}
+    return write_graph(graphs, path).bytes
 
 
 def write_int8_files(
@@ -138,7 +164,7 @@ def write_files(
     """
     artifact = save_compressed(model.deployed_module(), folder / "model.lcz", codec=export.codec)
     sizes: dict[str, int | None] = {**file_sizes(model.deployed_module()), "lcz": artifact.bytes}
-    sizes["onnx"] = sizes["onnx_int8"] = None
+    sizes["lcz_graph"] = sizes["onnx"] = sizes["onnx_int8"] = None
     if export.onnx:
         infos = [
             export_onnx(part, onnx_path(folder, name), inputs)
@@ -163,7 +189,8 @@ def side_by_side_latency(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Milliseconds of the part that draws (or classifies), dense and compressed in turn.
 
-    The compressed side's int8 file, if there is one, runs beside the dense side's fp32 file.
+    The compressed side's int8 file, if there is one, runs beside the dense side's fp32 file; from
+    the one `.lcz` file that holds it, where that was written.
 
     Returns:
         One dict a side: `"torch, 1 thread, batch 1"` -> median, p10, p90, and for the compressed
@@ -174,8 +201,11 @@ def side_by_side_latency(
     if onnx:
         pairs["onnxruntime"] = [partial(onnx_runner, onnx_path(one, name)) for one in folders]
     if onnx and int8_path(folders[1], name).exists():
-        files = (onnx_path(folders[0], name), int8_path(folders[1], name))
-        pairs["onnxruntime int8"] = [partial(onnx_runner, file) for file in files]
+        packed, int8 = graph_path(folders[1]), int8_path(folders[1], name)
+        graph = graph_name(name, len(dense.parts()))
+        whole = partial(onnx_runner, packed, graph=graph) if packed.exists() else None
+        fp32 = partial(onnx_runner, onnx_path(folders[0], name))
+        pairs["onnxruntime int8"] = [fp32, whole or partial(onnx_runner, int8)]
     sides: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     threads = sorted({1, os.cpu_count() or 1})
     for runtime, (one, other) in pairs.items():

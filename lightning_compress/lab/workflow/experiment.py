@@ -33,6 +33,7 @@ from lightning_compress.lab.workflow.costs import (
     layer_rows,
     side_by_side_latency,
     write_files,
+    write_graph_file,
     write_int8_files,
 )
 from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
@@ -220,6 +221,7 @@ def _measure(
         infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
         if int8:
             sizes["onnx_int8"] = int8_bytes(infos)
+            sizes["lcz_graph"] = write_graph_file(home, infos)
         cost = deployed_cost(one.model)
         side = {"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds}
         sides.append({**side, "int8_ops": int8_rows(infos)})

@@ -68,3 +68,17 @@ def test_notes_name_tensors_that_were_pruned_away():
     texts = notes({**BASE, "layers": layers})
     assert "Tensors that hold nothing but zeros: whole." in texts
     assert not any("zeros: " in text for text in notes(BASE))
+
+
+def test_the_one_file_that_runs_is_told_with_its_bytes_and_its_speed():
+    assert not any("One file" in text for text in notes(BASE))
+    key = "onnxruntime int8, 1 thread, batch 1"
+    dense = {"latency_ms": {key: {"median": 6.0}}}
+    compressed = {"bytes": {"lcz_graph": 61_000}, "latency_ms": {key: {"median": 2.0}}}
+    (text,) = (
+        text
+        for text in notes({**BASE, "dense": dense, "compressed": compressed})
+        if "One file" in text
+    )
+    for part in ("61", "onnx_session", "2.00 ms", "1 thread, batch 1", "3.00×"):
+        assert part in text

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from lightning_compress import load_compressed
+from lightning_compress import load_compressed, onnx_model
 from lightning_compress.lab.config import config_dir
 from lightning_compress.lab.data import DigitRows, Digits
 from lightning_compress.lab.workflow.experiment import run_experiment
@@ -87,6 +87,14 @@ def instantiated(cfg):
     return model, data
 
 
+def check_one_file(folder, parts):
+    """The file that runs holds the int8 files of all parts, to the byte."""
+    for part in parts:
+        name = part if len(parts) > 1 else None
+        data = onnx_model(folder / "model.graph.lcz", name)
+        assert data == (folder / f"{part}.int8.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("model", names("model"))
 def test_each_model_is_instantiated(model):
     words = [f"model={model}", f"data={DATA_OF.get(model, 'digits')}"]
@@ -153,9 +161,12 @@ def test_each_model(tmp_path, cache, model):
         if refused:  # rounding adds up over eighteen barely trained layers
             assert model == "resnet18"
             assert sizes["onnx_int8"] is None
+            assert sizes["lcz_graph"] is None
             assert "differ from the fake-quantized module" in refused[0]
         else:
             assert sizes["onnx_int8"] < 0.6 * sizes["onnx"]
+            assert sizes["lcz_graph"] < sizes["onnx_int8"]
+            check_one_file(tmp_path / side, parts=list(results[side]["int8_ops"]))
             assert all(part["int8_ops"] or part["session"] for part in parts)
     assert results["steps"]["dense"] == results["steps"]["compressed"] > 0
     dense, compressed = results["dense"], results["compressed"]

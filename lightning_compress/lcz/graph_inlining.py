@@ -1,0 +1,112 @@
+"""ONNX models whose tensors all hold their values as raw bytes, in the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lightning_compress.lcz.protobuf import (
+    EXTERNAL,
+    INT32S,
+    INT64S,
+    LENGTH,
+    LOCATION,
+    NESTED,
+    RAW,
+    UINT64S,
+    OnnxTensor,
+    fields,
+    message,
+    onnx_tensors,
+    packed,
+    read_tensor,
+)
+
+__all__ = ["SMALL", "inlined"]
+
+SMALL = 64  # bytes: tensors below stay as they are
+_INTS = (INT32S, INT64S, UINT64S)
+_WIDE = {6: 4, 12: 4, 13: 8, 7: 8} | dict.fromkeys((4, 5, 10, 16), 2)  # bytes by data_type; else 1
+
+
+def inlined(data: bytes, folder: Path | None) -> bytes:
+    """A model with its tensors' values in `raw_data`; the same bytes if all of them are there.
+
+    Args:
+        data: of an ONNX file.
+        folder: where files lie that hold its weights; None: nowhere.
+
+    Raises:
+        ValueError: when the bytes are no ONNX model, or its weights are in a file that is not
+            there or outside the folder.
+        OSError: when that file cannot be read.
+    """
+    if any(_is_elsewhere(tensor) for tensor in onnx_tensors(data)):
+        return _rebuilt(data, "model", 0, len(data), folder)
+    return data
+
+
+def _is_elsewhere(tensor: OnnxTensor) -> bool:
+    spans = [span for found in tensor.values.values() for span in found]
+    long = sum(end - start for start, end in spans) >= SMALL
+    typed = any(number in tensor.values for number in _INTS)
+    return bool(tensor.external) or (long and (typed or len(spans) > 1))
+
+
+def _rebuilt(data: bytes, kind: str, start: int, end: int, folder: Path | None) -> bytes:
+    out = bytearray()
+    for one in fields(data, start, end):
+        inner = NESTED[kind].get(one.number) if one.wire == LENGTH else None
+        if inner is None:
+            out += data[one.start : one.end]
+        elif inner == "tensor":
+            out += message(one.number, _tensor(data, one.value, one.end, folder))
+        else:
+            out += message(one.number, _rebuilt(data, inner, one.value, one.end, folder))
+    return bytes(out)
+
+
+def _tensor(data: bytes, start: int, end: int, folder: Path | None) -> bytes:
+    tensor = read_tensor(data, start, end)
+    if not _is_elsewhere(tensor):
+        return data[start:end]
+    raw = _read_external(tensor, folder) if tensor.external else _raw(data, tensor)
+    others = (EXTERNAL, LOCATION, *tensor.values)
+    kept = [one for one in fields(data, start, end) if one.number not in others]
+    return b"".join(data[one.start : one.end] for one in kept) + message(RAW, raw)
+
+
+def _raw(data: bytes, tensor: OnnxTensor) -> bytes:
+    """Typed values as bytes: repeated fields may come in pieces, integers as varints."""
+    (number, spans), *others = tensor.values.items()
+    if others:
+        raise ValueError(f"tensor {tensor.name!r} of the model has values in several fields")
+    if number not in _INTS:
+        return b"".join(data[start:end] for start, end in spans)
+    whole = [value for start, end in spans for value in packed(data, start, end)]
+    words = np.array([value & 2**64 - 1 for value in whole], np.uint64)
+    return words.astype(f"<u{_WIDE.get(tensor.kind, 1)}").tobytes()
+
+
+def _read_external(tensor: OnnxTensor, folder: Path | None) -> bytes:
+    place = tensor.external.get("location", "")
+    if folder is None:
+        raise ValueError(
+            f"the weights of the model lie in another file ({place!r}): give the path of the "
+            "model, beside which that file lies"
+        )
+    path = folder / place
+    if not place or folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"the weights of {tensor.name!r} lie outside the model's folder: {place}")
+    try:
+        at = int(tensor.external.get("offset", "0"))
+        length = int(tensor.external.get("length", "-1"))
+    except ValueError:
+        raise ValueError(f"tensor {tensor.name!r}: {tensor.external}") from None
+    with path.open("rb") as stream:
+        stream.seek(at)
+        found = stream.read() if length < 0 else stream.read(length)
+    if len(found) < length:
+        raise ValueError(f"{path} ends before the weights of {tensor.name!r}")
+    return found

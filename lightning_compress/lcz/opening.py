@@ -1,0 +1,97 @@
+"""An `.lcz` file opened and its header checked, without torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.container import Container, read_container
+from lightning_compress.lcz.graph import GraphRecord, read_graphs
+from lightning_compress.lcz.header import TensorRecord, optional, read_records
+from lightning_compress.lcz.layer_grids import LayerGrid, read_layer_grids
+from lightning_compress.lcz.module_state import KEY as CHANNELS
+from lightning_compress.lcz.module_state import read_channels
+from lightning_compress.lcz.raw_bits import DTYPES
+from lightning_compress.removed import RemovedChannels
+
+__all__ = ["MAX_BYTES", "OpenFile", "check_size", "opened_file"]
+
+MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open file whose header has been checked.
+
+    Args:
+        container: prefix, header and payloads.
+        records: one a tensor of the module, in the order of their payloads.
+        activations: grids of layers' inputs and outputs, by path and side.
+        channels: what the module lost.
+        graphs: ONNX models, whose payloads follow.
+    """
+
+    container: Container
+    records: list[TensorRecord]
+    activations: dict[str, dict[str, LayerGrid]]
+    channels: RemovedChannels
+    graphs: list[GraphRecord] = field(default_factory=list)
+
+    def payloads(self) -> Iterator[tuple[TensorRecord, bytes]]:
+        """The records that have a payload, each with it, in the order of the file."""
+        offset = 0
+        for record in self.records:
+            if record.kind != "tied":
+                yield record, self.container.read(offset, record.payload_bytes)
+                offset += record.payload_bytes
+
+    def offsets(self) -> dict[str, int]:
+        """Where the payloads of the module's tensors begin, by name."""
+        found, offset = {}, 0
+        for record in self.records:
+            found[record.name] = offset
+            offset += record.payload_bytes
+        return found
+
+
+@contextlib.contextmanager
+def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
+    """Opens a file and checks its header, and its checksum if `verify` is set.
+
+    Raises:
+        CorruptArtifactError: naming the file, here and for what is raised while it is open.
+        OSError: when it cannot be read.
+    """
+    try:
+        with read_container(path, verify=verify) as container:
+            header = container.header
+            extra = (key for key in header if key not in ("tensors", "activations", "graphs"))
+            if not all(map(optional, extra)):
+                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
+            size, payload_bytes = container.size, container.payload_bytes
+            own = None if "graphs" in header else payload_bytes
+            records = read_records(header.get("tensors"), own, size)
+            graphs = header.get("graphs", [])
+            yield OpenFile(
+                container,
+                records,
+                read_layer_grids(header.get("activations", {})),
+                read_channels(header.get(CHANNELS)),
+                read_graphs(graphs, records, payload_bytes, size),
+            )
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"{path}: {error}") from error
+
+
+def check_size(records: list[TensorRecord], most: int) -> None:
+    """Refuse a file whose tensors would take more than `most` bytes.
+
+    Raises:
+        CorruptArtifactError: when they would.
+    """
+    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
+    if plain > most:
+        raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
