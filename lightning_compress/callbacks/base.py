@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
 from lightning_compress.callbacks.spawned import bring_results_back, results_come_back
@@ -251,7 +252,11 @@ class WeightCallback(Callback):
                 for optimizer in trainer.optimizers
                 for group in optimizer.param_groups
                 for one in group["params"]
+                if one.requires_grad  # many optimizers are made from self.parameters()
             }
+            for one in pl_module.modules():
+                if isinstance(one, AveragedModel):  # whose parameters require gradients
+                    owned -= {id(each) for each in one.parameters()}
             found = frozen_copies(pl_module, owned)
             self.projector.copies = FollowedCopies(pl_module, found)
 
@@ -386,9 +391,9 @@ class WeightCallback(Callback):
             rounded = slot.owners.get("grid") not in (None, self.state_key)
             grid = known_grid(slot.target.layer, slot.target.name)
             rounded = rounded or grid is not None
-            pruned = (
-                grid is not None and slot.shards is None and were_pruned(grid.quantize(slot.data))
-            )
+            pruned = False
+            if grid is not None and slot.shards is None:
+                pruned = were_pruned(grid.quantize(slot.data))
             if mine and slot.pruned is None and (pruned or not rounded):
                 zeros = (slot.data == 0).float().mean().item()
                 if _SOME_ZEROS <= zeros < 1:

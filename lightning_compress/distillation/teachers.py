@@ -192,14 +192,13 @@ def check_stranger(teacher: nn.Module, student: nn.Module, pairs: Sequence[str] 
     names = [name for name, _ in shared][:3]
     if len(shared) == len(own):
         raise TargetError(f"the teacher is the student: they share everything; {_WAYS}")
-    where = (
-        f"which the pair {taught[0]!r} teaches"
-        if taught
-        else f"which trains, while the pairs {list(pairs)} teach other modules"
-    )
+    if taught:
+        raise TargetError(
+            f"the teacher is the student in the pair {taught[0]!r}: they share {names}; {_WAYS}"
+        )
     raise TargetError(
-        f"the teacher shares {names} with the student, {where}: freezing the teacher would freeze "
-        f"it too; {_WAYS}"
+        f"the teacher shares {names} with the student, which trains, while the pairs "
+        f"{list(pairs)} teach other modules: freezing the teacher would freeze it too; {_WAYS}"
     )
 
 

@@ -32,9 +32,9 @@ def net(*sizes):
 class Averaging(LightningModule):
     """Keeps an average of its network as many projects do."""
 
-    def __init__(self, how="lerp_", start=0):
+    def __init__(self, how="lerp_", *, everything=False):
         super().__init__()
-        self.how, self.start, self.seen = how, start, []
+        self.how, self.everything, self.seen = how, everything, []
         self.net = net(6, 16, 16, 6)
         if how == "averaged_model":
             self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -49,7 +49,7 @@ class Averaging(LightningModule):
         return (self.net(batch[0]) - batch[0]).square().mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.global_step <= self.start or self.how == "teacher":
+        if self.how == "teacher":
             return
         if self.how == "averaged_model":
             self.average.update_parameters(self.net)
@@ -71,12 +71,14 @@ class Averaging(LightningModule):
         self.seen.append((sparsity(self.ema, ["*"]), sparsity(self.net, ["*"]), all(on)))
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.net.parameters(), lr=0.01)
+        trained = self if self.everything else self.net
+        return torch.optim.Adam(trained.parameters(), lr=0.01)
 
 
+@pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("how", ["lerp_", "data", "averaged_model"])
-def test_an_average_has_the_zeros_of_what_it_averages(tmp_path, how):
-    model = Averaging(how)
+def test_an_average_has_the_zeros_of_what_it_averages(tmp_path, how, everything):
+    model = Averaging(how, everything=everything)
     pruning = GradualPruning(final_sparsity=0.8, end=1.0)
     quiet_trainer(tmp_path, pruning).fit(model, batches(), batches(count=1))
     assert sparsity(model.net) == pytest.approx(0.8, abs=2e-3)
@@ -115,9 +117,10 @@ def test_a_frozen_teacher_of_the_same_weights_is_left_alone(tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("how", ["lerp_", "averaged_model"])
-def test_an_average_loses_the_channels_of_what_it_averages(tmp_path, how):
-    model = Averaging(how)
+def test_an_average_loses_the_channels_of_what_it_averages(tmp_path, how, everything):
+    model = Averaging(how, everything=everything)
     pruning = ChannelPruning(final_sparsity=0.5, round_to=2, fade=1, end=0.7, include=["net.*"])
     quiet_trainer(tmp_path, pruning, max_epochs=4).fit(model, batches())
     assert (model.net[0].out_features, model.ema[0].out_features) == (8, 8) or (

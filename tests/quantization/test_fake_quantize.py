@@ -128,7 +128,7 @@ def test_layers_that_stay_float_say_why():
             "normed": nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
         }
     )
-    layers, coverage = activation_layers(net, select(net, include="*").targets)
+    layers, coverage = activation_layers(net, select(net, include=["*", "words"]).targets)
     assert list(layers) == ["conv", "normed"]
     reasons = {row.path: row.reason for row in coverage if not row.selected}
     assert set(reasons) == {
