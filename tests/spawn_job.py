@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import TinyAutoencoder, batches, quiet_trainer
 from torch import nn
 
@@ -13,6 +14,7 @@ from lightning_compress import (
     GradualPruning,
     QuantizationAwareTraining,
     compression_state,
+    restore_compression,
     save_compressed,
     sparsity,
 )
@@ -35,8 +37,13 @@ def main(folder: Path, strategy: str, processes: int) -> None:
     model, pruning = Deeper(), GradualPruning(final_sparsity=0.75, end=0.5)
     rounding = QuantizationAwareTraining(weight_bits=4, activation_bits=4, freeze=0.6)
     artifact = ArtifactCallback(folder / f"{strategy}.lcz")
+    saver = ModelCheckpoint(folder, save_last=True)
     trainer = quiet_trainer(
-        folder, pruning, rounding, artifact, strategy=strategy, devices=processes
+        folder,
+        *(pruning, rounding, artifact, saver),
+        strategy=strategy,
+        devices=processes,
+        enable_checkpointing=True,
     )
     trainer.fit(model, batches(), batches(seed=1))
     inside = trainer.callback_metrics["val/loss"].item()
@@ -45,6 +52,7 @@ def main(folder: Path, strategy: str, processes: int) -> None:
         "file": (artifact.info.bytes, live.bytes),
         "sparsity": (pruning.sparsity, sparsity(model)),
         "state": str(compression_state(model)),
+        "saved": str(compression_state(restore_compression(Deeper(), folder / "last.ckpt"))),
         "flags": (rounding.frozen, len(rounding.coverage), len(rounding.activation_coverage)),
         "inside": inside,
     }

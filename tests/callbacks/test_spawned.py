@@ -26,7 +26,7 @@ def run(folder, strategy, processes=1):
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / f"{strategy}.pt")
@@ -48,11 +48,10 @@ def test_the_main_process_knows_masks_grids_and_sparsity(tmp_path, strategy, pro
     assert counted == pytest.approx(0.75, abs=0.06)
     inside, outside = found["file"]
     assert inside == outside
+    assert found["state"] == found["saved"]
     assert found["flags"] == (True, 6, 3)
     if processes == 1:
         assert found["after"] == pytest.approx(found["inside"], rel=1e-5)
-        alone = run(tmp_path, "auto")
-        assert found["state"] == alone["state"]
 
 
 def test_the_launcher_is_extended_once():
