@@ -150,6 +150,8 @@ def run_batch(module: nn.Module, batch: object) -> object:
     try:
         return module(**batch) if isinstance(batch, Mapping) else module(*_values(batch))
     except (TypeError, RuntimeError) as error:
+        if not isinstance(batch, (tuple, list, Mapping)):
+            raise  # there is nothing to choose in it
         raise ValueError(
             f"{type(module).__name__} cannot be called with a batch of the data, "
             f"{_described(batch)}: {error}. Say what it is called with: "
