@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-lowest nncodec clean
+.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-gpu bench-gpu test-lowest nncodec clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -19,6 +19,12 @@ test-slow: $(READY)  ## the tests that take minutes, one of a benchmark and of i
 
 test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying processes, odd clocks
 	$(BIN)/python -m pytest -m faults tests/faults
+
+test-gpu: $(READY)  ## what needs a CUDA device, and the checks of devices that need none
+	$(BIN)/python -m pytest -rs tests/gpu
+
+bench-gpu: $(READY)  ## a step with each callback over one without, on a CUDA device
+	$(BIN)/python experiments/bench_gpu.py
 
 test-lowest: $(READY)  ## the same tests with the lowest version of each dependency but torch
 	mkdir -p .cache

@@ -29,7 +29,21 @@ from lightning_compress.targets import Target, clean_path
 __all__ = ["Projector", "Slot"]
 
 Quantizer = Callable[[Tensor], Grid]
-_REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
+_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have a projector
+_ATTRIBUTE = "_compression_projector"  # in the module's `__dict__`: the two end together
+
+
+class _Held:
+    """A module's own projector: no copy and no pickle of the module takes it along."""
+
+    def __init__(self, module: nn.Module, projector: Projector) -> None:
+        self.module, self.projector = weakref.ref(module), projector
+
+    def __deepcopy__(self, _: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Slot:
@@ -273,12 +287,28 @@ class Projector:
     @classmethod
     def of(cls, module: nn.Module) -> Projector:
         """The projector that all callbacks of one module share; made at the first call."""
-        return _REGISTRY.setdefault(module, cls())
+        found = cls.find(module)
+        if found is None:
+            found = cls()
+            _MODULES.add(module)
+            module.__dict__[_ATTRIBUTE] = _Held(module, found)
+        return found
 
     @staticmethod
     def find(module: nn.Module) -> Projector | None:
         """The module's projector while one is in use."""
-        return _REGISTRY.get(module)
+        held = module.__dict__.get(_ATTRIBUTE)
+        # A shallow copy of a module shares its `__dict__`'s values.
+        return held.projector if held is not None and held.module() is module else None
+
+    @staticmethod
+    def module_of(slot: Slot) -> nn.Module | None:
+        """The module whose projector holds a slot."""
+        for module in _MODULES:
+            projector = Projector.find(module)
+            if projector is not None and projector.slots.get(slot.path) is slot:
+                return module
+        return None
 
     def add(self, target: Target) -> Slot:
         """Take a parameter under projection, or return the slot it has."""
@@ -325,8 +355,9 @@ class Projector:
         self._handles.clear()
         self._handlers.clear()
         self._optimizers.clear()
-        for module in [module for module, one in _REGISTRY.items() if one is self]:
-            del _REGISTRY[module]
+        for module in [one for one in _MODULES if Projector.find(one) is self]:
+            del module.__dict__[_ATTRIBUTE]
+            _MODULES.discard(module)
 
     def clock(self, paths: Sequence[str]) -> int:
         """Steps of the optimizer that owns the parameters; of several, the slowest one's."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -70,6 +71,26 @@ def run_progress(trainer: Trainer) -> float:
         endless = epochs is None or epochs < 0
         raise ValueError(_ENDLESS if endless else _NO_LENGTH)
     return min(max(done), 1.0)
+
+
+def check_even_batches(trainer: Trainer) -> None:
+    """Check that all processes make as many steps: one that ends first leaves the others waiting.
+
+    Raises:
+        ValueError: on all of them, with the least and the most batches.
+    """
+    if trainer.world_size < 2:
+        return
+    own = trainer.num_training_batches
+    count = int(own) if math.isfinite(own) else -1
+    sent = torch.tensor([count, -count], device=trainer.strategy.root_device)
+    most, least = trainer.strategy.reduce(sent, reduce_op="max").tolist()
+    if most != -least:
+        raise ValueError(
+            f"processes have {-least} to {most} training batches an epoch: the one that ends first "
+            "leaves the others waiting. Use a DistributedSampler (Lightning's own does), or "
+            "limit_train_batches"
+        )
 
 
 class WeightCallback(Callback):
@@ -146,8 +167,13 @@ class WeightCallback(Callback):
             if pruned is not None and slot.pruned is None and slot.values().shape == pruned.shape:
                 slot.set_mask(~pruned)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`.
+
+        Raises:
+            ValueError: where processes have different numbers of batches.
+        """
+        check_even_batches(trainer)
         to_shards(pl_module)  # the sanity check has gathered them
         if self._loaded is not None:
             self.restore_state(self._loaded)

@@ -144,8 +144,19 @@ class MaskCallback(WeightCallback):
         if not hold and self._due() and self.ready(step):
             self._pending = False
             self._settle()
+            self._check_finite()
             self.event(trainer)
         self.look_ahead(step)
+
+    def _check_finite(self) -> None:
+        """Refuse to compare weights that are no numbers: most criteria would not notice."""
+        counts = [slot.spread.sum((~torch.isfinite(slot.values())).sum()) for slot in self.slots]
+        if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
+            broken = [one.path for one, count in zip(self.slots, counts, strict=True) if int(count)]
+            raise FloatingPointError(
+                f"{self.state_key}: {', '.join(broken[:5])} holds weights that are NaN or infinite "
+                f"at step {self._last_step}: training has diverged"
+            )
 
     def _settle(self) -> None:
         # The optimizer's momentum has just moved pruned weights away from 0.

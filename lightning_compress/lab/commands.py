@@ -20,6 +20,7 @@ from lightning_compress.lcz.checkpoints import read_checkpoint, write_checkpoint
 from lightning_compress.lcz.codecs import CHOICES
 from lightning_compress.lcz.header import ArtifactInfo
 from lightning_compress.lcz.raw_bits import patterns
+from lightning_compress.terminal import printable
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -34,7 +35,7 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return TROUBLE
 
 
@@ -81,6 +82,8 @@ def _add_models(commands: Any) -> None:
         command.add_argument(
             "--sparsities", type=_fractions, default=sparsities, help="such as 0.5,0.9"
         )
+        allow = "a class, module or package that a run's config may name besides; repeatable"
+        command.add_argument("--allow", action="append", help=allow)
         command.add_argument("--bits", type=_numbers, default=[2, 3, 4, 6], help="such as 2,4,6")
     advise.add_argument("--ratio", type=float, default=30.0, help="how much smaller it is to be")
 
@@ -101,7 +104,8 @@ def _model_command(chosen: argparse.Namespace) -> int:
 
     first = Path(chosen.words[0])
     folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
-    more = {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
+    more: dict[str, Any] = {"allowed": chosen.allow or ()}
+    more |= {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
     try:
         if chosen.command == "advise":
             from lightning_compress.lab.workflow.advising import run_advise
@@ -127,7 +131,9 @@ def _pack(chosen: argparse.Namespace) -> int:
     info = write_tensors(
         tensors, target, chosen.codec, float_dtype=chosen.float_dtype, workers=chosen.workers
     )
-    print(f"{target}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors")
+    print(
+        f"{printable(str(target))}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors"
+    )
     return SAME
 
 
@@ -135,7 +141,7 @@ def _unpack(chosen: argparse.Namespace) -> int:
     target = chosen.out or chosen.file.with_suffix(".safetensors")
     tensors = read_checkpoint(chosen.file, max_bytes=chosen.max_bytes)
     write_checkpoint(tensors, target)
-    print(f"{target}: {len(tensors)} tensors")
+    print(f"{printable(str(target))}: {len(tensors)} tensors")
     return SAME
 
 
@@ -165,7 +171,7 @@ def describe(info: ArtifactInfo) -> str:
     head = ("tensor", "shape", "dtype", "sparsity", "bits", "codec", "bytes", "bound")
     rows = [
         (
-            name,
+            printable(name, lines=False),
             "x".join(map(str, tensor.shape)) or "-",
             tensor.dtype,
             f"{1 - tensor.nonzero / tensor.elements:.2%}" if tensor.elements else "-",
@@ -198,10 +204,11 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """
     lines: list[str] = []
     for name in dict.fromkeys([*one, *other]):
+        shown = printable(name, lines=False)
         if name not in one or name not in other:
-            lines.append(f"{name}: only in the {'first' if name in one else 'second'}")
+            lines.append(f"{shown}: only in the {'first' if name in one else 'second'}")
         elif (line := _difference(one[name], other[name])) is not None:
-            lines.append(f"{name}: {line}")
+            lines.append(f"{shown}: {line}")
     return lines
 
 

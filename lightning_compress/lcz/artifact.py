@@ -15,6 +15,7 @@ from lightning_compress.lcz.header import ArtifactInfo, artifact_info
 from lightning_compress.lcz.module_state import (
     Contents,
     batchnorm_folded,
+    check_channels,
     check_tensor,
     fit_channels,
     module_contents,
@@ -164,8 +165,8 @@ def read_tensors(
 
     Args:
         path: of the file.
-        max_bytes: refuse a file whose tensors take more than this: a small file can hold a huge
-            tensor of zeros.
+        max_bytes: refuse a file whose tensors, and the memory to decode the largest of them, take
+            more than this: a small file can hold a huge tensor of zeros.
         workers: threads that decode tensors side by side.
 
     Raises:
@@ -173,7 +174,7 @@ def read_tensors(
         OSError: when it cannot be read.
     """
     with opened(Path(path), verify=True) as artifact:
-        check_size(artifact.records, max_bytes)
+        check_size(artifact.records, max_bytes, workers)
         found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
         return {record.name: found[record.name] for record in artifact.records}
 
@@ -213,6 +214,7 @@ def load_compressed(
         layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
         paths = {name: key for name, (key, _) in keys.items()}
         paths |= {stored_name(path): path for path, _ in module.named_modules()}
+        check_channels(module, smaller, artifact.channels, paths)
         prepare = partial(fit_channels, module, smaller, artifact.channels, paths)
         grids = _filled(artifact, module, keys, prepare, stream=stream, workers=workers)
     _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)

@@ -14,13 +14,21 @@ from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.container import Container, read_container
 from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.module_state import KEY as CHANNELS
-from lightning_compress.lcz.module_state import read_activations, read_channels, shared_memory
+from lightning_compress.lcz.module_state import (
+    ChannelRecord,
+    read_activations,
+    read_channels,
+    shared_memory,
+)
 from lightning_compress.lcz.parallel import mapped, shown
 from lightning_compress.lcz.raw_bits import DTYPES, dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
-from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
+from lightning_compress.state import ActivationGrids, Grid
 
 __all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
+
+_MOST_LAYERS = 1 << 15
+_FREE_WORK = 1 << 26  # bytes to decode with that any process has
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Artifact:
     container: Container
     records: list[TensorRecord]
     activations: dict[str, ActivationGrids] = field(default_factory=dict)
-    channels: RemovedChannels = field(default_factory=RemovedChannels)
+    channels: ChannelRecord = field(default_factory=ChannelRecord)
 
     def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
         """Names, tensors and grids in the order of the file, each decoded when it is asked for.
@@ -81,22 +89,47 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
             if not all(map(optional, extra)):
                 raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
             records = read_records(header.get("tensors"), container.payload_bytes, container.size)
-            activations = read_activations(header.get("activations", {}))
+            activations = read_activations(_bounded(header.get("activations", {})))
             channels = read_channels(header.get(CHANNELS))
             yield Artifact(container, records, activations, channels)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
 
 
-def check_size(records: list[TensorRecord], most: int) -> None:
-    """Refuse a file whose tensors would take more than `most` bytes.
+def _bounded(entry: object) -> object:
+    """Grids become tensors: those of very many layers would cost seconds before any check."""
+    if isinstance(entry, dict) and len(entry) > _MOST_LAYERS:
+        raise CorruptArtifactError(f"activations of {len(entry)} layers, above {_MOST_LAYERS}")
+    return entry
+
+
+def _work(record: TensorRecord) -> int:
+    """Bytes to decode a tensor, beside its own: the most an element took in measurements."""
+    if "coded" in record.packing or record.codec == "context":
+        return 160 * record.extent
+    return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
+
+
+def check_size(records: list[TensorRecord], most: int, workers: int = 1) -> None:
+    """Refuse a file whose tensors, and the memory to decode them, would take over `most` bytes.
+
+    Args:
+        records: of the file.
+        most: bytes.
+        workers: threads; each decodes a tensor of its own.
 
     Raises:
         CorruptArtifactError: when they would.
     """
-    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
+    plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
+    works = sorted((_work(record) for record in records if record.kind != "tied"), reverse=True)
+    work = sum(works[:workers])
     if plain > most:
         raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+    if plain + max(work - _FREE_WORK, 0) > most:
+        raise CorruptArtifactError(
+            f"{plain} bytes of tensors and {work} bytes to decode them, above max_bytes={most}"
+        )
 
 
 def check_fit(

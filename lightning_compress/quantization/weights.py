@@ -85,6 +85,12 @@ def check_entropy(
         raise ValueError(f"{', '.join(own)} belongs to scheme='entropy', not to {scheme!r}")
 
 
+_DIVERGED = (
+    "{} holds weights that are NaN or infinite: training has diverged. Lower the learning rate, or "
+    "look at the data"
+)
+
+
 class WeightQuantizer:
     """The weights of one callback, from the first projection to the last.
 
@@ -180,15 +186,14 @@ class WeightQuantizer:
         for slot, maker in self.pairs:
             if event or slot.path in stepped:
                 values = masked(slot)
+                if event and values.device.type != "cpu" and not _finite(slot, values):
+                    raise FloatingPointError(_DIVERGED.format(slot.path))
                 try:
                     moved = maker.step(values, event=event)
                 except ValueError as error:
                     if _finite(slot, values):
                         raise
-                    raise FloatingPointError(
-                        f"{slot.path} holds weights that are NaN or infinite: training has "
-                        "diverged. Lower the learning rate, or look at the data"
-                    ) from error
+                    raise FloatingPointError(_DIVERGED.format(slot.path)) from error
                 if moved is not None:
                     slot.set_values(moved)
 

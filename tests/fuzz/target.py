@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_compress.channels.resize import sizes_of_layers
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.artifact import inspect_compressed, load_compressed, read_tensors
 from lightning_compress.lcz.codecs import CODECS, decode_symbols, encode_symbols
@@ -70,9 +71,11 @@ def run_file(data):
         with contextlib.suppress(CorruptArtifactError):
             read_tensors(path, max_bytes=MOST)
         model = tiny()
+        sizes = sizes_of_layers(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         try:
             load_compressed(path, model)
         except CorruptArtifactError:
             for name, value in model.state_dict().items():
                 assert torch.equal(value, before[name]), name
+            assert sizes_of_layers(model) == sizes
