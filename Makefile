@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-lowest nncodec clean
+.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-gpu bench-gpu test-lowest nncodec clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
@@ -25,6 +25,12 @@ test-slow: $(READY)  ## the tests that take minutes, one of a benchmark and of i
 
 test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying processes, odd clocks
 	$(CLOCK) $(BIN)/python -m pytest -m faults tests/faults $(TOLD)
+
+test-gpu: $(READY)  ## what needs a CUDA device, and the checks of devices that need none
+	$(BIN)/python -m pytest -rs tests/gpu
+
+bench-gpu: $(READY)  ## a step with each callback over one without, on a CUDA device
+	$(BIN)/python experiments/bench_gpu.py
 
 test-lowest: $(READY)  ## the same tests with the lowest version of each dependency but torch
 	$(CLOCK) mkdir -p .cache; \

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,11 +64,14 @@ def atomic_file(path: Path, *, what: str = "the file", parents: bool = False) ->
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _mode_before(path)
         _remove_rests(path)
-        with _temporary(path) as temporary:
+        with _temporary(path, private=mode is not None) as temporary:
             with temporary.open("wb") as stream:
                 yield stream
                 stream.flush()
+                if mode is not None and hasattr(os, "fchmod"):
+                    os.fchmod(stream.fileno(), mode)
                 os.fsync(stream.fileno())
             temporary.replace(path)
     except OSError as error:
@@ -99,10 +104,26 @@ def _prefix(path: Path) -> str:
     return f".{os.fsencode(path.name)[:LONGEST_NAME].decode('utf-8', 'ignore')}."
 
 
+def _mode_before(path: Path) -> int | None:
+    """The permissions of the file that will be replaced; None: there is none.
+
+    Raises:
+        OSError: for an empty path, a folder, or what is no file: a rename would put a file there.
+    """
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{str(path)!r} names a folder, no file", str(path))
+    if not path.exists():
+        return None
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a device, pipe or socket, no regular file", str(path))
+    return stat.S_IMODE(mode) & 0o777
+
+
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def _temporary(path: Path, *, private: bool) -> Iterator[Path]:
     """A new file beside the path; it counts as nobody's rest while the block runs."""
-    handle, temporary = _create(path)
+    handle, temporary = _create(path, 0o600 if private else 0o666)
     try:
         yield temporary
     finally:
@@ -112,10 +133,10 @@ def _temporary(path: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _create(path: Path) -> tuple[int | None, Path]:
+def _create(path: Path, mode: int) -> tuple[int | None, Path]:
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}{SUFFIX}")
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         if fcntl is None:
             os.close(handle)  # an open file could not be renamed there
             return None, temporary
@@ -138,7 +159,9 @@ def _remove_rests(path: Path) -> None:
         if not rest.name.startswith(prefix) or len(rest.name) != len(prefix) + 8 + len(SUFFIX):
             continue
         with contextlib.suppress(OSError):  # locked, so it is being written; or gone by now
-            handle = os.open(rest, os.O_WRONLY)
+            if not stat.S_ISREG(rest.lstat().st_mode):
+                continue  # nobody's left-over; to open a pipe would wait for its reader
+            handle = os.open(rest, os.O_WRONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 rest.unlink()

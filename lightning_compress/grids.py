@@ -52,17 +52,21 @@ class CodebookGrid:
         """Where the centre 0 stands."""
         return int((self.centres == 0).nonzero()[0, 0])
 
+    def _zero(self, centres: Tensor) -> Tensor:
+        """Where the centre 0 stands, as a tensor: to read it would wait for the device."""
+        return (centres == 0).to(torch.uint8).argmax()
+
     def quantize(self, weight: Tensor) -> Tensor:
         """Nearest centre of each weight, counted from the centre 0: int32, 0 means value 0."""
         centres = self.centres.to(weight.device)
         middles = (centres[1:] + centres[:-1]) / 2
         index = torch.bucketize(weight.detach().float(), middles)
-        return (index - self.zero_index).to(torch.int32)
+        return (index - self._zero(centres)).to(torch.int32)
 
     def dequantize(self, symbols: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of what `quantize` returns."""
         centres = self.centres.to(symbols.device)
-        return centres[symbols.long() + self.zero_index].to(dtype)
+        return centres[symbols.long() + self._zero(centres)].to(dtype)
 
     def project(self, weight: Tensor) -> Tensor:
         """The centre nearest to each weight, in the weight's own dtype."""

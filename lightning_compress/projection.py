@@ -26,7 +26,7 @@ from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, l
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
-__all__ = ["Projector", "Slot", "naming_divergence"]
+__all__ = ["Projector", "Slot", "naming_divergence", "said_of_divergence"]
 
 _FEW = 256
 
@@ -35,7 +35,21 @@ _HALF = (
     "The weights are float16, in which Adam's eps of 1e-8 is 0 and nothing is above 65504: use "
     "precision='16-mixed' or 'bf16-true'"
 )
-_REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
+_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that have a projector
+_ATTRIBUTE = "_compression_projector"  # in the module's `__dict__`: the two end together
+
+
+class _Held:
+    """A module's own projector: no copy and no pickle of the module takes it along."""
+
+    def __init__(self, module: nn.Module, projector: Projector) -> None:
+        self.module, self.projector = weakref.ref(module), projector
+
+    def __deepcopy__(self, _: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Slot:
@@ -301,12 +315,17 @@ def naming_divergence(slots: Sequence[Slot]) -> Iterator[None]:
     except (ValueError, RuntimeError, OverflowError) as error:
         for slot in slots:
             if int(slot.spread.sum((~torch.isfinite(slot.values())).sum())):
-                half = slot.parameter.dtype == torch.float16
-                raise FloatingPointError(
-                    f"{slot.path} holds weights that are NaN or infinite: training has diverged. "
-                    f"{_HALF if half else 'Lower the learning rate, or look at the data'}"
-                ) from error
+                raise FloatingPointError(said_of_divergence(slot)) from error
         raise
+
+
+def said_of_divergence(slot: Slot) -> str:
+    """The message for a weight that is no longer finite."""
+    half = slot.parameter.dtype == torch.float16
+    return (
+        f"{slot.path} holds weights that are NaN or infinite: training has diverged. "
+        f"{_HALF if half else 'Lower the learning rate, or look at the data'}"
+    )
 
 
 class Projector:
@@ -342,12 +361,28 @@ class Projector:
     @classmethod
     def of(cls, module: nn.Module) -> Projector:
         """The projector that all callbacks of one module share; made at the first call."""
-        return _REGISTRY.setdefault(module, cls())
+        found = cls.find(module)
+        if found is None:
+            found = cls()
+            _MODULES.add(module)
+            module.__dict__[_ATTRIBUTE] = _Held(module, found)
+        return found
 
     @staticmethod
     def find(module: nn.Module) -> Projector | None:
         """The module's projector while one is in use."""
-        return _REGISTRY.get(module)
+        held = module.__dict__.get(_ATTRIBUTE)
+        # A shallow copy of a module shares its `__dict__`'s values.
+        return held.projector if held is not None and held.module() is module else None
+
+    @staticmethod
+    def module_of(slot: Slot) -> nn.Module | None:
+        """The module whose projector holds a slot."""
+        for module in _MODULES:
+            projector = Projector.find(module)
+            if projector is not None and projector.slots.get(slot.path) is slot:
+                return module
+        return None
 
     def add(self, target: Target) -> Slot:
         """Take a parameter under projection, or return the slot it has.
@@ -460,8 +495,9 @@ class Projector:
         self._gradients.clear()
         self._handlers.clear()
         self._optimizers.clear()
-        for module in [module for module, one in _REGISTRY.items() if one is self]:
-            del _REGISTRY[module]
+        for module in [one for one in _MODULES if Projector.find(one) is self]:
+            del module.__dict__[_ATTRIBUTE]
+            _MODULES.discard(module)
 
     def clock(self, paths: Sequence[str]) -> int:
         """Steps of the optimizer that owns the parameters; of several, the slowest one's.

@@ -117,3 +117,48 @@ def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path):
             time.sleep(0.03 + 0.017 * attempt)
             child.send_signal(signal.SIGKILL)
         assert path.read_bytes() in (b"a" * 5_000_000, b"b" * 5_000_000)
+
+
+def test_the_permissions_of_a_file_stay(tmp_path):
+    path = tmp_path / "a.lcz"
+    seen = []
+    for mode in (0o600, 0o640, 0o444, 0o666):
+        path.write_bytes(b"old") if not path.exists() else None
+        path.chmod(mode)
+        with atomic_file(path) as stream:
+            (temporary,) = [one for one in tmp_path.iterdir() if one != path]
+            seen.append(temporary.stat().st_mode & 0o077)
+            stream.write(b"new")
+        assert path.stat().st_mode & 0o777 == mode
+        assert path.read_bytes() == b"new"
+    assert seen == [0] * 4  # what is half written, nobody else reads
+    os.umask(old := os.umask(0o022))
+    write_atomically(tmp_path / "b", b"")
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o666 & ~old
+
+
+def test_a_pipe_or_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="pipe or socket, no regular file"):
+            write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="/dev/null"):
+        write_atomically(files.Path("/dev/null"), b"new")
+    assert not files.Path("/dev/null").is_file()
+
+
+def test_a_pipe_in_the_place_of_a_left_over_does_not_hang(tmp_path):
+    rest = tmp_path / ".a.lcz.0123abcd.tmp"
+    os.mkfifo(rest)
+    write_atomically(tmp_path / "a.lcz", b"new")
+    assert rest.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_an_empty_path_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="names a folder"):
+        write_atomically(files.Path(name), b"new")
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compress"
 FLOORS = (
-    ("errors", "files", "modes", "hooks", "schedules", "grids", "removed"),
+    ("errors", "files", "modes", "hooks", "schedules", "grids", "removed", "terminal"),
     (
         "copies",
         "deployment",

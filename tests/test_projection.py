@@ -1,7 +1,9 @@
 """The projection engine in plain training loops, against fake quantization in the forward pass."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning_compress.errors import TargetError
 from lightning_compress.projection import Projector
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import compression_state
-from lightning_compress.targets import select
+from lightning_compress.targets import Target, select
 
 
 def attach(module, *optimizers, bits=None, mask=False, include=None):
@@ -350,3 +352,33 @@ def test_what_others_write_over_hidden_values_counts():
     slot.project()
     assert torch.equal(layer.weight, torch.full((3, 4), 2.0) * ~slot.pruned)
     projector.detach()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_projector_ends_with_its_module_without_detach(attached):
+    layer = nn.Linear(3, 2)
+    projector = Projector.of(layer)
+    slot = projector.add(Target("weight", layer, "weight", layer.weight))
+    slot.set_mask(torch.ones(2, 3, dtype=torch.bool))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    if attached:
+        projector.attach([optimizer])
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    ends = [weakref.ref(layer), weakref.ref(projector), weakref.ref(slot)]
+    del layer, projector, slot, optimizer
+    gc.collect()
+    assert [one() for one in ends] == [None] * 3
+
+
+def test_copies_and_pickles_of_a_module_have_no_projector():
+    layer = nn.Linear(3, 2)
+    projector = Projector.of(layer)
+    projector.add(Target("weight", layer, "weight", layer.weight))
+    for other in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
+        assert Projector.find(other) is None
+        assert Projector.of(other) is not projector
+    assert Projector.find(layer) is projector
+    projector.detach()
+    assert Projector.find(layer) is None
+    assert Projector.of(layer) is not projector

@@ -138,6 +138,26 @@ def run_progress(trainer: Trainer) -> float:
     return min(max(done), 1.0)
 
 
+def check_even_batches(trainer: Trainer) -> None:
+    """Check that all processes make as many steps: one that ends first leaves the others waiting.
+
+    Raises:
+        ValueError: on all of them, with the least and the most batches.
+    """
+    if trainer.world_size < 2:
+        return
+    own = trainer.num_training_batches
+    count = int(own) if math.isfinite(own) else -1
+    sent = torch.tensor([count, -count], device=trainer.strategy.root_device)
+    most, least = trainer.strategy.reduce(sent, reduce_op="max").tolist()
+    if most != -least:
+        raise ValueError(
+            f"processes have {-least} to {most} training batches an epoch: the one that ends first "
+            "leaves the others waiting. Use a DistributedSampler (Lightning's own does), or "
+            "limit_train_batches"
+        )
+
+
 class WeightCallback(Callback):
     """Base of the callbacks that project weights while they train.
 
@@ -291,8 +311,13 @@ class WeightCallback(Callback):
     ) -> None:
         """Nothing, but while the structure is read."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`.
+
+        Raises:
+            ValueError: where processes have different numbers of batches.
+        """
+        check_even_batches(trainer)
         to_shards(pl_module)  # the sanity check has gathered them
         if self._loaded is not None:
             self.restore_state(self._loaded)

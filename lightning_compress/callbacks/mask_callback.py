@@ -148,11 +148,22 @@ class MaskCallback(WeightCallback):
         """Make masks when an event is due."""
         self.events.advance(trainer, self.projector.clock(self.paths()), self)
 
+    def _check_finite(self) -> None:
+        """Refuse to compare weights that are no numbers: most criteria would not notice."""
+        counts = [slot.spread.sum((~torch.isfinite(slot.values())).sum()) for slot in self.slots]
+        if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
+            broken = [one.path for one, count in zip(self.slots, counts, strict=True) if int(count)]
+            raise FloatingPointError(
+                f"{self.state_key}: {', '.join(broken[:5])} holds weights that are NaN or infinite "
+                f"at step {self.events.last_step}: training has diverged"
+            )
+
     def on_event(self, trainer: Trainer) -> None:
         """Make new masks of weights whose pruned ones are 0."""
         for slot in self.slots:  # the optimizer's momentum has just moved them away from it
             if slot.pruned is not None and not slot.dense_gradient:
                 slot.values().masked_fill_(slot.pruned, 0.0)
+        self._check_finite()
         self.event(trainer)
 
     def due(self) -> bool:

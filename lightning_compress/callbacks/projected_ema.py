@@ -55,6 +55,8 @@ class ProjectedEMA(EMAWeightAveraging):
         """
         self._finished = None
         self._projector = Projector.find(pl_module)
+        if self._average_model is not None:  # a count that is asked for at each step
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
         slots = self._projector.slots.values() if self._projector else ()
         if sharded := [slot.path for slot in slots if slot.shards is not None]:
             raise TargetError(

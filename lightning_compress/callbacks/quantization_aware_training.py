@@ -502,6 +502,8 @@ class QuantizationAwareTraining(WeightCallback):
         if self.activations is not None and self.activations.following:
             several = trainer.world_size > 1
             self.activations.step(partial(_reduce, trainer) if several else None)
+        if event and self.activations is not None:
+            self.activations.check()
         if event:
             self._steer()
         if ends:
@@ -740,7 +742,7 @@ class QuantizationAwareTraining(WeightCallback):
 
 def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
     on_device = values.to(trainer.strategy.root_device)
-    return trainer.strategy.reduce(on_device, reduce_op=how).cpu()
+    return trainer.strategy.reduce(on_device, reduce_op=how).to(values.device)
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ class ScoreMonitor(Callback):
         pl_module.train(training)
 
 
+EVERY = 50  # batches between two questions to another device
 SHOWN = 3  # names of broken weights in an error
 _ADVICE = (
     "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
@@ -65,10 +66,15 @@ _ADVICE = (
 class StopOnNonFinite(Callback):
     """Raise when a logged value or a weight is NaN or infinite, before a checkpoint holds it.
 
-    Values are checked after each batch, weights after each epoch.
+    Values are checked after each batch, weights after each epoch. Values in another device's memory
+    are looked at there, and asked for every 50 batches, after each epoch and before a checkpoint:
+    no step waits for them.
 
     >>> StopOnNonFinite().check({"train/loss": torch.tensor(1.0)}, step=3)
     """
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[Tensor, Tensor]] = {}  # first bad step or -1, its value
 
     def check(self, metrics: Mapping[str, Any], *, step: int) -> None:
         """Check named values.
@@ -77,7 +83,35 @@ class StopOnNonFinite(Callback):
             FloatingPointError: for a value that is not finite; names it, its value and the step.
         """
         for name, value in metrics.items():
-            if isinstance(value, Tensor) and not torch.isfinite(value).all():
+            if not isinstance(value, Tensor):
+                continue
+            if value.device.type != "cpu":
+                self._look(name, value.detach(), step)
+            elif not torch.isfinite(value).all():
+                raise FloatingPointError(f"{name} is {value.tolist()} at step {step}: {_ADVICE}")
+
+    def _look(self, name: str, value: Tensor, step: int) -> None:
+        broken = ~torch.isfinite(value).all()
+        if name not in self._first or self._first[name][1].shape != value.shape:
+            self._first[name] = torch.full_like(broken, -1, dtype=torch.int64), value.clone()
+        at, before = self._first[name]
+        new = broken & (at < 0)
+        self._first[name] = at.masked_fill(new, step), torch.where(new, value, before)
+
+    def ask(self) -> None:
+        """Ask the devices for what was found there.
+
+        Raises:
+            FloatingPointError: as `check`, with the first step at which a value was not finite.
+        """
+        found, self._first = self._first, {}
+        if not found:
+            return
+        steps = torch.stack(
+            [at.to(next(iter(found.values()))[0].device) for at, _ in found.values()]
+        )
+        for (name, (_, value)), step in zip(found.items(), steps.tolist(), strict=True):
+            if step >= 0:
                 raise FloatingPointError(f"{name} is {value.tolist()} at step {step}: {_ADVICE}")
 
     def on_train_batch_end(
@@ -86,13 +120,24 @@ class StopOnNonFinite(Callback):
         pl_module: LightningModule,  # noqa: ARG002
         outputs: Any,
         batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Check what the step returned and what was logged."""
         found = {**trainer.callback_metrics}
         if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
             found["loss"] = outputs["loss"]
         self.check(found, step=trainer.global_step)
+        if (batch_idx + 1) % EVERY == 0:
+            self.ask()
+
+    def on_save_checkpoint(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        checkpoint: dict[str, Any],  # noqa: ARG002
+    ) -> None:
+        """Let no checkpoint hold a run that has diverged."""
+        self.ask()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the weights: the last loss does not know its own step, and some models log none.
@@ -100,6 +145,7 @@ class StopOnNonFinite(Callback):
         Raises:
             FloatingPointError: naming the weights that are not finite.
         """
+        self.ask()
         broken = _broken_weights(pl_module)
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             shown = ", ".join(broken[:SHOWN]) or "those of another process"

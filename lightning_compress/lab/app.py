@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_compress.lab.config import config_dir, explain
 from lightning_compress.lab.sweeps import Outcome, run_sweep_job, sweep_folder
 from lightning_compress.lab.sweeps.jobs import HOPELESS, stop_with_launcher
+from lightning_compress.terminal import printable
 
 __all__ = [
     "main",
@@ -62,6 +64,9 @@ def terminable() -> Iterator[None]:
 OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
 COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
 NOT_READ = 141  # as a shell has it for SIGPIPE
+
+# What was typed, where a run's folder adds recorded overrides to it; else None.
+_typed: ContextVar[Sequence[str] | None] = ContextVar("typed", default=None)
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
 
@@ -92,7 +97,8 @@ def _run_words(argv: list[str]) -> None:
     if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
         words.append(f"hydra.sweep.dir={sweep_folder(words)}")
     if not sweep and any(word.startswith("ckpt_path=") for word in words):
-        words = _as_before(words)
+        typed, words = words, _as_before(words)
+        _typed.set(typed if len(words) > len(typed) else None)
     sys.argv = [sys.argv[0], *sweep[:1], *words]
     stop_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # we print the errors ourselves, with the valid keys
@@ -124,10 +130,16 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.lab.report.tables import print_summary
     from lightning_compress.lab.workflow.experiment import run_experiment
     from lightning_compress.lab.workflow.resume import resume_command
-    from lightning_compress.lab.workflow.run_identity import write_records
+    from lightning_compress.lab.workflow.run_identity import check_record, run_folder, write_records
     from lightning_compress.lab.workflow.training import InterruptedRunError
 
     _quiet()
+    typed = _typed.get()
+    if typed is not None and cfg.ckpt_path is not None:
+        try:
+            check_record(cfg, run_folder(cfg.ckpt_path), typed)
+        except ValueError as error:
+            _fail(_message(error))
     folder = Path(runtime.runtime.output_dir)
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
@@ -175,7 +187,7 @@ def _report(argv: list[str]) -> int:
             page = write_report(chosen.folders, chosen.out)
     except (OSError, ValueError) as error:
         _fail(_message(error))
-    print(f"report: {_shown(page)}")
+    print(printable(f"report: {_shown(page)}"))
     return 0
 
 
@@ -198,7 +210,7 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(1)
 
 

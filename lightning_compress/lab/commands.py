@@ -25,6 +25,7 @@ from lightning_compress.lcz.lost_grids import few_valued
 from lightning_compress.lcz.opening import MAX_BYTES
 from lightning_compress.lcz.raw_bits import patterns
 from lightning_compress.lcz.write import Encoding, write_contents
+from lightning_compress.terminal import printable
 
 __all__ = ["COMMANDS", "run_command"]
 
@@ -39,7 +40,7 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return TROUBLE
 
 
@@ -91,6 +92,8 @@ def _add_models(commands: Any) -> None:
         command.add_argument(
             "--sparsities", type=_fractions, default=sparsities, help="such as 0.5,0.9"
         )
+        allow = "a class, module or package that a run's config may name besides; repeatable"
+        command.add_argument("--allow", action="append", help=allow)
         command.add_argument("--bits", type=_numbers, default=[2, 3, 4, 6], help="such as 2,4,6")
     advise.add_argument("--ratio", type=float, default=30.0, help="how much smaller it is to be")
 
@@ -111,7 +114,8 @@ def _model_command(chosen: argparse.Namespace) -> int:
 
     first = Path(chosen.words[0])
     folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
-    more = {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
+    more: dict[str, Any] = {"allowed": chosen.allow or ()}
+    more |= {"sparsities": chosen.sparsities, "bits": chosen.bits, "rows": chosen.rows}
     try:
         if chosen.command == "advise":
             from lightning_compress.lab.workflow.advising import run_advise
@@ -140,12 +144,15 @@ def _pack(chosen: argparse.Namespace) -> int:
     few = [] if contents.grids else few_valued(contents.tensors.items())
     if few:
         print(
-            f"note: {few[0]} takes few values, but {chosen.checkpoint} knows no grids: one that "
-            "was saved whole, with the compression callbacks listed, gives a smaller file",
+            f"note: {printable(few[0])} takes few values, but {printable(str(chosen.checkpoint))} "
+            "knows no grids: one that was saved whole, with the compression callbacks listed, "
+            "gives a smaller file",
             file=sys.stderr,
         )
     info = write_contents(contents, target, encoding)
-    print(f"{target}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors")
+    print(
+        f"{printable(str(target))}: {info.bytes} bytes, {info.ratio:.2f}x smaller than its tensors"
+    )
     return SAME
 
 
@@ -188,7 +195,7 @@ def _unpack(chosen: argparse.Namespace) -> int:
     target = chosen.out or chosen.file.with_suffix(".safetensors")
     tensors = read_checkpoint(chosen.file, max_bytes=chosen.max_bytes)
     write_checkpoint(tensors, target)
-    print(f"{target}: {len(tensors)} tensors")
+    print(f"{printable(str(target))}: {len(tensors)} tensors")
     return SAME
 
 
@@ -274,10 +281,11 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """
     lines: list[str] = []
     for name in dict.fromkeys([*one, *other]):
+        shown = printable(name, lines=False)
         if name not in one or name not in other:
-            lines.append(f"{name}: only in the {'first' if name in one else 'second'}")
+            lines.append(f"{shown}: only in the {'first' if name in one else 'second'}")
         elif (line := _difference(one[name], other[name])) is not None:
-            lines.append(f"{name}: {line}")
+            lines.append(f"{shown}: {line}")
     return lines
 
 

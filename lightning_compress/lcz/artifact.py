@@ -19,6 +19,7 @@ from lightning_compress.lcz.lost_grids import is_lightning, lost_grids
 from lightning_compress.lcz.module_state import (
     Contents,
     batchnorm_folded,
+    check_channels,
     check_tensor,
     fit_channels,
     module_contents,
@@ -210,8 +211,8 @@ def read_tensors(
 
     Args:
         path: of the file.
-        max_bytes: refuse a file whose tensors take more than this: a small file can hold a huge
-            tensor of zeros.
+        max_bytes: refuse a file whose tensors, and the memory to decode the largest of them, take
+            more than this: a small file can hold a huge tensor of zeros.
         workers: threads that decode tensors side by side.
 
     Raises:
@@ -219,7 +220,7 @@ def read_tensors(
         OSError: when it cannot be read.
     """
     with opened(Path(path), verify=True) as artifact:
-        check_size(artifact.records, max_bytes)
+        check_size(artifact.records, max_bytes, workers)
         found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
         return {record.name: found[record.name] for record in artifact.records}
 
@@ -259,6 +260,7 @@ def load_compressed(
         layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
         paths = {name: key for name, (key, _) in keys.items()}
         paths |= {stored_name(path): path for path, _ in module.named_modules()}
+        check_channels(module, smaller, artifact.channels, paths)
         prepare = partial(fit_channels, module, smaller, artifact.channels, paths)
         grids = _filled(artifact, module, keys, prepare, stream=stream, workers=workers)
     _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)

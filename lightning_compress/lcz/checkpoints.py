@@ -21,6 +21,7 @@ from lightning_compress.lcz.restoring import has_state, state_for_file
 __all__ = ["read_checkpoint", "read_contents", "write_checkpoint"]
 
 _NESTED = ("state_dict", "model_state_dict", "model")  # where trainers keep a model's entries
+_HEADER = "__metadata__"
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -114,6 +115,11 @@ def write_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
         OSError: naming the path, when it cannot be written.
     """
     if path.suffix.lower() == ".safetensors":
+        if _HEADER in tensors:
+            raise ValueError(
+                f"{path}: safetensors cannot hold a tensor named {_HEADER!r}, which is its own "
+                f"header's key: choose a path in {', '.join(_TORCH)}"
+            )
         try:
             content = save({name: tensor.clone() for name, tensor in tensors.items()})
         except (KeyError, ValueError, SafetensorError) as error:

@@ -102,6 +102,8 @@ def read_container(path: Path, *, verify: bool) -> Iterator[Container]:
         CorruptArtifactError: when any of them is wrong.
         OSError: when the file cannot be read.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait
+        raise CorruptArtifactError("this is a device, pipe or socket, no regular file")
     with path.open("rb") as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)

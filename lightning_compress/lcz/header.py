@@ -77,6 +77,15 @@ class TensorRecord:
         return math.prod(self.shape)
 
     @property
+    def extent(self) -> int:
+        """Elements if no axis were empty: what an axis of 0 hides, such as scales along another.
+
+        >>> TensorRecord("a", (1 << 40, 0), "float32").extent == 1 << 40
+        True
+        """
+        return math.prod(size for size in self.shape if size)
+
+    @property
     def storage(self) -> str:
         """The dtype that the values have in the file."""
         return self.stored or self.dtype
@@ -154,11 +163,15 @@ def read_records(rows: object, payload_bytes: int | None, size: int) -> list[Ten
     for record in records:
         if (fault := _fault(record, by_name)) is not None:
             raise CorruptArtifactError(f"tensor {record.name!r}: {fault}")
-        if record.elements > MAX_EXPANSION * size:
+        if record.extent > min(MAX_EXPANSION * size, _MAX_INT):
             raise CorruptArtifactError(
-                f"tensor {record.name!r}: {record.elements} elements in a file of {size} bytes, "
+                f"tensor {record.name!r}: {record.extent} elements in a file of {size} bytes, "
                 f"above {MAX_EXPANSION} a byte"
             )
+    if (total := sum(record.extent for record in records)) > MAX_EXPANSION * size:
+        raise CorruptArtifactError(
+            f"all tensors: {total} elements in a file of {size} bytes, above {MAX_EXPANSION} a byte"
+        )
     return records
 
 

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
-from lightning_compress.errors import CorruptArtifactError, TargetError
+from lightning_compress.channels.resize import match_channels, set_sizes, sizes_of_layers
+from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.grids import AffineGrid, CodebookGrid
+from lightning_compress.lcz.channel_record import (
+    KEY,
+    ChannelRecord,
+    unruns,
+)
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.layer_grids import SIDES, LayerGrid
 from lightning_compress.lcz.raw_bits import DTYPES, dtype_name
 from lightning_compress.lcz.tensors import grid_fault
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.sharding import local_part
-from lightning_compress.state import ActivationGrids, Grid, compression_state
+from lightning_compress.state import ActivationGrids, Grid, compression_state, note_removed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
-    "KEY",
     "Chain",
     "Contents",
     "batchnorm_folded",
     "chains",
+    "check_channels",
     "check_tensor",
     "fit_channels",
     "module_contents",
     "module_tensors",
     "read_activations",
-    "read_channels",
     "reordered",
-    "runs",
     "shared_memory",
     "sizes_in",
-    "unruns",
     "write_activations",
-    "write_channels",
 ]
 
 
@@ -159,138 +162,154 @@ def _alone(layer: nn.Module, uses: Counter[int]) -> bool:
     return uses[id(layer)] == 1 and not any(hooks) and not layer._backward_hooks
 
 
-KEY = "x-channels"  # a reader that does not know it passes it over
-_MOST = 1 << 53
-
-
-def write_channels(lost: RemovedChannels) -> dict[str, Any]:
-    """The header's entry."""
-    return {
-        "tensors": {path: list(shape) for path, shape in lost.shapes.items()},
-        "layers": dict(lost.sizes),
-        "kept": {path: runs(kept) for path, kept in lost.kept.items()},
-    }
-
-
-def runs(kept: Iterable[int]) -> list[int]:
-    """Rising numbers as lengths: left out, kept, left out, kept and so on.
-
-    >>> runs([0, 1, 4])
-    [0, 2, 2, 1]
-    """
-    found: list[int] = []
-    end = 0
-    for one in kept:
-        if not found or one > end:
-            found += [one - end, 0]
-        found[-1] += 1
-        end = one + 1
-    return found
-
-
-def unruns(lengths: Iterable[int]) -> tuple[int, ...]:
-    """The reverse of `runs`.
-
-    >>> unruns([0, 2, 2, 1])
-    (0, 1, 4)
-    """
-    found: list[int] = []
-    position = 0
-    for index, length in enumerate(lengths):
-        if index % 2:
-            found += range(position, position + length)
-        position += length
-    return tuple(found)
-
-
-def read_channels(entry: Any) -> RemovedChannels:
-    """What a header's entry says.
-
-    Raises:
-        CorruptArtifactError: when it is not what `write_channels` writes.
-    """
-    if entry is None:
-        return RemovedChannels()
-    if not isinstance(entry, dict) or set(entry) != {"tensors", "layers", "kept"}:
-        raise CorruptArtifactError(f"{KEY}: {str(entry)[:80]}")
-    tensors, layers, kept = (_mapping(entry[name]) for name in ("tensors", "layers", "kept"))
-    for values in (*tensors.values(), *kept.values(), list(layers.values())):
-        if not isinstance(values, list) or not all(map(_is_count, values)):
-            raise CorruptArtifactError(f"{KEY}: {str(values)[:80]}")
-    for lengths in kept.values():
-        if sum(lengths) > 1 << 24:
-            raise CorruptArtifactError(f"{KEY}: more channels than any layer has")
-    return RemovedChannels(
-        {path: tuple(shape) for path, shape in tensors.items()},
-        layers,
-        {path: unruns(lengths) for path, lengths in kept.items()},
-    )
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CorruptArtifactError(f"{KEY}: {str(value)[:80]}")
-    return value
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+_NORMS = (nn.modules.batchnorm._NormBase,)
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+_CUT = (nn.Linear, *_NORMS, nn.GroupNorm, nn.PReLU, nn.RNNBase, nn.RNNCellBase)
 
 
 def sizes_in(
-    records: list[TensorRecord], lost: RemovedChannels, tensors: Mapping[str, Tensor]
+    records: Sequence[TensorRecord], lost: ChannelRecord, tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes, by stored name, of tensors that are smaller in a file than in the full module.
 
     Only those that the file says were cut from the very shape that the module has. Of tensors that
     are tied it names one.
+
+    Raises:
+        CorruptArtifactError: where the file says that a tensor lost what it cannot have lost.
     """
+    stored = {record.name: record.shape for record in records}
     sources = {record.name: record.tied or record.name for record in records}
-    cut = {sources[name]: shape for name, shape in lost.shapes.items() if name in sources}
+    for name, full in lost.shapes.items():
+        shape = stored.get(name)
+        if shape is None:
+            raise CorruptArtifactError(f"{KEY}: no tensor {name!r} in the file")
+        pairs = zip(shape, full, strict=False)
+        if len(shape) != len(full) or not all(0 < one <= other for one, other in pairs):
+            raise CorruptArtifactError(f"{KEY}: {name!r} of {shape} cannot be cut from {full}")
+    cut = {sources[name]: full for name, full in lost.shapes.items()}
     return {
-        record.name: record.shape
-        for record in records
-        if (full := cut.get(sources[record.name])) is not None
-        and record.name in tensors
-        and tuple(tensors[record.name].shape) == full
-        and len(record.shape) == len(full)
-        and all(0 < one <= other for one, other in zip(record.shape, full, strict=True))
+        name: shape
+        for name, shape in stored.items()
+        if (full := cut.get(sources[name])) is not None
+        and name in tensors
+        and tuple(tensors[name].shape) == full != shape
     }
+
+
+def check_channels(
+    module: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    lost: ChannelRecord,
+    paths: Mapping[str, str],
+) -> None:
+    """Compare what a file says of removed channels with a module, before anything is cut.
+
+    Args:
+        module: in full size, or small already.
+        shapes: that tensors would be cut to, by stored name.
+        lost: as the file has it.
+        paths: the module's own paths, of tensors and layers, by stored name.
+
+    Raises:
+        CorruptArtifactError: naming a layer that is not there, or that has no such channels.
+    """
+    layers = dict(module.named_modules(remove_duplicate=False))
+    tensors = module.state_dict()
+    for name, shape in shapes.items():
+        if fault := _cut_fault(layers, paths[name], tuple(tensors[paths[name]].shape), shape):
+            raise CorruptArtifactError(f"does not fit the module: {name!r}: {fault}")
+    for path, size in lost.sizes.items():
+        layer: Any = layers.get(paths.get(path, path))
+        if layer is None:
+            raise CorruptArtifactError(f"does not fit the module: no layer {path!r}")
+        if not isinstance(layer, _NORMS) or layer.state_dict():
+            kind = type(layer).__name__
+            raise CorruptArtifactError(
+                f"does not fit the module: {path!r}, a {kind}, is its tensors' size"
+            )
+        if not 0 < size <= layer.num_features:
+            raise CorruptArtifactError(f"does not fit the module: {path!r} of {size} channels")
+    if unknown := [path for path in lost.kept if paths.get(path, path) not in layers]:
+        raise CorruptArtifactError(f"does not fit the module: no layer {unknown[0]!r}")
+    stay = sum(sum(lengths[1::2]) for lengths in lost.kept.values())
+    if stay > (most := sum(sum(one.shape) for one in tensors.values() if isinstance(one, Tensor))):
+        raise CorruptArtifactError(f"{KEY}: {stay} channels kept, the tensors have {most}")
+
+
+def _cut_fault(
+    layers: Mapping[str, nn.Module], key: str, full: tuple[int, ...], shape: tuple[int, ...]
+) -> str | None:
+    """Why a tensor of a layer cannot have lost what makes its shape another one."""
+    path, _, _ = key.rpartition(".")
+    layer = layers[path.partition(".parametrizations.")[0]]
+    where = {dim for dim, (one, other) in enumerate(zip(full, shape, strict=True)) if one != other}
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Embedding):
+        return f"rows of an {kind} are no channels" if 0 in where else None
+    if isinstance(layer, nn.modules.conv._ConvNd) and where - {0, 1}:
+        return f"axes {sorted(where - {0, 1})} of a {kind} are no channels"
+    own = type(layer).__module__.startswith("torch.nn.modules.") and not isinstance(layer, _LISTS)
+    if own and not isinstance(layer, (*_CUT, nn.modules.conv._ConvNd)):
+        return f"a {kind} loses no channels"
+    return None
 
 
 def fit_channels(
     module: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
-    lost: RemovedChannels,
+    lost: ChannelRecord,
     paths: Mapping[str, str],
 ) -> None:
     """Give a full module the sizes of a file, and let it remember what it lost.
 
     Args:
-        module: changed in place.
+        module: changed in place; as it was where an error is raised.
         shapes: by stored name.
-        lost: as the file has it.
+        lost: as the file has it, checked by `check_channels`.
         paths: the module's own paths, of tensors and layers, by stored name.
 
     Raises:
         CorruptArtifactError: when the sizes do not fit together.
     """
-    from lightning_compress.channels.resize import match_channels
-    from lightning_compress.state import note_removed
-
+    undo = _sizes_before(module, [paths[name] for name in shapes])
     try:
         match_channels(module, {paths[name]: shape for name, shape in shapes.items()})
-        for path, size in lost.sizes.items():
-            layer: Any = module.get_submodule(paths.get(path, path))
-            layer.num_features = size
-        own = RemovedChannels(
-            {paths.get(path, path): shape for path, shape in lost.shapes.items()},
-            {paths.get(path, path): size for path, size in lost.sizes.items()},
-            {paths.get(path, path): kept for path, kept in lost.kept.items()},
-        )
-        note_removed(module, own)
-    except (TargetError, AttributeError) as error:
+    except Exception as error:
+        undo()
         raise CorruptArtifactError(f"does not fit the module: {error}") from error
+    for path, size in lost.sizes.items():
+        layer: Any = module.get_submodule(paths.get(path, path))
+        layer.num_features = size
+    own = RemovedChannels(
+        {paths.get(path, path): shape for path, shape in lost.shapes.items()},
+        {paths.get(path, path): size for path, size in lost.sizes.items()},
+        {paths.get(path, path): unruns(kept) for path, kept in lost.kept.items()},
+    )
+    note_removed(module, own)
+
+
+def _sizes_before(module: nn.Module, keys: Sequence[str]) -> Callable[[], None]:
+    """What gives the tensors of some keys, and all layers, the sizes back that they have now."""
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    before = [(tensors[key], tensors[key].detach(), tensors[key].grad) for key in keys]
+    sizes = sizes_of_layers(module)
+    folds = [
+        (one, one.unflattened_size) for one in module.modules() if isinstance(one, nn.Unflatten)
+    ]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, values, gradient in before:
+            tensor.grad = None
+            tensor.set_(values)  # type: ignore[call-overload]
+            tensor.grad = gradient
+        set_sizes(module, sizes)
+        for layer, size in folds:
+            layer.unflattened_size = size
+
+    return undo
 
 
 @dataclass(frozen=True)
@@ -378,9 +397,12 @@ def check_tensor(key: str, tensor: object) -> None:
     Raises:
         TypeError: naming the entry, for anything but a dense tensor of a known dtype.
     """
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        raise TypeError(f"{key!r} is a nested tensor: give its parts names of their own")
     if isinstance(tensor, Tensor) and is_lazy(tensor):
         raise TypeError(f"{key!r} has no shape yet: run one batch through the lazy layer first")
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+    bare = isinstance(tensor, Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor))
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or bare:
         raise TypeError(f"{key!r} is no dense tensor with values: {str(tensor)[:80]}")
     if dtype_name(tensor.dtype) not in DTYPES:
         raise TypeError(f"{key!r} is {tensor.dtype}: valid are {', '.join(DTYPES)}")

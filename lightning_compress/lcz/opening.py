@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.channel_record import KEY as CHANNELS
+from lightning_compress.lcz.channel_record import ChannelRecord, read_channels
 from lightning_compress.lcz.container import Container, read_container
 from lightning_compress.lcz.graph import GraphRecord, read_graphs
 from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.layer_grids import LayerGrid, read_layer_grids
-from lightning_compress.lcz.module_state import KEY as CHANNELS
-from lightning_compress.lcz.module_state import read_channels
 from lightning_compress.lcz.raw_bits import DTYPES
-from lightning_compress.removed import RemovedChannels
 
 __all__ = ["MAX_BYTES", "OpenFile", "check_size", "opened_file"]
 
+_MOST_LAYERS = 1 << 15
+_FREE_WORK = 1 << 26  # bytes to decode with that any process has
 MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
 
 
@@ -37,7 +38,7 @@ class OpenFile:
     container: Container
     records: list[TensorRecord]
     activations: dict[str, dict[str, LayerGrid]]
-    channels: RemovedChannels
+    channels: ChannelRecord
     graphs: list[GraphRecord] = field(default_factory=list)
 
     def payloads(self) -> Iterator[tuple[TensorRecord, bytes]]:
@@ -78,7 +79,7 @@ def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
             yield OpenFile(
                 container,
                 records,
-                read_layer_grids(header.get("activations", {})),
+                read_layer_grids(_bounded(header.get("activations", {}))),
                 read_channels(header.get(CHANNELS)),
                 read_graphs(graphs, records, payload_bytes, size),
             )
@@ -86,12 +87,37 @@ def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
         raise CorruptArtifactError(f"{path}: {error}") from error
 
 
-def check_size(records: list[TensorRecord], most: int) -> None:
-    """Refuse a file whose tensors would take more than `most` bytes.
+def _bounded(entry: object) -> object:
+    """Grids become tensors: those of very many layers would cost seconds before any check."""
+    if isinstance(entry, dict) and len(entry) > _MOST_LAYERS:
+        raise CorruptArtifactError(f"activations of {len(entry)} layers, above {_MOST_LAYERS}")
+    return entry
+
+
+def _work(record: TensorRecord) -> int:
+    """Bytes to decode a tensor, beside its own: the most an element took in measurements."""
+    if "coded" in record.packing or record.codec == "context":
+        return 160 * record.extent
+    return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
+
+
+def check_size(records: list[TensorRecord], most: int, workers: int = 1) -> None:
+    """Refuse a file whose tensors, and the memory to decode them, would take over `most` bytes.
+
+    Args:
+        records: of the file.
+        most: bytes.
+        workers: threads; each decodes a tensor of its own.
 
     Raises:
         CorruptArtifactError: when they would.
     """
-    plain = sum(record.elements * DTYPES[record.dtype].itemsize for record in records)
+    plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
+    works = sorted((_work(record) for record in records if record.kind != "tied"), reverse=True)
+    work = sum(works[:workers])
     if plain > most:
         raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+    if plain + max(work - _FREE_WORK, 0) > most:
+        raise CorruptArtifactError(
+            f"{plain} bytes of tensors and {work} bytes to decode them, above max_bytes={most}"
+        )

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.channel_record import ChannelRecord
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.module_state import read_activations, shared_memory
 from lightning_compress.lcz.opening import OpenFile, check_size, opened_file
 from lightning_compress.lcz.parallel import mapped, shown
 from lightning_compress.lcz.raw_bits import dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
-from lightning_compress.removed import RemovedChannels
 from lightning_compress.state import ActivationGrids, Grid
 
 __all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
@@ -36,7 +36,7 @@ class Artifact:
         return self.file.records
 
     @property
-    def channels(self) -> RemovedChannels:
+    def channels(self) -> ChannelRecord:
         """What the module lost."""
         return self.file.channels
 

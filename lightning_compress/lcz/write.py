@@ -18,19 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.channel_record import KEY as CHANNELS
+from lightning_compress.lcz.channel_record import write_channels
 from lightning_compress.lcz.codecs import check_codec
 from lightning_compress.lcz.container import SMALLEST, write_container
 from lightning_compress.lcz.graph import GraphRecord
 from lightning_compress.lcz.graph_writing import Source, encoded_graph
 from lightning_compress.lcz.header import TensorRecord, read_records, write_records
 from lightning_compress.lcz.info import ArtifactInfo, artifact_info
-from lightning_compress.lcz.module_state import KEY as CHANNELS
-from lightning_compress.lcz.module_state import (
-    Contents,
-    shared_memory,
-    write_activations,
-    write_channels,
-)
+from lightning_compress.lcz.module_state import Contents, shared_memory, write_activations
 from lightning_compress.lcz.parallel import check_workers, mapped, shown
 from lightning_compress.lcz.raw_bits import dtype_name, patterns, without_minus_zeros
 from lightning_compress.lcz.tensors import encode_on_grid, encode_values, same_grid

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_compress import projection
-from lightning_compress.projection import Slot
+from lightning_compress.projection import Projector, Slot
 
 __all__ = [
     "Inputs",
@@ -277,13 +276,11 @@ def find_owner(slot: Slot) -> nn.Module | None:
     layer = slot.target.layer
     if not isinstance(layer, parametrize.ParametrizationList):
         return layer
-    for root, projector in list(projection._REGISTRY.items()):
-        if projector.slots.get(slot.path) is not slot:
-            continue
-        for module in root.modules():
-            lists = getattr(module, "parametrizations", None)
-            if isinstance(lists, nn.ModuleDict) and any(one is layer for one in lists.values()):
-                return module
+    root = Projector.module_of(slot)
+    for module in root.modules() if root is not None else ():
+        lists = getattr(module, "parametrizations", None)
+        if isinstance(lists, nn.ModuleDict) and any(one is layer for one in lists.values()):
+            return module
     return None
 
 

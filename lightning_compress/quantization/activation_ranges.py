@@ -102,6 +102,9 @@ def _part(path: str, parts: Sequence[str]) -> str:
     return max(inside, key=len, default="")
 
 
+_DIVERGED = (
+    "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
+)
 Reduce = Callable[[Tensor, str], Tensor]
 
 
@@ -137,15 +140,20 @@ class Activation:
             if leaf is None:
                 leaf = self._leaf = self.clip.value.clone().to(x.device).requires_grad_()
             return clipped_fake_quantize(x, leaf, self.bits)
-        grid = self.grid()
+        grid = self._grid(x.device)
         return x if grid is None else fake_quantize(x, grid)
 
     def grid(self) -> AffineGrid | None:
         """The grid of now, from 0 to 2^bits - 1; None when nothing was seen."""
+        return self._grid(torch.device("cpu"))
+
+    def _grid(self, device: torch.device) -> AffineGrid | None:
+        """The grid in a device's memory: in the activation's own, nothing waits for it."""
         if self.clip is not None:
-            low, high = torch.zeros(1), self.clip.value.detach().cpu()
-        elif self.observer.range is not None:
-            low, high = (torch.tensor([bound]) for bound in self.observer.range)
+            low, high = torch.zeros(1, device=device), self.clip.value.detach().to(device)
+        elif self.observer.bounds is not None:
+            bounds = self.observer.bounds.to(torch.float32).to(device)
+            low, high = bounds[:1], bounds[1:]
         else:
             return None
         return grid_of_range(low, high, bits=self.bits, symmetric=False)
@@ -157,8 +165,10 @@ class Activation:
 
     def settled(self) -> None:
         """Let a clip value begin where the observed range ends."""
+        if self.clip_lr is None or self.clip is not None:
+            return
         known = self.observer.range
-        if self.clip_lr is not None and self.clip is None and known and known[0] >= 0 < known[1]:
+        if known and known[0] >= 0 < known[1]:
             self.clip = LearnedPositive(torch.tensor([known[1]]), self.clip_lr)
 
     def learn(self, reduce: Reduce | None) -> None:
@@ -166,8 +176,10 @@ class Activation:
         if self.clip is None or self.frozen:
             return
         leaf = self._leaf
-        gradient = torch.zeros(1) if leaf is None or leaf.grad is None else leaf.grad.cpu()
+        known = leaf is not None and leaf.grad is not None
+        gradient = leaf.grad if known else torch.zeros_like(self.clip.value)  # type: ignore[union-attr]
         self._leaf = None
+        assert gradient is not None
         self.clip.step(gradient if reduce is None else reduce(gradient, "sum"))
 
     def forget_gradient(self) -> None:
@@ -295,10 +307,7 @@ class ActivationQuantizer:
         try:
             changed = one.change(x, training=self.calibrating or self.layers[path].training)
         except ValueError as error:
-            raise FloatingPointError(
-                f"activations of {path} are NaN or infinite: training has diverged, or the data "
-                "hold such values"
-            ) from error
+            raise FloatingPointError(_DIVERGED.format(path)) from error
         return x if self.calibrating else changed
 
     def detach(self) -> None:
@@ -322,6 +331,17 @@ class ActivationQuantizer:
         for one in active:
             one.learn(reduce)
             one.settled()
+
+    def check(self) -> None:
+        """Look at the ranges in other devices' memory, at which no step looks.
+
+        Raises:
+            FloatingPointError: naming a layer whose activations were not finite.
+        """
+        for path, one in [*self.inputs.items(), *self.outputs.items()]:
+            bounds = one.observer.bounds
+            if bounds is not None and bounds.device.type != "cpu" and not bounds.isfinite().all():
+                raise FloatingPointError(_DIVERGED.format(path))
 
     def _look(self) -> None:
         if self._finder is not None and self._finder.look():

@@ -190,6 +190,9 @@ def lloyd_centres(points: Floats, mass: Floats, centres: Floats) -> Floats:
     return centres
 
 
+_HALVINGS = 149  # to the smallest float32
+
+
 def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Tensor:
     """Gradient of each centre: the sum over the weights that share it; the centre 0 gets none.
 
@@ -204,11 +207,11 @@ def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Te
     >>> centre_gradient(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, 0]), grid)
     tensor([0., 0., 3.])
     """
-    index = symbols.reshape(-1).long() + grid.zero_index
+    zero = grid.centres.to(gradient.device) == 0
+    index = symbols.reshape(-1).long() + zero.to(torch.uint8).argmax()
     sums = torch.zeros(grid.centres.numel(), device=gradient.device)
     sums.index_add_(0, index, gradient.detach().reshape(-1).float())
-    sums[grid.zero_index] = 0.0
-    return sums
+    return sums.masked_fill_(zero, 0.0)
 
 
 class CodebookGrids:
@@ -243,7 +246,7 @@ class CodebookGrids:
             self.centres = self._clustered(values)
 
     def _clustered(self, values: Tensor) -> Tensor:
-        return cluster(self.spread.whole(values), 2**self.bits)
+        return cluster(self.spread.whole(values), 2**self.bits).to(values.device)
 
     def grid(self, values: Tensor) -> CodebookGrid:
         """The codebook of now."""
@@ -264,22 +267,30 @@ class CodebookGrids:
             return None
         if not self.frozen:
             if event:
-                self.centres = recluster(self.spread.whole(values), self.centres)
+                centres = recluster(self.spread.whole(values), self.centres)
+                self.centres = centres.to(values.device)
             return None
         if self._gradient is None or self._symbols is None:
             return None
-        self._move(self._gradient.cpu())
+        self._move(self._gradient)
         shared = self.grid(values).dequantize(self._symbols, values.dtype)
         self._gradient = self._symbols = None
         return shared
 
     def _move(self, gradient: Tensor) -> None:
-        if self.centres is None or not bool(torch.isfinite(gradient).all()):
+        if self.centres is None:
             return
-        move = self.lr * self.centres.square().mean().sqrt() * self._adam.direction(gradient)
-        while not bool((torch.diff(self.centres - move) > 0).all()):
-            move = move / 2  # centres never pass one another; in the end nothing moves
-        self.centres = self.centres - move
+        centres = self.centres.to(gradient.device)
+        finite = torch.isfinite(gradient).all()
+        move = self.lr * centres.square().mean().sqrt() * self._adam.direction(gradient, finite)
+        # Centres never pass one another: of the move, its half and so on, the first that keeps
+        # their order; in the end nothing moves. All are tried at once, without asking the device.
+        halves = 0.5 ** torch.arange(_HALVINGS, device=centres.device)
+        moves = torch.cat([halves[:, None] * move, torch.zeros_like(move)[None]])
+        rising = (torch.diff(centres - moves, dim=1) > 0).all(dim=1)
+        first = rising.to(torch.uint8).argmax().reshape(1)
+        moved = centres - moves.index_select(0, first)[0]
+        self.centres = torch.where(finite, moved, centres)
 
     def freeze(self, values: Tensor) -> None:  # noqa: ARG002
         """Let each weight keep its centre."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import MIN_BITS, AffineGrid
+from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import ONE_PIECE, Spread
 
 __all__ = [
@@ -57,16 +58,26 @@ def rate_gradient(symbols: Tensor, step: Tensor | float, *, spread: Spread = ONE
     tensor([0.0000, 0.0000, 0.0000, 0.0000, 2.5800, -0.0000])
     """
     size = symbols.abs().long()
-    counts = spread.sum(torch.bincount(size.reshape(-1), minlength=_MOST + 1))
-    counts = counts[: int(counts.nonzero()[-1]) + 1].float() + 0.5
+    counts = spread.sum(_histogram(size.reshape(-1)))
+    places = torch.arange(_MOST + 1, device=counts.device)
+    last = places.where(counts > 0, 0).max()  # read by nobody: that would wait for the device
+    counts = (counts.float() + 0.5).masked_fill_(places > last, 0.0)
     counts[1:] /= 2  # either sign
     lengths = -(counts / counts.sum()).log2()
     # A step beyond the largest symbol costs no more than the largest: nothing is known there.
     ahead, behind = torch.roll(lengths, -1), torch.roll(lengths, 1)
-    ahead[-1] = lengths[-1]
+    ahead = torch.where(places == last, lengths, ahead)
     slope = (ahead - behind) / 2
-    slope[0] = 0.0
+    slope[:1].zero_()
     return slope[size] * symbols.sign() / step
+
+
+def _histogram(sizes: Tensor) -> Tensor:
+    """How often each number up to `_MOST` occurs."""
+    if sizes.device.type == "cpu":
+        return torch.bincount(sizes, minlength=_MOST + 1)
+    counts = torch.zeros(_MOST + 1, dtype=torch.int64, device=sizes.device)  # bincount would wait
+    return counts.scatter_add_(0, sizes, torch.ones_like(sizes))
 
 
 FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
@@ -86,6 +97,26 @@ class DeadZoneGrid(AffineGrid):
     """
 
     dead_zone: float = 0.5
+
+    def __getattr__(self, name: str) -> Any:
+        """The bits of a grid that was made to hold values which nobody has read yet."""
+        most = self.__dict__.get("_most")
+        if name != "bits" or most is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        bits = min(max(MIN_BITS, int(most).bit_length() + 1), self.__dict__["_limit"])
+        self.__dict__["bits"] = bits
+        return bits
+
+    @property
+    def qmin(self) -> int:
+        """The smallest q."""
+        return -self.qmax
+
+    @property
+    def qmax(self) -> int:
+        """The largest q: of a grid whose bits nobody has asked for, one that clips as little."""
+        bits = self.__dict__["bits"] if "bits" in self.__dict__ else self.__dict__["_limit"]
+        return 2 ** (bits - 1) - 1
 
     def _steps(self, weight: Tensor) -> Tensor:
         steps = super()._steps(weight)
@@ -130,51 +161,58 @@ class EntropyGrids:
 
     def start(self, values: Tensor) -> None:
         """Tell whether the step is raised."""
-        self.raised = self._step(values)[1]
+        self.raised = bool(self._step(values)[1])
 
-    def _step(self, values: Tensor) -> tuple[float, bool, float]:
-        """The step, whether the range asked for a larger one, and the largest size of a value."""
+    def _step(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step, whether the range asked for a larger one, and the largest size of a value.
+
+        All are tensors where the values are: a number of Python would wait for the device.
+        """
         rms, largest = self._looked_at(values)
-        step = self.relative_step * rms if self.held is None else self.held
-        step = step if step > torch.finfo(torch.float32).tiny else 1.0
+        step = self.relative_step * rms if self.held is None else torch.full_like(rms, self.held)
+        step = torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
         least = largest / (2 ** (self.bits - 1) - 1)
-        return (least, True, largest) if least > step else (step, False, largest)
+        return torch.where(least > step, least, step), least > step, largest
 
-    def _looked_at(self, values: Tensor) -> tuple[float, float]:
+    def _looked_at(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The rms of what is not 0, and the largest size, over all processes: one message."""
-        count = float(torch.count_nonzero(values)) if self.held is None else 0.0
-        norm = float(torch.linalg.vector_norm(values.float())) if self.held is None else 0.0
-        low, high = torch.aminmax(values) if values.numel() else (torch.zeros(1), torch.zeros(1))
-        own = torch.tensor([count, norm**2, max(-float(low), float(high))], dtype=torch.float64)
-        everyone = self.spread.gather(own)
-        count, square = everyone[:, :2].sum(dim=0).tolist()
-        return math.sqrt(square) / math.sqrt(max(count, 1)), float(everyone[:, 2].max())
+        zero = values.new_zeros((), dtype=double_of(values))
+        count, norm, largest = zero, zero, zero
+        if self.held is None:
+            count = torch.count_nonzero(values).to(zero)
+            norm = torch.linalg.vector_norm(values.float()).to(zero)
+        if values.numel():
+            low, high = torch.aminmax(values)
+            largest = torch.maximum(-low, high).to(zero)
+        everyone = self.spread.gather(torch.stack([count, norm * norm, largest]))
+        count, square = everyone[:, :2].sum(dim=0).unbind()
+        return square.sqrt() / count.clamp(min=1).sqrt(), everyone[:, 2].amax()
 
     def grid(self, values: Tensor) -> DeadZoneGrid:
-        """The grid of the fewest bits that hold these values."""
+        """The grid of the fewest bits that hold these values; they are counted when asked for."""
         step, _, largest = self._step(values)
-        most = round(largest / step)
-        bits = min(max(MIN_BITS, most.bit_length() + 1), self.bits)
-        scale = torch.tensor([step], dtype=torch.float32, device=values.device)
+        scale = step.to(torch.float32).reshape(1)
         zero = torch.zeros_like(scale, dtype=torch.int32)
-        return DeadZoneGrid(scale, zero, bits, True, None, self.dead_zone)
+        grid = DeadZoneGrid(scale, zero, self.bits, True, None, self.dead_zone)
+        del grid.__dict__["bits"]
+        grid.__dict__.update(_most=torch.round(largest / step), _limit=self.bits)
+        return grid
 
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
         """Add the rate term's gradient."""
         if self.rate > 0:
             grid = self.grid(values)
-            step = float(grid.scale)
-            slope = rate_gradient(grid.quantize(values), step, spread=self.spread)
+            slope = rate_gradient(grid.quantize(values), grid.scale, spread=self.spread)
             gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
 
     def step(self, values: Tensor, *, event: bool) -> None:
         """Tell at an event whether the step is raised; the step itself follows the weights."""
         if event:
-            self.raised = self._step(values)[1]
+            self.raised = bool(self._step(values)[1])
 
     def freeze(self, values: Tensor) -> None:
         """Keep the step of these values."""
-        self.held = self._step(values)[0]
+        self.held = float(self._step(values)[0])
 
     def thaw(self) -> None:
         """Follow the weights again."""

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
+from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.state import activation_grids
 from lightning_compress.targets import Coverage, Target
 
@@ -46,6 +47,25 @@ class _FakeQuantize(torch.autograd.Function):
         return passed, None, None, None
 
 
+class _FakeQuantizeThere(torch.autograd.Function):
+    """The same bit for bit where numbers of Python would wait for another device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        wide = scale.to(double_of(scale))
+        ctx.save_for_backward(
+            x, ((least - 0.5) * wide).to(x.dtype), ((most + 0.5) * wide).to(x.dtype)
+        )
+        steps = torch.round(x.float() * (1 / wide).to(torch.float32))
+        steps = steps.clamp(least.to(steps.dtype), most.to(steps.dtype))
+        return (steps * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        x, low, high = ctx.saved_tensors
+        return gradients[0].masked_fill((x <= low) | (x >= high), 0.0), None, None, None
+
+
 def _bounds(grid: AffineGrid) -> tuple[float, int, int]:
     zero = int(grid.zero_point)
     return float(grid.scale), grid.qmin - zero, grid.qmax - zero
@@ -62,6 +82,10 @@ def fake_quantize(x: Tensor, grid: AffineGrid) -> Tensor:
     >>> fake_quantize(torch.tensor([-1.0, 0.6, 9.0]), grid)
     tensor([0.0000, 0.5000, 1.5000])
     """
+    if x.device.type != "cpu":
+        zero = grid.zero_point.to(x.device)
+        least, most = (bound - zero for bound in (grid.qmin, grid.qmax))
+        return _FakeQuantizeThere.apply(x, grid.scale.to(x.device), least, most)  # type: ignore[no-any-return]
     return _FakeQuantize.apply(x, *_bounds(grid))  # type: ignore[no-any-return]
 
 
@@ -72,6 +96,10 @@ class _ClippedFakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, clip)
         levels = 2**bits - 1
+        if x.device.type != "cpu":
+            wide = clip.to(double_of(clip)) / levels
+            steps = torch.round(x.float() * (1 / wide).to(torch.float32)).clamp(0, levels)
+            return (steps * wide.to(torch.float32)).to(x.dtype)
         scale = float(clip) / levels
         return torch.mul(x.float(), 1 / scale).round_().clamp_(0, levels).mul_(scale).to(x.dtype)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Adam",
     "LearnedPositive",
     "LearnedStepGrids",
+    "double_of",
     "initial_step",
     "step_gradient",
 ]
@@ -33,19 +34,34 @@ class Adam:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count: Tensor | float = 0.0  # on the gradient's device, once there was one
         self.mean: Tensor | None = None
         self.square: Tensor | None = None
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """Take in a gradient; what to go against, of size about 1."""
+    @property
+    def count(self) -> int:
+        """Gradients that were taken in."""
+        return int(self._count)
+
+    def direction(self, gradient: Tensor, taken: Tensor | None = None) -> Tensor:
+        """Take in a gradient; what to go against, of size about 1.
+
+        Args:
+            gradient: of the shape of all others.
+            taken: a bool on its device: False leaves everything as it was; None: True.
+        """
         if self.mean is None or self.square is None:
             self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        self.count += 1
-        self.mean = self.mean.lerp(gradient, 0.1)
-        self.square = self.square.lerp(gradient.square(), 0.001)
-        mean = self.mean / (1 - 0.9**self.count)
-        square = self.square / (1 - 0.999**self.count)
+        before = self.mean.to(gradient.device), self.square.to(gradient.device)
+        count = torch.as_tensor(self._count, dtype=double_of(gradient), device=gradient.device)
+        after = before[0].lerp(gradient, 0.1), before[1].lerp(gradient.square(), 0.001)
+        if taken is not None:
+            pairs = zip(after, before, strict=True)
+            after = tuple(torch.where(taken, new, old) for new, old in pairs)
+        self._count = count + (1 if taken is None else taken)
+        self.mean, self.square = after
+        mean = self.mean / (1 - 0.9**self._count)
+        square = self.square / (1 - 0.999**self._count)
         return mean / (square.sqrt() + 1e-12)
 
     def select(self, index: Tensor) -> None:
@@ -60,7 +76,13 @@ class Adam:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put them back."""
-        self.count, self.mean, self.square = state["count"], state["mean"], state["square"]
+        self._count = float(state["count"])
+        self.mean, self.square = state["mean"], state["square"]
+
+
+def double_of(tensor: Tensor) -> torch.dtype:
+    """The widest float of a tensor's device."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 class LearnedPositive:
@@ -81,11 +103,10 @@ class LearnedPositive:
 
     def step(self, gradient: Tensor) -> None:
         """Follow the loss's gradient by the value itself; one that is not finite is left out."""
-        if not bool(torch.isfinite(gradient).all()):
-            return
-        gradient = gradient.to(self.value.device, torch.float32)
-        against = self._adam.direction(gradient * self.value)
-        self.value = self.value * torch.exp(-self.lr * against)
+        finite = torch.isfinite(gradient).all()
+        gradient, value = gradient.float(), self.value.to(gradient.device)
+        against = self._adam.direction(gradient * value, finite)
+        self.value = torch.where(finite, value * torch.exp(-self.lr * against), value)
 
     def select(self, index: Tensor) -> None:
         """Keep some of the numbers."""

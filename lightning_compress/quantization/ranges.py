@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import AffineGrid, check_bits, grid_of_range
+from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import ONE_PIECE, Spread
 
 __all__ = [
@@ -34,13 +35,16 @@ def _rows(values: Tensor, axis: int | None) -> Tensor:
     return values.reshape(1, -1) if axis is None else values.transpose(0, axis).flatten(1)
 
 
-def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE) -> Range:
+def minmax_range(
+    values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE, check: bool = True
+) -> Range:
     """Smallest and largest value, widened to hold 0, each of shape (1,) or (size of axis,).
 
     Args:
         values: any tensor.
         axis: one range for each index of it; None: one for all.
         spread: over which processes, when these are one process's rows: ranges are the whole's.
+        check: look whether all is finite, for which another device has to be waited for.
 
     Raises:
         ValueError: when a value is not finite.
@@ -51,7 +55,7 @@ def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ON
     bounds = _bounds(_rows(values, axis))
     # Comparisons would lose a NaN: all processes must see it, to end alike.
     bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
-    return _checked(spread.least(spread.widen(bounds, axis)))
+    return _checked(spread.least(spread.widen(bounds, axis)), check=check)
 
 
 def _bounds(rows: Tensor) -> Tensor:
@@ -62,18 +66,22 @@ def _bounds(rows: Tensor) -> Tensor:
     return torch.stack([low, -high])
 
 
-def _checked(bounds: Tensor) -> Range:
-    if not bool(torch.isfinite(bounds).all()):
+def _checked(bounds: Tensor, *, check: bool) -> Range:
+    if check and not bool(torch.isfinite(bounds).all()):
         raise ValueError("cannot find the range of values that are NaN or infinite")
     return bounds[0].clamp(max=0), (-bounds[1]).clamp(min=0)
 
 
-def _extremes(rows: Tensor) -> Range:
-    return _checked(_bounds(rows))
+def _extremes(rows: Tensor, *, check: bool) -> Range:
+    return _checked(_bounds(rows), check=check)
 
 
 def percentile_range(
-    values: Tensor, axis: int | None = None, *, percentile: float = PERCENTILE
+    values: Tensor,
+    axis: int | None = None,
+    *,
+    percentile: float = PERCENTILE,
+    check: bool = True,
 ) -> Range:
     """Range that holds a fraction of the values, the rest cut evenly from both ends.
 
@@ -81,6 +89,7 @@ def percentile_range(
         values: any tensor.
         axis: one range for each index of it; None: one for all.
         percentile: the fraction inside, in (0, 1].
+        check: see `minmax_range`.
 
     Raises:
         ValueError: when a value is not finite.
@@ -89,7 +98,7 @@ def percentile_range(
     (tensor([-450.]), tensor([450.]))
     """
     rows = _rows(values, axis)
-    extremes, size = _extremes(rows), rows.shape[1]
+    extremes, size = _extremes(rows, check=check), rows.shape[1]
     if size == 0:
         return extremes
     tail = (1 - percentile) / 2
@@ -99,7 +108,12 @@ def percentile_range(
 
 
 def mse_range(
-    values: Tensor, axis: int | None = None, *, bits: int = 8, symmetric: bool = True
+    values: Tensor,
+    axis: int | None = None,
+    *,
+    bits: int = 8,
+    symmetric: bool = True,
+    check: bool = True,
 ) -> Range:
     """The share of the min/max range whose grid gives the smallest squared error.
 
@@ -114,7 +128,7 @@ def mse_range(
     [-0.625, 0.625]
     """
     rows = _rows(values, axis)
-    low, high = _extremes(rows)
+    low, high = _extremes(rows, check=check)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
@@ -146,6 +160,7 @@ def find_range(
     *,
     bits: int = 8,
     symmetric: bool = True,
+    check: bool = True,
 ) -> Range:
     """Range of one tensor after an observer's name; a moving average starts as min/max.
 
@@ -153,10 +168,10 @@ def find_range(
     (tensor([-1.]), tensor([3.]))
     """
     if observer == "percentile":
-        return percentile_range(values, axis)
+        return percentile_range(values, axis, check=check)
     if observer == "mse":
-        return mse_range(values, axis, bits=bits, symmetric=symmetric)
-    return minmax_range(values, axis)
+        return mse_range(values, axis, bits=bits, symmetric=symmetric, check=check)
+    return minmax_range(values, axis, check=check)
 
 
 class RangeObserver:
@@ -180,8 +195,20 @@ class RangeObserver:
 
     def __init__(self, observer: str, bits: int = 8) -> None:
         self.observer, self.bits = observer, bits
-        self.range: tuple[float, float] | None = None
+        self.bounds: Tensor | None = None  # (2,) where the values are: low, high
         self.gathered: Tensor | None = None  # low, -high, number of tensors
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The range as numbers, for which the values' device is waited for."""
+        if self.bounds is None:
+            return None
+        low, high = self.bounds.tolist()
+        return low, high
+
+    @range.setter  # noqa: A003
+    def range(self, found: tuple[float, float] | None) -> None:
+        self.bounds = None if found is None else torch.tensor(found, dtype=torch.float64)
 
     @property
     def extreme(self) -> bool:
@@ -192,14 +219,16 @@ class RangeObserver:
         """Gather a tensor; an empty one is nothing.
 
         Raises:
-            ValueError: when a value is not finite.
+            ValueError: when a value in the CPU's memory is not finite; elsewhere the range shows it
+                once it is read, as no step waits for another device.
         """
         if values.numel() == 0:
             return
         flat = values.detach().reshape(-1)
         if not self.extreme:
             flat = flat[:: max(1, flat.numel() // MOST_VALUES)]
-        low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False)
+        here = values.device.type == "cpu"
+        low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False, check=here)
         new = torch.cat([low, -high, torch.ones_like(low)])
         if self.gathered is None:
             self.gathered = new
@@ -209,16 +238,37 @@ class RangeObserver:
         else:
             self.gathered = self.gathered + new
 
-    def take(self, low: float, high: float) -> None:
+    def take(self, low: Tensor | float, high: Tensor | float) -> None:
         """Take a step's range into the range."""
-        if self.range is None:
-            self.range = low, high
-        elif self.observer == "minmax":
-            self.range = min(self.range[0], low), max(self.range[1], high)
+        self._take(torch.stack([torch.as_tensor(low), torch.as_tensor(high)]))
+
+    def _take(self, new: Tensor) -> None:
+        new = new.to(double_of(new))
+        if self.bounds is None:
+            self.bounds = new
+            return
+        old = self.bounds.to(new.device)
+        if self.observer == "minmax":
+            self.bounds = torch.stack([torch.minimum(old, new)[0], torch.maximum(old, new)[1]])
         else:
-            pairs = zip(self.range, (low, high), strict=True)
-            before, after = (old + MOMENTUM * (new - old) for old, new in pairs)
-            self.range = before, after
+            self.bounds = old + MOMENTUM * (new - old)
+
+    def take_row(self, row: Tensor, *, seen: bool | None) -> None:
+        """Take what was gathered, which then is gone: low, -high and the number of tensors.
+
+        Args:
+            row: of all processes together.
+            seen: whether there was any tensor; None: only the row knows, where it is.
+        """
+        self.gathered = None
+        if seen is False:
+            return
+        row = row.to(double_of(row))
+        share = torch.ones_like(row[2]) if self.extreme else row[2]
+        before = self.bounds
+        self._take(torch.stack([row[0] / share, -row[1] / share]))
+        if seen is None and before is not None and self.bounds is not None:
+            self.bounds = torch.where(row[2] > 0, self.bounds, before.to(self.bounds.device))
 
     def state_dict(self) -> dict[str, Any]:
         """The range, and what waits to be settled."""
@@ -241,17 +291,24 @@ def settle(
     """
     if not observers:
         return
-    nothing = torch.zeros(3)
-    rows = torch.stack([nothing if o.gathered is None else o.gathered.cpu() for o in observers])
+    waiting = [one for one in observers if one.gathered is not None]
+    if reduce is None:
+        for one in waiting:
+            one.take_row(one.gathered, seen=True)  # type: ignore[arg-type]
+        return
+    device = waiting[0].gathered.device if waiting else torch.device("cpu")  # type: ignore[union-attr]
+    nothing = torch.zeros(3, device=device)
+    rows = torch.stack(
+        [nothing if o.gathered is None else o.gathered.to(device) for o in observers]
+    )
     extreme = observers[0].extreme
-    if reduce is not None:
-        bounds = reduce(rows[:, :2].contiguous(), "min" if extreme else "sum")
-        rows = torch.cat([bounds, reduce(rows[:, 2:].contiguous(), "sum")], dim=1)
-    for observer, (low, negative_high, count) in zip(observers, rows.tolist(), strict=True):
-        observer.gathered = None
-        if count:
-            share = 1.0 if extreme else count
-            observer.take(low / share, -negative_high / share)
+    bounds = reduce(rows[:, :2].contiguous(), "min" if extreme else "sum")
+    rows = torch.cat([bounds, reduce(rows[:, 2:].contiguous(), "sum")], dim=1)
+    # Until each has a range, whether there is one must be known here; afterwards nobody waits.
+    fresh = any(one.bounds is None for one in observers) or device.type == "cpu"
+    seen = [count > 0 for count in rows[:, 2].tolist()] if fresh else [None] * len(observers)
+    for observer, row, known in zip(observers, rows.unbind(), seen, strict=True):
+        observer.take_row(row, seen=known)
 
 
 def affine_grid(

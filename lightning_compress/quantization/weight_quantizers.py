@@ -100,7 +100,8 @@ class RangeGrids:
 
     def _found(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.observer in _FOLLOWING:
-            low, high = minmax_range(values, self.axis, spread=self.spread)
+            here = values.device.type == "cpu"  # elsewhere `follow` looks at events
+            low, high = minmax_range(values, self.axis, spread=self.spread, check=here)
         else:
             rules = {"bits": self.bits, "symmetric": self.symmetric}
             low, high = find_range(self.observer, self.spread.whole(values), self.axis, **rules)

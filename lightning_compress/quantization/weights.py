@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import check_bits
-from lightning_compress.projection import Slot, naming_divergence
+from lightning_compress.projection import Slot, naming_divergence, said_of_divergence
 from lightning_compress.quantization.entropy import EntropyGrids, entropy_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.weight_quantizers import WEIGHT_SCHEMES, GridMaker, RangeGrids
@@ -198,8 +198,11 @@ class WeightQuantizer:
         """
         for slot, maker in self.pairs:
             if event or slot.path in stepped:
+                values = masked(slot)
+                if event and values.device.type != "cpu" and not _finite(slot, values):
+                    raise FloatingPointError(said_of_divergence(slot))
                 with naming_divergence([slot]):
-                    moved = maker.step(masked(slot), event=event)
+                    moved = maker.step(values, event=event)
                 if moved is not None:
                     slot.set_values(moved)
 

@@ -13,11 +13,18 @@ import target
 import torch
 from onnx import helper, numpy_helper
 
+from lightning_compress.channels.resize import match_channels
 from lightning_compress.grids import CodebookGrid
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.lcz.codecs import CODECS, encode_symbols
 from lightning_compress.quantization.ranges import affine_grid
-from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
+from lightning_compress.state import (
+    ActivationGrids,
+    RemovedChannels,
+    note_removed,
+    set_activation_grids,
+    set_grid,
+)
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -31,6 +38,15 @@ def streams():
         yield codec, bytes([index, 20, 64 + 4]) + data
 
 
+def shrink(model):
+    """Two of the four hidden channels are left; the file says what was lost."""
+    cut = {"0.weight": (2, 6), "0.bias": (2,), "3.weight": (2, 2)}
+    cut |= {f"1.{name}": (2,) for name in ("weight", "bias", "running_mean", "running_var")}
+    full = {name: tuple(model.state_dict()[name].shape) for name in cut}
+    match_channels(model, cut)
+    note_removed(model, RemovedChannels(full, {}, {"0": (0, 2)}))
+
+
 def files():
     """By name: seeds that are files, and their headers and payloads to be signed."""
     torch.manual_seed(0)
@@ -38,6 +54,7 @@ def files():
     grids = {
         "none": [None, None],
         "affine": [affine_grid(model[0].weight, bits=3, axis=0), None],
+        "channels": [None, None],
         "codebook": [None, CodebookGrid(torch.tensor([-0.3, 0.0, 0.1, 0.4]))],
     }
     for name, pair in grids.items():
@@ -45,6 +62,8 @@ def files():
             if grid is not None:
                 layer.weight.data = grid.project(layer.weight.data)
                 set_grid(layer, "weight", grid)
+        if name == "channels":
+            shrink(model)
         if name == "affine":
             grid = affine_grid(torch.tensor([-1.0, 2.0]), bits=8, symmetric=False)
             set_activation_grids(model[3], ActivationGrids(input=grid))

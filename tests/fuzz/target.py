@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_compress.channels.resize import sizes_of_layers
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.arrays import inspect_compressed, onnx_model, read_arrays
 from lightning_compress.lcz.artifact import load_compressed, read_tensors
@@ -101,9 +102,11 @@ def run_file(data):
         check_arrays(path)
         check_graphs(path)
         model = tiny()
+        sizes = sizes_of_layers(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         try:
             load_compressed(path, model)
         except CorruptArtifactError:
             for name, value in model.state_dict().items():
                 assert torch.equal(value, before[name]), name
+            assert sizes_of_layers(model) == sizes

@@ -235,3 +235,26 @@ def test_what_cannot_be_packed_or_unpacked_says_so_in_a_line(
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "x.onnx").exists()
     assert not (tmp_path / "y.lcz").exists()
+
+
+def test_names_of_a_file_do_not_reach_the_terminal_raw(tmp_path, capsys):
+    odd = "a\x1b[2J\u202eb\nall 0 bytes"
+    write_tensors({odd: torch.ones(2)}, tmp_path / "a.lcz")
+    write_tensors({odd: torch.zeros(2), "c\x9b": torch.ones(1)}, tmp_path / "b.lcz")
+    assert run_command(["inspect", str(tmp_path / "a.lcz")]) == 0
+    assert run_command(["diff", str(tmp_path / "a.lcz"), str(tmp_path / "b.lcz")]) == 1
+    assert run_command(["inspect", str(tmp_path / "\x1b[31m.lcz")]) == 2
+    found = capsys.readouterr()
+    for text in (found.out, found.err):
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert r"a\x1b[2J\u202eb\nall 0 bytes" in found.out
+    assert r"\x1b[31m" in found.err
+
+
+def test_a_tensor_named_as_the_header_of_safetensors_is_refused(tmp_path, capsys):
+    write_tensors({"__metadata__": torch.ones(2)}, tmp_path / "a.lcz")
+    assert run_command(["unpack", str(tmp_path / "a.lcz")]) == 2
+    assert "'__metadata__'" in capsys.readouterr().err
+    assert not (tmp_path / "a.safetensors").exists()
+    assert run_command(["unpack", str(tmp_path / "a.lcz"), "--out", str(tmp_path / "a.pt")]) == 0
+    assert torch.equal(torch.load(tmp_path / "a.pt")["__metadata__"], torch.ones(2))

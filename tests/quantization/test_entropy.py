@@ -1,6 +1,8 @@
 """Grids for the entropy coder: nothing clipped, sizes that are steered, and the rate's slope."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -120,3 +122,16 @@ def test_an_entropy_grid_lives_in_the_file(tmp_path):
     assert info.per_tensor["weight"].kind == "grid"
     load_compressed(tmp_path / "layer.lcz", fresh)
     assert torch.equal(fresh.weight, layer.weight)
+
+
+def test_a_grid_counts_its_bits_when_asked_and_copies_and_pickles():
+    values = torch.linspace(-1, 1, 101)
+    grid = EntropyGrids(bits=8, relative_step=0.5).grid(values)
+    assert "bits" not in vars(grid)
+    shown = grid.project(values)
+    others = [copy.deepcopy(grid), pickle.loads(pickle.dumps(grid)), grid]
+    for one in others:
+        assert one.bits == 3  # steps from -3 to 3
+        assert torch.equal(one.project(values), shown)
+    with pytest.raises(AttributeError, match="'more'"):
+        _ = grid.more

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import shlex
@@ -11,11 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from lightning_compress.lab.report.wording import scalar
+from lightning_compress.lab.trust import read_inside, read_words
 
 __all__ = [
     "Curves",
@@ -28,6 +27,7 @@ __all__ = [
     "run_name",
 ]
 RESULTS, CURVES = "results.json", "curves.csv"
+MOST_BYTES = {RESULTS: 1 << 24, CURVES: 1 << 26, "config.yaml": 1 << 20}
 Curves = dict[str, dict[str, list[tuple[float, float]]]]  # metric -> run -> (step, value)
 
 
@@ -76,7 +76,7 @@ def find_results(folders: Sequence[str | Path]) -> list[Path]:
         below = sorted(folder.rglob(RESULTS))
         if not below:
             raise FileNotFoundError(f"no {RESULTS} in {folder} or in any folder beneath it")
-        found.update((path.resolve(), path) for path in below if path.is_file())
+        found.update((path.parent.resolve(), path) for path in below if not path.is_dir())
     return sorted(found.values())
 
 
@@ -94,8 +94,8 @@ def load_runs(folders: Sequence[str | Path]) -> tuple[list[Run], list[Unreadable
 def _try_run(path: Path) -> Run | Unreadable:
     try:
         return load_run(path.parent)
-    except (ValueError, OSError) as error:
-        return Unreadable(path, str(error))
+    except Exception as error:  # whatever a stranger's files do to a parser: the others are shown
+        return Unreadable(path, str(error) or type(error).__name__)
 
 
 def load_run(folder: Path) -> Run:
@@ -105,16 +105,16 @@ def load_run(folder: Path) -> Run:
         ValueError: when `results.json` is damaged; the message names the place.
         OSError: when it cannot be read at all.
     """
-    results = _read_results(folder / RESULTS)
+    results = _read_results(folder)
     notes: list[str] = []
     curves: Curves = {}
     try:
-        curves = _read_curves(folder / CURVES)
+        curves = _read_curves(folder)
     except FileNotFoundError:
         notes.append(f"{CURVES} is missing: no training curves.")
     except (ValueError, OSError, csv.Error) as error:
         notes.append(f"{CURVES} could not be read: {error}.")
-    command, config, note = _read_hydra(folder / ".hydra")
+    command, config, note = _read_hydra(folder)
     if isinstance(results.get("command"), str):
         command = results["command"]
     return Run(folder, results, curves, command, config, (*notes, *note))
@@ -184,12 +184,12 @@ def _check(values: dict[str, Any], checks: dict[str, Check], where: str = "") ->
             raise ValueError(f"{where}{key} must be {wanted}, got {values[key]!r:.80}")
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def _read_results(folder: Path) -> dict[str, Any]:
     try:
-        results = json.loads(path.read_text("utf-8"))
+        results = _whole_text(json.loads(read_inside(folder, RESULTS, most=MOST_BYTES[RESULTS])))
     except RecursionError as error:
         raise ValueError("not valid JSON: nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(results, dict):
         raise ValueError(f"must hold one JSON object, got {type(results).__name__}")
@@ -203,9 +203,19 @@ def _read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def _read_curves(path: Path) -> Curves:
+def _whole_text(value: Any) -> Any:
+    """JSON with its lone surrogates, which no file can hold, written as escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_whole_text(key): _whole_text(one) for key, one in value.items()}
+    return [_whole_text(one) for one in value] if isinstance(value, list) else value
+
+
+def _read_curves(folder: Path) -> Curves:
     curves: Curves = {}
-    with path.open(encoding="utf-8", newline="") as stream:
+    text = read_inside(folder, CURVES, most=MOST_BYTES[CURVES])
+    with io.StringIO(text, newline="") as stream:
         rows = csv.DictReader(stream)
         lacking = {"run", "step", "metric", "value"} - set(rows.fieldnames or ())
         if lacking:
@@ -220,17 +230,19 @@ def _read_curves(path: Path) -> Curves:
 
 
 def _read_hydra(folder: Path) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """Return (command, config as YAML, notes) from Hydra's `.hydra` folder, if there is one."""
-    overrides, config = folder / "overrides.yaml", folder / "config.yaml"
+    """Return (command, config as YAML, notes) from Hydra's `.hydra` folder, if there is one.
+
+    Both are shown as they stand: to resolve `${oc.env:...}` would print the reader's environment.
+    """
+    text = None
     try:
-        text = config.read_text("utf-8") if config.is_file() else None
-        if not overrides.is_file():
-            return None, text, ()
-        words = OmegaConf.load(overrides)
-        if not isinstance(words, ListConfig):
-            raise ValueError("overrides.yaml must hold a list")
-        command = shlex.join(["lightning-compress", *(str(word) for word in words)])
-    except (ValueError, OSError, YAMLError, OmegaConfBaseException) as error:
+        with contextlib.suppress(FileNotFoundError):
+            text = read_inside(folder, ".hydra/config.yaml", most=MOST_BYTES["config.yaml"])
+        words = read_words(folder, ".hydra/overrides.yaml")
+        command = shlex.join(["lightning-compress", *map(_whole_text, words)])
+    except FileNotFoundError:
+        return None, text, ()
+    except (ValueError, OSError) as error:
         return None, None, (f"Hydra's record of the call could not be read: {error}.",)
     return command, text, ()
 

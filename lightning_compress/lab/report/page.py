@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,14 @@ from markupsafe import Markup
 
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.report import plots, scatter, tables, wording
-from lightning_compress.lab.report.loading import Run, Unreadable, common_root, load_runs, run_name
+from lightning_compress.lab.report.loading import (
+    RESULTS,
+    Run,
+    Unreadable,
+    common_root,
+    load_runs,
+    run_name,
+)
 from lightning_compress.lab.report.wording import (
     DASH,
     kilobytes,
@@ -40,6 +48,7 @@ MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
+MOST_BYTES = 1 << 25  # of a picture
 
 
 def data_uri(content: str | bytes, media_type: str) -> str:
@@ -48,7 +57,7 @@ def data_uri(content: str | bytes, media_type: str) -> str:
     >>> data_uri("a", "text/csv")
     'data:text/csv;base64,YQ=='
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -65,6 +74,8 @@ def image_uri(folder: Path, name: str) -> str:
         raise ValueError(f"picture {name!r} is none of {', '.join(sorted(MEDIA_TYPES))}")
     if not path.is_file():
         raise ValueError(f"picture {name!r} is named in results.json but not in the folder")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"picture {name!r} takes {size} bytes, above {MOST_BYTES}")
     return data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix.lower()])
 
 
@@ -103,13 +114,12 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) 
     root = common_root(run_dirs)
     path = Path(out) if out is not None else root / FILE_NAME
     path = path / FILE_NAME if path.is_dir() else path
-    names = [run_name(run.folder, root) for run in runs]
-    content = _render(runs, unreadable, names, path.parent)
+    content = _render(runs, unreadable, root, path.parent).encode("utf-8", "backslashreplace")
     return write_atomically(path, content, what="the report", parents=True)
 
 
 def _render(
-    runs: Sequence[Run], unreadable: Sequence[Unreadable], names: Sequence[str], folder: Path
+    loaded: Sequence[Run], unreadable: Sequence[Unreadable], root: Path, folder: Path
 ) -> str:
     environment = Environment(
         loader=PackageLoader("lightning_compress.lab.report", "templates"),
@@ -118,6 +128,7 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    runs, names, views, broken = _views(loaded, root)
     script, style = (_source(environment, name) for name in ("page.js", "style.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("page.html.j2").render(
@@ -125,17 +136,47 @@ def _render(
         script=script,
         script_hash=f"sha256-{digest}",
         style=style,
-        runs=[
-            _run_view(place, run, name)
-            for place, (run, name) in enumerate(zip(runs, names, strict=True), 1)
-        ],
+        runs=views,
         several=_several_view(runs, names, folder) if len(runs) > 1 else None,
-        unreadable=unreadable,
+        unreadable=[*unreadable, *broken],
         csv_uri=data_uri(tables.csv_table([run.results for run in runs]), "text/csv"),
         main_header=tables.HEADER,
         layer_header=tables.LAYER_HEADER,
         int8_header=tables.INT8_HEADER,
     )
+
+
+def _views(
+    loaded: Sequence[Run], root: Path
+) -> tuple[list[Run], list[str], list[dict[str, Any]], list[Unreadable]]:
+    """The runs that can be shown, their names, what the page shows, and those that cannot be."""
+    runs: list[Run] = []
+    names: list[str] = []
+    views: list[dict[str, Any]] = []
+    broken: list[Unreadable] = []
+    for run in loaded:
+        name = run_name(run.folder, root)
+        try:
+            view = _run_view(len(runs) + 1, run, name)
+            _check_alone(run, name)
+        except OSError:  # our own files: the disk is full, say
+            raise
+        except Exception as error:  # one bad folder does not end the report: it is named
+            reason = f"cannot be shown: {type(error).__name__}: {error}"
+            broken.append(Unreadable(run.folder / RESULTS, reason))
+            continue
+        runs.append(run)
+        names.append(name)
+        views.append(view)
+    return runs, names, views, broken
+
+
+def _check_alone(run: Run, name: str) -> None:
+    """What the page shows of several runs, tried with one, so that its fault is its own."""
+    tables.overview_rows([run], [name])
+    scatter.scatter_plots([run])
+    tables.csv_table([run.results])
+    wording.verdict_of(run.results)
 
 
 def _source(environment: Environment, name: str) -> Markup:
@@ -158,12 +199,13 @@ def _title(runs: Sequence[Run]) -> str:
 
 def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> dict[str, Any]:
     pictures, notes = scatter.scatter_plots(runs)
+    place, unsaved = _plot_folder(folder / PLOT_FOLDER)
     return {
         "header": tables.OVERVIEW_HEADER,
         "rows": tables.overview_rows(runs, names),
         "states": [wording.verdict_of(run.results).state for run in runs],
-        "plots": _inlined(pictures, folder / PLOT_FOLDER, "all"),
-        "notes": notes,
+        "plots": _inlined(pictures, place, "all"),
+        "notes": [*notes, *unsaved],
     }
 
 
@@ -173,6 +215,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
     prefix, folder = f"run{place}", run.folder / PLOT_FOLDER
     pictures, picture_notes = _samples(run)
     details = [plots.layer_plot(results), plots.bytes_plot(results), plots.files_plot(results)]
+    folder, unsaved = _plot_folder(folder)
     return {
         "id": f"run-{place}",
         "place": place,
@@ -188,17 +231,30 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
         "layers": tables.layer_rows(results),
         "int8": tables.int8_rows(results),
         "notes": notes(results),
-        "missing": [*run.notes, *picture_notes, *_missing(run)],
+        "missing": [*run.notes, *unsaved, *picture_notes, *_missing(run)],
         "command": run.command,
         "config": run.config or _compression(results),
         "json_uri": data_uri(json.dumps(results, indent=1), "application/json"),
     }
 
 
-def _inlined(figures: Sequence[plots.Plot], folder: Path, prefix: str) -> list[Picture]:
+def _plot_folder(folder: Path) -> tuple[Path | None, list[str]]:
+    """A run's own folder of figures; None and why, where it is none or cannot be written to."""
+    if folder.is_symlink():
+        return None, [f"{PLOT_FOLDER} is a link out of the run folder: no figure is saved there."]
+    if os.path.lexists(folder) and not folder.is_dir():
+        return None, [f"{PLOT_FOLDER} is no folder: no figure is saved there."]
+    place = folder if folder.is_dir() else folder.parent
+    if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        return None, [f"{PLOT_FOLDER} cannot be written to: no figure is saved there."]
+    return folder, []
+
+
+def _inlined(figures: Sequence[plots.Plot], folder: Path | None, prefix: str) -> list[Picture]:
     pictures = []
     for figure in figures:
-        figure.save(folder)
+        if folder is not None:
+            figure.save(folder)
         svg = plots.inline(figure, f"{prefix}-{figure.name}")
         # matplotlib escapes every text it draws; nothing else in the SVG comes from the run.
         pictures.append(Picture(figure.caption, figure.alt, svg=Markup(svg)))
@@ -244,6 +300,8 @@ def _missing(run: Run) -> list[str]:
         for side, values in both.items()
         if not values.get(key)
     ]
+    if (curves := len(run.curves)) > plots.MAX_CURVES:
+        texts.append(f"curves.csv holds {curves} metrics: the first {plots.MAX_CURVES} are drawn.")
     if not run.curves and not any(note.startswith("curves.csv") for note in run.notes):
         texts.append("curves.csv holds no rows: no training curves.")
     for key, what in (("layers", "per-layer list"), ("samples", "sample pictures")):

@@ -124,7 +124,8 @@ def grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
 
 
 STYLES = {"dense": (DENSE, "-"), "compressed": (COMPRESSED, (0, (4, 1.5)))}
-MAX_POINTS, MAX_BARS = 300, 24
+MAX_POINTS, MAX_BARS, MAX_CURVES, MAX_LINES = 300, 24, 100, 8
+LARGEST = 1e100
 MIN_SHARE = 0.01  # tensors below this share of all have no bar of their own
 
 
@@ -134,7 +135,8 @@ def curve_plots(curves: Curves, results: Results) -> list[Plot]:
     names = sorted(
         curves, key=lambda name: (order.get(name.split("/")[0], 1), name != "train/loss", name)
     )
-    return [_curve_plot(place, name, curves[name], results) for place, name in enumerate(names, 1)]
+    shown = enumerate(names[:MAX_CURVES], 1)
+    return [_curve_plot(place, name, curves[name], results) for place, name in shown]
 
 
 def _curve_plot(
@@ -145,7 +147,7 @@ def _curve_plot(
     ends: list[str] = []
     with draw(4.8, 2.5) as figure:
         axes = figure.subplots()
-        for run, points in runs.items():
+        for run, points in list(runs.items())[:MAX_LINES]:
             steps, values = _bin_means(points)
             colour, line = STYLES.get(run, (INK, ":"))
             marker = "o" if len(steps) <= 20 else ""
@@ -164,7 +166,8 @@ def _curve_plot(
 def _bin_means(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Sort by step and average neighbours where there are more points than a figure can show."""
     array = np.array(sorted(points, key=lambda point: point[0]), dtype=np.float64)
-    array[~np.isfinite(array)] = np.nan  # a diverged stretch is a gap, not a broken axis
+    # A diverged stretch is a gap, not a broken axis; beyond LARGEST matplotlib itself overflows.
+    array[~(np.abs(array) <= LARGEST)] = np.nan
     if len(array) > MAX_POINTS:
         array = np.array([part.mean(axis=0) for part in np.array_split(array, MAX_POINTS)])
     return array[:, 0], array[:, 1]
@@ -181,7 +184,7 @@ def _largest(results: Results, key: str) -> list[Mapping[str, Any]]:
 def _known(values: Mapping[str, Any], key: str) -> float:
     """Return a finite number; 0 for a missing or broken one, which a bar cannot show."""
     value = scalar(values.get(key))
-    return value if value is not None and math.isfinite(value) else 0.0
+    return value if value is not None and abs(value) <= LARGEST else 0.0
 
 
 def _bars(figure: Figure, names: Sequence[str], columns: int) -> list[Axes]:

@@ -65,6 +65,9 @@ def pareto_front(
     return [index for _, _, index in front]
 
 
+LARGEST = 1e100  # beyond it matplotlib's own arithmetic overflows
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place in a picture with its spread to both sides: x in bytes or ms, y a quality."""
@@ -99,7 +102,7 @@ def size_axis(results: Results, side: str) -> Cost:
     """Bytes: of the `.lcz` file, and of the dense model as `torch.save` leaves it."""
     key = "lcz" if side == "compressed" else "torch"
     size = scalar(section(results[side], "bytes").get(key))
-    return (size, 0.0, 0.0) if size and math.isfinite(size) else None
+    return (size, 0.0, 0.0) if size and 0 < size <= LARGEST else None
 
 
 def latency_axis(results: Results, side: str) -> Cost:
@@ -109,14 +112,14 @@ def latency_axis(results: Results, side: str) -> Cost:
         for name, values in section(results[side], "latency_ms").items()
         if name.endswith("1 thread, batch 1")
         and (median := scalar(values.get("median"))) is not None
-        and median > 0
-        and math.isfinite(median)
+        and 0 < median <= LARGEST
     ]
     if not found:
         return None
     median, values = min(found, key=lambda one: one[0])
     low, high = (scalar(values.get(key)) for key in ("p10", "p90"))
-    return median, max(median - (low or median), 0.0), max((high or median) - median, 0.0)
+    down, up = max(median - (low or median), 0.0), max((high or median) - median, 0.0)
+    return median, down if down <= LARGEST else 0.0, up if up <= LARGEST else 0.0
 
 
 def point_of(runs: Sequence[tuple[int, Run]], axis: Axis) -> Point | None:
@@ -142,7 +145,7 @@ def point_of(runs: Sequence[tuple[int, Run]], axis: Axis) -> Point | None:
 def _mark(results: Results, axis: Axis) -> Mark | None:
     quality = scalar(section(results, "verdict").get("compressed"))
     cost = axis(results, "compressed")
-    if cost is None or quality is None or not math.isfinite(quality):
+    if cost is None or quality is None or not abs(quality) <= LARGEST:
         return None
     return Mark(cost[0], quality, cost[1], cost[2])
 
@@ -150,10 +153,11 @@ def _mark(results: Results, axis: Axis) -> Mark | None:
 def _dense(results: Results, axis: Axis) -> Mark | None:
     verdict, cost = section(results, "verdict"), axis(results, "dense")
     quality = wording.reference(verdict)
-    if cost is None or quality is None or not math.isfinite(quality):
+    if cost is None or quality is None or not abs(quality) <= LARGEST:
         return None
     spread = section(section(results, "baseline_spread"), str(verdict.get("metric")))
-    return Mark(cost[0], quality, cost[1], cost[2], scalar(spread.get("std")) or 0.0)
+    wide = scalar(spread.get("std")) or 0.0
+    return Mark(cost[0], quality, cost[1], cost[2], wide if 0 <= wide <= LARGEST else 0.0)
 
 
 def comparable(results: Results) -> tuple[str, ...]:
@@ -301,7 +305,7 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], marker: str, colour: str, lab
 def _draw_floor(axes: Axes, results: Results, metric: str) -> None:
     """Draw the measure between two halves of real data, below which nothing is told apart."""
     floor = scalar(section(section(results, "evaluator"), "floor").get(metric))
-    if floor is not None and math.isfinite(floor):
+    if floor is not None and abs(floor) <= LARGEST:
         label = f"floor: real against real, {number(floor, 3)}"
         axes.axhline(floor, color=INK, linestyle=":", linewidth=1, label=label, zorder=0)
 

@@ -31,6 +31,7 @@ from lightning_compress.lab.report.wording import (
     section,
     times,
 )
+from lightning_compress.terminal import printable
 
 __all__ = [
     "EXPORTS",
@@ -292,7 +293,7 @@ def print_summary(results: Results, console: Console | None = None) -> None:
     verdict, groups = wording.verdict_of(results), main_groups(results)
     style = {"within": "green", "outside": "red", "unknown": "yellow"}[verdict.state]
     # Text objects, not strings: a model named "[red]" must not be read as markup.
-    console.print(Text(wording.headline(results), style="bold"))
+    console.print(Text(printable(wording.headline(results)), style="bold"))
     notes = "; ".join(f"{group.title.split(',')[0]}: {group.change}" for group in groups)
     table = Table(*HEADER, box=box.SIMPLE_HEAD, caption=f"Change is {notes}", padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
@@ -300,12 +301,12 @@ def print_summary(results: Results, console: Console | None = None) -> None:
     for column in table.columns:
         column.overflow = "fold"  # a narrow terminal must not cut numbers
     for group in groups:
-        table.add_row(Text(group.title, style="bold"))
+        table.add_row(Text(printable(group.title), style="bold"))
         for row in group.rows:
-            table.add_row(*map(Text, row.cells()))
+            table.add_row(*(Text(printable(cell)) for cell in row.cells()))
         table.add_section()
     console.print(table)
-    console.print(Text(f"{verdict.word}. {verdict.sentence}", style=style))
+    console.print(Text(printable(f"{verdict.word}. {verdict.sentence}"), style=style))
 
 
 def markdown_table(results: Results) -> str:

@@ -191,6 +191,7 @@ def run_advise(
     sparsities: Sequence[float],
     bits: Sequence[int],
     rows: int,
+    allowed: Sequence[str] = (),
 ) -> Path:
     """Profile, scan, and write a recipe that runs; prints how.
 
@@ -201,6 +202,7 @@ def run_advise(
         sparsities: to try in the scan.
         bits: to try.
         rows: of the validation split that each score is measured on.
+        allowed: what a run's config may name, see `find_subject`.
 
     Returns:
         The recipe's path.
@@ -211,7 +213,7 @@ def run_advise(
     if not ratio > 1:
         raise ValueError(f"ratio={ratio!r} must be above 1: how much smaller the file is to be")
     check_scan(sparsities, bits)
-    subject = find_subject(words, folder)
+    subject = find_subject(words, folder, allowed)
     model: Any = subject.model.cpu()
     layers = profile_layers(model.parts())
     print_profile(layers)

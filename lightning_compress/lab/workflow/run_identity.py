@@ -17,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.config import override_key
+from lightning_compress.lab.trust import check_targets, read_words, recorded_fault
 
 __all__ = [
     "CKPT_PATH",
     "RECORDS",
+    "check_record",
     "check_same_run",
     "config_hash",
     "dense_recipe",
@@ -122,9 +124,27 @@ def with_recorded(words: Sequence[str]) -> list[str]:
         words: overrides and flags; without a `ckpt_path=` they stay as they are.
     """
     paths = [word for word in words if word.startswith(CKPT_PATH)]
-    told = told_to(run_folder(_text(paths[-1]))) if paths else []
+    folder = run_folder(_text(paths[-1])) if paths else None
+    told = told_to(folder) if folder is not None else []
+    if fault := recorded_fault(told):
+        raise ValueError(f"{folder}: its record of the call cannot be gone on with: {fault}")
     keys = {override_key(word) for word in words}
     return [*(one for one in told if override_key(one) not in {*keys, "ckpt_path"}), *words]
+
+
+def check_record(cfg: DictConfig, folder: Path, said: Sequence[str] = ()) -> None:
+    """Check that what a run goes on with names nothing but known classes.
+
+    Args:
+        cfg: composed of what the earlier run's folder records, and of what is said now.
+        folder: of the earlier run.
+        said: the words of this very command: what they name is allowed.
+
+    Raises:
+        ValueError: naming the target and how to allow it.
+    """
+    typed = re.findall(r"_target_['\"]?[=:] *['\"]?([\w.]+)", "\n".join(said))
+    check_targets(OmegaConf.to_container(cfg, resolve=True), str(folder), typed)
 
 
 def run_folder(ckpt_path: str) -> Path:
@@ -135,11 +155,10 @@ def run_folder(ckpt_path: str) -> Path:
 
 def told_to(folder: Path) -> list[str]:
     """The overrides that a run's command had; none where nothing is recorded."""
-    file = folder / RECORDS / "overrides.yaml"
-    if not file.is_file():
+    try:
+        return read_words(folder, f"{RECORDS}/overrides.yaml")
+    except FileNotFoundError:
         return []
-    known: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return [str(word) for word in known]
 
 
 def _text(word: str) -> str:

@@ -23,6 +23,7 @@ from lightning_compress.lab.evaluation.fidelity import fidelity
 from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
 from lightning_compress.lab.evaluation.sensitivity import check_scan, scan_sensitivity
 from lightning_compress.lab.report.plots import draw, grid, shorten
+from lightning_compress.lab.trust import check_targets
 from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, rows
 from lightning_compress.lab.workflow.run_identity import told_to
 from lightning_compress.lab.workflow.training import build_model, load_trained, train
@@ -96,13 +97,14 @@ class Subject:
         return chosen[-1] if chosen else str(self.cfg.data._target_).rsplit(".", 1)[-1].lower()
 
 
-def find_subject(words: Sequence[str], folder: Path) -> Subject:
+def find_subject(words: Sequence[str], folder: Path, allowed: Sequence[str] = ()) -> Subject:
     """The dense model that some words mean.
 
     Args:
         words: a run's folder, or a checkpoint in one, or the name of a model config, or overrides
             (`model=vae data=digits`): of the last two the dense model is trained first.
         folder: where a model that is trained here goes.
+        allowed: names of what a run's config may use beside the classes of known packages.
 
     Raises:
         FileNotFoundError: for a folder without a run.
@@ -110,7 +112,7 @@ def find_subject(words: Sequence[str], folder: Path) -> Subject:
     """
     first = Path(words[0]) if words else Path()
     if words and (first.is_dir() or first.suffix == ".ckpt"):
-        return _of_run(first, words[1:])
+        return _of_run(first, words[1:], allowed)
     overrides = tuple(_override(word) for word in words)
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", list(overrides))
@@ -130,16 +132,19 @@ def _override(word: str) -> str:
     return f"model={word}"
 
 
-def _of_run(path: Path, words: Sequence[str]) -> Subject:
+def _of_run(path: Path, words: Sequence[str], allowed: Sequence[str]) -> Subject:
     home = path if path.is_dir() else path.parent.parent
     config = home / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"{home} is no run's folder: it has no config.yaml")
     if words:
         raise ValueError(f"{list(words)}: the config of a run is what it is; give the path alone")
-    cfg = OmegaConf.load(config)
-    if not isinstance(cfg, DictConfig):
+    recorded = OmegaConf.load(config)
+    if not isinstance(recorded, DictConfig):
         raise ValueError(f"{config} holds no config")
+    plain: Any = OmegaConf.to_container(recorded, resolve=True)  # what is checked is what is used
+    check_targets(plain, str(config), allowed)
+    cfg = DictConfig(plain)
     data = _data(cfg)
     weights = home / "dense" / "final.ckpt" if path.is_dir() else path
     if path.is_dir() and not weights.is_file() and cfg.baseline is not None:
@@ -163,6 +168,7 @@ def run_sensitivity(
     sparsities: Sequence[float],
     bits: Sequence[int],
     rows: int,
+    allowed: Sequence[str] = (),
 ) -> Sensitivity:
     """Scan, print, and write `sensitivity.json` and `sensitivity.png` into a folder.
 
@@ -172,9 +178,12 @@ def run_sensitivity(
         sparsities: to try.
         bits: to try.
         rows: of the validation split that each score is measured on.
+        allowed: what a run's config may name, see `find_subject`.
     """
     check_scan(sparsities, bits)
-    found = scan_subject(find_subject(words, folder), sparsities=sparsities, bits=bits, rows=rows)
+    found = scan_subject(
+        find_subject(words, folder, allowed), sparsities=sparsities, bits=bits, rows=rows
+    )
     print_sensitivity(found)
     print(found.save(folder / "sensitivity.json"))
     print(plot_sensitivity(found, folder / "sensitivity.png"))
