@@ -26,7 +26,7 @@ from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.sparsity_groups import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
-from lightning_compress.quantization.fake_quantize import activation_layers
+from lightning_compress.quantization.fake_quantize import activation_layers, batch_norms
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import GridMaker, make_maker
@@ -101,8 +101,10 @@ class QuantizationAwareTraining(WeightCallback):
 
     Weights are projected once an optimizer step, gradients pass straight through (Jacob et al.
     2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
-    linear layer and convolution and at the output of the last ones; when training has ended the
-    layers remember these grids (`fake_quantized` computes with them, an export writes them).
+    linear layer and convolution, and at the output of the last ones and of those that an addition,
+    a norm (but BatchNorm, which is folded) or another activation than ReLU follows, so that an
+    int8 file multiplies there in whole numbers; when training has ended the layers remember these
+    grids (`fake_quantized` computes with them, an export writes them).
     Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
     weights fit int8, for an export that multiplies before the picture is enlarged.
     Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
@@ -327,6 +329,7 @@ class QuantizationAwareTraining(WeightCallback):
         self.activations = ActivationQuantizer(
             layers,
             parts=deployed_part(module),
+            norms=batch_norms(module),
             bits=self.activation_bits or 8,
             observer=self.observer,
             clip_lr=self.lr if self.pact else None,
