@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
-__all__ = ["CorruptArtifactError", "MissingExtraError", "TargetError", "require"]
+__all__ = [
+    "CorruptArtifactError",
+    "MissingExtraError",
+    "TargetError",
+    "require",
+    "without_telemetry",
+]
 
 
 class TargetError(ValueError):
@@ -18,6 +25,14 @@ class CorruptArtifactError(ValueError):
 
 class MissingExtraError(ImportError):
     """An optional dependency that is not installed; the message names the install line."""
+
+
+def without_telemetry() -> None:
+    """Keep ONNX Runtime from looking up a host and writing a device id, unless the user wants it.
+
+    It reads the variable when it is imported, so that every import comes after this.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -33,6 +48,8 @@ def require(module: str, *, extra: str) -> ModuleType:
     >>> require("json", extra="onnx").dumps([1])
     '[1]'
     """
+    if module.split(".")[0] == "onnxruntime":
+        without_telemetry()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -24,7 +24,9 @@ __all__ = [
     "known_mask",
     "note_removed",
     "removed_channels",
+    "rounds_dynamically",
     "set_activation_grids",
+    "set_dynamic",
     "set_grid",
     "set_known_mask",
 ]
@@ -36,6 +38,7 @@ _ATTRIBUTE = "_compression_grids"
 _ACTIVATIONS = "_compression_activations"
 _CHANNELS = "_compression_channels"
 _MASKS = "_compression_masks"
+_DYNAMIC = "_compression_dynamic"
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,24 @@ def activation_grids(layer: nn.Module) -> ActivationGrids | None:
 
 def set_activation_grids(layer: nn.Module, grids: ActivationGrids | None) -> None:
     """Remember the grids of a layer's input and output; None forgets them."""
+    set_dynamic(layer, False)
     if grids is None:
         layer.__dict__.pop(_ACTIVATIONS, None)
     else:
         layer.__dict__[_ACTIVATIONS] = grids
+
+
+def rounds_dynamically(layer: nn.Module) -> bool:
+    """Whether a layer rounds what it reads over each call's own range (`quantize_dynamic`)."""
+    return layer.__dict__.get(_DYNAMIC, False)
+
+
+def set_dynamic(layer: nn.Module, dynamic: bool) -> None:
+    """Let a layer round what it reads over each call's own range, or no longer."""
+    if dynamic:
+        layer.__dict__[_DYNAMIC] = True
+    else:
+        layer.__dict__.pop(_DYNAMIC, None)
 
 
 def compression_state(module: nn.Module, *, masks: bool = True) -> CompressionState:

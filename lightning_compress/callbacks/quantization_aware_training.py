@@ -32,7 +32,11 @@ from lightning_compress.lcz.lost_grids import lost_grids
 from lightning_compress.projection import Slot
 from lightning_compress.pruning.sparsity_groups import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
-from lightning_compress.quantization.fake_quantize import activation_layers, fake_quantized
+from lightning_compress.quantization.fake_quantize import (
+    activation_layers,
+    batch_norms,
+    fake_quantized,
+)
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import GridMaker, begin_from, make_maker
@@ -154,8 +158,10 @@ class QuantizationAwareTraining(WeightCallback):
 
     Weights are projected once an optimizer step, gradients pass straight through (Jacob et al.
     2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
-    linear layer and convolution and at the output of the last ones; when training has ended the
-    layers remember these grids (`fake_quantized` computes with them, an export writes them).
+    linear layer and convolution, and at the output of the last ones and of those that an addition,
+    a norm (but BatchNorm, which is folded) or another activation than ReLU follows, so that an
+    int8 file multiplies there in whole numbers; when training has ended the layers remember these
+    grids (`fake_quantized` computes with them, an export writes them).
     Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
     weights fit int8, for an export that multiplies before the picture is enlarged.
     Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
@@ -321,7 +327,7 @@ class QuantizationAwareTraining(WeightCallback):
             self.claim("activations", "quantized")
             targets = [slot.target for slot in self.slots]
             layers, self.activation_coverage = activation_layers(module, targets)
-            self.activations.change(layers)
+            self.activations.change(layers, batch_norms(module))
         self._find_norms(module)
         self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
         if self.weights is not None and self.started:
@@ -425,6 +431,7 @@ class QuantizationAwareTraining(WeightCallback):
         self.activations = ActivationQuantizer(
             layers,
             parts=deployed_part(module),
+            norms=batch_norms(module),
             bits=self.activation_bits or 8,
             observer=self.observer,
             clip_lr=self.lr if self.pact else None,

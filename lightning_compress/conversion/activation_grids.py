@@ -15,7 +15,6 @@ from lightning_compress.conversion.qdq import is_rounded, norm_behind, output_po
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized, why_float
 from lightning_compress.quantization.ranges import affine_grid
-from lightning_compress.sample_inputs import as_inputs
 from lightning_compress.state import (
     ActivationGrids,
     activation_grids,
@@ -107,7 +106,7 @@ def calibrate_layers(
 def _run(module: nn.Module, calibration: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     count = 0
     for batch in calibration:
-        inputs = as_inputs(tuple(batch) if isinstance(batch, list) else batch)
+        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)
         for part in inputs:
             if part.is_floating_point() and not part.isfinite().all():
                 raise ValueError(f"calibration input {count} holds values that are NaN or infinite")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_compress.conversion.integer_weights import IntegerWeight
-from lightning_compress.conversion.nodes import Site, attribute, enlargement, only_use
+from lightning_compress.conversion.nodes import SHUFFLE, Site, attribute, enlargement, only_use
 from lightning_compress.conversion.qdq import initializer
 from lightning_compress.errors import require
 
@@ -29,6 +31,7 @@ __all__ = [
     "rewrite_narrow",
     "rewrite_transposed",
     "rewrite_wide",
+    "shuffled",
     "transposed_as_conv",
 ]
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -145,52 +148,63 @@ def _put_in_place(graph: Any, node: Any, after: Any, nodes: list[Any]) -> None:
 
 @dataclass(frozen=True)
 class InBlocks:
-    """A convolution that makes blocks of pixels, and what sets them apart.
+    """A convolution over one to three axes that makes blocks of outputs, and what sets them apart.
 
     Args:
-        weight: (out * block^2, in / groups, taps, taps) of the convolution; channel
-            `o * block^2 + i * block + j` is the output channel o at offset (i, j), and channel
-            `(i * block + j) * out + o` where `offsets_first`.
-        padding: zeros around the input, on both ends of (height, width).
-        block: rows and columns of a block; depth-to-space by it.
-        crop: rows and columns to drop after it: (top, bottom, left, right).
-        offsets_first: depth-to-space as "DCR", whose pixels are whole runs of channels where
+        weight: (out * block, in / groups, *taps) of the convolution, `block` being all offsets of
+            a block; channel `o * block + offset` is the output channel o at an offset, counted
+            along the last axis first, and channel `offset * out + o` where `offsets_first`.
+        padding: zeros around the input, on both ends of each axis.
+        block: its size along each axis.
+        crop: what to drop after it: (before, after) of each axis, one after the other.
+        offsets_first: depth-to-space as "DCR", whose outputs are whole runs of channels where
             channels stand last; else "CRD", as `torch.pixel_shuffle`.
         stride: of the convolution.
     """
 
     weight: Tensor
-    padding: tuple[int, int]
-    block: int
-    crop: tuple[int, int, int, int]
+    padding: tuple[int, ...]
+    block: tuple[int, ...]
+    crop: tuple[int, ...]
     offsets_first: bool = False
     stride: int = 1
 
     def spread(self, values: Tensor) -> Tensor:
         """A number of each output channel, (out,), for the convolution's channels."""
-        times = self.block**2
+        times = math.prod(self.block)
         return values.repeat(times) if self.offsets_first else values.repeat_interleave(times)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """What the replaced layer gives, (N, out, H, W)."""
+        """What the replaced layer gives, (N, out, *sizes)."""
         spread = None if bias is None else self.spread(bias)
-        y = functional.conv2d(x, self.weight, spread, self.stride, self.padding, groups=groups)
-        if self.offsets_first:
-            y = y.unflatten(1, (self.block**2, -1)).transpose(1, 2).flatten(1, 2)
-        y = functional.pixel_shuffle(y, self.block)
-        top, bottom, left, right = self.crop
-        return y[:, :, top : y.shape[2] - bottom, left : y.shape[3] - right]
+        axes = len(self.block)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[axes - 1]
+        y = convolve(x, self.weight, spread, self.stride, self.padding, groups=groups)
+        first = (*self.block, -1) if self.offsets_first else (-1, *self.block)
+        y = y.unflatten(1, first)
+        y = y.movedim(axes + 1, 1) if self.offsets_first else y
+        y = y.permute(shuffled(axes))
+        y = y.reshape(*y.shape[:2], *(y.shape[at] * y.shape[at + 1] for at in range(2, y.dim(), 2)))
+        for axis in range(axes):
+            before, after = self.crop[2 * axis : 2 * axis + 2]
+            y = y.narrow(axis + 2, before, y.shape[axis + 2] - before - after)
+        return y
+
+
+def shuffled(axes: int) -> list[int]:
+    """The order of (N, out, *block, *sizes) in which each size stands before its offset."""
+    return [0, 1, *(at for axis in range(axes) for at in (2 + axes + axis, 2 + axis))]
 
 
 def transposed_as_conv(
     weight: Tensor,
     *,
-    stride: int,
-    padding: tuple[int, int],
-    output_padding: tuple[int, int] = (0, 0),
+    stride: int | tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...] | None = None,
     groups: int = 1,
 ) -> InBlocks:
-    """Rewrite a transposed convolution of dilation 1 and equal strides, exactly.
+    """Rewrite a transposed convolution of dilation 1 over one to three axes, exactly.
 
     With `k = stride * j + r`, output position `stride * t + r` of the uncropped result is
     `sum_j x[t - j] * weight[stride * j + r]`: one ordinary convolution for each offset r
@@ -199,10 +213,10 @@ def transposed_as_conv(
     come first among the channels.
 
     Args:
-        weight: (in, out / groups, kh, kw), of any dtype.
-        stride: of both axes, 1 or more.
-        padding: of (height, width), as `ConvTranspose2d` has it.
-        output_padding: of (height, width), less than the stride.
+        weight: (in, out / groups, *kernel), of any dtype.
+        stride: of each axis or of all, 1 or more.
+        padding: of each axis, as `ConvTranspose2d` has it.
+        output_padding: of each axis, less than the stride; None: 0.
         groups: of the convolution.
 
     >>> import torch
@@ -212,35 +226,41 @@ def transposed_as_conv(
     >>> torch.allclose(rewritten(x), expected, atol=1e-4)
     True
     """
+    axes = weight.dim() - 2
+    strides = (stride,) * axes if isinstance(stride, int) else tuple(stride)
+    extras = (0,) * axes if output_padding is None else output_padding
     taps, crops, fills = [], [], []
-    for kernel, pad, extra in zip(weight.shape[2:], padding, output_padding, strict=True):
-        count = -(-kernel // stride)
-        if extra > pad + count * stride - kernel:  # asks for rows beyond the kernel's reach
+    for kernel, step, pad, extra in zip(weight.shape[2:], strides, padding, extras, strict=True):
+        count = -(-kernel // step)
+        if extra > pad + count * step - kernel:  # asks for rows beyond the kernel's reach
             count += 1
         taps.append(count)
-        fills.append(count * stride - kernel)
-        crops.append((pad, pad + count * stride - kernel - extra))
-    full = functional.pad(weight, (0, fills[1], 0, fills[0]))
-    split = full.reshape(
-        groups, weight.shape[0] // groups, weight.shape[1], taps[0], stride, taps[1], stride
-    )
-    # (group, in, out, j, r, j', r') -> (group, out, r, r', in, j, j'), taps running backwards
-    order = (0, 4, 6, 2, 1, 3, 5) if groups == 1 else (0, 2, 4, 6, 1, 3, 5)
-    ordered = split.permute(order).flip((5, 6))
-    conv = ordered.reshape(-1, weight.shape[0] // groups, taps[0], taps[1]).contiguous()
-    padding = (taps[0] - 1, taps[1] - 1)
-    return InBlocks(conv, padding, stride, (*crops[0], *crops[1]), groups == 1)
+        fills.append(count * step - kernel)
+        crops += [pad, pad + count * step - kernel - extra]
+    full = functional.pad(weight, [size for fill in reversed(fills) for size in (0, fill)])
+    pairs = [size for pair in zip(taps, strides, strict=True) for size in pair]
+    split = full.reshape(groups, weight.shape[0] // groups, weight.shape[1], *pairs)
+    # (group, in, out, j, r, ...) -> (group, out, r, ..., in, j, ...), taps running backwards
+    tap, offset = range(3, 3 + 2 * axes, 2), range(4, 4 + 2 * axes, 2)
+    order = (0, *offset, 2, 1, *tap) if groups == 1 else (0, 2, *offset, 1, *tap)
+    ordered = split.permute(order).flip(tuple(range(-axes, 0)))
+    conv = ordered.reshape(-1, weight.shape[0] // groups, *taps).contiguous()
+    padding = tuple(count - 1 for count in taps)
+    return InBlocks(conv, padding, strides, tuple(crops), groups == 1)
 
 
-def conv_in_blocks(weight: Tensor, *, padding: tuple[int, int]) -> InBlocks:
-    """Rewrite a convolution of stride 1 so that it makes 2 x 2 pixels at a time, exactly.
+def conv_in_blocks(
+    weight: Tensor, *, padding: tuple[int, ...], block: tuple[int, ...] = (2, 2)
+) -> InBlocks:
+    """Rewrite a convolution of stride 1 so that it makes a block of outputs at a time, exactly.
 
-    The kernel stands at four places of a larger one, which is 0 elsewhere. The output must have an
-    even number of rows and columns.
+    The kernel stands at each offset of a larger one, which is 0 elsewhere. The block has to divide
+    the sizes of the output.
 
     Args:
-        weight: (out, in, kh, kw), of any dtype.
-        padding: of (height, width), as `Conv2d` has it.
+        weight: (out, in, *kernel), of any dtype.
+        padding: of each axis, as `Conv2d` has it.
+        block: one size for all axes, so that one stride serves them.
 
     >>> import torch
     >>> x, weight = torch.rand(2, 3, 6, 8), torch.rand(1, 3, 3, 3)
@@ -248,8 +268,20 @@ def conv_in_blocks(weight: Tensor, *, padding: tuple[int, int]) -> InBlocks:
     >>> torch.allclose(rewritten(x), functional.conv2d(x, weight, padding=1), atol=1e-5)
     True
     """
-    places = [functional.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
-    return InBlocks(torch.cat(places), padding, 2, (0, 0, 0, 0), offsets_first=True, stride=2)
+    offsets = itertools.product(*map(range, block))
+    places = [
+        functional.pad(
+            weight,
+            [
+                side
+                for at, size in reversed(list(zip(offset, block, strict=True)))
+                for side in (at, size - 1 - at)
+            ],
+        )
+        for offset in offsets
+    ]
+    crop = (0, 0) * len(block)
+    return InBlocks(torch.cat(places), padding, block, crop, offsets_first=True, stride=block[0])
 
 
 KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
@@ -257,17 +289,18 @@ TO_THE_END = np.iinfo(np.int64).max
 
 
 def rewrite_transposed(graph: Any, site: Site) -> str | None:
-    """Replace a ConvTranspose by Conv, DepthToSpace and Slice; returns why not, if it cannot."""
+    """Replace a ConvTranspose by Conv, a shuffle and Slice; returns why not, if it cannot."""
     node = site.node
     if (obstacle := _obstacle(site)) is not None:
         return obstacle
-    groups, block = attribute(node, "group", 1), attribute(node, "strides", [1])[0]
+    groups = attribute(node, "group", 1)
     assert isinstance(site.weight, IntegerWeight)
+    axes = site.weight.symbols.ndim - 2
     as_conv = transposed_as_conv(
         torch.from_numpy(site.weight.symbols),
-        stride=block,
-        padding=tuple(attribute(node, "pads", [0, 0])[:2]),
-        output_padding=tuple(attribute(node, "output_padding", [0, 0])),
+        stride=tuple(attribute(node, "strides", [1] * axes)),
+        padding=tuple(attribute(node, "pads", [0] * axes)[:axes]),
+        output_padding=tuple(attribute(node, "output_padding", [0] * axes)),
         groups=groups,
     )
     put_in_blocks(graph, site, as_conv, groups)
@@ -275,28 +308,38 @@ def rewrite_transposed(graph: Any, site: Site) -> str | None:
 
 
 def rewrite_narrow(graph: Any, site: Site) -> None:
-    """Let a Conv with few outputs make 2 x 2 pixels at a time, where its pictures are even."""
+    """Let a Conv with few outputs make 2 x 2 pixels, or up to 16 samples, at a time.
+
+    Only where its sizes are known, and multiples of these.
+    """
     node, weight = site.node, site.weight
     if node.op_type != "Conv":
         return
-    if not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
+    if not isinstance(weight, IntegerWeight) or weight.symbols.ndim not in (3, 4):
         return
-    padding, shape = plain_padding(node), node.outputs[0].shape
-    kernel, few = weight.symbols.shape[2:], 4 * weight.symbols.shape[0] <= KERNEL_CHANNELS
+    padding, shape = plain_padding(node, weight.symbols.ndim - 2), node.outputs[0].shape
     if padding is None or shape is None or attribute(node, "group", 1) > 1:
         return
-    if not (few and min(kernel) > 1):
+    sizes, outputs = list(shape[2:]), weight.symbols.shape[0]
+    if min(weight.symbols.shape[2:]) == 1 or not all(isinstance(size, int) for size in sizes):
         return
-    if all(isinstance(shape[axis], int) and shape[axis] % 2 == 0 for axis in (2, 3)):
-        symbols = torch.from_numpy(weight.symbols)
-        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=padding), 1)
+    axes = len(sizes)
+    fitting = [size for size in ((2,) if axes == 2 else (16, 8, 4)) if not _odd(sizes, size)]
+    fitting = [size for size in fitting if outputs * size**axes <= KERNEL_CHANNELS]
+    if fitting:
+        symbols, block = torch.from_numpy(weight.symbols), (fitting[0],) * axes
+        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=padding, block=block), 1)
 
 
-def plain_padding(node: Any) -> tuple[int, int] | None:
+def _odd(sizes: Sequence[int], block: int) -> bool:
+    return any(size % block for size in sizes)
+
+
+def plain_padding(node: Any, axes: int = 2) -> tuple[int, ...] | None:
     """The padding of a Conv of stride and dilation 1 that pads both ends alike, else None."""
-    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
-    ones = {*attribute(node, "strides", [1, 1]), *attribute(node, "dilations", [1, 1])} == {1}
-    return (pads[0], pads[1]) if ones and pads[:2] == pads[2:] else None
+    pads = list(attribute(node, "pads", [0, 0] * axes))
+    ones = {*attribute(node, "strides", [1]), *attribute(node, "dilations", [1])} == {1}
+    return tuple(pads[:axes]) if ones and pads[:axes] == pads[axes:] else None
 
 
 def put_in_blocks(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
@@ -310,21 +353,25 @@ def put_in_blocks(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> Non
 
 
 def _obstacle(site: Site) -> str | None:
-    node = site.node
-    strides = list(attribute(node, "strides", [1, 1]))
-    dilations = list(attribute(node, "dilations", [1, 1]))
-    pads = list(attribute(node, "pads", [0, 0, 0, 0]))
-    if not isinstance(site.weight, IntegerWeight):
+    node, weight = site.node, site.weight
+    if not isinstance(weight, IntegerWeight):
         return "a codebook has no int8 kernel"
-    if len(site.weight.symbols.shape) != 4:
-        return f"ConvTranspose over {len(strides)} axes has no int8 kernel"
-    if len(set(strides)) > 1 or set(dilations) != {1} or pads[:2] != pads[2:]:
+    axes = weight.symbols.ndim - 2
+    strides = list(attribute(node, "strides", [1] * axes))
+    dilations = list(attribute(node, "dilations", [1] * axes))
+    pads = list(attribute(node, "pads", [0, 0] * axes))
+    if set(dilations) != {1} or pads[:axes] != pads[axes:]:
         return (
             f"ConvTranspose with strides {strides}, dilations {dilations} has no int8 kernel: "
-            "only equal strides and dilation 1 can be rewritten"
+            "only dilation 1 can be rewritten"
         )
-    if site.weight.axis not in (None, 1):
+    if weight.axis not in (None, 1):
         return "its grid runs along the input channels, not the output channels"
+    known = node.inputs[0].shape is not None and all(
+        isinstance(size, int) for size in node.inputs[0].shape[2:]
+    )
+    if axes > 1 and not (known or (axes == 2 and len(set(strides)) == 1)):
+        return f"ConvTranspose with strides {strides} has no int8 kernel for inputs of any size"
     return None
 
 
@@ -338,7 +385,9 @@ def _as_conv_weight(weight: IntegerWeight, as_conv: InBlocks) -> IntegerWeight:
         if part.size == 1:
             return part
         steps = as_conv.spread(torch.from_numpy(part.reshape(-1))).numpy()
-        return np.tile(steps, len(as_conv.weight) // len(steps)).reshape(-1, 1, 1, 1)
+        return np.tile(steps, len(as_conv.weight) // len(steps)).reshape(
+            -1, *[1] * (as_conv.weight.dim() - 1)
+        )
 
     return replace(
         weight,
@@ -349,27 +398,56 @@ def _as_conv_weight(weight: IntegerWeight, as_conv: InBlocks) -> IntegerWeight:
 
 
 def _replace(graph: Any, node: Any, as_conv: InBlocks, groups: int) -> Any:
-    """Put the three nodes in place of one; returns the convolution."""
+    """Put the convolution, the shuffle and the crop in place of one; returns the convolution."""
     ir = require("onnx_ir", extra="onnx")
     scopes = dict(node.metadata_props)
     attributes = {
         "group": groups,
         "kernel_shape": list(as_conv.weight.shape[2:]),
         "pads": [*as_conv.padding, *as_conv.padding],
-        "strides": [as_conv.stride, as_conv.stride],
+        "strides": [as_conv.stride] * len(as_conv.block),
     }
     conv = ir.node("Conv", list(node.inputs), attributes, metadata_props=scopes)
-    nodes = [conv]
-    if as_conv.block > 1:
-        shuffle = {"blocksize": as_conv.block, "mode": "DCR" if as_conv.offsets_first else "CRD"}
-        nodes.append(
-            ir.node("DepthToSpace", [nodes[-1].outputs[0]], shuffle, metadata_props=scopes)
-        )
+    nodes = [conv, *_shuffle(graph, conv, as_conv, node.inputs[0].shape)]
     if any(as_conv.crop):
         bounds = _crop_bounds(graph, node.outputs[0].name, as_conv.crop)
-        nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *bounds], metadata_props=scopes))
+        nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *bounds]))
+    for one in nodes[1:]:
+        one.metadata_props.update(scopes)
     put_in_place_of(graph, node, nodes)
     return conv
+
+
+def _shuffle(graph: Any, conv: Any, as_conv: InBlocks, given: Any) -> list[Any]:
+    """Nodes that set the blocks apart; as runs of channels along one axis, else by sizes."""
+    ir = require("onnx_ir", extra="onnx")
+    block, axes = as_conv.block, len(as_conv.block)
+    if math.prod(block) == 1:
+        return []
+    if axes == 2 and len(set(block)) == 1:
+        mode = {"blocksize": block[0], "mode": "DCR" if as_conv.offsets_first else "CRD"}
+        return [ir.node("DepthToSpace", [conv.outputs[0]], mode)]
+    chain, out = Chain(graph, conv.outputs[0]), len(as_conv.weight) // math.prod(block)
+    if axes == 1 and as_conv.offsets_first:
+        chain.transpose([0, 2, 1])
+        chain.reshape([0, -1, out])
+        chain.transpose([0, 2, 1])
+    else:
+        made = [
+            -1 if axes == 1 else size + 2 * pad - taps + 1
+            for size, pad, taps in zip(
+                given[2:], as_conv.padding, as_conv.weight.shape[2:], strict=True
+            )
+        ]
+        chain.reshape([0, *block, out, *made] if as_conv.offsets_first else [0, out, *block, *made])
+        if as_conv.offsets_first:
+            chain.transpose([0, 1 + axes, *range(1, 1 + axes), *range(2 + axes, 2 + 2 * axes)])
+        chain.transpose(shuffled(axes))
+        sizes = [-1 if axes == 1 else size * step for size, step in zip(made, block, strict=True)]
+        chain.reshape([0, out, *sizes])
+    for node in chain.nodes:
+        node.metadata_props[SHUFFLE] = "DCR" if as_conv.offsets_first else "CRD"
+    return chain.nodes
 
 
 def put_in_place_of(graph: Any, node: Any, nodes: Sequence[Any]) -> Any:
@@ -383,10 +461,9 @@ def put_in_place_of(graph: Any, node: Any, nodes: Sequence[Any]) -> Any:
     return new
 
 
-def _crop_bounds(graph: Any, name: str, crop: tuple[int, int, int, int]) -> list[Any]:
-    top, bottom, left, right = crop
-    ends = [-bottom if bottom else TO_THE_END, -right if right else TO_THE_END]
-    parts = {"starts": [top, left], "ends": ends, "axes": [2, 3]}
+def _crop_bounds(graph: Any, name: str, crop: tuple[int, ...]) -> list[Any]:
+    starts, ends = list(crop[::2]), [-size if size else TO_THE_END for size in crop[1::2]]
+    parts = {"starts": starts, "ends": ends, "axes": list(range(2, 2 + len(starts)))}
     return [
         initializer(graph, f"{name}.crop_{part}", np.asarray(numbers, np.int64))
         for part, numbers in parts.items()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.conversion.axes import Axes, axes_of
 from lightning_compress.conversion.checks import (
     OnnxMismatchError,
     Parity,
@@ -21,12 +22,14 @@ from lightning_compress.conversion.checks import (
     check_int8,
 )
 from lightning_compress.conversion.int8 import RUNTIMES, int8_model
-from lightning_compress.conversion.program import onnx_program, plain_copy
+from lightning_compress.conversion.naming import check_names, rename
+from lightning_compress.conversion.program import onnx_program, plain_copy, with_next_sizes
 from lightning_compress.conversion.session import executed_ops, session_options
+from lightning_compress.conversion.signature import Signature, over_tensors, signature_of
+from lightning_compress.conversion.versions import Target, target_of
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.lost_grids import lost_grids
-from lightning_compress.sample_inputs import as_inputs
 
 __all__ = [
     "OnnxInfo",
@@ -76,6 +79,7 @@ def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: b
 
 PROTOBUF_LIMIT = 2**31 - 1
 CHECKED_BATCHES = 4  # of the calibration inputs
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,19 @@ class OnnxInfo:
 def export_onnx(
     module: nn.Module,
     path: str | Path,
-    sample: Tensor | tuple[Tensor, ...],
+    sample: Any,
     *,
     int8: bool = False,
-    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None = None,
+    calibration: Iterable[Any] | None = None,
     percentile: float = 100.0,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    batch: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dtype: str | None = None,
+    tolerance: float | None = None,
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    for_onnxruntime: str | None = None,
     runtime: str = RUNTIMES[0],
 ) -> OnnxInfo:
     """Write a module as one ONNX file and check it against PyTorch.
@@ -133,30 +143,45 @@ def export_onnx(
     calibration. Layers with an input grid, trained or calibrated, multiply in int8: transposed
     convolutions as convolutions (for ONNX Runtime also linear layers with many outputs of few
     inputs), and one behind nearest-neighbour upsampling in front of it, where sums of its weights
-    fit. Others store whole numbers and multiply as floats, see `OnnxInfo.reasons`. Open such a
-    file with `onnx_session`.
+    fit. Others store whole numbers and multiply as floats, see `OnnxInfo.reasons`; a warning
+    counts those that need not. Of a module after `quantize_dynamic`, products round what they
+    read as they run. Open such a file with `onnx_session`.
 
     Args:
-        module: takes the sample as positional arguments; returns tensors, possibly nested.
+        module: gives tensors, or tuples, dicts, dataclasses or distributions of them; the file's
+            outputs have their keys and fields as names.
         path: of the file; it appears only when the check has passed.
-        sample: inputs; axis 0 is the batch and is dynamic in the file.
+        sample: a tensor, a tuple of arguments, a dict of keyword arguments, or a tuple that ends
+            with one; an argument may be a dict of tensors. Axis 0 is the batch and is dynamic in
+            the file; tensors without axes have none.
         int8: store and multiply whole numbers where that can be.
         calibration: for `int8`, inputs that show the range of activations without a grid.
         percentile: share of those activations, in percent, that a range holds at either end.
-        opset: ONNX operator set version; None leaves the choice to the exporter (int8: 21).
+        dynamic: input -> axis -> name, of further axes that may have any size; checked at a second
+            size. `{"table": {}}` says that axis 0 of this input is no batch.
+        batch: the batch size that the file is to have; None: any.
+        input_names: in place of the names of forward's parameters.
+        output_names: in place of keys, fields and the exporter's own names.
+        dtype: "float32" or "float16": what the file computes in; None: what the module does.
         tolerance: largest absolute difference from PyTorch, at the sample's and at other batch
-            sizes. Where activations are rounded, the measure is one step of the output's grid.
+            sizes; None: 1e-4, in float16 1 % of the largest output. Where activations are
+            rounded, the measure is a step of the output's grid, and what lies within a given
+            tolerance is right in any case.
+        opset: ONNX operator set version; None leaves the choice to the exporter (int8: 21). Below
+            21 weights of 2 to 4 bits take a byte each.
+        for_onnxruntime: the oldest ONNX Runtime that has to read the file, such as "1.17": its
+            opset, its IR version, and int4 only where it runs (from 1.23 on).
         runtime: "onnxruntime" or "openvino": which one an int8 file is to be fastest in. Both
             run either file; where OpenVINO, if it is installed, cannot and was not asked for, a
             warning says why and `OnnxInfo.parity` leaves it out.
 
     Raises:
         OnnxMismatchError: when the file's outputs differ by more than `tolerance`, or by more than
-            a step.
-        ValueError: when the inputs do not share a batch size or the module fixes it, the opset
-            cannot be reached, the calibration is empty, not finite or given without `int8`, the
-            file would exceed 2 GiB, or numbers or a layer have no place in it (bfloat16; with
-            `int8` all but float32; an LSTM with a projection).
+            a step, or there is nothing to compare.
+        ValueError: when the inputs do not share a batch size or the module fixes it, draws random
+            numbers or cannot be followed, the opset cannot be reached, the calibration is empty,
+            not finite or given without `int8`, the file would exceed 2 GiB, or numbers or a layer
+            have no place in it (bfloat16; with `int8` all but float32; an LSTM with a projection).
         MissingExtraError: when onnx, onnxscript or onnxruntime is not installed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -165,73 +190,128 @@ def export_onnx(
         raise ValueError(f"runtime={runtime!r}: valid are {list(RUNTIMES)}")
     if calibration is not None and not int8:
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
-    inputs = tuple(part.detach().cpu() for part in as_inputs(sample))
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance!r} must be 0 or more")
+    target = target_of(for_onnxruntime, opset, int8=int8)
     plain = plain_copy(module)
+    signature, leaves = signature_of(plain, sample)
+    inputs = tuple(part.detach().cpu() for part in leaves)
+    check_names("input_names", input_names, len(inputs))
+    plain, inputs = _in_dtype(plain, inputs, dtype, int8=int8)
     refuse_unsupported(plain, inputs, int8=int8)
+    axes = axes_of(signature.names, inputs, dynamic, batch)
+    names = over_tensors(plain, signature, inputs)
+    axes = with_next_sizes(plain, inputs, axes)
+    check_names("output_names", output_names, len(names) if names else len(output_names or ()))
+    given = tuple(input_names or signature.names)
+    if both := set(given) & set(output_names or ()):
+        raise ValueError(f"output_names: {sorted(both)} are names of inputs already")
+    job = _Job(
+        Path(path),
+        inputs,
+        axes,
+        given,
+        # An output with the key of an input needs a name of its own in a graph.
+        tuple(output_names or (f"{one}_out" if one in given else one for one in names)),
+        target,
+        tolerance,
+    )
     if int8:
         if text := lost_grids(module):
             warnings.warn(f"stored on new grids of 8 bits: {text}", stacklevel=2)
+        batches = None if calibration is None else _tensors_of(calibration, signature, module)
         return _export_int8(
-            module,
-            plain,
-            Path(path),
-            inputs,
-            opset=opset,
-            calibration=calibration,
-            percentile=percentile,
-            tolerance=tolerance,
-            runtime=runtime,
+            module, plain, job, calibration=batches, percentile=percentile, runtime=runtime
         )
-    model = onnx_program(plain, inputs, opset).model
-    proto = _proto(model, Path(path))
+    program, axes = onnx_program(plain, inputs, target.opset, axes)
+    proto = _proto(program.model, replace(job, axes=axes))
     data = proto.SerializeToString()
-    error = check_float(plain, data, inputs, tolerance, Path(path))
-    write_atomically(Path(path), data, what="the ONNX file", parents=True)
+    error = check_float(plain, data, axes.batches(inputs), tolerance, job.path)
+    write_atomically(job.path, data, what="the ONNX file", parents=True)
     return OnnxInfo(
-        **_facts(proto, Path(path), data), max_abs_error=error, float_ops=_float_ops(proto)
+        **_facts(proto, job.path, data), max_abs_error=error, float_ops=_float_ops(proto)
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked of a file."""
+
+    path: Path
+    inputs: tuple[Tensor, ...]
+    axes: Axes
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    target: Target
+    tolerance: float | None
+
+
+def _in_dtype(
+    plain: nn.Module, inputs: tuple[Tensor, ...], dtype: str | None, *, int8: bool
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    if dtype is None:
+        return plain, inputs
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: valid are {list(DTYPES)}, or None as the module is")
+    if int8 and dtype != "float32":
+        raise ValueError(f"dtype={dtype!r}: int8=True computes in whole numbers and float32")
+    to = DTYPES[dtype]
+    return plain.to(to), tuple(one.to(to) if one.is_floating_point() else one for one in inputs)
+
+
+def _tensors_of(
+    calibration: Iterable[Any], signature: Signature, module: nn.Module
+) -> Iterator[tuple[Tensor, ...]]:
+    for one in calibration:
+        found = tuple(one) if isinstance(one, list) else one
+        yield tuple(part.detach().cpu() for part in signature.flat(found, module))
 
 
 def _export_int8(
     module: nn.Module,
     plain: nn.Module,
-    path: Path,
-    inputs: tuple[Tensor, ...],
+    job: _Job,
     *,
-    opset: int | None,
-    calibration: Iterable[Tensor | tuple[Tensor, ...]] | None,
+    calibration: Iterable[tuple[Tensor, ...]] | None,
     percentile: float,
-    tolerance: float,
     runtime: str,
 ) -> OnnxInfo:
+    inputs, path = job.inputs, job.path
     shown: list[tuple[Tensor, ...]] = []
     if calibration is not None:
         batches = iter(calibration)
         first = list(islice(batches, CHECKED_BATCHES))
-        shown, calibration = [as_inputs(one) for one in first], chain(first, batches)
-    shown = [*check_batches(inputs), *shown]
+        shown, calibration = first, chain(first, batches)
+    shown = [*check_batches(inputs, job.axes), *shown]
     built = int8_model(
         module,
         plain,
         inputs,
-        opset=opset,
+        job.axes,
+        target=job.target,
         calibration=calibration,
         percentile=percentile,
         shown=shown,
         runtime=runtime,
     )
-    protos = [_proto(model, path) for model in built.models]
+    job = replace(job, axes=built.axes)
+    shown = [*check_batches(inputs, job.axes), *shown[-CHECKED_BATCHES:]]
+    protos = [_proto(model, job) for model in built.models]
     settings = session_options({entry.key: entry.value for entry in protos[0].metadata_props})
     files = [proto.SerializeToString() for proto in protos]
     parity: dict[str, Parity] = {}
     data = files[0]
     if built.rounds:
-        data, parity = check_int8(built, files, settings, shown, path, runtime=runtime)
+        data, parity = check_int8(
+            built, files, settings, shown, path, runtime=runtime, tolerance=job.tolerance
+        )
         error = parity["onnxruntime"].max_abs_error
     else:
-        error = check_float(plain, data, inputs, tolerance, path, settings)
+        error = check_float(plain, data, job.axes.batches(inputs), job.tolerance, path, settings)
     whole, floats = executed_ops(data, settings)
     write_atomically(path, data, what="the ONNX file", parents=True)
+    if built.warning:
+        warnings.warn(f"{path}: {built.warning}", stacklevel=3)
     return OnnxInfo(
         **_facts(protos[0], path, data),
         max_abs_error=error,
@@ -244,7 +324,7 @@ def _export_int8(
     )
 
 
-def _proto(model: Any, path: Path) -> Any:
+def _proto(model: Any, job: _Job) -> Any:
     """The model as it is written: checked, small enough, without traces of where it was made."""
     onnx, ir = require("onnx", extra="onnx"), require("onnx_ir", extra="onnx")
     common = require("onnx_ir.passes.common", extra="onnx")
@@ -253,8 +333,31 @@ def _proto(model: Any, path: Path) -> Any:
     model.metadata_props.update({k: v for k, v in options.items() if k.startswith("session.")})
     proto = ir.to_proto(model)
     if proto.ByteSize() > PROTOBUF_LIMIT:
-        raise ValueError(f"{path} would take {proto.ByteSize()} bytes; a single file ends at 2 GiB")
+        size = proto.ByteSize()
+        raise ValueError(f"{job.path} would take {size} bytes; a single file ends at 2 GiB")
+    proto = _in_version(proto, job.target)
+    check_names("output_names", job.output_names or None, len(proto.graph.output))
+    rename(
+        proto, job.input_names, job.output_names or [""] * len(proto.graph.output), job.axes.free
+    )
     onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _in_version(proto: Any, target: Target) -> Any:
+    """The model in an older opset, and marked as of an older format, where one is asked for."""
+    onnx = require("onnx", extra="onnx")
+    actual = next(one.version for one in proto.opset_import if one.domain == "")
+    if target.opset is not None and target.opset < actual:
+        try:
+            proto = onnx.version_converter.convert_version(proto, target.opset)
+        except Exception as error:
+            reason = str(error).splitlines()[0].rpartition("failed: ")[2]
+            raise ValueError(
+                f"opset {target.opset} cannot be reached from opset {actual}: {reason}"
+            ) from error
+    if target.ir is not None:
+        proto.ir_version = min(proto.ir_version, target.ir)
     return proto
 
 

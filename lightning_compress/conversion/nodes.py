@@ -16,6 +16,7 @@ from lightning_compress.grids import AffineGrid
 
 __all__ = [
     "MOVES",
+    "SHUFFLE",
     "Site",
     "attribute",
     "constant",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+SHUFFLE = "lightning_compress.shuffle"  # on nodes that set blocks of outputs apart
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Operators that hand values on as they are: rounding before them or after them is the same.
 MOVES = ("DepthToSpace", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze")
@@ -50,6 +52,7 @@ class Site:
         output_grid: of `output`, when the layer rounds it itself.
         why_float: why calibration gives its layer no grids; empty where it does.
         whole: whether it multiplies whole numbers, in a runtime that has the kernels.
+        dynamic: whether it rounds what it reads over each call's own range.
     """
 
     path: str
@@ -62,6 +65,7 @@ class Site:
     output_grid: AffineGrid | None = None
     why_float: str = ""
     whole: bool = False
+    dynamic: bool = False
 
     @property
     def channel_axis(self) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_compress.conversion.integer_weights import IntegerWeight
 from lightning_compress.conversion.nodes import (
+    SHUFFLE,
     Site,
     attribute,
     constant,
@@ -34,6 +35,7 @@ __all__ = [
     "output_points",
     "round_inputs",
     "round_output",
+    "set_apart",
 ]
 ELEMENTWISE = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh")
 
@@ -48,7 +50,9 @@ def norm_behind(site: Site) -> tuple[Any, int] | None:
         return None
     value = site.output
     node = only_use(value)
-    while is_move(node) and node.op_type in ("DepthToSpace", "Slice", "Reshape"):
+    while is_move(node) and (
+        node.op_type in ("DepthToSpace", "Slice", "Reshape") or SHUFFLE in node.metadata_props
+    ):
         value = node.outputs[0]
         node = only_use(value)
     if node is None or node.op_type != "BatchNormalization":
@@ -101,11 +105,10 @@ def norm_factors(norm: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def _offsets_first(site: Site) -> bool:
     """Whether a rewritten transposed convolution's channels are `(i, j, out)`."""
     node = only_use(site.output)
-    return (
-        node is not None
-        and node.op_type == "DepthToSpace"
-        and attribute(node, "mode", "DCR") == "DCR"
-    )
+    if node is None:
+        return False
+    shuffle = attribute(node, "mode", "DCR") if node.op_type == "DepthToSpace" else None
+    return node.metadata_props.get(SHUFFLE, shuffle) == "DCR"
 
 
 def _numbers(value: Any) -> NDArray[np.float64]:
@@ -271,6 +274,22 @@ def _round(
         node = source.producer()
 
 
+def set_apart(graph: Any, value: Any) -> None:
+    """Put an operator that changes nothing between a float product and its rounding.
+
+    ONNX Runtime would see the product between two roundings and quantize its float weight, of
+    which it knows no grid (`WeightBiasQuantization`).
+    """
+    if value.is_graph_output():
+        return
+    ir = require("onnx_ir", extra="onnx")
+    least = initializer(graph, "least", np.asarray(-np.inf, np.float32))
+    node = ir.node("Max", [value, least])
+    value.replace_all_uses_with(node.outputs[0])
+    node.replace_input_with(0, value)
+    graph.insert_after(value.producer(), node)
+
+
 def _become_output(graph: Any, old: Any, new: Any) -> None:
     for index, value in enumerate(graph.outputs):
         if value is old:
@@ -308,6 +327,6 @@ def _pair(graph: Any, value: Any, grid: AffineGrid) -> Any:
 
 def _scale_and_zero(graph: Any, step: float, zero: int) -> list[Any]:
     return [
-        initializer(graph, f"scale_{step!r}", np.asarray(step, np.float32)),
+        initializer(graph, f"scale_{np.float32(step)!s}", np.asarray(step, np.float32)),
         initializer(graph, f"zero_{zero}", np.asarray(zero, np.uint8)),
     ]

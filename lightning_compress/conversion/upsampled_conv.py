@@ -112,6 +112,7 @@ def rewrite_enlarged(graph: Any, site: Site) -> bool:
     factor, padding = _gain(site), plain_padding(site.node)
     if factor is None or padding is None or not isinstance(site.weight, IntegerWeight):
         return False
+    padding = (padding[0], padding[1])
     node, groups = site.node, attribute(site.node, "group", 1)
     symbols = torch.from_numpy(site.weight.symbols)
     as_conv = enlarged_as_conv(symbols, factor=factor, padding=padding, groups=groups)

@@ -22,6 +22,7 @@ from lightning_compress.conversion.integer_weights import (
 from lightning_compress.conversion.nodes import Site, modules_of
 from lightning_compress.conversion.qdq import grid_key, initializer
 from lightning_compress.conversion.session import FOLD_WEIGHTS
+from lightning_compress.conversion.versions import Target
 from lightning_compress.errors import require
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -115,6 +116,7 @@ def _pair_is_cut_off(values: NDArray[np.int32], weights: NDArray[np.int32]) -> b
 MARK = "lightning_compress.weight"
 LARGEST_INT32 = 2**31 - 1
 LONG = 1024
+FEW = 24  # numbers that take no more room than an operator that repeats one
 
 
 def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
@@ -224,7 +226,11 @@ def _run_length(vector: NDArray) -> int:
 
 
 def rewrite_storage(
-    graph: Any, weights: Mapping[str, StoredWeight], *, whole: Mapping[str, bool]
+    graph: Any,
+    weights: Mapping[str, StoredWeight],
+    *,
+    whole: Mapping[str, bool],
+    four_bits: bool = True,
 ) -> None:
     """Give weights the form that runs: the optimizer is through and can evaluate nothing of it.
 
@@ -236,23 +242,40 @@ def rewrite_storage(
         graph: holds the nodes that `place_weight` made.
         weights: by the name they were placed under.
         whole: those that multiply as whole numbers -> whether as uint8 around 128.
+        four_bits: whether there are 4-bit numbers to store in; else a byte holds each.
     """
     for node in list(graph):
         _shorten_bias(graph, node)
+        _give_bias_zeros(graph, node)
         name = node.metadata_props.get(MARK)
         if name is None:
             continue
         weight = weights[name]
         if isinstance(weight, CodebookWeight):
-            _look_up(graph, node, name, weight)
+            _look_up(graph, node, name, weight, four_bits=four_bits)
             continue
-        if _add_up(graph, node, name, weight, around_128=whole.get(name, False)):
+        around_128 = whole.get(name, False)
+        if _add_up(graph, node, name, weight, around_128=around_128, four_bits=four_bits):
             continue
-        _pack(graph, node, name, weight)
+        if four_bits:
+            _pack(graph, node, name, weight)
         if name in whole:
             _give_zero_point(graph, node, name, weight, around_128=whole[name])
-        elif whole:
+        elif whole and not _is_between_roundings(node):
             _multiply_out(graph, node, name, weight)
+
+
+def _is_between_roundings(node: Any) -> bool:
+    """Whether a weight's product reads rounded numbers.
+
+    ONNX Runtime quantizes the float weight of such a product anew, over its own range
+    (`WeightBiasQuantization`), unless the weight comes from a DequantizeLinear.
+    """
+    for use in node.outputs[0].uses():
+        given = use.node.inputs[0].producer()
+        if use.idx == 1 and given is not None and given.op_type == "DequantizeLinear":
+            return True
+    return False
 
 
 def _shorten_bias(graph: Any, node: Any) -> None:
@@ -265,6 +288,25 @@ def _shorten_bias(graph: Any, node: Any) -> None:
         _drop_input(
             graph, node, 2, repeated(graph, node, f"{old.name}.short", old.const_value.numpy())
         )
+
+
+def _give_bias_zeros(graph: Any, node: Any) -> None:
+    """Zero points of 0 for a bias: without them ONNX Runtime cannot write its own format."""
+    whole = node.inputs[0].const_value if node.op_type == "DequantizeLinear" else None
+    if whole is None or len(node.inputs) > 2 or whole.dtype.name != "INT32":
+        return
+    size = whole.shape[0]
+    if size <= FEW:
+        value = initializer(graph, f"zeros_{size}", np.zeros(size, np.int32))
+    else:
+        ir = require("onnx_ir", extra="onnx")
+        value = initializer(graph, "zeros_1", np.zeros(1, np.int32))
+        shape = initializer(graph, f"shape_{size}", np.asarray([size], np.int64))
+        expand = ir.node("Expand", [value, shape])
+        graph.insert_before(node, expand)
+        value = expand.outputs[0]
+    node.resize_inputs(3)
+    node.replace_input_with(2, value)
 
 
 def _give_zero_point(
@@ -331,7 +373,15 @@ def _pack(graph: Any, node: Any, name: str, weight: IntegerWeight) -> None:
     _drop_input(graph, node, 0, _cast(graph, node, value, "INT8"))
 
 
-def _add_up(graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_128: bool) -> bool:
+def _add_up(
+    graph: Any,
+    node: Any,
+    name: str,
+    weight: IntegerWeight,
+    *,
+    around_128: bool,
+    four_bits: bool,
+) -> bool:
     """Store the fewer numbers that a kernel is made of, and have them added up at session start."""
     small = None
     if weight.summed is not None:
@@ -339,7 +389,7 @@ def _add_up(graph: Any, node: Any, name: str, weight: IntegerWeight, *, around_1
     if small is None or weight.summed is None or len(node.inputs) > 2:
         return False
     ir = require("onnx_ir", extra="onnx")
-    if INT4[0] <= small.min(initial=0) and small.max(initial=0) <= INT4[1]:
+    if four_bits and INT4[0] <= small.min(initial=0) and small.max(initial=0) <= INT4[1]:
         stored = _int4(graph, f"{name}.int4", small, "int4")
     else:
         stored = initializer(graph, f"{name}.taps", small.astype(np.int8))
@@ -397,10 +447,10 @@ def _multiply_out(graph: Any, node: Any, name: str, weight: IntegerWeight) -> No
     _replace(graph, node, times)
 
 
-def _look_up(graph: Any, node: Any, name: str, weight: CodebookWeight) -> None:
+def _look_up(graph: Any, node: Any, name: str, weight: CodebookWeight, *, four_bits: bool) -> None:
     ir = require("onnx_ir", extra="onnx")
     index = node.inputs[0]
-    if weight.centres.size <= 16:
+    if four_bits and weight.centres.size <= 16:
         index = _int4(graph, f"{name}.uint4", weight.index, "uint4")
     centres = initializer(graph, f"{name}.centres", weight.centres)
     _replace(graph, node, ir.node("Gather", [centres, _cast(graph, node, index, "INT32")]))
@@ -418,6 +468,7 @@ def _replace(graph: Any, old: Any, new: Any) -> None:
             del graph.initializers[value.name]
 
 
+HIGH = 64
 RECURRENT = ("Slice", "Unsqueeze", "Concat", "GRU", "LSTM", "RNN")
 
 
@@ -426,17 +477,19 @@ def finished_models(
     sites: Sequence[Site],
     stored: Mapping[str, StoredWeight],
     seen: Mapping[str, NDArray],
+    target: Target,
     *,
     channels_last: bool = True,
 ) -> tuple[list[Any], dict[str, str]]:
     """Store the weights; returns the finished models and why some weights multiply as floats.
 
     The first model is the fastest. A second one, if there is one, cuts off no sum on CPUs without
-    VNNI either: more of its weights stand around 128. In both, those do whose inputs do not rest
-    at 0, since sums of such inputs are large all the time. The optimizer stores equal weights once,
-    so that all products of one parameter have it alike.
+    VNNI either: more of its weights stand around 128. In both, those do whose inputs rest far from
+    0, since sums of such inputs are large all the time; behind a LeakyReLU they do not. The
+    optimizer stores equal weights once, so that all products of one parameter have it alike.
     """
     graph = model.graph
+    _check_zero_points(sites, target)
     placed: dict[str, StoredWeight] = {}
     risky: set[str] = set()
     shifted: set[str] = set()
@@ -451,7 +504,7 @@ def finished_models(
             continue
         if is_cut_off(site.weight, site.node.op_type, seen, site.path):
             risky.add(site.parameter)
-        if site.input_grid is not None and bool(site.input_grid.zero_point.any()):
+        if site.input_grid is not None and _rests_high(site.input_grid):
             shifted.add(site.parameter)
     whole = {site.parameter for site in sites if site.whole}
     parameters = {name: site.parameter for name, site in zip(placed, sites, strict=True)}
@@ -465,8 +518,27 @@ def finished_models(
     levels = [risky & shifted] + ([risky] if risky - shifted else [])
     copies = [model, *(ir.from_proto(ir.to_proto(model)) for _ in levels[1:])]
     for one, around_128 in zip(copies, levels, strict=True):
-        _finish(one, placed, {name: whose in around_128 for name, whose in parameters.items()})
+        around = {name: whose in around_128 for name, whose in parameters.items()}
+        _finish(one, placed, around, target)
     return copies, reasons
+
+
+def _rests_high(grid: AffineGrid) -> bool:
+    """Whether zeros alone, times two large weights, come to half of what 16 bits hold."""
+    return int(grid.zero_point.max()) * 2 ** (8 - grid.bits) > HIGH
+
+
+def _check_zero_points(sites: Sequence[Site], target: Target) -> None:
+    """Refuse what an older ONNX Runtime has no kernel for."""
+    for site in sites:
+        if target.several_zero_points or not site.whole:
+            continue
+        zero = site.weight.encoded()[2] if isinstance(site.weight, IntegerWeight) else None
+        if zero is not None and (zero != zero.flat[0]).any():
+            raise ValueError(
+                f"for_onnxruntime={target.name!r}: {site.parameter} has a zero point a channel, "
+                'which runs from 1.27 on: quantize with scheme="symmetric" or per_channel=False'
+            )
 
 
 def _place_others(
@@ -502,9 +574,16 @@ def _why_alone(nodes: Sequence[Any]) -> str:
     return f"no product of a layer in {scopes}: its weights alone are whole numbers"
 
 
-def _finish(model: Any, placed: Mapping[str, StoredWeight], whole: Mapping[str, bool]) -> None:
+def _finish(
+    model: Any,
+    placed: Mapping[str, StoredWeight],
+    whole: Mapping[str, bool],
+    target: Target,
+) -> None:
     common = require("onnx_ir.passes.common", extra="onnx")
-    rewrite_storage(model.graph, placed, whole=whole)
+    rewrite_storage(model.graph, placed, whole=whole, four_bits=target.four_bits)
+    if not target.several_zero_points:
+        _clip_in_place_of_min(model.graph)
     model.graph.sort()
     for cleaner in (common.RemoveUnusedNodesPass(), common.ClearMetadataAndDocStringPass()):
         cleaner(model)
@@ -513,11 +592,25 @@ def _finish(model: Any, placed: Mapping[str, StoredWeight], whole: Mapping[str, 
         model.metadata_props[FOLD_WEIGHTS] = "1"
 
 
+def _clip_in_place_of_min(graph: Any) -> None:
+    """The least of two uint8 has a kernel from ONNX Runtime 1.27 on, a clip before that."""
+    ir = require("onnx_ir", extra="onnx")
+    for node in list(graph):
+        if node.op_type == "Min":
+            clip = ir.node("Clip", [node.inputs[0], None, node.inputs[1]])
+            graph.insert_before(node, clip)
+            node.outputs[0].replace_all_uses_with(clip.outputs[0])
+            graph.remove(node, safe=True)
+
+
 def _drop_notes(graph: Any) -> None:
-    """Names of nodes and shapes of values in between: a tenth of a small model's file."""
+    """Long names of nodes and shapes of values in between: a tenth of a small model's file.
+
+    Tools that show, profile or convert a file need some name for each node.
+    """
     kept = set(graph.outputs)
-    for node in graph:
-        node.name = None
+    for number, node in enumerate(graph):
+        node.name = f"n{number}"
         for value in node.outputs:
             if value not in kept:
                 value.shape = value.type = None

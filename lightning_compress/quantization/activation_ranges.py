@@ -25,13 +25,24 @@ __all__ = [
     "calibrate",
 ]
 
+# What hands values on as they are, by autograd's names.
+MOVES = ("View", "UnsafeView", "ReshapeAlias", "Reshape", "Transpose", "T", "Permute", "Alias")
+MOVES += ("Squeeze", "Unsqueeze", "Slice", "Expand", "Clone", "ToCopy", "NativeDropout")
+MOVES += ("MaxPool2DWithIndices", "MaxPool3DWithIndices", "PixelShuffle")
+MOVES += ("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D")
+
 
 class LastLayers:
     """Finds them in autograd's graph, from forward passes that run anyway.
 
+    An integer product rounds what it gives. Where only moves and a ReLU stand between it and the
+    products that read it, their input grids say how; where a LeakyReLU, a norm or an addition
+    stands there, it needs a grid of its own: behind its BatchNorm, which is folded into it.
+
     Args:
         layers: by path.
         parts: paths of the networks that ship; what one of them gives another is an output.
+        norms: BatchNorm layers by path.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     >>> finder = LastLayers({"0": net[0], "2": net[2]})
@@ -41,15 +52,27 @@ class LastLayers:
     >>> finder.stop()
     """
 
-    def __init__(self, layers: dict[str, nn.Module], parts: Sequence[str] = ("",)) -> None:
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        parts: Sequence[str] = ("",),
+        norms: dict[str, nn.Module] | None = None,
+    ) -> None:
         self.part_of = {path: _part(path, parts) for path in layers}
         self._outputs: dict[Any, str] = {}  # autograd nodes of this step
         self._inputs: list[tuple[Any, str]] = []
         self._feeds: set[str] = set()  # layers whose output reaches another one
         self._seen: set[str] = set()
+        self._bare: set[str] = set()  # whose output something else than a reader's grid follows
+        self._without_kernel: set[str] = set()  # products that give floats in any case
+        self._normed: dict[
+            Any, tuple[str, Any]
+        ] = {}  # what a norm gives -> its path, what it reads
         self._handles: list[RemovableHandle] = []
         for path, layer in layers.items():
             self._hook(path, layer)
+        for path, norm in (norms or {}).items():
+            self._hook_norm(path, norm)
 
     def _hook(self, path: str, layer: nn.Module) -> None:
         def entered(x: Tensor) -> Tensor:
@@ -60,16 +83,34 @@ class LastLayers:
         def left(x: Tensor) -> Tensor:
             if x.grad_fn is not None:
                 self._outputs[x.grad_fn] = path
+                if isinstance(layer, nn.Linear) and x.dim() != 2:
+                    self._without_kernel.add(path)
                 self._seen.add(path)
             return x
 
         self._handles += [hook_input(layer, entered), hook_output(layer, left)]
 
+    def _hook_norm(self, path: str, norm: nn.Module) -> None:
+        given: list[Any] = []
+
+        def entered(x: Tensor) -> Tensor:
+            given[:] = [x.grad_fn]
+            return x
+
+        def left(x: Tensor) -> Tensor:
+            if x.grad_fn is not None and given and given[0] is not None:
+                self._normed[x.grad_fn] = (path, given[0])
+            given.clear()
+            return x
+
+        self._handles += [hook_input(norm, entered), hook_output(norm, left)]
+
     def look(self) -> bool:
         """Read what ran since the last look, and let go of it: whether all layers have run."""
         for start, path in self._inputs:
             self._walk(start, path)
-        self._outputs, self._inputs = {}, []
+            self._find_bare(start)
+        self._outputs, self._inputs, self._normed = {}, [], {}
         return self._seen == set(self.part_of)
 
     def _walk(self, start: Any, path: str) -> None:
@@ -85,6 +126,37 @@ class LastLayers:
                     visited.add(before)
                     waiting.append(before)
 
+    def _find_bare(self, start: Any) -> None:
+        """Go back from what a product reads; note sources that more than moves follow."""
+        waiting, visited = [(start, False)], {(start, False)}
+        while waiting:
+            node, changed = waiting.pop()
+            source = self._outputs.get(node)
+            if source is None and node in self._normed:
+                norm, given = self._normed[node]
+                source = norm if self._behind_moves(given) is not None else None
+            if source is not None:
+                if changed:
+                    self._bare.add(source)
+                continue
+            changed = changed or _kind(node) not in (*MOVES, "Relu")
+            for before, _ in node.next_functions:
+                if before is not None and (before, changed) not in visited:
+                    visited.add((before, changed))
+                    waiting.append((before, changed))
+
+    def _behind_moves(self, node: Any) -> str | None:
+        """The product that gives a value, through moves; None where there is another operation."""
+        while node not in self._outputs:
+            if _kind(node) not in MOVES or node.next_functions[0][0] is None:
+                return None
+            node = node.next_functions[0][0]
+        return self._outputs[node]
+
+    def bare(self) -> list[str]:
+        """Layers and norms that are not the last, and need a grid of what they give."""
+        return sorted(self._bare - self._without_kernel - set(self.found()))
+
     def found(self) -> list[str]:
         """The last layers among those that ran."""
         return [path for path in self.part_of if path in self._seen - self._feeds]
@@ -95,6 +167,11 @@ class LastLayers:
             handle.remove()
         self._handles.clear()
         self._outputs, self._inputs = {}, []
+
+
+def _kind(node: Any) -> str:
+    """`"Relu"` of `ReluBackward0`."""
+    return type(node).__name__.partition("Backward")[0]
 
 
 def _part(path: str, parts: Sequence[str]) -> str:
@@ -201,16 +278,17 @@ class Activation:
 
 
 class ActivationQuantizer:
-    """Inputs of layers on grids, and outputs of the last ones.
+    """Inputs of layers on grids, and outputs of the last ones and of those that no reader rounds.
 
     Args:
         layers: by path.
+        norms: BatchNorm layers by path; what one behind a layer gives may need the grid.
         parts: paths of the networks that ship, each with last layers of its own.
         bits: 2 to 8.
         observer: a name in `OBSERVERS`.
         clip_lr: see `Activation`.
 
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 1))
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Flatten(), nn.Linear(2, 1))
     >>> side = ActivationQuantizer({"0": net[0], "2": net[2]})
     >>> side.attach()
     >>> _ = net(torch.ones(1, 2)); side.step(); side.freeze(); side.leave_grids(); side.detach()
@@ -224,16 +302,18 @@ class ActivationQuantizer:
         layers: dict[str, nn.Module],
         *,
         parts: Sequence[str] = ("",),
+        norms: dict[str, nn.Module] | None = None,
         bits: int = 8,
         observer: str = "minmax",
         clip_lr: float | None = None,
     ) -> None:
         self.layers, self.parts = layers, parts
+        self.norms = _norms_beside(layers, norms)
         self._rules: dict[str, Any] = {"bits": bits, "observer": observer}
         self._clip_lr = clip_lr
         self.inputs = {path: self._input() for path in layers}
-        # All are watched until it is known which are the last ones.
-        self.outputs = {path: self._output() for path in layers}
+        # All are watched until it is known which give on a grid: the last ones, and the bare.
+        self.outputs = {path: self._output() for path in (*layers, *self.norms)}
         self.last: list[str] | None = None
         self.calibrating = False  # only watch, in any mode
         self._searching = True  # for the last layers
@@ -261,20 +341,25 @@ class ActivationQuantizer:
                     low, high = range_of_grid(grid)
                     one.observer.range = (float(low), float(high))
 
-    def change(self, layers: dict[str, nn.Module]) -> None:
-        """Go on with other layers, by path: those that are known keep their ranges.
+    def change(
+        self, layers: dict[str, nn.Module], norms: dict[str, nn.Module] | None = None
+    ) -> None:
+        """Go on with other layers and norms, by path: those that are known keep their ranges.
 
         Which are the last ones is looked for again; until it is known, those of before count.
         """
         attached = bool(self._handles)
-        same = {path for path, layer in layers.items() if self.layers.get(path) is layer}
+        beside = _norms_beside(layers, norms)
+        watched = self.layers | self.norms
+        same = {path for path, one in (layers | beside).items() if watched.get(path) is one}
         self.detach()
-        self.layers = layers
+        self.layers, self.norms = layers, beside
         self.inputs = {
             path: self.inputs[path] if path in same else self._input() for path in layers
         }
         self.outputs = {
-            path: self.outputs[path] if path in same else self._output() for path in layers
+            path: self.outputs[path] if path in same else self._output()
+            for path in (*layers, *beside)
         }
         if self.last is not None:
             self.last = [path for path in self.last if path in same]
@@ -290,9 +375,10 @@ class ActivationQuantizer:
     def attach(self) -> None:
         """Hook the layers."""
         if self._searching:
-            self._finder = LastLayers(self.layers, self.parts)
+            self._finder = LastLayers(self.layers, self.parts, self.norms)
         for path, layer in self.layers.items():
             self._handles.append(hook_input(layer, partial(self._enter, path)))
+        for path, layer in (self.layers | self.norms).items():
             if self._searching or path in (self.last or ()):
                 self._handles.append(hook_output(layer, partial(self._leave, path)))
 
@@ -305,10 +391,13 @@ class ActivationQuantizer:
 
     def _change(self, one: Activation, path: str, x: Tensor) -> Tensor:
         try:
-            changed = one.change(x, training=self.calibrating or self.layers[path].training)
+            changed = one.change(x, training=self.calibrating or self._is_training(path))
         except ValueError as error:
             raise FloatingPointError(_DIVERGED.format(path)) from error
         return x if self.calibrating else changed
+
+    def _is_training(self, path: str) -> bool:
+        return (self.layers.get(path) or self.norms[path]).training
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -320,7 +409,7 @@ class ActivationQuantizer:
         self._handles.clear()
 
     def _all(self) -> list[Activation]:
-        kept = self.layers if self._searching else self.last or ()
+        kept = self.outputs if self._searching else self.last or ()
         return [*self.inputs.values(), *(self.outputs[path] for path in kept)]
 
     def step(self, reduce: Reduce | None = None) -> None:
@@ -345,11 +434,10 @@ class ActivationQuantizer:
 
     def _look(self) -> None:
         if self._finder is not None and self._finder.look():
-            self._settle_last(self._finder)
+            self._know_last(self._finder)
 
-    def _settle_last(self, finder: LastLayers) -> None:
-        found = finder.found()
-        self.last = found or self.last or []
+    def _know_last(self, finder: LastLayers) -> None:
+        self.last = [*finder.found(), *finder.bare()] or self.last or []
         self._searching = False
         self.detach()
         self.attach()
@@ -387,7 +475,7 @@ class ActivationQuantizer:
         for path in bare:
             self.inputs[path].observer.range = None
         if self._finder is not None:
-            self._settle_last(self._finder)
+            self._know_last(self._finder)
         for one in self._all():
             one.frozen = True
 
@@ -401,9 +489,10 @@ class ActivationQuantizer:
         last = self.last or ()
         found = {
             path: ActivationGrids(
-                self.inputs[path].grid(), self.outputs[path].grid() if path in last else None
+                self.inputs[path].grid() if path in self.inputs else None,
+                self.outputs[path].grid() if path in last else None,
             )
-            for path in self.layers
+            for path in (*self.layers, *self.norms)
         }
         return {path: grids for path, grids in found.items() if grids != ActivationGrids()}
 
@@ -412,6 +501,8 @@ class ActivationQuantizer:
         grids = self.grids()
         for path, layer in self.layers.items():
             set_activation_grids(layer, grids.get(path))
+        for path, norm in self.norms.items():
+            set_activation_grids(norm, grids.get(path))
 
     def state_dict(self) -> dict[str, Any]:
         """All ranges, and which layers are last."""
@@ -434,9 +525,16 @@ class ActivationQuantizer:
             )
         for path in self.layers:
             self.inputs[path].load_state_dict(state["inputs"][path])
+        for path in set(self.outputs) & set(state["outputs"]):
             self.outputs[path].load_state_dict(state["outputs"][path])
         self.last = state["last"]
         self._searching = self.last is None
+
+
+def _norms_beside(
+    layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module] | None
+) -> dict[str, nn.Module]:
+    return {path: one for path, one in (norms or {}).items() if path not in layers}
 
 
 def calibrate(module: nn.Module, side: ActivationQuantizer, batches: Sequence[object]) -> None:

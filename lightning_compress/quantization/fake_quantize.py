@@ -14,12 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.learned_step import double_of
-from lightning_compress.state import activation_grids
+from lightning_compress.state import activation_grids, rounds_dynamically
 from lightning_compress.targets import Coverage, Target
 
 __all__ = [
     "activation_layers",
+    "batch_norms",
     "clipped_fake_quantize",
+    "dynamic_fake_quantize",
     "fake_quantize",
     "fake_quantized",
     "why_float",
@@ -129,6 +131,20 @@ def clipped_fake_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
     return _ClippedFakeQuantize.apply(x, clip, bits)  # type: ignore[no-any-return]
 
 
+def dynamic_fake_quantize(x: Tensor) -> Tensor:
+    """Values of 8 bits over the range of x and 0, as ONNX's DynamicQuantizeLinear has them.
+
+    >>> dynamic_fake_quantize(torch.tensor([0.0, 0.3, 2.55]))
+    tensor([0.0000, 0.3000, 2.5500])
+    """
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / 255
+    if not scale > 0:
+        return x
+    zero = (-low / scale).round().clamp(0, 255)
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+
+
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _FUSED = "attention runs inside one fused operation, in float"
 _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -161,6 +177,12 @@ def activation_layers(
         if not reason:
             layers[path] = layer
     return layers, list(rows.values())
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """BatchNorm layers by path: an int8 file folds one into the product that it follows."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {path: one for path, one in module.named_modules() if isinstance(one, kind)}
 
 
 def _owner(path: str) -> str:
@@ -199,6 +221,8 @@ def fake_quantized(module: nn.Module) -> Iterator[nn.Module]:
     handles: list[RemovableHandle] = []
     for layer in module.modules():
         grids = activation_grids(layer)
+        if rounds_dynamically(layer):
+            handles.append(hook_input(layer, dynamic_fake_quantize))
         if grids is not None and grids.input is not None:
             handles.append(hook_input(layer, partial(fake_quantize, grid=grids.input)))
         if grids is not None and grids.output is not None:

@@ -20,13 +20,13 @@ from lightning_compress.quantization.corrections import (
     correct_biases,
     equalize_layers,
 )
-from lightning_compress.quantization.fake_quantize import activation_layers
+from lightning_compress.quantization.fake_quantize import activation_layers, batch_norms
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
 from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.sharding import to_shards
-from lightning_compress.state import set_activation_grids
+from lightning_compress.state import set_activation_grids, set_dynamic
 from lightning_compress.targets import Coverage, Pattern, Selection, select
 
 __all__ = [
@@ -187,6 +187,7 @@ def quantize_dynamic(
     quantize_weights(module, bits, **rules)
     for layer in layers.values():
         set_activation_grids(layer, None)
+        set_dynamic(layer, True)
     why = "its range is found when it runs"
     activations = [Coverage(path, (), False, why) for path in layers]
     return PostTrainingReport(selection.coverage, activations, equalized)
@@ -261,7 +262,13 @@ def quantize_static(
         )
         corrected = correct_biases(module, layers, batches, means)
         parts = deployed_part(module)
-        side = ActivationQuantizer(layers, parts=parts, bits=activation_bits, observer=observer)
+        side = ActivationQuantizer(
+            layers,
+            parts=parts,
+            norms=batch_norms(module),
+            bits=activation_bits,
+            observer=observer,
+        )
         calibrate(module, side, batches)
         side.leave_grids()
     return PostTrainingReport(selection.coverage, activations, equalized, corrected)

@@ -7,7 +7,6 @@ import gzip
 import os
 import subprocess
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from lightning_compress import (
     initialize_from_teacher,
 )
 from lightning_compress.conversion.export import export_onnx
+from lightning_compress.errors import require
 from lightning_compress.lab.workflow.costs import inputs_in_use
 from lightning_compress.lab.workflow.training import build_model
 from lightning_compress.targets import select
@@ -164,7 +164,7 @@ def torch_and_ort(runs: Runs, home: Path) -> Shipped:
 
 
 def _quantized_by_ort(runs: Runs, model: Any, home: Path) -> Shipped:
-    quantization: Any = import_module("onnxruntime.quantization")
+    quantization: Any = require("onnxruntime.quantization", extra="onnx")
     size = 0
     for name, (part, sample) in model.parts().items():
         file, small = home / f"{name}.fp32.onnx", home / f"{name}.int8.onnx"
