@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-lowest nncodec clean
+.PHONY: demo test test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-lowest nncodec clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(BIN)/lightning-compress experiment=demo
@@ -82,6 +82,10 @@ bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; r
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(BIN)/python experiments/bench_budget.py outputs/bench/budget.jsonl
 	$(BIN)/python experiments/bench_allocation.py outputs/bench/allocation.jsonl
+
+bench-federated: $(READY)  ## bytes and quality of federated methods on Fashion-MNIST (hours; resumes)
+	$(BIN)/python experiments/bench_federated.py outputs/bench/federated.jsonl
+	$(BIN)/python experiments/show_federated.py outputs/bench/federated.jsonl
 
 bench-pruning-speed: $(READY)
 	$(BIN)/python experiments/bench_pruning.py

@@ -20,7 +20,7 @@ from lightning_compress.lcz.raw_bits import DTYPES, dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
 from lightning_compress.state import ActivationGrids, Grid, RemovedChannels
 
-__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
+__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened", "read_artifact"]
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,25 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
     """
     try:
         with read_container(path, verify=verify) as container:
-            header = container.header
-            extra = (key for key in header if key not in ("tensors", "activations"))
-            if not all(map(optional, extra)):
-                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
-            records = read_records(header.get("tensors"), container.payload_bytes, container.size)
-            activations = read_activations(header.get("activations", {}))
-            channels = read_channels(header.get(CHANNELS))
-            yield Artifact(container, records, activations, channels)
+            yield read_artifact(container)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
+
+
+def read_artifact(container: Container) -> Artifact:
+    """What a container's header says, checked.
+
+    Raises:
+        CorruptArtifactError: when something in it is wrong.
+    """
+    header = container.header
+    extra = (key for key in header if key not in ("tensors", "activations"))
+    if not all(map(optional, extra)):
+        raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
+    records = read_records(header.get("tensors"), container.payload_bytes, container.size)
+    activations = read_activations(header.get("activations", {}))
+    channels = read_channels(header.get(CHANNELS))
+    return Artifact(container, records, activations, channels)
 
 
 def check_size(records: list[TensorRecord], most: int) -> None:
