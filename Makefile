@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget test-faults test-gpu bench-gpu test-lowest nncodec clean
+.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
@@ -94,6 +94,10 @@ bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; r
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \
 	$(BIN)/python experiments/benchmarks/bench_allocation.py outputs/bench/allocation.jsonl $(TOLD)
+
+bench-federated: $(READY)  ## bytes and quality of federated methods on Fashion-MNIST (hours; resumes)
+	$(BIN)/python experiments/bench_federated.py outputs/bench/federated.jsonl
+	$(BIN)/python experiments/show_federated.py outputs/bench/federated.jsonl
 
 bench-pruning-speed: $(READY)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_pruning.py; \

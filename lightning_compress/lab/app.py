@@ -1,5 +1,7 @@
 """The command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
 
+`lightning-compress federated [key=value ...]` is the first with the config `federated` on top.
+
 What `report` and the commands on files are told, argparse reads; all else are Hydra's overrides.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -92,6 +95,9 @@ def _run_words(argv: list[str]) -> None:
         from lightning_compress.lab.commands import run_command  # with PyTorch, which takes seconds
 
         sys.exit(run_command(argv))
+    if "federated" in argv and "--config-name" not in argv:  # the same run, another config on top
+        argv = ["--config-name=federated", *(word for word in argv if word != "federated")]
+    argv = [_quoted_partition(word) for word in argv]
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
     words = [word for word in argv if word not in sweep]
     if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
@@ -115,6 +121,17 @@ def _run_words(argv: list[str]) -> None:
         sys.exit(130)
 
 
+def _quoted_partition(word: str) -> str:
+    """Hydra takes what has parentheses for a function of its own, unless it is quoted.
+
+    >>> _quoted_partition("federated.partition=iid,dirichlet(0.1)")
+    "federated.partition=iid,'dirichlet(0.1)'"
+    """
+    if not word.startswith("federated.partition="):
+        return word
+    return re.sub(r"""(?<!["'])(dirichlet\([^()]*\))""", r"'\1'", word)
+
+
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
 def _experiment(cfg: DictConfig) -> Outcome | None:
     runtime = HydraConfig.get()
@@ -129,6 +146,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.lab.report.page import write_report
     from lightning_compress.lab.report.tables import print_summary
     from lightning_compress.lab.workflow.experiment import run_experiment
+    from lightning_compress.lab.workflow.federated import federated_training
     from lightning_compress.lab.workflow.resume import resume_command
     from lightning_compress.lab.workflow.run_identity import check_record, run_folder, write_records
     from lightning_compress.lab.workflow.training import InterruptedRunError
@@ -144,7 +162,8 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
         begun = partial(write_records, cfg, folder)
-        results = run_experiment(cfg, folder, names=names, begun=begun)
+        second = federated_training if "federated" in cfg else None
+        results = run_experiment(cfg, folder, names=names, begun=begun, second=second)
         page = write_report([folder])
     except (InterruptedRunError, KeyboardInterrupt) as stop:
         command = resume_command(_shown(folder), sys.argv[1:])

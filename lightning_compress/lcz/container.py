@@ -25,7 +25,10 @@ from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.files import atomic_file
 from lightning_compress.lcz.raw_bits import inflate
 
-__all__ = ["MAX_HEADER", "SMALLEST", "Container", "read_container", "write_container"]
+__all__ = [
+    "MAX_HEADER", "SMALLEST", "Container", "container_bytes", "read_container", "read_stream",
+    "write_container",
+]  # fmt: skip
 
 MAGIC = b"\x89LCZ\r\n\x1a\n"  # like PNG's: a transfer in text mode breaks it
 VERSION = 2  # 1 was never published
@@ -84,6 +87,16 @@ def write_container(path: Path, header: dict[str, Any], payloads: Iterable[bytes
         return stream.tell()
 
 
+def container_bytes(header: dict[str, Any], payloads: bytes) -> bytes:
+    """The bytes of the file that `write_container` writes.
+
+    Raises:
+        ValueError: when the header is above `MAX_HEADER` bytes.
+    """
+    content = _head(header) + payloads
+    return content + hashlib.sha256(content).digest()
+
+
 def _head(header: dict[str, Any]) -> bytes:
     plain = json.dumps(header, separators=(",", ":")).encode()
     if len(plain) > MAX_HEADER:
@@ -105,17 +118,26 @@ def read_container(path: Path, *, verify: bool) -> Iterator[Container]:
     if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait
         raise CorruptArtifactError("this is a device, pipe or socket, no regular file")
     with path.open("rb") as stream:
-        size = stream.seek(0, io.SEEK_END)
-        stream.seek(0)
-        stored, flags, crc, plain = _read_prefix(stream, size)
-        if verify:
-            _check_digest(stream, size)
-            stream.seek(_PREFIX.size)
-        data = _exactly(stream, stored)
-        if zlib.crc32(data) != crc:
-            raise CorruptArtifactError("the header does not match its CRC-32")
-        header = _parse(inflate(data, plain) if flags & _DEFLATED else data)
-        yield Container(stream, header, size, _PREFIX.size + stored)
+        yield read_stream(stream, verify=verify)
+
+
+def read_stream(stream: BinaryIO, *, verify: bool) -> Container:
+    """The container in an open file or in memory, checked as `read_container` does.
+
+    Raises:
+        CorruptArtifactError: when its prefix, checksum or header is wrong.
+    """
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    stored, flags, crc, plain = _read_prefix(stream, size)
+    if verify:
+        _check_digest(stream, size)
+        stream.seek(_PREFIX.size)
+    data = _exactly(stream, stored)
+    if zlib.crc32(data) != crc:
+        raise CorruptArtifactError("the header does not match its CRC-32")
+    header = _parse(inflate(data, plain) if flags & _DEFLATED else data)
+    return Container(stream, header, size, _PREFIX.size + stored)
 
 
 def _exactly(stream: BinaryIO, length: int) -> bytes:

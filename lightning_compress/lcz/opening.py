@@ -16,7 +16,7 @@ from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.layer_grids import LayerGrid, read_layer_grids
 from lightning_compress.lcz.raw_bits import DTYPES
 
-__all__ = ["MAX_BYTES", "OpenFile", "check_size", "opened_file"]
+__all__ = ["MAX_BYTES", "OpenFile", "check_size", "checked_header", "opened_file"]
 
 _MOST_LAYERS = 1 << 15
 _FREE_WORK = 1 << 26  # bytes to decode with that any process has
@@ -68,23 +68,31 @@ def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
     """
     try:
         with read_container(path, verify=verify) as container:
-            header = container.header
-            extra = (key for key in header if key not in ("tensors", "activations", "graphs"))
-            if not all(map(optional, extra)):
-                raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
-            size, payload_bytes = container.size, container.payload_bytes
-            own = None if "graphs" in header else payload_bytes
-            records = read_records(header.get("tensors"), own, size)
-            graphs = header.get("graphs", [])
-            yield OpenFile(
-                container,
-                records,
-                read_layer_grids(_bounded(header.get("activations", {}))),
-                read_channels(header.get(CHANNELS)),
-                read_graphs(graphs, records, payload_bytes, size),
-            )
+            yield checked_header(container)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
+
+
+def checked_header(container: Container) -> OpenFile:
+    """What a container's header says, checked.
+
+    Raises:
+        CorruptArtifactError: when something in it is wrong.
+    """
+    header = container.header
+    extra = (key for key in header if key not in ("tensors", "activations", "graphs"))
+    if not all(map(optional, extra)):
+        raise CorruptArtifactError(f"unknown keys in the header: {str(list(header))[:80]}")
+    size, payload_bytes = container.size, container.payload_bytes
+    own = None if "graphs" in header else payload_bytes
+    records = read_records(header.get("tensors"), own, size)
+    return OpenFile(
+        container,
+        records,
+        read_layer_grids(_bounded(header.get("activations", {}))),
+        read_channels(header.get(CHANNELS)),
+        read_graphs(header.get("graphs", []), records, payload_bytes, size),
+    )
 
 
 def _bounded(entry: object) -> object:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.channel_record import ChannelRecord
+from lightning_compress.lcz.container import Container
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.module_state import read_activations, shared_memory
-from lightning_compress.lcz.opening import OpenFile, check_size, opened_file
+from lightning_compress.lcz.opening import OpenFile, check_size, checked_header, opened_file
 from lightning_compress.lcz.parallel import mapped, shown
 from lightning_compress.lcz.raw_bits import dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
 from lightning_compress.state import ActivationGrids, Grid
 
-__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened"]
+__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened", "read_artifact"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,25 @@ def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
         OSError: when it cannot be read.
     """
     with opened_file(path, verify=verify) as file:
-        if file.graphs and not file.records:
-            raise CorruptArtifactError(
-                "holds a graph and no tensors of a module: run it with `onnx_session`, or get "
-                "the ONNX file with `onnx_model`"
-            )
-        yield Artifact(file, read_activations(file.activations))
+        yield _artifact(file)
+
+
+def read_artifact(container: Container) -> Artifact:
+    """What a container's header says, checked.
+
+    Raises:
+        CorruptArtifactError: when something in it is wrong.
+    """
+    return _artifact(checked_header(container))
+
+
+def _artifact(file: OpenFile) -> Artifact:
+    if file.graphs and not file.records:
+        raise CorruptArtifactError(
+            "holds a graph and no tensors of a module: run it with `onnx_session`, or get "
+            "the ONNX file with `onnx_model`"
+        )
+    return Artifact(file, read_activations(file.activations))
 
 
 def check_fit(

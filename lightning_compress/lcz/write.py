@@ -21,7 +21,7 @@ from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.channel_record import KEY as CHANNELS
 from lightning_compress.lcz.channel_record import write_channels
 from lightning_compress.lcz.codecs import check_codec
-from lightning_compress.lcz.container import SMALLEST, write_container
+from lightning_compress.lcz.container import SMALLEST, container_bytes, write_container
 from lightning_compress.lcz.graph import GraphRecord
 from lightning_compress.lcz.graph_writing import Source, encoded_graph
 from lightning_compress.lcz.header import TensorRecord, read_records, write_records
@@ -36,6 +36,7 @@ from lightning_compress.state import Grid
 __all__ = [
     "Encoding",
     "Gather",
+    "contents_bytes",
     "together",
     "write_contents",
 ]
@@ -152,6 +153,25 @@ def write_contents(
     if any(map(is_sharded, tensors.values())):
         return together(tensors, lambda gather: _written(contents, path, encoding, gather, graphs))
     return _written(contents, path, encoding, tensors.__getitem__, graphs)
+
+
+def contents_bytes(contents: Contents, encoding: Encoding) -> bytes:
+    """The bytes of the file that `write_contents` writes, of tensors that are not sharded.
+
+    Raises:
+        ValueError: for what the format cannot hold.
+    """
+    tied, found, payloads = _tied(contents), {}, bytearray()
+    own = set(contents.tensors) - set(tied)
+    for coded in _encoded(contents, own, encoding, contents.tensors.__getitem__):
+        if coded.complaint:
+            warnings.warn(coded.complaint, stacklevel=3)
+        found[coded.record.name] = coded.record
+        payloads += coded.payload
+    for name, source in tied.items():
+        found[name] = _tied_record(name, found[source], has_grid=name in contents.grids)
+    rows = write_records([found[name] for name in contents.tensors])
+    return container_bytes({"tensors": _checked(rows, len(payloads))}, bytes(payloads))
 
 
 def _written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence, Sized
@@ -22,6 +23,7 @@ __all__ = [
     "Split",
     "SplitDataModule",
     "SplitIndices",
+    "SplitRows",
     "Splits",
     "TensorSplit",
     "WholeBatches",
@@ -193,6 +195,29 @@ class TensorSplit(Split):
             yield tensor.contiguous().numpy().data.cast("B")
 
 
+class SplitRows(Split):
+    """Some rows of another split.
+
+    Args:
+        split: of any kind.
+        rows: indices into it.
+    """
+
+    def __init__(self, split: Split, rows: Tensor) -> None:
+        self._split, self._rows = split, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._split[int(self._rows[index])]
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The other split's, and the rows."""
+        yield from self._split.chunks()
+        yield self._rows.contiguous().numpy().data.cast("B")
+
+
 class WholeBatches(Dataset[tuple[Tensor, Tensor]]):
     """What a loader reads of a `TensorSplit`: one indexing operation a batch, not one an item.
 
@@ -341,6 +366,23 @@ class SplitDataModule(LightningDataModule, ABC):
         if self._splits is None:
             raise RuntimeError(f"{type(self).__name__} holds no data yet: call setup() first")
         return self._splits
+
+    def part(self, rows: Tensor, *, seed: int) -> SplitDataModule:
+        """The same data with some of its training rows, and another order of their batches.
+
+        Args:
+            rows: indices into the training split.
+            seed: of the order.
+        """
+        train = self.splits.train
+        if isinstance(train, TensorSplit):
+            chosen: Split = TensorSplit(*train[rows])
+        else:
+            chosen = SplitRows(train, rows)
+        part = copy.copy(self)
+        part.seed = check_whole("seed", seed, 0, MAX_SEED)
+        part._splits, part._fingerprint = self.splits._replace(train=chosen), None
+        return part
 
     @property
     def train_dataset(self) -> Split:

@@ -166,6 +166,7 @@ OPTIONAL: dict[str, Check] = {
     "layers": (_rows, "a list of objects"),
     "samples": (_names, "an object of file names"),
     "metric_info": MAPPINGS,
+    "federated": MAPPING,
 }
 SIDE: dict[str, Check] = {
     "quality": NUMBERS,

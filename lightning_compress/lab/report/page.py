@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_compress.files import write_atomically
-from lightning_compress.lab.report import plots, scatter, tables, wording
+from lightning_compress.lab.report import federated, plots, scatter, tables, wording
 from lightning_compress.lab.report.loading import (
     RESULTS,
     Run,
@@ -216,6 +216,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
     pictures, picture_notes = _samples(run)
     details = [plots.layer_plot(results), plots.bytes_plot(results), plots.files_plot(results)]
     folder, unsaved = _plot_folder(folder)
+    curves = [*federated.round_plots(results), *plots.curve_plots(run.curves, results)]
     return {
         "id": f"run-{place}",
         "place": place,
@@ -226,7 +227,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
         "facts": _facts(run),
         "samples": pictures,
         "groups": tables.main_groups(results),
-        "curves": _inlined(plots.curve_plots(run.curves, results), folder, prefix),
+        "curves": _inlined(curves, folder, prefix),
         "details": _inlined([plot for plot in details if plot is not None], folder, prefix),
         "layers": tables.layer_rows(results),
         "int8": tables.int8_rows(results),
@@ -340,4 +341,5 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         (kilobytes(size), f"the .lcz file, from {kilobytes(dense)}"),
         (percent(tables.zeros(results)), "of the parameters are zero"),
         (bits, "bits stored a parameter"),
+        *federated.facts(results),
     ]

@@ -42,7 +42,12 @@ from lightning_compress.lab.workflow.run_identity import check_same_run, config_
 from lightning_compress.lab.workflow.training import Trained, build_model, load_trained, train
 from lightning_compress.quantization.fake_quantize import fake_quantized
 
-__all__ = ["run_experiment"]
+__all__ = ["Second", "run_experiment"]
+
+# Trains what is set beside the dense model; returns it and what `results.json` holds of it besides.
+Second = Callable[
+    [DictConfig, SplitDataModule, Path, Evaluator, Earlier], tuple[Trained, dict[str, Any]]
+]
 
 SHOWN_SAMPLES = 32
 WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
@@ -59,6 +64,7 @@ def run_experiment(
     *,
     names: dict[str, str] | None = None,
     begun: Callable[[], None] = lambda: None,
+    second: Second | None = None,
 ) -> dict[str, Any]:
     """Run one experiment and write its files; returns what `results.json` holds.
 
@@ -67,6 +73,7 @@ def run_experiment(
         folder: where everything goes; made if it does not exist.
         names: what "model" and "data" are called in print; their classes if not given.
         begun: called when the folder is this run's, before anything is written there.
+        second: trains the model beside the dense one; None: compressed, as `compression` says.
 
     Raises:
         OSError: when the folder cannot be written to; FolderInUseError when another run does.
@@ -75,10 +82,12 @@ def run_experiment(
     check_writable(folder, hint=hint)
     with sole_run(folder):
         begun()
-        return _run(cfg, folder, names or {})
+        return _run(cfg, folder, names or {}, second)
 
 
-def _run(cfg: DictConfig, folder: Path, names: dict[str, str]) -> dict[str, Any]:
+def _run(
+    cfg: DictConfig, folder: Path, names: dict[str, str], second: Second | None
+) -> dict[str, Any]:
     if cfg.threads is not None:
         if cfg.threads < 1:
             raise ValueError(f"threads={cfg.threads!r} must be 1 or more, or null for all")
@@ -103,16 +112,16 @@ def _run(cfg: DictConfig, folder: Path, names: dict[str, str]) -> dict[str, Any]
             one.take_dense(dense.model)
         if isinstance(one, QualityBudget) and one.reference.waits:
             one.take_dense(dense.rows)
-    compressed = _train(
-        _of_student(cfg),
-        data,
-        folder / "compressed",
-        [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()],
-        evaluator,
-        earlier,
-    )
+    if second is not None:
+        compressed, more = second(cfg, data, folder, evaluator, earlier)
+    else:
+        more: dict[str, Any] = {}
+        callbacks = [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()]
+        home, student = folder / "compressed", _of_student(cfg)
+        compressed = _train(student, data, home, callbacks, evaluator, earlier)
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
     results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
+    results |= more
     text = json.dumps(results, indent=1, ensure_ascii=False, default=float)
     write_atomically(folder / "results.json", text, what="the results", parents=True)
     _write_curves(folder / "curves.csv", dense, compressed)

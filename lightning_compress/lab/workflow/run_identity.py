@@ -113,6 +113,7 @@ CKPT_PATH = "ckpt_path="
 _FREE = re.compile(
     r"(threads|ckpt_path|baseline|dense_cache|baseline_seeds|hopeless|callbacks|logger|evaluate"
     r"|export)\b|data\.(folder|file|download|num_workers)$"
+    r"|federated\.(timeout|cpus|cpus_each|gpus_each|evaluate_every)$"
     r"|trainer\.(?!max_epochs|max_steps|limit_train_batches|accumulate|gradient_clip|precision)"
 )
 

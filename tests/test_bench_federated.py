@@ -1,0 +1,67 @@
+"""The peers' update rules, against what their papers say of them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HOME = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def peers():
+    spec = importlib.util.spec_from_file_location("federated_peers", HOME / "federated_peers.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["federated_peers"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def delta():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "w": torch.randn(40, 50, generator=generator),
+        "b": torch.randn(50, generator=generator),
+    }
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+def test_fp16_is_half_of_fp32(peers):
+    _, full, _ = peers.FP32(delta(), {}, generator())
+    decoded, half, _ = peers.FP16(delta(), {}, generator())
+    assert (full, half) == (4 * 2050, 2 * 2050)
+    torch.testing.assert_close(decoded, delta(), atol=2e-3, rtol=1e-3)
+
+
+def test_qsgd_is_unbiased_and_lies_on_its_levels(peers):
+    rule, draws = peers.qsgd(4), generator()
+    found = [rule(delta(), {}, draws)[0]["w"] for _ in range(400)]
+    step = delta()["w"].norm() / 7
+    levels = (found[0] / step).round()
+    torch.testing.assert_close(found[0], levels * step)
+    error = (torch.stack(found).mean(0) - delta()["w"]).abs().mean()
+    assert error < 0.1 * step
+
+
+def test_stc_is_ternary_with_the_mean_size_of_the_largest(peers):
+    decoded, _, left = peers.stc(0.1)(delta(), {}, generator())
+    flat = torch.cat([one.flatten() for one in delta().values()])
+    top = flat.abs().sort(descending=True).values[:205]
+    kept = torch.cat([one.flatten() for one in decoded.values()])
+    assert int(kept.count_nonzero()) == 205
+    assert kept.abs().max() == pytest.approx(float(top.mean()), rel=1e-5)
+    torch.testing.assert_close(decoded["w"] + left["w"], delta()["w"])
+
+
+def test_top_k_keeps_its_values_and_what_is_left(peers):
+    decoded, size, left = peers.top_k(0.1)(delta(), {"w": torch.ones(40, 50)}, generator())
+    whole = delta()["w"] + 1
+    kept = decoded["w"] != 0
+    assert decoded["w"][kept].equal(whole[kept])
+    torch.testing.assert_close(decoded["w"] + left["w"], whole)
+    assert size < 0.2 * 4 * 2050
