@@ -70,7 +70,7 @@ class UpdateCodec:
     """
 
     density: float = 0.15
-    relative_step: float = 1.5
+    relative_step: float = 1.9
     lmbda: float = 0.0
     bits: int = 8
     scope: str = "global"

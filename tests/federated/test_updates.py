@@ -48,7 +48,7 @@ def trained(reference, seed=1):
 
 
 CODECS = [
-    UpdateCodec(),
+    UpdateCodec(relative_step=1.0),
     UpdateCodec(density=1.0, lmbda=0.3, relative_step=1.0),
     UpdateCodec(density=0.2, scope="layer", relative_step=0.25, bits=4),
     UpdateCodec(others="fp16", rules={"0.*": "eight_bits", "3.bias": "home"}),
