@@ -22,17 +22,24 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
 from lightning_compress.grids import AffineGrid
-from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, local_part, shards_of
+from lightning_compress.sharding import (
+    UNSHARDED,
+    Partition,
+    Shards,
+    is_sharded,
+    local_part,
+    shards_of,
+)
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
-__all__ = ["Projector", "Slot"]
+__all__ = ["ProjectedWeight", "Projector"]
 
 Quantizer = Callable[[Tensor], Grid]
 _REGISTRY: weakref.WeakKeyDictionary[nn.Module, Projector] = weakref.WeakKeyDictionary()
 
 
-class Slot:
+class ProjectedWeight:
     """One projected parameter: its mask, its quantizer, and its latent values if it needs them.
 
     Args:
@@ -43,7 +50,7 @@ class Slot:
         self.target = target
         self.path = clean_path(target.path)
         self.shards: Shards | None = shards_of(target.parameter)
-        self.spread: Spread = self.shards or ONE_PIECE
+        self.partition: Partition = self.shards or UNSHARDED
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.unit = 1  # positions that a mask prunes together, at most
         self.owners: dict[str, str] = {}  # the one callback of its "mask", "grid", "activations"
@@ -71,7 +78,7 @@ class Slot:
         """Fraction of positions that the mask prunes."""
         if self.pruned is None:
             return 0.0
-        return self.spread.sum(self.pruned.sum()).item() / self.parameter.numel()
+        return self.partition.all_reduce_sum(self.pruned.sum()).item() / self.parameter.numel()
 
     def whole(self, part: Tensor) -> Tensor:
         """All of a tensor like `data`, on every process; of a sharded weight in the CPU's memory.
@@ -260,7 +267,7 @@ class Projector:
     """
 
     def __init__(self) -> None:
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, ProjectedWeight] = {}
         self.steps: list[int] = []
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
@@ -280,12 +287,12 @@ class Projector:
         """The module's projector while one is in use."""
         return _REGISTRY.get(module)
 
-    def add(self, target: Target) -> Slot:
+    def add(self, target: Target) -> ProjectedWeight:
         """Take a parameter under projection, or return the slot it has."""
         path = clean_path(target.path)
         slot = self.slots.get(path)
         if slot is None:
-            slot = self.slots[path] = Slot(target)
+            slot = self.slots[path] = ProjectedWeight(target)
             self._handles.append(_hook_gradient(slot))
         return slot
 
@@ -349,7 +356,7 @@ class Projector:
         self._handles.append(optimizer.register_step_pre_hook(_untraced(before)))
         self._handles.append(optimizer.register_step_post_hook(_untraced(after)))
 
-    def _owned(self, index: int) -> list[Slot]:
+    def _owned(self, index: int) -> list[ProjectedWeight]:
         return [self.slots[path] for path, owners in self._owners.items() if index in owners]
 
     def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -390,7 +397,7 @@ def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
     return values
 
 
-def _hook_gradient(slot: Slot) -> RemovableHandle:
+def _hook_gradient(slot: ProjectedWeight) -> RemovableHandle:
     weight = slot.parameter
     if is_sharded(weight):
         return weight.register_post_accumulate_grad_hook(_untraced(slot.mask_sharded_gradient))

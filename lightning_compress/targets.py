@@ -21,9 +21,9 @@ __all__ = [
     "Target",
     "clean_path",
     "deployed_part",
-    "overlooked",
     "select",
     "sparsity",
+    "unselected",
 ]
 Pattern = str | type[nn.Module]
 _MATMUL_LAYERS: tuple[type[nn.Module], ...] = (
@@ -145,13 +145,13 @@ def _beside_a_judge(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def overlooked(module: nn.Module) -> list[str]:
+def unselected(module: nn.Module) -> list[str]:
     """Child modules with weights to compress that are neither deployed by name nor a discriminator.
 
     A VAE's heads beside its encoder, say. None where the module declares what is `deployed`.
 
     >>> names = ("encoder", "decoder", "fc_mu", "discriminator")
-    >>> overlooked(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
+    >>> unselected(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
     ['fc_mu']
     """
     inner = getattr(module, "_orig_mod", module)

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import has_grid
-from lightning_compress.targets import Coverage, Pattern, deployed_part, overlooked, select
+from lightning_compress.targets import Coverage, Pattern, deployed_part, select, unselected
 
 __all__ = ["WeightCallback", "check_run_ends", "run_progress", "tell_of_overlooked"]
 
@@ -42,7 +42,7 @@ def check_run_ends(trainer: Trainer) -> None:
 
 def tell_of_overlooked(module: LightningModule) -> None:
     """Warn of weights that are left alone since their network's name says nothing."""
-    if names := overlooked(module):
+    if names := unselected(module):
         parts = deployed_part(module)
         rank_zero_warn(
             f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
@@ -97,7 +97,7 @@ class WeightCallback(Callback):
     ) -> None:
         self.include, self.exclude, self.name = include, exclude, name
         self.coverage: list[Coverage] = []
-        self.slots: list[Slot] = []
+        self.slots: list[ProjectedWeight] = []
         self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None

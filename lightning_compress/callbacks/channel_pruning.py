@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from lightning_compress.budget.levers import ChannelLever, Lever, Limits
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.mask_callback import MaskCallback
-from lightning_compress.channels.calls import Samples, place_inputs
+from lightning_compress.channels.calls import SampleInputs, place_inputs
 from lightning_compress.channels.graph import Flags, Kept
 from lightning_compress.channels.plan import ChannelPlan, roots_of
-from lightning_compress.channels.remover import Cutter, Goal
+from lightning_compress.channels.remover import ChannelBudget, ChannelRemover
 from lightning_compress.channels.resize import CHANNELS, match_channels
 from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
 from lightning_compress.errors import TargetError
@@ -71,9 +71,9 @@ def tapped_features(trainer: Trainer) -> dict[str, str]:
     found = {}
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, KnowledgeDistillation) and one.session is not None:
-            for link in one.session.links:
-                for ours, _ in link.pair.features:
-                    path = ".".join(filter(None, (link.pair.student, ours)))
+            for paired in one.session.paired_modules:
+                for ours, _ in paired.pair.features:
+                    path = ".".join(filter(None, (paired.pair.student, ours)))
                     found[path] = f"a feature that {one.state_key} compares"
     return found
 
@@ -95,9 +95,9 @@ def tell_others(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print what was asked for, and what each layer got."""
-    graph, dense = owner.plan.graph, owner.goal.dense
-    wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
-    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.led else wanted
+    graph, dense = owner.plan.graph, owner.channel_budget.dense
+    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} were to stay"
+    said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
         table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
@@ -115,7 +115,7 @@ class ChannelCallback(MaskCallback):
     """Base of `ChannelPruning`: all but when channels go.
 
     Args:
-        goal: how much is to be left.
+        channel_budget: how much is to be left.
         scope: see `ChannelPruning`.
         criterion: the same.
         channelwise: the same.
@@ -127,14 +127,18 @@ class ChannelCallback(MaskCallback):
     def __init__(
         self,
         *,
-        goal: Goal,
+        channel_budget: ChannelBudget,
         scope: str,
         criterion: str | Callable[[Tensor], Tensor] | Criterion,
         channelwise: Sequence[Any],
         **window: Any,
     ) -> None:
         super().__init__(dense_gradient=False, **window)
-        self.goal, self.criterion, self.channelwise = goal, criterion, tuple(channelwise)
+        self.channel_budget, self.criterion, self.channelwise = (
+            channel_budget,
+            criterion,
+            tuple(channelwise),
+        )
         by_norms = criterion == "batchnorm"
         if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
             valid = sorted([*CRITERIA, "batchnorm"])
@@ -146,12 +150,12 @@ class ChannelCallback(MaskCallback):
             [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
         )
         self.plan: ChannelPlan | None = None
-        self.cutter: Cutter | None = None
+        self.remover: ChannelRemover | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.refused: dict[str, str] = {}
         self._tapped: dict[str, str] = {}
         self._inputs: dict[str, Any] | None = None  # of the model that came back
-        self._led = False  # whether somebody will say how far to go
+        self._is_steered = False  # whether somebody will say how far to go
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._resumed: tuple[list[int] | None, int] | None = None
@@ -176,18 +180,18 @@ class ChannelCallback(MaskCallback):
             tapped=self._tapped,
             refused=self.refused,
         )
-        goal, first = self.goal, self.goal.begin(self.plan.graph)
-        self.cutter = Cutter(
+        channel_budget, first = self.channel_budget, self.channel_budget.begin(self.plan.graph)
+        self.remover = ChannelRemover(
             self.plan,
             self.projector,
-            rounding=goal.rounding,
-            dense=goal.dense,
+            rounding=channel_budget.rounding,
+            dense=channel_budget.dense,
             kept=self.kept,
             compare=self._compare,
         )
-        if first and (said := goal.measure(self.cutter, self._scores)):
+        if first and (said := channel_budget.measure(self.remover, self._scores)):
             rank_zero_info(f"{self.state_key}: {said}")
-        goal.check(self.plan.graph, led=self._led)
+        channel_budget.check(self.plan.graph, is_steered=self._is_steered)
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
@@ -205,17 +209,17 @@ class ChannelCallback(MaskCallback):
     @property
     def kind(self) -> str:
         """What is counted: "channels", "params" or "macs"; "latency" until it is measured."""
-        return self.goal.kind
+        return self.channel_budget.kind
 
     @property
     def left(self) -> float:
         """The part of it that is left."""
-        return self.goal.left(self.cutter)
+        return self.channel_budget.left(self.remover)
 
     @property
     def least(self) -> float:
         """The part of it that no rounding can avoid."""
-        return self.goal.least
+        return self.channel_budget.least
 
     def steer(self, left: float) -> None:
         """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
@@ -228,7 +232,7 @@ class ChannelCallback(MaskCallback):
         Raises:
             ValueError: for a part outside of that.
         """
-        self.goal.steer(left)
+        self.channel_budget.steer(left)
 
     def lever(self, limits: Limits) -> Lever:
         """What a `QualityBudget` moves."""
@@ -237,14 +241,14 @@ class ChannelCallback(MaskCallback):
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the channels of now."""
         return {
-            "asked": self.goal.part.asked,
+            "asked": self.channel_budget.part.asked,
             "kept": {name: list(one) for name, one in self.kept.items()},
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
     def back_to(self, snapshot: dict[str, Any]) -> None:
         """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.goal.part.asked = snapshot["asked"]
+        self.channel_budget.part.asked = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
@@ -258,9 +262,9 @@ class ChannelCallback(MaskCallback):
         self._make_plan(module, inputs, tell=False)
 
     @property
-    def led(self) -> bool:
+    def is_steered(self) -> bool:
         """Whether somebody else says how far to go."""
-        return self.goal.steered is not None
+        return self.channel_budget.steered is not None
 
     @property
     def arrived(self) -> bool:
@@ -269,15 +273,15 @@ class ChannelCallback(MaskCallback):
 
     def needed(self, position: float) -> bool:
         """Whether more is to go at a position."""
-        return self.plan is not None and self.goal.needs(position)
+        return self.plan is not None and self.channel_budget.needs(position)
 
     def _scores(self) -> Scores:
-        assert self.cutter is not None
+        assert self.remover is not None
         if self.criterion in ("magnitude", "batchnorm"):
-            return self.cutter.own_scores(str(self.criterion))
+            return self.remover.own_scores(str(self.criterion))
         wanted = self._gatherings[0].scores(self.slots, self.slots)
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
-        return self.cutter.given_scores(self.criterion, given)
+        return self.remover.given_scores(self.criterion, given)
 
     def project(self) -> None:
         """Nothing of this callback shows between events."""
@@ -287,7 +291,7 @@ class ChannelCallback(MaskCallback):
 
     def _count(self) -> float:
         """Fraction of the channels that is gone."""
-        return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
+        return 0.0 if self.plan is None else self.channel_budget.gone_units(self.plan.graph)
 
     def on_save_checkpoint(
         self,
@@ -306,7 +310,7 @@ class ChannelCallback(MaskCallback):
             **super().state_dict(),
             "masks": {},
             "latents": {},
-            **self.goal.state_dict(),
+            **self.channel_budget.state_dict(),
             "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
@@ -316,7 +320,7 @@ class ChannelCallback(MaskCallback):
     def restore_state(self, state: dict[str, Any]) -> None:
         """Put everything back, and find the channels of the smaller model."""
         super().restore_state(state)
-        self.goal.load_state_dict(state)
+        self.channel_budget.load_state_dict(state)
         self.refused = dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]
@@ -396,14 +400,14 @@ class ChannelPruning(ChannelCallback):
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        goal = Goal(
+        channel_budget = ChannelBudget(
             final_sparsity,
             budget=budget,
             schedule=schedule,
             window=(begin, end),
             rounding=Rounding(round_to, min_keep),
         )
-        begin, end = goal.window
+        begin, end = channel_budget.window
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(
             begin=begin,
@@ -411,7 +415,7 @@ class ChannelPruning(ChannelCallback):
             frequency=frequency,
             include=include,
             exclude=[*spared[0], *spared[1]],
-            goal=goal,
+            channel_budget=channel_budget,
             criterion=criterion,
             scope=scope,
             channelwise=channelwise,
@@ -420,7 +424,7 @@ class ChannelPruning(ChannelCallback):
         self.events = Events(begin, end, frequency, count=_EVENTS)
         self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if criterion == "batchnorm" else 0.0) if push is None else push
-        self._samples: Samples | None = None
+        self._samples: SampleInputs | None = None
         self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
         self._began = 0  # steps of the optimizer when the fit began
         self._handle: Any = None
@@ -433,9 +437,9 @@ class ChannelPruning(ChannelCallback):
         if leaders and self.kind == "latency":
             raise TargetError(
                 f"{leaders[0]} cannot steer a latency, which is measured once: give "
-                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
+                f"{self.state_key} budget={{'macs': {self.channel_budget.fraction}}} in its place"
             )
-        self._led = bool(leaders)
+        self._is_steered = bool(leaders)
         if self._handle is None:
             self._handle = pl_module.register_load_state_dict_pre_hook(_match)
 
@@ -450,9 +454,9 @@ class ChannelPruning(ChannelCallback):
         super().on_fit_start(trainer, pl_module)
         claim_run(self, trainer)
         targets = [slot.target for slot in self.slots]
-        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
-        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
-        self.goal.steered = None
+        self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
+        self.plan, self.remover, self._leaving, self._fading = None, None, None, 0
+        self.channel_budget.steered = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint, and find the channels.
@@ -471,7 +475,7 @@ class ChannelPruning(ChannelCallback):
 
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
-        late = self.events.over and not self.led
+        late = self.events.over and not self.is_steered
         return self._leaving is None and self._gatherings[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
@@ -482,22 +486,22 @@ class ChannelPruning(ChannelCallback):
 
     def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
         """Let chosen channels fade, and scales of norms shrink."""
-        if self.cutter is None:
+        if self.remover is None:
             return
         if self._leaving is not None and self._fading < self.fade:
             self._fading += 1
             left = self.fade - self._fading
-            self.cutter.fade(self._leaving, left / (left + 1))
+            self.remover.fade(self._leaving, left / (left + 1))
         if self.push and not self.events.over:
-            self.cutter.push(self.push)
+            self.remover.push(self.push)
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
-        assert self.cutter is not None
-        target = self.goal.ask(self.events.position)
-        over = self.events.over or self.led
-        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
+        assert self.remover is not None
+        target = self.channel_budget.ask(self.events.position)
+        over = self.events.over or self.is_steered
+        gone = self.remover.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
@@ -511,7 +515,7 @@ class ChannelPruning(ChannelCallback):
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.cutter is not None:
+        if self.remover is not None:
             pl_module.log(f"{self.name}/{self.kind}_left", self.left)
 
     def _plan_from_calls(self, module: LightningModule) -> None:
@@ -533,10 +537,10 @@ class ChannelPruning(ChannelCallback):
         Raises:
             RuntimeError: when the smaller model is not the masked one.
         """
-        assert self.cutter is not None
+        assert self.remover is not None
         assert self._leaving is not None
         tell = partial(tell_others, self, trainer, pl_module)
-        for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
+        for note in self.remover.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0
         self._gatherings.reset()  # what is known of larger weights is of no use
@@ -546,16 +550,16 @@ class ChannelPruning(ChannelCallback):
         """Remove what still fades, and check that enough is gone."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
-        waits = self.events.over and not self.led and self.needed(self.events.position)
+        waits = self.events.over and not self.is_steered and self.needed(self.events.position)
         if waits and self.ready(self.projector.clock(self.paths())):
             self.event(trainer)
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
-        if self.cutter is None:
+        if self.remover is None:
             self._miss(f"{self.state_key}: no batch went through {self._samples}")
             return
-        wanted = self.goal.final
-        if not self.led and self.left > wanted * (1 + 1e-9):
+        wanted = self.channel_budget.final
+        if not self.is_steered and self.left > wanted * (1 + 1e-9):
             self._miss(
                 f"{self.state_key} ended at {self.left:.4f} of the {self.kind} in place of "
                 f"{wanted:.4f}: the run ended before end={self.events.end!r} and {self.fade} steps "

@@ -16,7 +16,7 @@ from lightning_compress.budget.levers import Lever, Limits, SparsityLever
 from lightning_compress.callbacks.base import run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.pruning.criteria import make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
 from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
@@ -25,16 +25,16 @@ from lightning_compress.pruning.regrowth import (
     DenseGradients,
     check_regrowth,
     exchanged_fraction,
-    forget,
+    reset_momenta,
 )
 from lightning_compress.pruning.sparsity_groups import (
-    Part,
+    SparsityGroup,
+    assign_targets,
     check_floors,
     check_min_keep,
     floors_by_path,
     make_schedules,
-    share_out,
-    split_parts,
+    split_groups,
 )
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.schedules import Schedule
@@ -96,7 +96,7 @@ class Rewinder:
         self,
         plan: Rewinding,
         module: nn.Module,
-        slots: Sequence[Slot],
+        slots: Sequence[ProjectedWeight],
         optimizers: Sequence[Optimizer],
         projector: Projector,
     ) -> None:
@@ -311,20 +311,20 @@ class GradualPruning(MaskCallback):
         """Whether masks prune all that is asked for at this position."""
         return not any(self._wanted(part) > part.asked for part in self.parts)
 
-    def _wanted(self, part: Part, position: float | None = None) -> float:
+    def _wanted(self, part: SparsityGroup, position: float | None = None) -> float:
         at = self.events.position if position is None else position
         return part.wanted(at, self.steered, self.parts)
 
     def _split(self) -> None:
         if not isinstance(self.steered, dict):
-            self.parts = split_parts(self.parts)
+            self.parts = split_groups(self.parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets of each part, and check that bounds leave room for what is asked."""
         super().on_fit_start(trainer, pl_module)
         self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
-        share_out(pl_module, self.parts, self.exclude, self.slots)
+        assign_targets(pl_module, self.parts, self.exclude, self.slots)
         self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
         for part in self.parts:
             final = part.target(self.events.end)
@@ -368,12 +368,12 @@ class GradualPruning(MaskCallback):
         return any(self._wanted(part, position) > part.asked for part in self.parts)
 
     @property
-    def led(self) -> bool:
+    def is_steered(self) -> bool:
         """Whether somebody else says how far to go."""
         return self.steered is not None
 
     def _due(self) -> bool:
-        if not self.led:
+        if not self.is_steered:
             return super()._due()
         exchange = self.regrow is not None and not self.events.over
         due = self.events.due(unfinished=False) and exchange
@@ -409,7 +409,7 @@ class GradualPruning(MaskCallback):
             for slot in self.slots:
                 growth = self._gatherings[1].criterion.scores(slot)
                 mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
-                forget(trainer.optimizers, slot, mask)
+                reset_momenta(trainer.optimizers, slot, mask)
                 masks[slot.path] = mask
         self.set_masks(self.slots, [masks[slot.path] for slot in self.slots], trainer)
         self._correct(trainer)
@@ -422,7 +422,7 @@ class GradualPruning(MaskCallback):
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Look at the smaller weights anew; statistics of the larger ones are of no use."""
         self.on_channels_restored(module)
-        for part in self.parts if self.led else ():
+        for part in self.parts if self.is_steered else ():
             # Zeros went with the channels: what is left is less sparse than was asked.
             part.asked = min(part.asked, part.sparsity)
 
@@ -435,7 +435,7 @@ class GradualPruning(MaskCallback):
 
     def _correct(self, trainer: Trainer) -> None:
         for slot in self.slots:
-            values = self._gatherings[0].corrected(slot)
+            values = self._gatherings[0].updated_values(slot)
             if values is not None:
                 shared = trainer.world_size > 1
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)

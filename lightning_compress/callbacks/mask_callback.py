@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_compress.callbacks.base import WeightCallback, check_run_ends, run_progress
 from lightning_compress.callbacks.guards import Guard
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.schedules import Events
 from lightning_compress.targets import Pattern
@@ -57,7 +57,7 @@ class MaskCallback(WeightCallback):
         self._waiting = self._overruled = False  # for a guard; and no longer
 
     @property
-    def led(self) -> bool:
+    def is_steered(self) -> bool:
         """Whether somebody else says how far to go, in the schedule's place."""
         return False
 
@@ -155,7 +155,7 @@ class MaskCallback(WeightCallback):
 
     def _due(self) -> bool:
         needed = self.needed(self.events.position)
-        if self.led:
+        if self.is_steered:
             self._pending = needed
             return needed
         due = self.events.due(unfinished=needed)
@@ -166,7 +166,7 @@ class MaskCallback(WeightCallback):
         """Whether a guard holds the clock over this step."""
         guards = [one for one in trainer.callbacks if isinstance(one, Guard)]  # type: ignore[attr-defined]
         blocking = [one.state_key for one in guards if not one.allows(trainer)]
-        if self.led:  # no schedule has to end: a guard may hold an event as long as it likes
+        if self.is_steered:  # no schedule has to end: a guard may hold an event as long as it likes
             return bool(blocking)
         wait = bool(blocking) and self.events.may_hold(raw, _total(trainer, self.events, raw))
         over = bool(blocking) and not wait and 0 < self.events.done < 1
@@ -182,7 +182,9 @@ class MaskCallback(WeightCallback):
         return wait
 
     @torch.no_grad()
-    def set_masks(self, slots: Sequence[Slot], masks: Sequence[Tensor], trainer: Trainer) -> None:
+    def set_masks(
+        self, slots: Sequence[ProjectedWeight], masks: Sequence[Tensor], trainer: Trainer
+    ) -> None:
         """Give each target its mask, the first process's everywhere."""
         for slot, mask in zip(slots, masks, strict=True):
             if trainer.world_size > 1 and slot.shards is None:
@@ -239,17 +241,17 @@ class MaskCallback(WeightCallback):
         if unknown := sorted(set(state["masks"]) - set(by_path)):
             raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
         for path, (packed, shape) in state["masks"].items():
-            by_path[path].set_mask(by_path[path].spread.part(unpack_mask(packed, shape)))
+            by_path[path].set_mask(by_path[path].partition.part(unpack_mask(packed, shape)))
         for path, latent in state["latents"].items():
             if self.dense_gradient:
-                by_path[path].set_values(by_path[path].spread.part(latent))
+                by_path[path].set_values(by_path[path].partition.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self._pending, self._waiting, self._overruled = state["waits"]
         self.sparsity = self._count()
 
 
-def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:
+def _adopt_latent(slot: ProjectedWeight, earlier: ProjectedWeight | None) -> None:
     """Go on with what an earlier fit left hidden, wherever the weight is still as it left it."""
     if earlier is not None and earlier.latent is not None and slot.latent is None:
         slot.latent, slot.grid = earlier.latent, earlier.grid

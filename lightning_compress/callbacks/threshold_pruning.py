@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.callbacks.mask_callback import MaskCallback
-from lightning_compress.pruning.mask_plan import normed_axis, row_leaders, threshold_mask
+from lightning_compress.pruning.mask_plan import largest_in_rows, normed_axis, threshold_mask
 from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.targets import Pattern
 
@@ -114,7 +114,7 @@ class ThresholdPruning(MaskCallback):
             closed = None if self.dense_gradient else slot.pruned
             mask = threshold_mask(slot.values(), self._asked, closed=closed, **rules)
             if (axis := normed_axis(slot.target)) is not None:
-                mask |= row_leaders(slot.values(), axis, closed)
+                mask |= largest_in_rows(slot.values(), axis, closed)
             masks.append(mask)
         self.set_masks(self.slots, masks, trainer)
         self.project()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress.grids import CodebookGrid
 from lightning_compress.quantization.learned_step import Adam
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "CodebookGrids",
@@ -221,7 +221,7 @@ class CodebookGrids:
     Args:
         bits: 2 to 8, of `2^bits` centres.
         lr: change of a centre at an update, in units of the centres' rms.
-        spread: over which processes: each clusters the whole weight, at events.
+        partition: over which processes: each clusters the whole weight, at events.
 
     >>> maker = CodebookGrids(bits=2, lr=0.001)
     >>> maker.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
@@ -229,8 +229,8 @@ class CodebookGrids:
     tensor([-1.,  0.,  3.,  5.])
     """
 
-    def __init__(self, *, bits: int, lr: float, spread: Spread = ONE_PIECE) -> None:
-        self.bits, self.lr, self.spread = bits, lr, spread
+    def __init__(self, *, bits: int, lr: float, partition: Partition = UNSHARDED) -> None:
+        self.bits, self.lr, self.partition = bits, lr, partition
         self.centres: Tensor | None = None
         self.frozen = False
         self._adam = Adam()
@@ -243,7 +243,7 @@ class CodebookGrids:
             self.centres = self._clustered(values)
 
     def _clustered(self, values: Tensor) -> Tensor:
-        return cluster(self.spread.whole(values), 2**self.bits)
+        return cluster(self.partition.whole(values), 2**self.bits)
 
     def grid(self, values: Tensor) -> CodebookGrid:
         """The codebook of now."""
@@ -255,7 +255,9 @@ class CodebookGrids:
         if self.frozen:
             grid = self.grid(values)
             self._symbols = grid.quantize(values)
-            self._gradient = self.spread.sum(centre_gradient(gradient, self._symbols, grid))
+            self._gradient = self.partition.all_reduce_sum(
+                centre_gradient(gradient, self._symbols, grid)
+            )
             gradient.zero_()
 
     def step(self, values: Tensor, *, event: bool) -> Tensor | None:
@@ -264,7 +266,7 @@ class CodebookGrids:
             return None
         if not self.frozen:
             if event:
-                self.centres = recluster(self.spread.whole(values), self.centres)
+                self.centres = recluster(self.partition.whole(values), self.centres)
             return None
         if self._gradient is None or self._symbols is None:
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import AffineGrid, check_bits, grid_of_range
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "OBSERVERS",
@@ -34,13 +34,15 @@ def _rows(values: Tensor, axis: int | None) -> Tensor:
     return values.reshape(1, -1) if axis is None else values.transpose(0, axis).flatten(1)
 
 
-def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE) -> Range:
+def minmax_range(
+    values: Tensor, axis: int | None = None, *, partition: Partition = UNSHARDED
+) -> Range:
     """Smallest and largest value, widened to hold 0, each of shape (1,) or (size of axis,).
 
     Args:
         values: any tensor.
         axis: one range for each index of it; None: one for all.
-        spread: over which processes, when these are one process's rows: ranges are the whole's.
+        partition: over which processes, when these are one process's rows: ranges are the whole's.
 
     Raises:
         ValueError: when a value is not finite.
@@ -51,7 +53,7 @@ def minmax_range(values: Tensor, axis: int | None = None, *, spread: Spread = ON
     bounds = _bounds(_rows(values, axis))
     # Comparisons would lose a NaN: all processes must see it, to end alike.
     bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
-    return _checked(spread.least(spread.widen(bounds, axis)))
+    return _checked(partition.all_reduce_min(partition.widen(bounds, axis)))
 
 
 def _bounds(rows: Tensor) -> Tensor:
