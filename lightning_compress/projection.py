@@ -22,11 +22,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
 from lightning_compress.grids import AffineGrid, grid_step
-from lightning_compress.sharding import ONE_PIECE, Shards, Spread, is_sharded, local_part, shards_of
+from lightning_compress.sharding import (
+    UNSHARDED,
+    Partition,
+    Shards,
+    is_sharded,
+    local_part,
+    shards_of,
+)
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
-__all__ = ["Projector", "Slot", "naming_divergence", "said_of_divergence"]
+__all__ = ["ProjectedWeight", "Projector", "naming_divergence", "said_of_divergence"]
 
 _FEW = 256
 
@@ -52,7 +59,7 @@ class _Held:
         return type(None), ()
 
 
-class Slot:
+class ProjectedWeight:
     """One projected parameter: its mask, its quantizer, and its latent values if it needs them.
 
     Args:
@@ -63,7 +70,7 @@ class Slot:
         self.target = target
         self.path = clean_path(target.path)
         self.shards: Shards | None = shards_of(target.parameter)
-        self.spread: Spread = self.shards or ONE_PIECE
+        self.partition: Partition = self.shards or UNSHARDED
         self.pruned: Tensor | None = None  # True where the weight is 0
         self.unit = 1  # positions that a mask prunes together, at most
         self.owners: dict[str, str] = {}  # the one callback of its "mask", "grid", "activations"
@@ -92,7 +99,7 @@ class Slot:
         """Fraction of positions that the mask prunes."""
         if self.pruned is None:
             return 0.0
-        return self.spread.sum(self.pruned.sum()).item() / self.parameter.numel()
+        return self.partition.all_reduce_sum(self.pruned.sum()).item() / self.parameter.numel()
 
     def whole(self, part: Tensor) -> Tensor:
         """All of a tensor like `data`, on every process; of a sharded weight in the CPU's memory.
@@ -304,7 +311,7 @@ class Slot:
 
 
 @contextmanager
-def naming_divergence(slots: Sequence[Slot]) -> Iterator[None]:
+def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
     """Name the weight that is no longer finite where that is why something failed.
 
     Raises:
@@ -314,12 +321,12 @@ def naming_divergence(slots: Sequence[Slot]) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OverflowError) as error:
         for slot in slots:
-            if int(slot.spread.sum((~torch.isfinite(slot.values())).sum())):
+            if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())):
                 raise FloatingPointError(said_of_divergence(slot)) from error
         raise
 
 
-def said_of_divergence(slot: Slot) -> str:
+def said_of_divergence(slot: ProjectedWeight) -> str:
     """The message for a weight that is no longer finite."""
     half = slot.parameter.dtype == torch.float16
     return (
@@ -345,7 +352,7 @@ class Projector:
     """
 
     def __init__(self) -> None:
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, ProjectedWeight] = {}
         self.steps: list[int] = []
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
@@ -376,7 +383,7 @@ class Projector:
         return held.projector if held is not None and held.module() is module else None
 
     @staticmethod
-    def module_of(slot: Slot) -> nn.Module | None:
+    def module_of(slot: ProjectedWeight) -> nn.Module | None:
         """The module whose projector holds a slot."""
         for module in _MODULES:
             projector = Projector.find(module)
@@ -384,7 +391,7 @@ class Projector:
                 return module
         return None
 
-    def add(self, target: Target) -> Slot:
+    def add(self, target: Target) -> ProjectedWeight:
         """Take a parameter under projection, or return the slot it has.
 
         A parameter that has taken another's place gets a slot of its own.
@@ -395,7 +402,7 @@ class Projector:
             self.drop(path)
             slot = None
         if slot is None:
-            slot = self.slots[path] = Slot(target)
+            slot = self.slots[path] = ProjectedWeight(target)
             if target.parameter.requires_grad:  # a frozen weight gets no gradient
                 self._gradients[path] = _hook_gradient(slot)
         return slot
@@ -534,7 +541,7 @@ class Projector:
         if owned := self._owned(index):
             self._marks[index] = _Mark(owned[0])
 
-    def _owned(self, index: int) -> list[Slot]:
+    def _owned(self, index: int) -> list[ProjectedWeight]:
         return [self.slots[path] for path, owners in self._owners.items() if index in owners]
 
     def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -571,14 +578,14 @@ class Projector:
 class _Mark:
     """A few values of a weight, to tell later whether it was updated."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: ProjectedWeight) -> None:
         self.path, self.values = slot.path, self._few(slot)
 
     @staticmethod
-    def _few(slot: Slot) -> Tensor:
+    def _few(slot: ProjectedWeight) -> Tensor:
         return slot.values().reshape(-1)[:_FEW].clone()
 
-    def moved(self, slot: Slot) -> bool:
+    def moved(self, slot: ProjectedWeight) -> bool:
         """Whether the weight has other values now."""
         now = self._few(slot)
         same = now.shape == self.values.shape and torch.equal(now, self.values)
@@ -593,7 +600,7 @@ def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
     return values
 
 
-def _hook_gradient(slot: Slot) -> RemovableHandle:
+def _hook_gradient(slot: ProjectedWeight) -> RemovableHandle:
     weight = slot.parameter
     if is_sharded(weight):
         return weight.register_post_accumulate_grad_hook(_untraced(slot.mask_sharded_gradient))

@@ -1,6 +1,6 @@
 """Sharded parameters (FSDP2's DTensors): each process sees its own part, and counts for all.
 
-What asks `Shards` or `ONE_PIECE` the same questions works on both: each question that takes a
+What asks `Shards` or `UNSHARDED` the same questions works on both: each question that takes a
 message must be asked by all processes of the group alike.
 """
 
@@ -15,8 +15,15 @@ from torch import Tensor, distributed, nn
 from lightning_compress.errors import TargetError
 
 __all__ = [
-    "ONE_PIECE", "InOnePiece", "Shards", "Spread", "is_sharded", "local_part",
-    "shards_of", "to_shards", "whole_tensor",
+    "UNSHARDED",
+    "Partition",
+    "Shards",
+    "Unsharded",
+    "full_tensor",
+    "is_sharded",
+    "local_part",
+    "shards_of",
+    "to_shards",
 ]  # fmt: skip
 
 
@@ -34,10 +41,10 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; of a sharded one all processes must ask.
 
-    >>> whole_tensor(torch.ones(2)).tolist()
+    >>> full_tensor(torch.ones(2)).tolist()
     [1.0, 1.0]
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -97,15 +104,15 @@ class Shards:
         start = min(rank * width, self.rows)
         return start, min(start + width, self.rows)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Values of all processes, added up."""
         return self._reduced(values, distributed.ReduceOp.SUM)
 
-    def least(self, values: Tensor) -> Tensor:
+    def all_reduce_min(self, values: Tensor) -> Tensor:
         """The smallest of all processes' values, none of them NaN."""
         return self._reduced(values, distributed.ReduceOp.MIN)
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Values of each process, (processes, ...)."""
         sent = values.to(self.mesh.device_type).contiguous()
         parts = [torch.empty_like(sent) for _ in range(distributed.get_world_size(self.group))]
@@ -141,7 +148,7 @@ class Shards:
             available: int64 (tensors,), what there is to take on this process.
             wanted: in all.
         """
-        table = self.gather(available).T  # (tensors, processes)
+        table = self.all_gather(available).T  # (tensors, processes)
         before = table.flatten().cumsum(0).view_as(table) - table
         rank = distributed.get_rank(self.group)
         return (wanted - before).clamp(min=0).minimum(table)[:, rank].tolist()
@@ -149,7 +156,7 @@ class Shards:
     def whole(self, part: Tensor) -> Tensor:
         """The whole tensor, on every process, of the parts that each holds."""
         as_bytes = part.to(torch.uint8) if part.dtype == torch.bool else part
-        return whole_tensor(self.joined(as_bytes)).to(part.dtype)
+        return full_tensor(self.joined(as_bytes)).to(part.dtype)
 
     def joined(self, part: Tensor) -> Tensor:
         """A sharded tensor of the parts that each process holds, without a message."""
@@ -170,18 +177,18 @@ class Shards:
         return whole[slice(*self.bounds)]
 
 
-class InOnePiece:
+class Unsharded:
     """What `Shards` answers, of a tensor that every process has all of: without a message."""
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The values."""
         return values
 
-    def least(self, values: Tensor) -> Tensor:
+    def all_reduce_min(self, values: Tensor) -> Tensor:
         """The values."""
         return values
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """The values, (1, ...)."""
         return values[None]
 
@@ -206,5 +213,5 @@ class InOnePiece:
         return whole
 
 
-ONE_PIECE = InOnePiece()
-Spread: TypeAlias = Shards | InOnePiece
+UNSHARDED = Unsharded()
+Partition: TypeAlias = Shards | Unsharded

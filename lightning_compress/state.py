@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.removed import RemovedChannels
-from lightning_compress.sharding import whole_tensor
+from lightning_compress.sharding import full_tensor
 
 __all__ = [
     "ActivationGrids",
@@ -189,7 +189,7 @@ def compression_state(module: nn.Module, *, masks: bool = True) -> CompressionSt
             if name in known:
                 grids[path] = known[name]
             if masks and parameter.dim() > 1:
-                mask = whole_tensor(parameter.detach()) != 0
+                mask = full_tensor(parameter.detach()) != 0
                 if not mask.all():
                     found_masks[path] = mask
     return CompressionState(found_masks, grids, activations, removed_channels(module))

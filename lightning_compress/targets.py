@@ -23,9 +23,9 @@ __all__ = [
     "clean_path",
     "deployed_part",
     "left_out",
-    "overlooked",
     "select",
     "sparsity",
+    "unselected",
 ]
 Pattern = str | type[nn.Module]
 _MATMUL_LAYERS: tuple[type[nn.Module], ...] = (
@@ -104,11 +104,11 @@ def clean_path(path: str) -> str:
     return ".".join(parts)
 
 
-def overlooked(module: nn.Module) -> list[str]:
+def unselected(module: nn.Module) -> list[str]:
     """Networks with weights to train that are neither deployed by name nor judges.
 
     >>> names = ("encoder", "decoder", "fc_mu", "discriminator")
-    >>> overlooked(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
+    >>> unselected(nn.ModuleDict({name: nn.Linear(1, 1) for name in names}))
     ['fc_mu']
     """
     return unnamed_networks(module)

@@ -12,7 +12,7 @@ from lightning_compress.copies import Copy, adapters, frozen_copies
 from lightning_compress.deployment import deployed_part, known_by_name, note_deployed
 from lightning_compress.quantization.post_training import quantize_weights
 from lightning_compress.state import compression_state
-from lightning_compress.targets import left_out, overlooked, select
+from lightning_compress.targets import left_out, select, unselected
 
 
 def net(*sizes):
@@ -88,8 +88,8 @@ def test_what_was_noted_counts_before_names_and_after_what_is_declared():
     "judge", ["mpd", "msd", "Disc", "critic_2", "adversarial_loss", "net_D", "lpips", "D_ema"]
 )
 def test_no_advice_names_a_judge_or_a_loss(judge):
-    assert overlooked(tree(("encoder", "decoder", "head", judge))) == ["head"]
-    assert overlooked(tree(("m.G", "m.D", "m.style", f"m.{judge}"))) == ["m.style"]
+    assert unselected(tree(("encoder", "decoder", "head", judge))) == ["head"]
+    assert unselected(tree(("m.G", "m.D", "m.style", f"m.{judge}"))) == ["m.style"]
 
 
 def test_after_freezing_a_model_has_the_weights_it_had():

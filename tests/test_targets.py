@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
-from lightning_compress.targets import overlooked, select
+from lightning_compress.targets import select, unselected
 
 
 def paths(module, *args, **kwargs):
@@ -84,10 +84,10 @@ def test_what_lies_beside_the_deployed_part_is_named():
     vae = named("encoder", "decoder", "fc_mu", "final", "discriminator", "d_feature")
     vae["relu"], vae["norm"] = nn.ReLU(), nn.BatchNorm1d(2)
     vae["features"] = nn.Linear(2, 2).requires_grad_(requires_grad=False)
-    assert overlooked(vae) == ["fc_mu", "final"]
+    assert unselected(vae) == ["fc_mu", "final"]
     vae.deployed = ("encoder", "decoder")
-    assert overlooked(vae) == []
-    assert overlooked(named("a", "b")) == []  # all of it ships
+    assert unselected(vae) == []
+    assert unselected(named("a", "b")) == []  # all of it ships
 
 
 def test_norms_biases_and_embeddings_need_their_own_name():

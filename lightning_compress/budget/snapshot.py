@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import grow, overlay, structure_of
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 
 __all__ = [
@@ -114,7 +114,7 @@ def mask_in(snapshot: Snapshot, name: str) -> Tensor | None:
     return None if packed is None else unpack_mask(*packed)
 
 
-def slots_of(module: nn.Module) -> dict[str, Slot]:
+def slots_of(module: nn.Module) -> dict[str, ProjectedWeight]:
     """Projected parameters by the name that the module gives them."""
     projector = Projector.find(module)
     known = projector.slots.values() if projector is not None else ()

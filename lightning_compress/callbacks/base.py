@@ -25,7 +25,7 @@ from lightning_compress.copies import Copy, frozen_copies
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.lcz.restoring import STATE, attach_state, has_state, pack_state
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.pruning.masks import were_pruned
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import (
@@ -44,8 +44,8 @@ from lightning_compress.targets import (
     Selection,
     clean_path,
     left_out,
-    overlooked,
     select,
+    unselected,
 )
 
 __all__ = [
@@ -93,7 +93,7 @@ def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] 
 
     Networks of an optimizer that trains nothing of the deployed part are not named: they judge it.
     """
-    if names := [one for one in overlooked(module) if not _elsewhere(module, one, optimizers)]:
+    if names := [one for one in unselected(module) if not _elsewhere(module, one, optimizers)]:
         parts = deployed_part(module)
         rank_zero_warn(
             f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
@@ -193,7 +193,7 @@ class WeightCallback(Callback):
     ) -> None:
         self.include, self.exclude, self.name = include, exclude, name
         self.coverage: list[Coverage] = []
-        self.slots: list[Slot] = []
+        self.slots: list[ProjectedWeight] = []
         self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
@@ -382,7 +382,7 @@ class WeightCallback(Callback):
             self._groups = []
 
     def on_targets_changed(
-        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+        self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
         """React to targets that have appeared in mid-run, or gone; `slots` are those of now."""
 
@@ -527,7 +527,7 @@ class WeightCallback(Callback):
 
 
 @contextmanager
-def _as_loaded(slots: Sequence[Slot]) -> Iterator[None]:
+def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
     """Leave weights and grids as a checkpoint has them, whatever a state is restored into."""
     layers = [(slot.target.layer, slot.target.name) for slot in slots]
     grids = [known_grid(layer, name) for layer, name in layers]
@@ -549,7 +549,9 @@ def _tell_of_spawned(trainer: Trainer) -> None:
         )
 
 
-def _tell_of_change(key: str, added: Sequence[Slot], gone: Sequence[Slot]) -> None:
+def _tell_of_change(
+    key: str, added: Sequence[ProjectedWeight], gone: Sequence[ProjectedWeight]
+) -> None:
     fresh, left = {slot.path for slot in added}, {slot.path for slot in gone}
     for word, paths in (
         ("new targets, taken from here on", fresh - left),
@@ -584,12 +586,12 @@ def _why_idle(optimizer: Optimizer, *, moved: bool) -> str:
     )
 
 
-def _adopt_known_mask(slot: Slot) -> None:
+def _adopt_known_mask(slot: ProjectedWeight) -> None:
     """Go on with a mask that was restored, while the weight still has its zeros."""
     mask = known_mask(slot.target.layer, slot.target.name)
     if mask is None or slot.pruned is not None or mask.shape != slot.parameter.shape:
         return
-    part = slot.spread.part(mask).to(slot.data.device)
+    part = slot.partition.part(mask).to(slot.data.device)
     if not slot.data[~part].any():
         slot.set_mask(part)
 

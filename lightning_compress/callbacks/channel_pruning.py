@@ -19,14 +19,14 @@ from lightning_compress.callbacks.base import WeightCallback, is_trial_run
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.protocols import FollowsRemoval, Steers
-from lightning_compress.channels.calls import Samples, place_inputs
+from lightning_compress.channels.calls import SampleInputs, place_inputs
 from lightning_compress.channels.graph import Flags, Kept
 from lightning_compress.channels.plan import ChannelPlan, roots_of
-from lightning_compress.channels.remover import Cutter, Goal
+from lightning_compress.channels.remover import ChannelBudget, ChannelRemover
 from lightning_compress.channels.resize import CHANNELS, match_channels
 from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.state import removed_channels
@@ -63,9 +63,9 @@ def tapped_features(trainer: Trainer) -> dict[str, str]:
     found = {}
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, KnowledgeDistillation) and one.session is not None:
-            for link in one.session.links:
-                for ours, _ in link.pair.features:
-                    path = ".".join(filter(None, (link.pair.student, ours)))
+            for paired in one.session.paired_modules:
+                for ours, _ in paired.pair.features:
+                    path = ".".join(filter(None, (paired.pair.student, ours)))
                     found[path] = f"a feature that {one.state_key} compares"
     return found
 
@@ -86,8 +86,8 @@ def tell_others(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print what was asked for, and what each layer got."""
-    graph, dense = owner.plan.graph, owner.goal.dense
-    wanted = f"{owner.goal.final:.4g} of the {owner.kind} were to stay"
+    graph, dense = owner.plan.graph, owner.channel_budget.dense
+    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} were to stay"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
@@ -174,14 +174,14 @@ class ChannelPruning(WeightCallback):
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        goal = Goal(
+        channel_budget = ChannelBudget(
             final_sparsity,
             budget=budget,
             schedule=schedule,
             window=(begin, end),
             rounding=Rounding(round_to, min_keep),
         )
-        begin, end = goal.window
+        begin, end = channel_budget.window
         by_norms = criterion == "batchnorm"
         if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
             valid = sorted([*CRITERIA, "batchnorm"])
@@ -190,14 +190,14 @@ class ChannelPruning(WeightCallback):
             raise ValueError(f"scope={scope!r}: valid are {list(_SCOPES)}")
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(include=include, exclude=[*spared[0], *spared[1]], name=name)
-        self.goal, self.criterion, self.scope = goal, criterion, scope
+        self.channel_budget, self.criterion, self.scope = channel_budget, criterion, scope
         self.channelwise = tuple(channelwise)
         self.events = GuardedClock(begin, end, frequency, count=_EVENTS)
         self.fade, self.on_miss = fade, on_miss
         self.push = (1e-4 if by_norms else 0.0) if push is None else push
         self.sparsity = 0.0  # fraction of the channels that is gone
         self.plan: ChannelPlan | None = None
-        self.cutter: Cutter | None = None
+        self.remover: ChannelRemover | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.refused: dict[str, str] = {}
         self._gatherings = StatisticsWindows(
@@ -209,7 +209,7 @@ class ChannelPruning(WeightCallback):
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._resumed: tuple[list[int] | None, int] | None = None
-        self._samples: Samples | None = None
+        self._samples: SampleInputs | None = None
         self._given: dict[str, Any] | None = None  # sample inputs of a checkpoint
         self._began = 0  # steps of the optimizer when the fit began
         self._handle: Any = None
@@ -222,7 +222,7 @@ class ChannelPruning(WeightCallback):
         if leaders and self.kind == "latency":
             raise TargetError(
                 f"{leaders[0]} cannot steer a latency, which is measured once: give "
-                f"{self.state_key} budget={{'macs': {self.goal.fraction}}} in its place"
+                f"{self.state_key} budget={{'macs': {self.channel_budget.fraction}}} in its place"
             )
         self._steered = bool(leaders)
         if self._handle is None:
@@ -253,9 +253,9 @@ class ChannelPruning(WeightCallback):
             f"{len(self.coverage) - len(self.slots)} parameters left as they are"
         )
         targets = [slot.target for slot in self.slots]
-        self._samples = Samples(pl_module, roots_of(pl_module, targets), targets)
-        self.plan, self.cutter, self._leaving, self._fading = None, None, None, 0
-        self.goal.steered = None
+        self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
+        self.plan, self.remover, self._leaving, self._fading = None, None, None, 0
+        self.channel_budget.steered = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint, and find the channels.
@@ -300,18 +300,18 @@ class ChannelPruning(WeightCallback):
             tapped=self._tapped,
             refused=self.refused,
         )
-        goal, first = self.goal, self.goal.begin(self.plan.graph)
-        self.cutter = Cutter(
+        channel_budget, first = self.channel_budget, self.channel_budget.begin(self.plan.graph)
+        self.remover = ChannelRemover(
             self.plan,
             self.projector,
-            rounding=goal.rounding,
-            dense=goal.dense,
+            rounding=channel_budget.rounding,
+            dense=channel_budget.dense,
             kept=self.kept,
             compare=self._compare,
         )
-        if first and (said := goal.measure(self.cutter, self._scores)):
+        if first and (said := channel_budget.measure(self.remover, self._scores)):
             rank_zero_info(f"{self.state_key}: {said}")
-        goal.check(self.plan.graph, steered=self._steered)
+        channel_budget.check(self.plan.graph, steered=self._steered)
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
@@ -329,17 +329,17 @@ class ChannelPruning(WeightCallback):
     @property
     def kind(self) -> str:
         """What is counted: "channels", "params" or "macs"; "latency" until it is measured."""
-        return self.goal.kind
+        return self.channel_budget.kind
 
     @property
     def left(self) -> float:
         """The part of it that is left."""
-        return self.goal.left(self.cutter)
+        return self.channel_budget.left(self.remover)
 
     @property
     def least(self) -> float:
         """The part of it that no rounding can avoid."""
-        return self.goal.least
+        return self.channel_budget.least
 
     def steer(self, left: float) -> None:
         """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
@@ -352,7 +352,7 @@ class ChannelPruning(WeightCallback):
         Raises:
             ValueError: for a part outside of that.
         """
-        self.goal.steer(left)
+        self.channel_budget.steer(left)
 
     @property
     def steered_by(self) -> str:
@@ -362,14 +362,14 @@ class ChannelPruning(WeightCallback):
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the channels of now."""
         return {
-            "asked": self.goal.part.asked,
+            "asked": self.channel_budget.part.asked,
             "kept": {name: list(one) for name, one in self.kept.items()},
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
     def back_to(self, snapshot: dict[str, Any]) -> None:
         """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.goal.part.asked = snapshot["asked"]
+        self.channel_budget.part.asked = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
@@ -385,7 +385,7 @@ class ChannelPruning(WeightCallback):
     @property
     def is_steered(self) -> bool:
         """Whether a budget decides how far it goes, in its schedule's place."""
-        return self.goal.steered is not None
+        return self.channel_budget.steered is not None
 
     @property
     def arrived(self) -> bool:
@@ -394,7 +394,7 @@ class ChannelPruning(WeightCallback):
 
     def needed(self, position: float) -> bool:
         """Whether more is to go at a position."""
-        return self.plan is not None and self.goal.needs(position)
+        return self.plan is not None and self.channel_budget.needs(position)
 
     @property
     def schedule_over(self) -> bool:
@@ -412,16 +412,16 @@ class ChannelPruning(WeightCallback):
         }
 
     def _scores(self) -> Scores:
-        assert self.cutter is not None
+        assert self.remover is not None
         if self.criterion in ("magnitude", "batchnorm"):
-            return self.cutter.own_scores(str(self.criterion))
+            return self.remover.own_scores(str(self.criterion))
         wanted = self._gatherings[0].scores(self.slots, self.slots)
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
-        return self.cutter.given_scores(self.criterion, given)
+        return self.remover.given_scores(self.criterion, given)
 
     def _count(self) -> float:
         """Fraction of the channels that is gone."""
-        return 0.0 if self.plan is None else self.goal.gone_units(self.plan.graph)
+        return 0.0 if self.plan is None else self.channel_budget.gone_units(self.plan.graph)
 
     def on_save_checkpoint(
         self,
@@ -438,7 +438,7 @@ class ChannelPruning(WeightCallback):
         self,
         trainer: Trainer,  # noqa: ARG002
         module: LightningModule,  # noqa: ARG002
-        added: Sequence[Slot],
+        added: Sequence[ProjectedWeight],
     ) -> None:
         """Go on with the channels that were found: what came since keeps its width."""
         self.sparsity = self._count()
@@ -461,22 +461,22 @@ class ChannelPruning(WeightCallback):
 
     def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
         """Let chosen channels fade, and scales of norms shrink."""
-        if self.cutter is None:
+        if self.remover is None:
             return
         if self._leaving is not None and self._fading < self.fade:
             self._fading += 1
             left = self.fade - self._fading
-            self.cutter.fade(self._leaving, left / (left + 1))
+            self.remover.fade(self._leaving, left / (left + 1))
         if self.push and not self.events.over:
-            self.cutter.push(self.push)
+            self.remover.push(self.push)
 
     @torch.no_grad()
     def on_event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
-        assert self.cutter is not None
-        target = self.goal.ask(self.events.position)
+        assert self.remover is not None
+        target = self.channel_budget.ask(self.events.position)
         over = self.events.over or self.is_steered
-        gone = self.cutter.choose(self._scores(), self.kind, target, overshoot=over)
+        gone = self.remover.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
         self._gatherings.after_event(self.events.ahead())
@@ -495,7 +495,7 @@ class ChannelPruning(WeightCallback):
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
         pl_module.log(f"{self.name}/sparsity", self.sparsity)
-        if self.cutter is not None:
+        if self.remover is not None:
             pl_module.log(f"{self.name}/{self.kind}_left", self.left)
 
     def _plan_from_calls(self, module: LightningModule) -> None:
@@ -517,7 +517,7 @@ class ChannelPruning(WeightCallback):
         Raises:
             RuntimeError: when the smaller model is not the masked one.
         """
-        assert self.cutter is not None
+        assert self.remover is not None
         assert self._leaving is not None
         others = partial(tell_others, self, trainer, pl_module)
 
@@ -526,7 +526,7 @@ class ChannelPruning(WeightCallback):
             if self.projector.copies is not None:
                 self.projector.copies.cut(kept, sized)
 
-        for note in self.cutter.remove(self._leaving, trainer.optimizers, tell):
+        for note in self.remover.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0
         self._gatherings.reset()  # what is known of larger weights is of no use
@@ -541,10 +541,10 @@ class ChannelPruning(WeightCallback):
             self.on_event(trainer)
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
-        if self.cutter is None:
+        if self.remover is None:
             self._miss(trainer, f"{self.state_key}: no batch went through {self._samples}")
             return
-        wanted = self.goal.final
+        wanted = self.channel_budget.final
         if not self.is_steered and self.left > wanted * (1 + 1e-9):
             why = (
                 f"the run ended before end={self.events.end!r} and {self.fade} steps of fading "
@@ -584,7 +584,7 @@ class ChannelPruning(WeightCallback):
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
             "waits": self.events.waits,
-            **self.goal.state_dict(),
+            **self.channel_budget.state_dict(),
             "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
@@ -597,7 +597,7 @@ class ChannelPruning(WeightCallback):
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self.events.waits = state["waits"]
-        self.goal.load_state_dict(state)
+        self.channel_budget.load_state_dict(state)
         self.refused = dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]

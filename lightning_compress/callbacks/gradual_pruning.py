@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.base import is_trial_run, run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
-from lightning_compress.projection import Projector, Slot, naming_divergence
+from lightning_compress.projection import ProjectedWeight, Projector, naming_divergence
 from lightning_compress.pruning.criteria import make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
 from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
@@ -24,16 +24,16 @@ from lightning_compress.pruning.regrowth import (
     DenseGradients,
     check_regrowth,
     exchanged_fraction,
-    forget,
+    reset_momenta,
 )
 from lightning_compress.pruning.sparsity_groups import (
-    Part,
+    SparsityGroup,
+    assign_targets,
     check_floors,
     check_min_keep,
     floors_by_path,
     make_schedules,
-    share_out,
-    split_parts,
+    split_groups,
 )
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.schedules import Schedule
@@ -95,7 +95,7 @@ class Rewinder:
         self,
         plan: Rewinding,
         module: nn.Module,
-        slots: Sequence[Slot],
+        slots: Sequence[ProjectedWeight],
         optimizers: Sequence[Optimizer],
         projector: Projector,
     ) -> None:
@@ -314,20 +314,20 @@ class GradualPruning(MaskCallback):
         """Whether masks prune all that is asked for at this position."""
         return not any(self._wanted(part) > part.asked for part in self.parts)
 
-    def _wanted(self, part: Part, position: float | None = None) -> float:
+    def _wanted(self, part: SparsityGroup, position: float | None = None) -> float:
         at = self.events.position if position is None else position
         return part.wanted(at, self.steered, self.parts)
 
     def _split(self) -> None:
         if not isinstance(self.steered, dict):
-            self.parts = split_parts(self.parts)
+            self.parts = split_groups(self.parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets of each part, and check that bounds leave room for what is asked."""
         super().on_fit_start(trainer, pl_module)
         self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
-        share_out(pl_module, self.parts, self.exclude, self.slots)
+        assign_targets(pl_module, self.parts, self.exclude, self.slots)
         self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
         for part in self.parts:
             final = part.target(self.events.end)
@@ -341,13 +341,13 @@ class GradualPruning(MaskCallback):
             )
 
     def on_targets_changed(
-        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+        self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
         """Share new targets out, and let the next event bring them to what was asked so far."""
         before = {slot.path: part for part in self.parts for slot in part.slots}
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
-        share_out(module, self.parts, self.exclude, self.slots)
+        assign_targets(module, self.parts, self.exclude, self.slots)
         shared = {path for part in self.parts for path in part.paths()}
         for slot in self.slots:  # what is frozen by now is no target, but keeps its mask
             if slot.path not in shared:
@@ -383,7 +383,10 @@ class GradualPruning(MaskCallback):
         """Masks of the zeros that are there; sparsity goes on from theirs."""
         for slot in self.slots:
             kept = slot.data != 0
-            if slot.pruned is None and 0 < int(slot.spread.sum(kept.sum())) < slot.target.numel:
+            if (
+                slot.pruned is None
+                and 0 < int(slot.partition.all_reduce_sum(kept.sum())) < slot.target.numel
+            ):
                 slot.set_mask(kept)
         for part in self.parts:
             part.asked = max(part.asked, part.sparsity)
@@ -444,7 +447,7 @@ class GradualPruning(MaskCallback):
             for slot in self.slots:
                 growth = self._gatherings[1].criterion.scores(slot)
                 mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
-                forget(trainer.optimizers, slot, mask)
+                reset_momenta(trainer.optimizers, slot, mask)
                 masks[slot.path] = mask
         self.set_masks(self.slots, [masks[slot.path] for slot in self.slots], trainer)
         self._correct(trainer)
@@ -470,7 +473,7 @@ class GradualPruning(MaskCallback):
 
     def _correct(self, trainer: Trainer) -> None:
         for slot in self.slots:
-            values = self._gatherings[0].corrected(slot)
+            values = self._gatherings[0].updated_values(slot)
             if values is not None:
                 shared = trainer.world_size > 1
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)

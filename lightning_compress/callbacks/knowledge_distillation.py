@@ -125,14 +125,17 @@ class KnowledgeDistillation(Callback):
         if any(in_fractions(weight) for weight in self._weights()):
             check_run_ends(trainer)
         if self.initialize and trainer.ckpt_path is None:
-            for link in self.session.links:
-                initialize_from_teacher(link.student, link.teacher)
+            for paired in self.session.paired_modules:
+                initialize_from_teacher(paired.student, paired.teacher)
         self.session.attach(trainer.optimizers, adapter_lr=self.adapter_lr)
         for parameter in self.session.adapter_parameters() if trainer.world_size > 1 else ():
             with torch.no_grad():
                 parameter.copy_(trainer.strategy.broadcast(parameter.detach()))
         self._warned = set()
-        pairs = [f"{link.pair.student!r} from {link.pair.teacher!r}" for link in self.session.links]
+        pairs = [
+            f"{paired.pair.student!r} from {paired.pair.teacher!r}"
+            for paired in self.session.paired_modules
+        ]
         rank_zero_info(f"{self.state_key}: {', '.join(pairs)}")
 
     def _session(self, student: LightningModule, *, rank: int) -> Session:
@@ -164,7 +167,7 @@ class KnowledgeDistillation(Callback):
 
     def _weights(self) -> list[Weight]:
         assert self.session is not None
-        return [self.weight, *(link.pair.weight for link in self.session.links)]
+        return [self.weight, *(paired.pair.weight for paired in self.session.paired_modules)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Apply the state of a checkpoint."""
@@ -183,11 +186,11 @@ class KnowledgeDistillation(Callback):
         assert self.session is not None
         fractions = any(in_fractions(weight) for weight in self._weights())
         fraction = run_progress(trainer) if fractions else 0.0
-        for index, link in enumerate(self.session.links):
+        for index, paired in enumerate(self.session.paired_modules):
             step = self.session.steps[index]
-            weights = (self.weight, link.pair.weight)
+            weights = (self.weight, paired.pair.weight)
             ours, own = (weight_at(one, step=step, fraction=fraction) for one in weights)
-            link.weight = ours * own
+            paired.weight = ours * own
         self.session.begin_batch(batch, batch_idx)
 
     def on_before_backward(

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.targets import Pattern
 
@@ -118,7 +118,7 @@ class MaskCallback(WeightCallback):
         self,
         trainer: Trainer,  # noqa: ARG002
         module: LightningModule,  # noqa: ARG002
-        added: Sequence[Slot],
+        added: Sequence[ProjectedWeight],
     ) -> None:
         """Count new targets in: they are dense until the next event."""
         self.claim("mask", "pruned")
@@ -150,7 +150,10 @@ class MaskCallback(WeightCallback):
 
     def _check_finite(self) -> None:
         """Refuse to compare weights that are no numbers: most criteria would not notice."""
-        counts = [slot.spread.sum((~torch.isfinite(slot.values())).sum()) for slot in self.slots]
+        counts = [
+            slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())
+            for slot in self.slots
+        ]
         if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
             broken = [one.path for one, count in zip(self.slots, counts, strict=True) if int(count)]
             raise FloatingPointError(
@@ -172,7 +175,9 @@ class MaskCallback(WeightCallback):
         return self.events.is_due(needed=needed, steered=self.is_steered)
 
     @torch.no_grad()
-    def set_masks(self, slots: Sequence[Slot], masks: Sequence[Tensor], trainer: Trainer) -> None:
+    def set_masks(
+        self, slots: Sequence[ProjectedWeight], masks: Sequence[Tensor], trainer: Trainer
+    ) -> None:
         """Give each target its mask, the first process's everywhere."""
         for slot, mask in zip(slots, masks, strict=True):
             if trainer.world_size > 1 and slot.shards is None:
@@ -233,17 +238,17 @@ class MaskCallback(WeightCallback):
         if unknown := sorted(set(state["masks"]) - set(by_path)):
             raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
         for path, (packed, shape) in state["masks"].items():
-            by_path[path].set_mask(by_path[path].spread.part(unpack_mask(packed, shape)))
+            by_path[path].set_mask(by_path[path].partition.part(unpack_mask(packed, shape)))
         for path, latent in state["latents"].items():
             if self.dense_gradient:
-                by_path[path].set_values(by_path[path].spread.part(latent))
+                by_path[path].set_values(by_path[path].partition.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self.events.waits = state["waits"]
         self.sparsity = self._count()
 
 
-def _adopt_latent(slot: Slot, earlier: Slot | None) -> None:
+def _adopt_latent(slot: ProjectedWeight, earlier: ProjectedWeight | None) -> None:
     """Go on with what an earlier fit left hidden, wherever the weight is still as it left it."""
     if earlier is not None and earlier.latent is not None and slot.latent is None:
         slot.latent, slot.grid = earlier.latent, earlier.grid

@@ -29,7 +29,7 @@ from lightning_compress.channels.graph import Kept
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.lcz.lost_grids import lost_grids
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.sparsity_groups import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
 from lightning_compress.quantization.fake_quantize import (
@@ -308,7 +308,7 @@ class QuantizationAwareTraining(WeightCallback):
         self,
         trainer: Trainer,  # noqa: ARG002
         module: LightningModule,
-        added: Sequence[Slot],
+        added: Sequence[ProjectedWeight],
     ) -> None:
         """Let new weights and activations onto grids, which follow them until the run ends."""
         if self.weights is not None:
@@ -412,7 +412,7 @@ class QuantizationAwareTraining(WeightCallback):
             if self.frozen:
                 self.weights.freeze_one(path)
 
-    def _make_maker(self, slot: Slot) -> GridMaker:
+    def _make_maker(self, slot: ProjectedWeight) -> GridMaker:
         total = sum(one.target.numel for one in self.slots)
         entropy = {"relative_step": self.step, "dead_zone": self.dead_zone}
         return make_maker(
@@ -422,7 +422,7 @@ class QuantizationAwareTraining(WeightCallback):
             observer=self.observer,
             lr=self.lr,
             entropy={**entropy, "rate": self.rate / total},
-            spread=slot.spread,
+            partition=slot.partition,
         )
 
     def _find_activations(self, module: LightningModule) -> None:

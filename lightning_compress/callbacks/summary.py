@@ -14,7 +14,7 @@ from lightning_compress.callbacks.quantization_aware_training import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
 )
-from lightning_compress.sharding import ONE_PIECE, local_part, shards_of, to_shards
+from lightning_compress.sharding import UNSHARDED, local_part, shards_of, to_shards
 from lightning_compress.state import compression_state
 from lightning_compress.targets import clean_path
 
@@ -96,8 +96,11 @@ class CompressionSummary(Callback):
         grids, zeros, weights = compression_state(pl_module, masks=False).grids, 0, 0
         for path, parameter in pl_module.named_parameters():
             if path in paths:
-                spread, values = shards_of(parameter) or ONE_PIECE, local_part(parameter.detach())
-                count, size = int(spread.sum((values == 0).sum())), parameter.numel()
+                partition, values = (
+                    shards_of(parameter) or UNSHARDED,
+                    local_part(parameter.detach()),
+                )
+                count, size = int(partition.all_reduce_sum((values == 0).sum())), parameter.numel()
                 zeros, weights = zeros + count, weights + size
                 bits = str(grids[path].bits) if path in grids else "-"
                 share = f"{count / size:.4f}"

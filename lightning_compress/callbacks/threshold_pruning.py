@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.callbacks.base import is_trial_run
 from lightning_compress.callbacks.mask_callback import MaskCallback
-from lightning_compress.projection import Slot
-from lightning_compress.pruning.mask_plan import normed_axis, row_leaders, threshold_mask
+from lightning_compress.projection import ProjectedWeight
+from lightning_compress.pruning.mask_plan import largest_in_rows, normed_axis, threshold_mask
 from lightning_compress.schedules import Linear, Schedule
 from lightning_compress.targets import Pattern
 
@@ -116,7 +116,7 @@ class ThresholdPruning(MaskCallback):
             closed = None if self.dense_gradient else slot.pruned
             mask = threshold_mask(slot.values(), self._asked, closed=closed, **rules)
             if (axis := normed_axis(slot.target)) is not None:
-                mask |= row_leaders(slot.values(), axis, closed)
+                mask |= largest_in_rows(slot.values(), axis, closed)
             masks.append(mask)
         self.set_masks(self.slots, masks, trainer)
         self.project()
@@ -132,7 +132,7 @@ class ThresholdPruning(MaskCallback):
             )
 
     def on_targets_changed(
-        self, trainer: Trainer, module: LightningModule, added: Sequence[Slot]
+        self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
         """Compare new targets too, though the threshold may not rise any more."""
         super().on_targets_changed(trainer, module, added)

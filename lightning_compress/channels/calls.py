@@ -14,14 +14,14 @@ from lightning_compress.sample_inputs import placed, sample_inputs
 from lightning_compress.targets import Target, clean_path
 
 __all__ = [
-    "Calls",
-    "Samples",
+    "CalledNetworks",
+    "SampleInputs",
     "place_inputs",
 ]
 _INSIDE = ("_orig_mod", "parametrizations")  # what is below is not called by name
 
 
-class Calls:
+class CalledNetworks:
     """The networks that are called from outside, each with the inputs of its first call.
 
     Lightning calls `training_step`, never the module. What is called there is a network of its
@@ -35,7 +35,7 @@ class Calls:
 
     >>> import torch
     >>> whole = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))})
-    >>> calls = Calls(whole, ["net.0.weight", "net.1.weight"], keep=len)
+    >>> calls = CalledNetworks(whole, ["net.0.weight", "net.1.weight"], keep=len)
     >>> out = whole["net"](torch.zeros(1, 3))
     >>> calls.roots()
     {'net': 1}
@@ -122,7 +122,7 @@ _WAYS = (
 )
 
 
-class Samples:
+class SampleInputs:
     """Sample inputs of some modules: known, or taken from the first batch.
 
     Args:
@@ -135,7 +135,7 @@ class Samples:
         self._found: dict[str, tuple[Any, ...]] = {}
         self._handles: list[Any] = []
         self.roots = list(roots)
-        self._calls: Calls | None = None
+        self._calls: CalledNetworks | None = None
         self.watched = False  # whether the roots are those that were called
         for root in self.roots:
             part = module.get_submodule(root)
@@ -146,7 +146,7 @@ class Samples:
             if not root:
                 others = tuple(f"{one}." for one in roots if one)
                 paths = [one.path for one in targets if not one.path.startswith(others)]
-                self._calls = Calls(module, paths, keep=_few)
+                self._calls = CalledNetworks(module, paths, keep=_few)
                 continue
 
             def look(_module: nn.Module, args: Any, root: str = root) -> None:

@@ -12,7 +12,7 @@ from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import shrink
 from lightning_compress.copies import Copy
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.state import CompressionState, RemovedChannels, note_removed, set_grid
 from lightning_compress.targets import clean_path
 
@@ -55,7 +55,7 @@ class FollowedCopies:
                 self._live.add(one.path)
             yield one
 
-    def _pairs(self, projector: Projector) -> Iterator[tuple[Slot, str, nn.Parameter]]:
+    def _pairs(self, projector: Projector) -> Iterator[tuple[ProjectedWeight, str, nn.Parameter]]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for one in self.live() if self.copies else ():
             for slot in projector.slots.values():

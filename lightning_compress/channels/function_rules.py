@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.trace import Axes, Labels, Ledger, Trace, tensors_in
+from lightning_compress.channels.trace import Axes, ChannelDependencies, Nodes, Trace, tensors_in
 
 __all__ = [
     "ALONG",
@@ -23,7 +23,7 @@ __all__ = [
     "REDUCE",
     "SILENT",
     "SPATIAL",
-    "label_function",
+    "function_rule",
     "move",
     "name_of",
 ]
@@ -95,22 +95,22 @@ def name_of(func: Any) -> str:
 
 
 def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Send labels the way that the values went."""
+    """Send nodes the way that the values went."""
     name, joined = name_of(func), name_of(func) in JOINING
     sources = [one for one in tensors_in((args, kwargs)) if joined or one is args[0]]
     if joined:
         _fill(trace, sources)
     axes: list[Axes] = [[None] * one.dim() for one in tensors_in(out)]
     for dim in range(sources[0].dim()):
-        labels = [trace.axes(one)[dim] for one in sources]
-        if all(one is None for one in labels):
+        nodes = [trace.axes(one)[dim] for one in sources]
+        if all(one is None for one in nodes):
             continue
         if joined and dim != _joined_axis(name, sources[0].dim(), args, kwargs):
-            for one in labels[1:]:
-                trace.ledger.join(labels[0], one)  # type: ignore[arg-type]
-            labels = [labels[0]] * len(labels)
+            for one in nodes[1:]:
+                trace.dependencies.connect(nodes[0], one)  # type: ignore[arg-type]
+            nodes = [nodes[0]] * len(nodes)
         stand_in = {
-            id(one): _spread(one, dim, own) for one, own in zip(sources, labels, strict=True)
+            id(one): _spread(one, dim, own) for one, own in zip(sources, nodes, strict=True)
         }
         moved_args, moved_kwargs = pytree.tree_map(
             lambda one: stand_in.get(id(one), one),  # noqa: B023
@@ -118,35 +118,37 @@ def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         )
         found = tensors_in(func(*moved_args, **moved_kwargs))
         target = _target_axis(name, dim, sources[0].dim(), moved_args, moved_kwargs)
-        carried = [_carry(trace.ledger, one, target) for one in found]
-        _check_whole(trace.ledger, name, labels, carried)
+        carried = [_carry(trace.dependencies, one, target) for one in found]
+        _check_whole(trace.dependencies, name, nodes, carried)
         for index, (axis, own) in enumerate(carried):
             if axis is not None and axes[index][axis] is not None:
-                trace.ledger.fix(own, f"{name} merges two axes")
-                trace.ledger.fix(axes[index][axis], f"{name} merges two axes")
+                trace.dependencies.fix(own, f"{name} merges two axes")
+                trace.dependencies.fix(axes[index][axis], f"{name} merges two axes")
             elif axis is not None:
                 axes[index][axis] = own
-        _equal_pieces(trace.ledger, name, [own for _, own in carried])
+        _equal_pieces(trace.dependencies, name, [own for _, own in carried])
     for result, one in zip(tensors_in(out), axes, strict=True):
-        trace.label(result, one)
+        trace.set_axes(result, one)
 
 
 def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
-    """What is joined with channels needs labels of its own, which stay."""
+    """What is joined with channels needs nodes of its own, which stay."""
     for dim in range(sources[0].dim()):
         axes = [trace.axes(one)[dim] for one in sources]
         if all(one is None for one in axes):
             continue
-        for one, labels in zip(sources, axes, strict=True):
-            if labels is None:
+        for one, nodes in zip(sources, axes, strict=True):
+            if nodes is None:
                 known = list(trace.axes(one))
-                known[dim] = trace.ledger.fresh(one.shape[dim], "a tensor of fixed size")
-                trace.ledger.fix(known[dim], "joined as a tensor of fixed size")
-                trace.label(one, known)
+                known[dim] = trace.dependencies.new_nodes(one.shape[dim], "a tensor of fixed size")
+                trace.dependencies.fix(known[dim], "joined as a tensor of fixed size")
+                trace.set_axes(one, known)
 
 
-def _carry(ledger: Ledger, moved: Tensor, target: int | None) -> tuple[int | None, Labels]:
-    """The axis that labels lie along after a move, and the labels; others are joined."""
+def _carry(
+    dependencies: ChannelDependencies, moved: Tensor, target: int | None
+) -> tuple[int | None, Nodes]:
+    """The axis that nodes lie along after a move, and the nodes; others are joined."""
     values = moved.numpy()
     along = [dim for dim in range(values.ndim) if np.ptp(values, axis=dim).any()]
     if not along:
@@ -156,42 +158,42 @@ def _carry(ledger: Ledger, moved: Tensor, target: int | None) -> tuple[int | Non
     axis = target if target in along else along[0]
     rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
     if len(along) > 1:
-        ledger.join(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+        dependencies.connect(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
     return axis, np.ascontiguousarray(rows[:, 0])
 
 
 def _check_whole(
-    ledger: Ledger,
+    dependencies: ChannelDependencies,
     name: str,
-    labels: Sequence[Labels | None],
-    carried: Sequence[tuple[int | None, Labels]],
+    nodes: Sequence[Nodes | None],
+    carried: Sequence[tuple[int | None, Nodes]],
 ) -> None:
     kept = [own for axis, own in carried if axis is not None]
     classes = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
-    for one in labels:
+    for one in nodes:
         lost = one is not None and not (kept and len(np.unique(classes)) >= len(np.unique(one)))
         if lost and name not in MERGING:
-            ledger.fix(one, f"{name} takes a part of them")
+            dependencies.fix(one, f"{name} takes a part of them")
 
 
-def _equal_pieces(ledger: Ledger, name: str, pieces: Sequence[Labels]) -> None:
+def _equal_pieces(dependencies: ChannelDependencies, name: str, pieces: Sequence[Nodes]) -> None:
     """Pieces are cut to equal sizes again when there are fewer channels."""
     if name not in ("chunk", "split", "tensor_split", "unbind", "split_with_sizes"):
         return
     if len({tuple(one) for one in pieces}) > 1:
         for piece in pieces[1:]:
             if len(piece) == len(pieces[0]):
-                ledger.join(pieces[0], piece)
+                dependencies.connect(pieces[0], piece)
             else:
-                ledger.fix(piece, f"{name} cuts them into unequal pieces")
+                dependencies.fix(piece, f"{name} cuts them into unequal pieces")
 
 
-def _spread(tensor: Tensor, dim: int, labels: Labels | None) -> Tensor:
-    if labels is None or dim >= tensor.dim():
+def _spread(tensor: Tensor, dim: int, nodes: Nodes | None) -> Tensor:
+    if nodes is None or dim >= tensor.dim():
         return torch.full(tensor.shape, -1, dtype=torch.int64)
     shape = [1] * tensor.dim()
     shape[dim] = -1
-    return torch.from_numpy(labels).reshape(shape).expand(tensor.shape).contiguous()
+    return torch.from_numpy(nodes).reshape(shape).expand(tensor.shape).contiguous()
 
 
 def _joined_axis(name: str, rank: int, args: Any, kwargs: Any) -> int | None:
@@ -216,7 +218,7 @@ def _target_axis(name: str, dim: int, rank: int, args: Any, kwargs: Any) -> int 
     return dim
 
 
-def label_function(
+def function_rule(
     trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Label what a function gives, or a layer class that treats each channel by itself."""
@@ -249,11 +251,11 @@ def _pointwise(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
             found = [trace.axes(one)[-back] for one in same]
             known = [one for one in found if one is not None]
             for other in known[1:]:
-                trace.ledger.join(known[0], other)
+                trace.dependencies.connect(known[0], other)
             if known and len(known) < len(found) and size > 1:
-                trace.ledger.fix(known[0], f"meets a tensor of fixed size in {name}")
+                trace.dependencies.fix(known[0], f"meets a tensor of fixed size in {name}")
             axes[-back] = known[0] if known else None
-        trace.label(result, axes)
+        trace.set_axes(result, axes)
 
 
 def _spatial(trace: Trace, name: str, x: Tensor, out: Any, dims: int) -> None:
@@ -262,12 +264,12 @@ def _spatial(trace: Trace, name: str, x: Tensor, out: Any, dims: int) -> None:
         kept = x.dim() - dims
         for dim in range(kept):
             if result.shape[dim] != x.shape[dim]:
-                trace.ledger.fix(axes[dim], f"resized by {name}")
-        for labels in axes[kept:]:
-            trace.ledger.fix(labels, f"mixed by {name}")
+                trace.dependencies.fix(axes[dim], f"resized by {name}")
+        for nodes in axes[kept:]:
+            trace.dependencies.fix(nodes, f"mixed by {name}")
         same = zip(axes[:kept], result.shape, strict=False)
         fitting = [one if one is not None and len(one) == n else None for one, n in same]
-        trace.label(result, [*fitting, *[None] * dims])
+        trace.set_axes(result, [*fitting, *[None] * dims])
 
 
 def _along(trace: Trace, name: str, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -276,8 +278,8 @@ def _along(trace: Trace, name: str, args: Any, kwargs: Any, out: Tensor) -> None
     if name in ("layer_norm", "rms_norm"):
         mixed = list(range(-len(mixed), 0)) if isinstance(mixed, (tuple, list)) else [-1]
     for dim in mixed if isinstance(mixed, (tuple, list)) else [mixed]:
-        trace.ledger.fix(axes[1 if dim is None else dim], f"{name} is taken over them")
-    trace.label(out, list(axes))
+        trace.dependencies.fix(axes[1 if dim is None else dim], f"{name} is taken over them")
+    trace.set_axes(out, list(axes))
 
 
 def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -291,20 +293,20 @@ def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
     dims = range(x.dim()) if None in dims or not dims else [dim % x.dim() for dim in dims]
     axes = trace.axes(x)
     for dim in dims:
-        trace.ledger.fix(axes[dim], f"{name} is taken over them")
+        trace.dependencies.fix(axes[dim], f"{name} is taken over them")
     for result in tensors_in(out):
         flat = [one for dim, one in enumerate(axes) if dim not in dims]
         full = [None if dim in dims else one for dim, one in enumerate(axes)]
-        trace.label(result, full if result.dim() == x.dim() else flat[: result.dim()])
+        trace.set_axes(result, full if result.dim() == x.dim() else flat[: result.dim()])
 
 
 def _glu(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
     axes = list(trace.axes(args[0]))
-    if (labels := axes[dim]) is not None:
-        axes[dim], other = np.split(labels, 2)
-        trace.ledger.join(axes[dim], other)
-    trace.label(out, axes)
+    if (nodes := axes[dim]) is not None:
+        axes[dim], other = np.split(nodes, 2)
+        trace.dependencies.connect(axes[dim], other)
+    trace.set_axes(out, axes)
 
 
 def _linear(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
@@ -317,6 +319,6 @@ def _linear(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
     trace.reads(path, 1, trace.axes(x)[-1])
     made = trace.makes(path, 0, out.shape[-1], path.rpartition(".")[0])
     if (name := trace.path_of(bias)) is not None:
-        trace.ledger.use(name, 0, made, "through")
-    trace.ledger.works(path, out.numel() / out.shape[-1] / trace.batch)
-    trace.label(out, [*trace.axes(x)[:-1], made])
+        trace.dependencies.use(name, 0, made, "through")
+    trace.dependencies.add_work(path, out.numel() / out.shape[-1] / trace.batch)
+    trace.set_axes(out, [*trace.axes(x)[:-1], made])

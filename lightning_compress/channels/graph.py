@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_compress.channels.function_rules import label_function
-from lightning_compress.channels.layer_rules import label_layer
-from lightning_compress.channels.trace import Labels, Ledger, Trace
+from lightning_compress.channels.function_rules import function_rule
+from lightning_compress.channels.layer_rules import layer_rule
+from lightning_compress.channels.trace import ChannelDependencies, Nodes, Trace
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
 
@@ -38,8 +38,8 @@ class ChannelGroup:
 
     name: str
     layers: tuple[str, ...]
-    units: Labels
-    free: Labels
+    units: Nodes
+    free: Nodes
     reasons: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -63,13 +63,13 @@ class ChannelGraph:
     """
 
     groups: list[ChannelGroup]
-    axes: dict[tuple[str, int], Labels]
+    axes: dict[tuple[str, int], Nodes]
     roles: dict[tuple[str, int], str]
     work: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
-    sized: dict[str, Labels] = field(default_factory=dict)
-    inputs: dict[tuple[int, int], Labels] = field(default_factory=dict)
-    outputs: dict[tuple[int, int], Labels] = field(default_factory=dict)
+    sized: dict[str, Nodes] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], Nodes] = field(default_factory=dict)
+    outputs: dict[tuple[int, int], Nodes] = field(default_factory=dict)
     count: int = 0
 
     def kept(self, gone: Flags) -> Kept:
@@ -85,7 +85,7 @@ class ChannelGraph:
                 found.setdefault(path, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
         return found
 
-    def flags(self, units: Labels) -> Flags:
+    def flags(self, units: Nodes) -> Flags:
         """A flag for each unit, set for those that are given."""
         gone = np.zeros(self.count, dtype=bool)
         gone[units] = True
@@ -106,7 +106,7 @@ class ChannelGraph:
                     flat[index] = flat[index].index_select(dim, stays)
         return pytree.tree_unflatten(flat, spec)
 
-    def group_of(self) -> Labels:
+    def group_of(self) -> Nodes:
         """The group of each unit, -1 for those of inputs."""
         found = np.full(self.count, -1, dtype=np.int64)
         for index, group in enumerate(self.groups):
@@ -145,7 +145,7 @@ def channel_graph(
     [('0', 8), ('2', 0)]
     """
     free_reshapes(module)
-    trace = Trace(module, label_layer, label_function, channelwise, tapped)
+    trace = Trace(module, layer_rule, function_rule, channelwise, tapped)
     try:
         with evaluating(module), bare(module), torch.random.fork_rng(devices=[]):
             trace.run(inputs)
@@ -174,22 +174,22 @@ def free_reshapes(module: nn.Module) -> None:
 
 
 def _read(trace: Trace, protect: Protect) -> ChannelGraph:
-    ledger = trace.ledger
-    for (path, _), use in ledger.uses.items():
+    dependencies = trace.dependencies
+    for (path, _), use in dependencies.uses.items():
         if reason := protect(path, use.role):
-            ledger.fix(use.labels, reason)
-    classes = ledger.classes()
-    held = ledger.held(classes)
-    made = {key: use for key, use in ledger.uses.items() if use.role == "out"}
-    axes = {key: classes[use.labels] for key, use in ledger.uses.items()}
+            dependencies.fix(use.nodes, reason)
+    classes = dependencies.components()
+    held = dependencies.kept_reasons(classes)
+    made = {key: use for key, use in dependencies.uses.items() if use.role == "out"}
+    axes = {key: classes[use.nodes] for key, use in dependencies.uses.items()}
     count = int(classes.max()) + 1 if len(classes) else 0
     return ChannelGraph(
-        _groups(ledger, classes, {key: axes[key] for key in made}, held),
+        _groups(dependencies, classes, {key: axes[key] for key in made}, held),
         axes,
-        {key: use.role for key, use in ledger.uses.items()},
-        ledger.work,
+        {key: use.role for key, use in dependencies.uses.items()},
+        dependencies.work,
         {name: tuple(one.shape) for name, one in trace.root.named_parameters()},
-        {path: classes[labels] for path, labels in ledger.sized.items()},
+        {path: classes[nodes] for path, nodes in dependencies.sized.items()},
         _ends(trace.input_axes, classes),
         _ends(trace.output_axes, classes),
         count,
@@ -197,17 +197,17 @@ def _read(trace: Trace, protect: Protect) -> ChannelGraph:
 
 
 def _groups(
-    ledger: Ledger,
-    classes: Labels,
-    made: Mapping[tuple[str, int], Labels],
+    dependencies: ChannelDependencies,
+    classes: Nodes,
+    made: Mapping[tuple[str, int], Nodes],
     held: Mapping[int, str],
 ) -> list[ChannelGroup]:
-    linked = Ledger()
+    linked = ChannelDependencies()
     linked.count = int(classes.max()) + 1 if len(classes) else 0
-    for space in ledger.spaces:
-        units = classes[space.labels]
-        linked.join(np.full(len(units) - 1, units[0]), units[1:])
-    together = linked.classes()
+    for space in dependencies.ranges:
+        units = classes[space.nodes]
+        linked.connect(np.full(len(units) - 1, units[0]), units[1:])
+    together = linked.components()
     groups: dict[int, ChannelGroup] = {}
     for (path, _), units in made.items():
         number = int(together[units[0]])
@@ -245,12 +245,12 @@ def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
     return whole
 
 
-def _ends(ends: Sequence[Any], classes: Labels) -> dict[tuple[int, int], Labels]:
+def _ends(ends: Sequence[Any], classes: Nodes) -> dict[tuple[int, int], Nodes]:
     return {
-        (number, dim): classes[labels]
+        (number, dim): classes[nodes]
         for number, axes in enumerate(ends)
-        for dim, labels in enumerate(axes)
-        if labels is not None
+        for dim, nodes in enumerate(axes)
+        if nodes is not None
     }
 
 

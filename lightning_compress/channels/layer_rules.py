@@ -7,29 +7,29 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_compress.channels.trace import Labels, Trace
+from lightning_compress.channels.trace import Nodes, Trace
 
 __all__ = [
     "CELLS",
-    "label_cell",
-    "label_layer",
-    "label_recurrent",
+    "cell_rule",
+    "layer_rule",
+    "recurrent_rule",
 ]
 _GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.GRUCell: 3, nn.LSTMCell: 4, nn.RNNCell: 1}
 CELLS = tuple(_CELL_GATES)
 
 
-def label_recurrent(trace: Trace, path: str, layer: nn.RNNBase, args: Any, out: Any) -> None:
+def recurrent_rule(trace: Trace, path: str, layer: nn.RNNBase, args: Any, out: Any) -> None:
     """Label what a recurrent layer gives, and its last states."""
     output, states = out
     packed = not isinstance(output, Tensor)
     x = args[0].data if not isinstance(args[0], Tensor) else args[0]
     data = output.data if packed else output
-    ledger, gates = trace.ledger, _GATES[layer.mode]
+    dependencies, gates = trace.dependencies, _GATES[layer.mode]
     # One size serves all layers and directions of a torch layer: equal places go together.
-    hidden = ledger.fresh(layer.hidden_size, path)
-    shown = ledger.fresh(layer.proj_size, path) if layer.proj_size else hidden
+    hidden = dependencies.new_nodes(layer.hidden_size, path)
+    shown = dependencies.new_nodes(layer.proj_size, path) if layer.proj_size else hidden
     steps = x.numel() / x.shape[-1] / trace.batch
     read = trace.axes(x)[-1]
     for level in range(layer.num_layers):
@@ -41,47 +41,49 @@ def label_recurrent(trace: Trace, path: str, layer: nn.RNNBase, args: Any, out: 
             }
             _gated(trace, paths, (read, hidden, shown), gates, steps)
             if layer.proj_size and (projection := paths["weight_hr"]) is not None:
-                ledger.use(projection, 0, shown, "out")
-                ledger.use(projection, 1, hidden, "in")
-                ledger.works(projection, steps)
+                dependencies.use(projection, 0, shown, "out")
+                dependencies.use(projection, 1, hidden, "in")
+                dependencies.add_work(projection, steps)
         read = np.concatenate([shown, shown]) if layer.bidirectional else shown
     given = [one for one in args[1:] if one is not None]
     _states(trace, given[0] if given else None, states, (hidden, shown))
     axes = list(trace.axes(x))
     axes[-1] = read
-    trace.label(data, axes)
+    trace.set_axes(data, axes)
 
 
 def _gated(
     trace: Trace,
     paths: dict[str, str | None],
-    labels: tuple[Labels | None, Labels, Labels],
+    nodes: tuple[Nodes | None, Nodes, Nodes],
     gates: int,
     steps: float,
 ) -> None:
-    read, hidden, shown = labels
+    read, hidden, shown = nodes
     stacked = np.tile(hidden, gates)
     trace.reads(paths["weight_ih"], 1, read)
     trace.reads(paths["weight_hh"], 1, shown)
     for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         if (name := paths[kind]) is not None:
-            trace.ledger.use(name, 0, stacked, "out" if kind.startswith("weight") else "through")
+            trace.dependencies.use(
+                name, 0, stacked, "out" if kind.startswith("weight") else "through"
+            )
             if kind.startswith("weight"):
-                trace.ledger.works(name, steps)
+                trace.dependencies.add_work(name, steps)
 
 
-def _states(trace: Trace, given: Any, states: Any, labels: tuple[Labels, Labels]) -> None:
+def _states(trace: Trace, given: Any, states: Any, nodes: tuple[Nodes, Nodes]) -> None:
     """Initial states are cut with the units; a state that goes in and comes out is the caller's."""
     before = _pair(given)
     after = _pair(states)
     for index, state in enumerate(after):
-        own = labels[0] if index == 1 or (len(after) == 1 and labels[0] is labels[1]) else labels[1]
-        trace.label(state, [*[None] * (state.dim() - 1), own])
+        own = nodes[0] if index == 1 or (len(after) == 1 and nodes[0] is nodes[1]) else nodes[1]
+        trace.set_axes(state, [*[None] * (state.dim() - 1), own])
         if index < len(before):
             known = trace.axes(before[index])[-1]
             if known is None:
                 continue
-            trace.ledger.join(known, own)
+            trace.dependencies.connect(known, own)
             if known.max() < trace.from_inputs:
                 trace.given_states.append(own)
 
@@ -92,10 +94,10 @@ def _pair(states: Any) -> tuple[Tensor, ...]:
     return (states,) if isinstance(states, Tensor) else tuple(states)
 
 
-def label_cell(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> None:
+def cell_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> None:
     """Label the states that a cell gives."""
     gates = next(count for kind, count in _CELL_GATES.items() if isinstance(layer, kind))
-    hidden = trace.ledger.fresh(layer.hidden_size, path)
+    hidden = trace.dependencies.new_nodes(layer.hidden_size, path)
     paths = {
         kind: trace.path_of(getattr(layer, kind, None))
         for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -109,7 +111,7 @@ _PLAIN = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
 _CONVS = nn.modules.conv._ConvNd
 
 
-def label_layer(trace: Trace, path: str, layer: nn.Module, args: Any, out: Any) -> bool:
+def layer_rule(trace: Trace, path: str, layer: nn.Module, args: Any, out: Any) -> bool:
     """Label what a layer gives; False for a layer that is not known here.
 
     Without an output it only says whether the layer is known.
@@ -157,61 +159,61 @@ def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None
     weight, extra = _weights(trace, layer)
     if weight is None or _why_unknown(layer, extra):
         reason = _why_unknown(layer, extra) or "a weight that is computed"
-        trace.ledger.fix(axes[channel], f"read by {path}, which has {reason}")
-        trace.unlabel(out)
+        trace.dependencies.fix(axes[channel], f"read by {path}, which has {reason}")
+        trace.clear_axes(out)
         return
     groups = getattr(layer, "groups", 1)
     size = out.shape[channel]
-    made = trace.ledger.fresh(size, path)
+    made = trace.dependencies.new_nodes(size, path)
     read = axes[channel]
     if groups > 1:
         read = _grouped(trace, layer, weight, read, made)
     else:
         trace.reads(weight, inside, read)
-        trace.ledger.use(weight, outside, made, "out")
+        trace.dependencies.use(weight, outside, made, "out")
     for name, kind in extra:
         _parametrization(trace, layer, name, kind, (read, made), (inside, outside))
     if (bias := trace.path_of(layer.bias)) is not None:
-        trace.ledger.use(bias, 0, made, "through")
+        trace.dependencies.use(bias, 0, made, "through")
     like = args[0] if transposed else out
     positions = like.numel() / like.shape[channel]
-    trace.ledger.works(weight, positions / trace.batch)
-    spatial: list[Labels | None] = [None] * out.dim()
+    trace.dependencies.add_work(weight, positions / trace.batch)
+    spatial: list[Nodes | None] = [None] * out.dim()
     if isinstance(layer, nn.Linear):
         spatial = axes
     else:
-        for labels in axes[channel + 1 :]:
-            trace.ledger.fix(labels, f"mixed by {path}")
+        for nodes in axes[channel + 1 :]:
+            trace.dependencies.fix(nodes, f"mixed by {path}")
     spatial[channel] = made
-    trace.label(out, spatial)
+    trace.set_axes(out, spatial)
 
 
 def _grouped(
-    trace: Trace, layer: Any, weight: str, read: Labels | None, made: Labels
-) -> Labels | None:
+    trace: Trace, layer: Any, weight: str, read: Nodes | None, made: Nodes
+) -> Nodes | None:
     """Groups keep equal sizes: the same place of each goes; of depthwise layers, whole groups."""
-    groups, ledger = layer.groups, trace.ledger
+    groups, dependencies = layer.groups, trace.dependencies
     if read is None:
-        read = ledger.fresh(layer.in_channels, "a tensor of fixed size")
-        ledger.fix(read, "input: a tensor of fixed size")
+        read = dependencies.new_nodes(layer.in_channels, "a tensor of fixed size")
+        dependencies.fix(read, "input: a tensor of fixed size")
     rows = made.reshape(groups, -1)
     if layer.in_channels == groups:
-        ledger.join(np.repeat(read, rows.shape[1]), made)
+        dependencies.connect(np.repeat(read, rows.shape[1]), made)
         if layer.transposed:
-            ledger.use(weight, 0, read, "through")
+            dependencies.use(weight, 0, read, "through")
         else:
-            ledger.use(weight, 0, made, "through")
+            dependencies.use(weight, 0, made, "through")
         return None
     columns = read.reshape(groups, -1)
     for group in range(1, groups):
-        ledger.join(columns[0], columns[group])
-        ledger.join(rows[0], rows[group])
+        dependencies.connect(columns[0], columns[group])
+        dependencies.connect(rows[0], rows[group])
     if layer.transposed:
-        ledger.use(weight, 0, read, "in")
-        ledger.use(weight, 1, rows[0], "out")
+        dependencies.use(weight, 0, read, "in")
+        dependencies.use(weight, 1, rows[0], "out")
     else:
-        ledger.use(weight, 0, made, "out")
-        ledger.use(weight, 1, columns[0], "in")
+        dependencies.use(weight, 0, made, "out")
+        dependencies.use(weight, 1, columns[0], "in")
     return None
 
 
@@ -220,10 +222,10 @@ def _parametrization(
     layer: Any,
     name: str | None,
     kind: str,
-    labels: tuple[Labels | None, Labels],
+    nodes: tuple[Nodes | None, Nodes],
     dims: tuple[int, int],
 ) -> None:
-    read, made = labels
+    read, made = nodes
     if name is None:
         return
     if kind == "norm":  # magnitudes, one for each entry of one axis
@@ -232,9 +234,9 @@ def _parametrization(
         if axis is None:
             return
         if axis == dims[1]:
-            trace.ledger.use(name, axis, made, "through")
+            trace.dependencies.use(name, axis, made, "through")
         elif axis == dims[0] and read is not None:
-            trace.ledger.use(name, axis, read, "through")
+            trace.dependencies.use(name, axis, read, "through")
         return
     # spectral_norm looks at the weight as a matrix whose rows are the axis `dim`.
     rows, columns = (
@@ -243,52 +245,52 @@ def _parametrization(
     wanted = rows if kind == "_u" else columns
     if wanted is not None:
         copies = getattr(layer.parametrizations.weight[0], kind).numel() // len(wanted)
-        trace.ledger.use(name, 0, np.repeat(wanted, copies), "through")
+        trace.dependencies.use(name, 0, np.repeat(wanted, copies), "through")
 
 
 def _norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
     axes = list(trace.axes(args[0]))
-    labels = axes[1]
-    if labels is not None:
+    nodes = axes[1]
+    if nodes is not None:
         named = [trace.path_of(getattr(layer, one, None)) for one in _NORM_TENSORS]
         for name in filter(None, named):
-            trace.ledger.use(name, 0, labels, "through")
+            trace.dependencies.use(name, 0, nodes, "through")
         if not any(named):
-            trace.ledger.sized[path] = labels
-    trace.label(out, axes)
+            trace.dependencies.sized[path] = nodes
+    trace.set_axes(out, axes)
 
 
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _group_norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
-    labels = trace.axes(args[0])[1]
-    if labels is not None:
-        rows = labels.reshape(layer.num_groups, -1)
+    nodes = trace.axes(args[0])[1]
+    if nodes is not None:
+        rows = nodes.reshape(layer.num_groups, -1)
         if layer.weight is None or layer.num_groups == 1:
-            trace.ledger.fix(labels, f"{path} takes means over them")
-        trace.ledger.join(np.repeat(rows[:, 0], rows.shape[1]), labels)
+            trace.dependencies.fix(nodes, f"{path} takes means over them")
+        trace.dependencies.connect(np.repeat(rows[:, 0], rows.shape[1]), nodes)
     _norm(trace, path, layer, args, out)
 
 
 def _layer_norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
     axes = trace.axes(args[0])
-    for labels in axes[-len(layer.normalized_shape) :]:
-        trace.ledger.fix(labels, f"{path} takes means over them")
-    trace.label(out, list(axes))
+    for nodes in axes[-len(layer.normalized_shape) :]:
+        trace.dependencies.fix(nodes, f"{path} takes means over them")
+    trace.set_axes(out, list(axes))
 
 
 def _prelu(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:  # noqa: ARG001
     axes = list(trace.axes(args[0]))
     if layer.num_parameters > 1 and axes[1] is not None:
-        trace.ledger.use(str(trace.path_of(layer.weight)), 0, axes[1], "through")
-    trace.label(out, axes)
+        trace.dependencies.use(str(trace.path_of(layer.weight)), 0, axes[1], "through")
+    trace.set_axes(out, axes)
 
 
 def _embedding(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
     weight, _ = _weights(trace, layer)
     made = trace.makes(weight, 1, out.shape[-1], path)
-    trace.label(out, [*trace.axes(args[0]), made])
+    trace.set_axes(out, [*trace.axes(args[0]), made])
 
 
 def _opaque(trace: Trace, path: str, layer: nn.Module, args: Any, out: Any) -> None:  # noqa: ARG001
@@ -302,7 +304,7 @@ _RULES: list[tuple[Any, Any]] = [
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.PReLU, _prelu),
     (nn.Embedding, _embedding),
-    (nn.RNNBase, label_recurrent),
-    (CELLS, label_cell),
+    (nn.RNNBase, recurrent_rule),
+    (CELLS, cell_rule),
     ((nn.MultiheadAttention, nn.Bilinear, nn.EmbeddingBag), _opaque),
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept, channel_graph, combine
 from lightning_compress.channels.resize import check_sizes, select_entries, shrink
-from lightning_compress.channels.trace import Labels, tensors_in
+from lightning_compress.channels.trace import Nodes, tensors_in
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
@@ -152,7 +152,7 @@ def compare(
     return "; ".join(check_sizes(small))
 
 
-def _stays(ends: dict[tuple[int, int], Labels], number: int, gone: Flags) -> dict[int, Tensor]:
+def _stays(ends: dict[tuple[int, int], Nodes], number: int, gone: Flags) -> dict[int, Tensor]:
     return {
         dim: torch.from_numpy((~gone[units]).nonzero()[0])
         for (index, dim), units in ends.items()
@@ -298,7 +298,7 @@ class ChannelPlan:
             raise TargetError(f"channels cannot be removed together: {why}")
         return failed
 
-    def _try(self, units: Labels) -> str:
+    def _try(self, units: Nodes) -> str:
         for root, gone in self._split(self.graph.flags(units)).items():
             part, graph = self.module.get_submodule(root), self.parts[root]
             if not gone.any():

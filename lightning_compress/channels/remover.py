@@ -21,21 +21,21 @@ from lightning_compress.channels.selection import (
     Rounding,
     Scores,
     check_budget,
-    cut_to,
-    even_out,
-    floor_of,
+    lowest_cost,
     norm_scales,
+    normalize_by_group,
+    select_for_removal,
     sum_over_units,
 )
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.pruning.sparsity_groups import make_schedules
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.schedules import Schedule
 from lightning_compress.state import note_removed
 
 __all__ = [
-    "Cutter",
-    "Goal",
+    "ChannelBudget",
+    "ChannelRemover",
 ]
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -44,7 +44,7 @@ _NORMS = (
 )
 
 
-class Cutter:
+class ChannelRemover:
     """What is done to a module, its optimizers and its projector together.
 
     Args:
@@ -53,7 +53,7 @@ class Cutter:
         rounding: in which steps channels go.
         dense: units of each group at first, by name.
         kept: of these, those that stay, by the name of the group; follows each removal.
-        compare: how channels of different groups compare, see `cut_to`.
+        compare: how channels of different groups compare, see `select_for_removal`.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Cutter:
         *,
         overshoot: bool = True,
     ) -> Flags:
-        """Units to remove, so that the cost comes down to a target; see `cut_to`."""
+        """Units to remove, so that the cost comes down to a target; see `select_for_removal`."""
         graph = self.plan.graph
-        return cut_to(
+        return select_for_removal(
             graph,
             scores,
             Costs(graph, kind),
@@ -102,12 +102,12 @@ class Cutter:
         scores = sum_over_units(graph, squares)
         if criterion == "batchnorm":
             return norm_scales(graph, self.norm_weights(), scores)
-        return even_out(graph, np.sqrt(scores))
+        return normalize_by_group(graph, np.sqrt(scores))
 
     def given_scores(self, criterion: object, values: Mapping[str, Tensor]) -> Scores:
         """Scores of units from those of the weights that make them, by path."""
         scores = sum_over_units(self.plan.graph, values, ("out",))
-        return scores if criterion in ABSOLUTE else even_out(self.plan.graph, scores)
+        return scores if criterion in ABSOLUTE else normalize_by_group(self.plan.graph, scores)
 
     def fast_enough(self, scores: Scores, left: float) -> tuple[float, float]:
         """The largest part of the MACs that takes no more than a part of the time.
@@ -207,7 +207,7 @@ class Cutter:
             slot.set_values(change(slot.values()))
             slot.project()
 
-    def _slots(self) -> dict[int, Slot]:
+    def _slots(self) -> dict[int, ProjectedWeight]:
         return {id(slot.parameter): slot for slot in self.projector.slots.values()}
 
     def _lost(self, gone: Flags, kept: Kept, sized: Mapping[str, int]) -> RemovedChannels:
@@ -222,7 +222,7 @@ class Cutter:
         return RemovedChannels(shapes, dict(sized), some)
 
 
-class Goal:
+class ChannelBudget:
     """The part of a cost that is to be left, by a schedule or as somebody else says.
 
     Args:
@@ -235,8 +235,8 @@ class Goal:
     Raises:
         ValueError: for values outside their range.
 
-    >>> goal = Goal(0.5, budget={"macs": 0.25}, schedule=None, window=(0, 9), rounding=Rounding())
-    >>> goal.kind, goal.gone(9), goal.final
+    >>> channel_budget = ChannelBudget(0.5, budget={"macs": 0.25}, schedule=None, window=(0, 9), rounding=Rounding())
+    >>> channel_budget.kind, channel_budget.gone(9), channel_budget.final
     ('macs', 0.75, 0.25)
     """
 
@@ -287,9 +287,9 @@ class Goal:
             raise ValueError(f"left={left!r} must lie in (0, 1]")
         self.steered = float(left)
 
-    def left(self, cutter: Cutter | None) -> float:
+    def left(self, remover: ChannelRemover | None) -> float:
         """The part of the cost that is left."""
-        return 1.0 if cutter is None else cutter.cost(self.kind) / self.total
+        return 1.0 if remover is None else remover.cost(self.kind) / self.total
 
     def gone_units(self, graph: ChannelGraph) -> float:
         """Fraction of the first model's channels that a graph has no more."""
@@ -304,7 +304,7 @@ class Goal:
             self.dense = {one.name: len(one.units) for one in graph.groups}
         return first
 
-    def measure(self, cutter: Cutter, scores: Callable[[], Scores]) -> str:
+    def measure(self, remover: ChannelRemover, scores: Callable[[], Scores]) -> str:
         """Take the first model's cost as the whole.
 
         A latency becomes MACs: the largest part of them that is fast enough.
@@ -317,7 +317,7 @@ class Goal:
         """
         said = ""
         if self.kind == "latency" and self.fraction is not None:
-            part, ratio = cutter.fast_enough(scores(), self.fraction)
+            part, ratio = remover.fast_enough(scores(), self.fraction)
             if not part:
                 raise ValueError(
                     f"budget={{'latency': {self.fraction}}} cannot be met: with as few channels as "
@@ -325,7 +325,7 @@ class Goal:
                 )
             said = f"{self.fraction} of the latency is {part:.3f} of the MACs"
             self._count_macs(part)
-        self.total = cutter.cost(self.kind)
+        self.total = remover.cost(self.kind)
         return said
 
     def _count_macs(self, part: float) -> None:
@@ -346,7 +346,7 @@ class Goal:
         Raises:
             ValueError: when it cannot; with the closest that there is.
         """
-        least = floor_of(graph, self.kind, rounding=self.rounding, dense=self.dense)
+        least = lowest_cost(graph, self.kind, rounding=self.rounding, dense=self.dense)
         self.least = least / self.total
         if steered and self.least >= 1:
             raise ValueError(f"{self._rounding} leave nothing that may go")

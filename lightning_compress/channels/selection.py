@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_compress.channels.graph import ChannelGraph, ChannelGroup, Flags
-from lightning_compress.channels.trace import Labels
+from lightning_compress.channels.trace import Nodes
 
 __all__ = [
     "ABSOLUTE",
@@ -22,10 +22,10 @@ __all__ = [
     "Costs",
     "Rounding",
     "check_budget",
-    "cut_to",
-    "even_out",
-    "floor_of",
+    "lowest_cost",
     "norm_scales",
+    "normalize_by_group",
+    "select_for_removal",
     "sum_over_units",
 ]
 KINDS = ("macs", "params", "latency")
@@ -90,7 +90,7 @@ class Costs:
         self.constant = 0.0
         self.terms: dict[str, float] = {}
         self.sizes: dict[tuple[str, int], int] = {}
-        self.counts: dict[tuple[str, int], Labels] = {}  # entries of each unit along an axis
+        self.counts: dict[tuple[str, int], Nodes] = {}  # entries of each unit along an axis
         self.touched: dict[int, list[str]] = {}  # tensors by group
         if kind == "channels":
             return
@@ -127,7 +127,7 @@ class Costs:
                 value *= self.sizes[path, dim] - less.get((path, dim), 0)
         return value
 
-    def saving(self, group: int, block: Labels) -> float:
+    def saving(self, group: int, block: Nodes) -> float:
         """What the cost falls by when units of a group go."""
         if self.kind == "channels":
             return float(len(block))
@@ -135,12 +135,12 @@ class Costs:
         less = self._less(paths, block)
         return sum(self._term(path, {}) - self._term(path, less) for path in paths)
 
-    def take(self, group: int, block: Labels) -> None:
+    def take(self, group: int, block: Nodes) -> None:
         """Let units go."""
         for key, count in self._less(dict.fromkeys(self.touched.get(group, [])), block).items():
             self.sizes[key] -= count
 
-    def _less(self, paths: Mapping[str, None], block: Labels) -> dict[tuple[str, int], int]:
+    def _less(self, paths: Mapping[str, None], block: Nodes) -> dict[tuple[str, int], int]:
         return {
             (path, dim): int(self.counts[path, dim][block].sum())
             for path in paths
@@ -149,7 +149,7 @@ class Costs:
         }
 
 
-def cut_to(
+def select_for_removal(
     graph: ChannelGraph,
     scores: Scores,
     costs: Costs,
@@ -187,7 +187,7 @@ def cut_to(
     gone = np.zeros(graph.count, dtype=bool)
     cost = costs.total()
     while cost > target * (1 + 1e-9):
-        best: tuple[tuple[float, float], int, float, Labels] | None = None
+        best: tuple[tuple[float, float], int, float, Nodes] | None = None
         for index, group in enumerate(graph.groups):
             kept = len(group.units) - taken[index]
             size = rounding.step(kept)
@@ -220,13 +220,15 @@ def cut_to(
     return gone
 
 
-def floor_of(
+def lowest_cost(
     graph: ChannelGraph, kind: str, *, rounding: Rounding, dense: Mapping[str, int]
 ) -> float:
     """The lowest cost that there is."""
     costs = Costs(graph, kind)
     zeros = np.zeros(graph.count)
-    gone = cut_to(graph, zeros, costs, 0.0, rounding=rounding, dense=dense, overshoot=True)
+    gone = select_for_removal(
+        graph, zeros, costs, 0.0, rounding=rounding, dense=dense, overshoot=True
+    )
     if kind == "channels":
         return costs.total() - float(gone.sum())
     return costs.total()
@@ -272,14 +274,14 @@ def norm_scales(graph: ChannelGraph, scales: Mapping[str, Tensor], fallback: Sco
         if dim == 0 and path in scales:
             np.add.at(found, units, scales[path].detach().double().abs().cpu().numpy())
             seen[units] = True
-    scores = even_out(graph, fallback)
+    scores = normalize_by_group(graph, fallback)
     for group in graph.groups:
         if seen[group.units].all():
             scores[group.units] = found[group.units]
-    return even_out(graph, scores)
+    return normalize_by_group(graph, scores)
 
 
-def even_out(graph: ChannelGraph, scores: Scores) -> Scores:
+def normalize_by_group(graph: ChannelGraph, scores: Scores) -> Scores:
     """Scores over the mean of their group, so that groups of different scale can be compared."""
     scores = scores.copy()
     for group in graph.groups:

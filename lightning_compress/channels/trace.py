@@ -25,98 +25,98 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "Axes",
-    "Labels",
-    "Ledger",
-    "Space",
+    "AxisUse",
+    "ChannelDependencies",
+    "NodeRange",
+    "Nodes",
     "Trace",
-    "Use",
     "tensors_in",
 ]
-Labels = NDArray[np.int64]
+Nodes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Use:
+class AxisUse:
     """One axis of a parameter or buffer along which labelled entries lie.
 
     Args:
         path: of the tensor in the traced module.
         dim: the axis.
-        labels: one an entry of the axis.
+        nodes: one an entry of the axis.
         role: "out": a weight that makes the entries; "in": one that reads them, so that zeros
             there hide whatever they hold; "through": all else, such as biases and norms.
     """
 
     path: str
     dim: int
-    labels: Labels
+    nodes: Nodes
     role: str
 
 
 @dataclass(frozen=True)
-class Space:
-    """Labels that were made together: the output of a layer, or an axis of an input."""
+class NodeRange:
+    """Nodes that were made together: the output of a layer, or an axis of an input."""
 
     where: str
-    labels: Labels
+    nodes: Nodes
 
 
-class Ledger:
-    """All labels of one trace, what joins them, and what must stay.
+class ChannelDependencies:
+    """All nodes of one trace, what joins them, and what must stay.
 
-    >>> ledger = Ledger()
-    >>> one, two = ledger.fresh(2, "one"), ledger.fresh(2, "two")
-    >>> ledger.join(one, two)
-    >>> ledger.classes().tolist()
+    >>> dependencies = ChannelDependencies()
+    >>> one, two = dependencies.new_nodes(2, "one"), dependencies.new_nodes(2, "two")
+    >>> dependencies.connect(one, two)
+    >>> dependencies.components().tolist()
     [0, 1, 0, 1]
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.spaces: list[Space] = []
-        self.uses: dict[tuple[str, int], Use] = {}
+        self.ranges: list[NodeRange] = []
+        self.uses: dict[tuple[str, int], AxisUse] = {}
         self.work: dict[str, float] = {}  # multiply-accumulates of an example for each weight
-        self.fixed: list[tuple[Labels, str]] = []
-        self.released: list[Labels] = []
-        self.sized: dict[str, Labels] = {}  # layers without tensors that know a size
-        self._edges: list[tuple[Labels, Labels]] = []
+        self.fixed: list[tuple[Nodes, str]] = []
+        self.released: list[Nodes] = []
+        self.sized: dict[str, Nodes] = {}  # layers without tensors that know a size
+        self._edges: list[tuple[Nodes, Nodes]] = []
 
-    def fresh(self, size: int, where: str) -> Labels:
-        """Labels for entries that nothing is known of yet."""
-        labels = np.arange(self.count, self.count + size)
+    def new_nodes(self, size: int, where: str) -> Nodes:
+        """Nodes for entries that nothing is known of yet."""
+        nodes = np.arange(self.count, self.count + size)
         self.count += size
-        self.spaces.append(Space(where, labels))
-        return labels
+        self.ranges.append(NodeRange(where, nodes))
+        return nodes
 
-    def join(self, one: Labels, other: Labels) -> None:
+    def connect(self, one: Nodes, other: Nodes) -> None:
         """Let entries share their fate, pair by pair."""
         self._edges.append((one.ravel(), other.ravel()))
 
-    def fix(self, labels: Labels | None, reason: str) -> None:
+    def fix(self, nodes: Nodes | None, reason: str) -> None:
         """Keep entries whatever happens."""
-        if labels is not None and labels.size:
-            self.fixed.append((labels.ravel(), reason))
+        if nodes is not None and nodes.size:
+            self.fixed.append((nodes.ravel(), reason))
 
-    def release(self, labels: Labels) -> None:
+    def release(self, nodes: Nodes) -> None:
         """Let entries go although inputs or outputs hold them: recurrent states fed back."""
-        self.released.append(labels.ravel())
+        self.released.append(nodes.ravel())
 
-    def use(self, path: str, dim: int, labels: Labels, role: str) -> None:
+    def use(self, path: str, dim: int, nodes: Nodes, role: str) -> None:
         """Note where labelled entries lie; an axis that is noted twice joins both."""
         known = self.uses.get((path, dim))
         if known is None:
-            self.uses[path, dim] = Use(path, dim, labels, role)
+            self.uses[path, dim] = AxisUse(path, dim, nodes, role)
             return
-        self.join(known.labels, labels)
+        self.connect(known.nodes, nodes)
         if known.role != role and "through" not in (known.role, role):
             # Made by one layer and read by another, as tied weights are.
-            self.uses[path, dim] = Use(path, dim, known.labels, "through")
+            self.uses[path, dim] = AxisUse(path, dim, known.nodes, "through")
 
-    def works(self, path: str, positions: float) -> None:
+    def add_work(self, path: str, positions: float) -> None:
         """Count that each weight of a tensor is multiplied so many times for one example."""
         self.work[path] = self.work.get(path, 0.0) + positions
 
-    def classes(self) -> Labels:
+    def components(self) -> Nodes:
         """The class of each label: what is joined, directly or not, is in one."""
         if not self._edges:
             return np.arange(self.count)
@@ -125,23 +125,23 @@ class Ledger:
         graph = coo_matrix((ones, tuple(ends)), shape=(self.count, self.count))
         return _by_first(connected_components(graph, directed=False)[1].astype(np.int64))
 
-    def held(self, classes: Labels) -> dict[int, str]:
+    def kept_reasons(self, classes: Nodes) -> dict[int, str]:
         """Classes that must stay, with the first reason that was given."""
         free = set(_members(classes, self.released))
         held: dict[int, str] = {}
-        for labels, reason in self.fixed:
+        for nodes, reason in self.fixed:
             edge = reason.startswith(("input", "output"))
-            for one in np.unique(classes[labels]).tolist():
+            for one in np.unique(classes[nodes]).tolist():
                 if not (edge and one in free):
                     held.setdefault(one, reason)
         return held
 
 
-def _members(classes: Labels, labels: Iterable[Labels]) -> list[int]:
-    return [one for some in labels for one in np.unique(classes[some]).tolist()]
+def _members(classes: Nodes, nodes: Iterable[Nodes]) -> list[int]:
+    return [one for some in nodes for one in np.unique(classes[some]).tolist()]
 
 
-def _by_first(classes: Labels) -> Labels:
+def _by_first(classes: Nodes) -> Nodes:
     """The same classes, numbered in the order of their first members."""
     _, first, inverse = np.unique(classes, return_index=True, return_inverse=True)
     order = np.empty(len(first), dtype=np.int64)
@@ -149,17 +149,17 @@ def _by_first(classes: Labels) -> Labels:
     return order[inverse.ravel()]
 
 
-Axes = list["Labels | None"]
+Axes = list["Nodes | None"]
 
 
 class Trace(TorchFunctionMode):
-    """One run: labels of each tensor that was seen.
+    """One run: nodes of each tensor that was seen.
 
     Args:
         root: the module that is run.
-        layers: `layers(trace, path, layer, args, output)` labels the output of a layer that it
+        layers: `layers(trace, path, layer, args, output)` nodes the output of a layer that it
             knows and returns True; called first, it says by `output=None` whether it does.
-        functions: `functions(trace, function, args, kwargs, output)` labels the output of a
+        functions: `functions(trace, function, args, kwargs, output)` nodes the output of a
             function between layers.
         channelwise: functions and layer classes that treat each channel by itself.
         tapped: paths of modules whose outputs keep their sizes, and why.
@@ -175,7 +175,7 @@ class Trace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.tapped = tapped or {}
-        self.root, self.ledger = root, Ledger()
+        self.root, self.dependencies = root, ChannelDependencies()
         self.layers, self.functions, self.channelwise = layers, functions, tuple(channelwise)
         self._known: dict[int, tuple[Tensor, Axes]] = {}
         self._own = {
@@ -185,10 +185,10 @@ class Trace(TorchFunctionMode):
         }
         self._inside = 0
         self.batch = 1
-        self.from_inputs = 0  # labels below are those of inputs
+        self.from_inputs = 0  # nodes below are those of inputs
         self.input_axes: list[Axes] = []
         self.output_axes: list[Axes] = []
-        self.given_states: list[Labels] = []  # of recurrent layers, where the module is given them
+        self.given_states: list[Nodes] = []  # of recurrent layers, where the module is given them
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """Run the module; inputs and outputs keep their sizes."""
@@ -197,26 +197,26 @@ class Trace(TorchFunctionMode):
         for number, tensor in enumerate(tensors):
             axes: Axes = [None]
             for dim in range(1, tensor.dim()):
-                labels = self.ledger.fresh(tensor.shape[dim], f"input {number}")
-                self.ledger.fix(labels, f"input {number} of the module")
-                axes.append(labels)
-            self.label(tensor, axes[: tensor.dim()])
+                nodes = self.dependencies.new_nodes(tensor.shape[dim], f"input {number}")
+                self.dependencies.fix(nodes, f"input {number} of the module")
+                axes.append(nodes)
+            self.set_axes(tensor, axes[: tensor.dim()])
             self.input_axes.append(axes[: tensor.dim()])
-        self.from_inputs = self.ledger.count
+        self.from_inputs = self.dependencies.count
         with self._hooked(), self:
             output = self.root(*inputs)
         for one in tensors_in(output):
             self.output_axes.append(self.axes(one))
-            for labels in self.axes(one):
-                self.ledger.fix(labels, "output of the module")
-                self._release(labels)
+            for nodes in self.axes(one):
+                self.dependencies.fix(nodes, "output of the module")
+                self._release(nodes)
         return output
 
-    def _release(self, labels: Labels | None) -> None:
+    def _release(self, nodes: Nodes | None) -> None:
         """A state that goes in and comes out is the caller's, who makes it in the layer's size."""
         for state in self.given_states:
-            if labels is not None and np.array_equal(state, labels):
-                self.ledger.release(state)
+            if nodes is not None and np.array_equal(state, nodes):
+                self.dependencies.release(state)
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -245,8 +245,8 @@ class Trace(TorchFunctionMode):
 
     def _tap(self, reason: str, _layer: nn.Module, _args: Any, out: Any) -> None:
         for one in tensors_in(out):
-            for labels in self.axes(one):
-                self.ledger.fix(labels, reason)
+            for nodes in self.axes(one):
+                self.dependencies.fix(nodes, reason)
 
     def _is_leaf(self, path: str, layer: nn.Module) -> bool:
         return self._class_of(layer) is not None or self.layers(self, path, layer, (), None)
@@ -263,7 +263,7 @@ class Trace(TorchFunctionMode):
             self.layers(self, path, layer, args, out)
 
     def axes(self, tensor: Tensor) -> Axes:
-        """Labels of each axis; None where nothing could be removed anyway."""
+        """Nodes of each axis; None where nothing could be removed anyway."""
         known = self._known.get(id(tensor))
         if known is not None:
             return known[1]
@@ -272,20 +272,20 @@ class Trace(TorchFunctionMode):
             return [None] * tensor.dim()
         axes: Axes = []
         for dim, size in enumerate(tensor.shape):
-            labels = self.ledger.fresh(size, path) if size > 1 else None
-            if labels is not None:
-                self.ledger.use(path, dim, labels, "through")
-            axes.append(labels)
-        self.label(tensor, axes)
+            nodes = self.dependencies.new_nodes(size, path) if size > 1 else None
+            if nodes is not None:
+                self.dependencies.use(path, dim, nodes, "through")
+            axes.append(nodes)
+        self.set_axes(tensor, axes)
         return axes
 
-    def label(self, tensor: Tensor, axes: Axes) -> None:
-        """Note the labels of a tensor's axes."""
+    def set_axes(self, tensor: Tensor, axes: Axes) -> None:
+        """Note the nodes of a tensor's axes."""
         self._known[id(tensor)] = tensor, axes  # the tensor is kept, so that its id stays its own
 
-    def unlabel(self, tensor: Tensor) -> None:
+    def clear_axes(self, tensor: Tensor) -> None:
         """Note that nothing of a tensor could be removed."""
-        self.label(tensor, [None] * tensor.dim())
+        self.set_axes(tensor, [None] * tensor.dim())
 
     def path_of(self, tensor: Tensor | None) -> str | None:
         """The path of a parameter or buffer of the module; the first one, if it has several."""
@@ -305,20 +305,20 @@ class Trace(TorchFunctionMode):
     def unknown(self, name: str, args: Any) -> None:
         """Keep all channels that something unknown reads."""
         for one in tensors_in(args):
-            for labels in self.axes(one):
-                self.ledger.fix(labels, f"read by {name}, whose channels are not known")
+            for nodes in self.axes(one):
+                self.dependencies.fix(nodes, f"read by {name}, whose channels are not known")
 
-    def reads(self, path: str | None, dim: int, labels: Labels | None, copies: int = 1) -> None:
+    def reads(self, path: str | None, dim: int, nodes: Nodes | None, copies: int = 1) -> None:
         """Note that a weight reads labelled entries, each `copies` times in a row."""
-        if path is not None and labels is not None:
-            self.ledger.use(path, dim, np.repeat(labels, copies), "in")
+        if path is not None and nodes is not None:
+            self.dependencies.use(path, dim, np.repeat(nodes, copies), "in")
 
-    def makes(self, path: str | None, dim: int, size: int, where: str) -> Labels:
-        """Fresh labels of what a weight makes."""
-        labels = self.ledger.fresh(size, where)
+    def makes(self, path: str | None, dim: int, size: int, where: str) -> Nodes:
+        """Fresh nodes of what a weight makes."""
+        nodes = self.dependencies.new_nodes(size, where)
         if path is not None:
-            self.ledger.use(path, dim, labels, "out")
-        return labels
+            self.dependencies.use(path, dim, nodes, "out")
+        return nodes
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

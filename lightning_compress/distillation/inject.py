@@ -25,7 +25,7 @@ from lightning_compress.modes import own_random_stream, without_running_statisti
 
 __all__ = [
     "Forward",
-    "Graft",
+    "Injector",
     "Term",
     "check_output",
     "detached",
@@ -139,8 +139,8 @@ class _Node(torch.autograd.Function):
     """Identity on the first `count` tensors; the others are edges that gradients leave by."""
 
     @staticmethod
-    def forward(ctx: Any, graft: Graft, call: Forward, count: int, *tensors: Tensor) -> Any:
-        ctx.graft, ctx.call, ctx.edges = graft, call, len(tensors) - count
+    def forward(ctx: Any, injector: Injector, call: Forward, count: int, *tensors: Tensor) -> Any:
+        ctx.injector, ctx.call, ctx.edges = injector, call, len(tensors) - count
         ctx.set_materialize_grads(False)
         # Copies: what the user changes in place afterwards must not change what the losses see.
         return tuple(tensor.clone() for tensor in tensors[:count])
@@ -148,14 +148,14 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> Any:  # type: ignore[override]
         gradients = [*arriving, *[None] * ctx.edges]
-        for index, more in ctx.graft.added(ctx.call, arriving).items():
+        for index, more in ctx.injector.added(ctx.call, arriving).items():
             mine, dtype = gradients[index], more[1]
             total = more[0] if mine is None else mine.float() + more[0]
             gradients[index] = total.to(dtype)  # cast last: half a precision is lost only once
         return (None, None, None, *gradients)
 
 
-class Graft:
+class Injector:
     """The node of one student module, its hooks, and when it may inject.
 
     Args:

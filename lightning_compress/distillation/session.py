@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.distillation.inject import Forward, Graft, Term, check_output
+from lightning_compress.distillation.inject import Forward, Injector, Term, check_output
 from lightning_compress.distillation.losses import LossInputs, make_losses
 from lightning_compress.distillation.pairs import Pair, find_module, make_adapter
 from lightning_compress.distillation.teachers import LiveTeacher
@@ -20,13 +20,13 @@ from lightning_compress.modes import evaluating_eager, own_random_stream
 from lightning_compress.sample_inputs import sample_inputs
 
 __all__ = [
-    "Link",
+    "PairedModules",
     "PriorDraws",
     "Session",
 ]
 
 
-class Link:
+class PairedModules:
     """One pair's teacher, ready to be asked.
 
     Args:
@@ -66,7 +66,7 @@ class Link:
         for loss, _ in [*self.losses, *self.feature_losses]:
             loss.release()
 
-    def ask_teacher(
+    def run_teacher(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Tensor]]:
         """The teacher's output and features for what the student's module received."""
@@ -80,7 +80,7 @@ class Link:
     def evaluate(self, call: Forward, output: Any, features: dict[str, Tensor]) -> list[Term]:
         """The losses of one call of the student's module."""
         with call.as_called():
-            theirs, their_features = self.ask_teacher(call.args, call.kwargs)
+            theirs, their_features = self.run_teacher(call.args, call.kwargs)
         return self.terms(call.args, (output, features), (theirs, their_features))
 
     def terms(
@@ -135,14 +135,14 @@ class Link:
         finally:
             taps.remove()
         check_output(output, self.pair.student)
-        theirs = self._probe_teacher(inputs)
+        theirs = self._try_teacher(inputs)
         check_output(theirs[0], f"{self.pair.teacher} (teacher)")
         self._make_adapters((output, features), theirs)
         self._try(tuple(inputs), (_float(output), _float(features)), theirs)
 
-    def _probe_teacher(self, inputs: Sequence[Any]) -> tuple[Any, dict[str, Tensor]]:
+    def _try_teacher(self, inputs: Sequence[Any]) -> tuple[Any, dict[str, Tensor]]:
         try:
-            return self.ask_teacher(tuple(inputs), {})
+            return self.run_teacher(tuple(inputs), {})
         except (RuntimeError, TypeError, ValueError) as error:
             raise TargetError(
                 f"the teacher's {self.pair.teacher!r} cannot take what the student's "
@@ -268,36 +268,38 @@ class Session:
         rank: int = 0,
     ) -> None:
         self.teacher, self.live = teacher, live
-        self.links = [Link(pair, student, teacher, temperature=temperature) for pair in pairs]
+        self.paired_modules = [
+            PairedModules(pair, student, teacher, temperature=temperature) for pair in pairs
+        ]
         self.priors = [
             PriorDraws(pair.prior, seed=1_000_003 * rank + index) if pair.prior else None
             for index, pair in enumerate(pairs)
         ]
-        self.steps = [0] * len(self.links)
-        self._optimizers: list[torch.optim.Adam | None] = [None] * len(self.links)
+        self.steps = [0] * len(self.paired_modules)
+        self._optimizers: list[torch.optim.Adam | None] = [None] * len(self.paired_modules)
         self._handles: list[RemovableHandle] = []
-        self.grafts: list[Graft] = []
-        for link, prior in zip(self.links, self.priors, strict=True):
-            inputs = sample_inputs(student, link.pair.student, link.student)
+        self.injectors: list[Injector] = []
+        for paired, prior in zip(self.paired_modules, self.priors, strict=True):
+            inputs = sample_inputs(student, paired.pair.student, paired.student)
             if inputs is not None:
                 if prior is not None:
                     PriorDraws(1, seed=0)(tuple(inputs))
-                link.probe(inputs)
-            elif link.pair.features:
+                paired.probe(inputs)
+            elif paired.pair.features:
                 raise TargetError(
-                    f"the pair of {link.pair.student!r} has features, whose sizes are not known: "
+                    f"the pair of {paired.pair.student!r} has features, whose sizes are not known: "
                     "set example_input_array, or parts(), of the LightningModule"
                 )
-            self.grafts.append(self._graft(link, prior, balance))
+            self.injectors.append(self._injector(paired, prior, balance))
 
     @staticmethod
-    def _graft(link: Link, prior: PriorDraws | None, balance: bool) -> Graft:
-        return Graft(
-            link.student,
-            link.evaluate,
-            path=link.pair.student,
-            taps=[ours for ours, _ in link.pair.features],
-            adapters=list(link.adapters.parameters()),
+    def _injector(paired: PairedModules, prior: PriorDraws | None, balance: bool) -> Injector:
+        return Injector(
+            paired.student,
+            paired.evaluate,
+            path=paired.pair.student,
+            taps=[ours for ours, _ in paired.pair.features],
+            adapters=list(paired.adapters.parameters()),
             prior=prior,
             balance=balance,
         )
@@ -308,80 +310,86 @@ class Session:
         Raises:
             TargetError: when no optimizer trains a student's module.
         """
-        for index, link in enumerate(self.links):
-            owner = _owner(link.student, optimizers)
+        for index, paired in enumerate(self.paired_modules):
+            owner = _owner(paired.student, optimizers)
             if owner is None:
-                raise TargetError(f"no optimizer trains {link.pair.student!r}: nothing to teach")
-            if link.adapters:
-                self._optimizers[index] = torch.optim.Adam(link.adapters.parameters(), adapter_lr)
+                raise TargetError(f"no optimizer trains {paired.pair.student!r}: nothing to teach")
+            if paired.adapters:
+                self._optimizers[index] = torch.optim.Adam(paired.adapters.parameters(), adapter_lr)
             self._handles.append(owner.register_step_post_hook(Hook(self._stepper(index))))
 
     def _stepper(self, index: int) -> Any:
         def after(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
             self.steps[index] += 1
             if (adapters := self._optimizers[index]) is not None:
-                _average_gradients(self.links[index].adapters)
+                _average_gradients(self.paired_modules[index].adapters)
                 adapters.step()
                 adapters.zero_grad()
             if self.live is not None:
-                self.live.on_step([(self.links[index].student, self.links[index].teacher)])
+                self.live.on_step(
+                    [(self.paired_modules[index].student, self.paired_modules[index].teacher)]
+                )
 
         return after
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters of all adapters."""
-        return [parameter for link in self.links for parameter in link.adapters.parameters()]
+        return [
+            parameter
+            for paired in self.paired_modules
+            for parameter in paired.adapters.parameters()
+        ]
 
     def begin_batch(self, batch: Any, index: int) -> None:
         """Carry the calls of a batch, where the weight is above 0."""
         if self.live is not None:
             self.live.on_batch(batch, index)
-        for link, graft in zip(self.links, self.grafts, strict=True):
-            graft.begin_batch(active=link.weight > 0)
+        for paired, injector in zip(self.paired_modules, self.injectors, strict=True):
+            injector.begin_batch(active=paired.weight > 0)
 
     def end_batch(self) -> None:
         """Carry nothing more."""
-        for graft in self.grafts:
-            graft.begin_batch(active=False)
+        for injector in self.injectors:
+            injector.begin_batch(active=False)
 
     def begin_backward(self, *, scale: float, share: float) -> None:
-        """Inject from now on; see `Graft.begin_backward`."""
-        for graft in self.grafts:
-            graft.begin_backward(scale=scale, share=share)
+        """Inject from now on; see `Injector.begin_backward`."""
+        for injector in self.injectors:
+            injector.begin_backward(scale=scale, share=share)
 
     def end_backward(self) -> None:
         """Inject no more."""
-        for graft in self.grafts:
-            graft.end_backward()
+        for injector in self.injectors:
+            injector.end_backward()
 
     def read_values(self) -> dict[str, Tensor]:
         """Mean of each loss since it was last read, by name."""
         found = {}
-        for graft in self.grafts:
-            found |= {name: torch.stack(values).mean() for name, values in graft.values.items()}
-            graft.values = {}
+        for injector in self.injectors:
+            found |= {name: torch.stack(values).mean() for name, values in injector.values.items()}
+            injector.values = {}
         return found
 
     def silent(self) -> list[tuple[str, str]]:
         """Paths of pairs that should have taught and did not, and why."""
         return [
-            (link.pair.student, _SILENT[graft.calls > 0])
-            for link, graft in zip(self.links, self.grafts, strict=True)
-            if link.weight > 0 and graft.injections == 0
+            (paired.pair.student, _SILENT[injector.calls > 0])
+            for paired, injector in zip(self.paired_modules, self.injectors, strict=True)
+            if paired.weight > 0 and injector.injections == 0
         ]
 
     def remove(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-        for one in (*self.grafts, *self.links):
+        for one in (*self.injectors, *self.paired_modules):
             one.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, adapters and their optimizers, streams, and a teacher that changes."""
         state: dict[str, Any] = {
             "steps": list(self.steps),
-            "adapters": [link.adapters.state_dict() for link in self.links],
+            "adapters": [paired.adapters.state_dict() for paired in self.paired_modules],
             "optimizers": [one and one.state_dict() for one in self._optimizers],
             "priors": [one and one.generator.get_state() for one in self.priors],
         }
@@ -396,13 +404,13 @@ class Session:
         Raises:
             TargetError: for the state of other pairs.
         """
-        if len(state["steps"]) != len(self.links):
+        if len(state["steps"]) != len(self.paired_modules):
             raise TargetError(
-                f"the checkpoint distilled {len(state['steps'])} pairs, this run {len(self.links)}"
+                f"the checkpoint distilled {len(state['steps'])} pairs, this run {len(self.paired_modules)}"
             )
         self.steps = list(state["steps"])
-        for index, link in enumerate(self.links):
-            link.adapters.load_state_dict(state["adapters"][index])
+        for index, paired in enumerate(self.paired_modules):
+            paired.adapters.load_state_dict(state["adapters"][index])
             if (optimizer := self._optimizers[index]) is not None:
                 optimizer.load_state_dict(state["optimizers"][index])
             if (prior := self.priors[index]) is not None:

@@ -30,7 +30,7 @@ from lightning_compress.lcz.module_state import Contents, shared_memory, write_a
 from lightning_compress.lcz.parallel import check_workers, mapped, shown
 from lightning_compress.lcz.raw_bits import dtype_name, patterns, without_minus_zeros
 from lightning_compress.lcz.tensors import encode_on_grid, encode_values, same_grid
-from lightning_compress.sharding import is_sharded, whole_tensor
+from lightning_compress.sharding import full_tensor, is_sharded
 from lightning_compress.state import Grid
 
 __all__ = [
@@ -67,7 +67,7 @@ def together(tensors: Mapping[str, Tensor], work: Callable[[Gather], T]) -> T:
     def gather(name: str) -> Tensor:
         with turn:
             _told(name)
-            return whole_tensor(tensors[name])
+            return full_tensor(tensors[name])
 
     try:
         result = work(gather)
@@ -80,7 +80,7 @@ def together(tensors: Mapping[str, Tensor], work: Callable[[Gather], T]) -> T:
 
 def _help(tensors: Mapping[str, Tensor]) -> Any:
     while isinstance(said := _told(), str):
-        whole_tensor(tensors[said])
+        full_tensor(tensors[said])
     if isinstance(said, BaseException):
         raise said
     return said[0]

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.layer_inputs import LayerCall, weight_name
 from lightning_compress.pruning.optimal_brain_surgeon import OptimalBrainSurgeon
 from lightning_compress.pruning.statistics import (
@@ -51,14 +51,14 @@ class InputActivation(ForwardStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _blank(self, slot: Slot, matrix: Tensor) -> Tensor:  # noqa: ARG002
+    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
         return matrix.new_zeros(matrix.shape[0], matrix.shape[2], dtype=torch.float32)
 
-    def _seen(self, slot: Slot, call: LayerCall) -> Tensor | None:
+    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
         inputs = call.inputs(weight_name(slot))
         return None if inputs is None else inputs.energy()
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         return self._weight(slot, self._matrix(slot).abs() * sums.sqrt().unsqueeze(1))
 
 
@@ -74,35 +74,35 @@ class OutputActivation(ForwardStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _blank(self, slot: Slot, matrix: Tensor) -> Tensor:  # noqa: ARG002
+    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
         return matrix.new_zeros(matrix.shape[0], matrix.shape[1], dtype=torch.float32)
 
-    def _seen(self, slot: Slot, call: LayerCall) -> Tensor | None:
+    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
         outputs = call.outputs(weight_name(slot))
         if outputs is None:
             return None
         return outputs.detach().float().abs().mean(0).view_as(self._sums[slot.path])
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
         return self._weight(slot, self._matrix(slot).abs() * (sums / calls).unsqueeze(2))
 
 
 class GradientStatistics(StatisticsCriterion):
     """Base of the criteria that read every gradient of a weight through its slot's taps."""
 
-    def _watch(self, slots: Sequence[Slot]) -> None:
+    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
         for slot in slots:
             tap = partial(self._tap, slot)
             slot.taps.append(tap)
             self._removers.append(partial(slot.taps.remove, tap))
 
     @torch.no_grad()
-    def _tap(self, slot: Slot, gradient: Tensor) -> None:
+    def _tap(self, slot: ProjectedWeight, gradient: Tensor) -> None:
         gradient = gradient.detach()
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         self._add(slot.path, self._amount(slot, gradient.float()))
 
-    def _amount(self, slot: Slot, gradient: Tensor) -> Tensor:
+    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -118,10 +118,10 @@ class Taylor(GradientStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _amount(self, slot: Slot, gradient: Tensor) -> Tensor:
+    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
         return (slot.values() * gradient).abs()
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         return sums
 
 
@@ -138,10 +138,10 @@ class Fisher(GradientStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _amount(self, slot: Slot, gradient: Tensor) -> Tensor:  # noqa: ARG002
+    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:  # noqa: ARG002
         return gradient.square()
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
         return slot.values().square() * (sums / calls) / 2
 
 
@@ -170,10 +170,10 @@ class Movement(GradientStatistics):
         super().end()
         self._loaded = None
 
-    def _amount(self, slot: Slot, gradient: Tensor) -> Tensor:
+    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
         return -slot.values() * gradient
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         return sums
 
 
@@ -197,7 +197,7 @@ class Hutchinson:
     >>> from lightning_compress.targets import Target
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
-    >>> slot = Slot(Target("weight", layer, "weight", layer.weight))
+    >>> slot = ProjectedWeight(Target("weight", layer, "weight", layer.weight))
     >>> criterion = Hutchinson(lambda: (layer.weight ** 2 * torch.tensor([1.0, 3.0])).sum())
     >>> criterion.begin([slot])
     >>> criterion.scores(slot)
@@ -212,10 +212,10 @@ class Hutchinson:
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples={samples!r} must be a whole number, 1 or more")
         self.loss_fn, self.samples, self.seed = loss_fn, samples, seed
-        self._slots: list[Slot] = []
+        self._slots: list[ProjectedWeight] = []
         self._diagonals: dict[str, Tensor] = {}
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Name the weights of the next event."""
         self._slots, self._diagonals = list(slots), {}
 
@@ -223,7 +223,7 @@ class Hutchinson:
         """Free the estimate."""
         self._slots, self._diagonals = [], {}
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Predicted change of the loss without each weight; the lowest go first.
 
         Raises:
@@ -291,10 +291,10 @@ class Stateless:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Nothing to gather."""
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores of the weight's latent values.
 
         Raises:
@@ -329,10 +329,10 @@ class Random:
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Nothing to gather."""
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores in [0, 1)."""
         seed = zlib.crc32(f"{self.seed} {slot.path}".encode())
         generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ class Units:
     def count(self, flags: Tensor) -> int:
         """How many are True, over all processes that share the weight."""
         found = flags.sum()
-        return int(found if self.shards is None else self.shards.sum(found))
+        return int(found if self.shards is None else self.shards.all_reduce_sum(found))
 
 
 def largest(size: int | Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 
 __all__ = [
     "Inputs",
@@ -251,12 +251,12 @@ def _slide(
 _ATTENTION = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
 
 
-def weight_name(slot: Slot) -> str:
+def weight_name(slot: ProjectedWeight) -> str:
     """The weight's name on the layer that uses it, without parametrization.
 
     >>> from lightning_compress.targets import Target
     >>> layer = nn.Linear(2, 1)
-    >>> weight_name(Slot(Target("0.weight", layer, "weight", layer.weight)))
+    >>> weight_name(ProjectedWeight(Target("0.weight", layer, "weight", layer.weight)))
     'weight'
     """
     name = slot.path.rsplit(".", 1)[-1]
@@ -267,7 +267,7 @@ def weight_name(slot: Slot) -> str:
     return name
 
 
-def find_owner(slot: Slot) -> nn.Module | None:
+def find_owner(slot: ProjectedWeight) -> nn.Module | None:
     """The layer whose forward uses the weight; None when it cannot be told.
 
     A parametrization list does not know its layer: that is looked up in the module whose

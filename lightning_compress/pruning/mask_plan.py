@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.criteria import CRITERIA, Stateless
 from lightning_compress.pruning.granularity import Granularity, Layout, Units, largest
 from lightning_compress.pruning.masks import Scope, lowest_pruned
@@ -21,8 +21,8 @@ from lightning_compress.targets import Target
 __all__ = [
     "MaskPlan",
     "check_sharded",
+    "largest_in_rows",
     "normed_axis",
-    "row_leaders",
     "threshold_mask",
 ]
 WHOLE = -1  # one norm for all weights, as torch calls it
@@ -45,7 +45,7 @@ def normed_axis(target: Target) -> int | None:
     return None
 
 
-def row_leaders(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
+def largest_in_rows(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
     """True at the largest value of each index of the axis, of those that are not closed.
 
     Args:
@@ -54,7 +54,7 @@ def row_leaders(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
         closed: True where a weight is pruned and must not return; or None.
 
     >>> import torch
-    >>> row_leaders(torch.tensor([[1.0, -3.0], [0.0, 0.0]]), 0, None)
+    >>> largest_in_rows(torch.tensor([[1.0, -3.0], [0.0, 0.0]]), 0, None)
     tensor([[False,  True],
             [ True, False]])
     """
@@ -91,7 +91,7 @@ class MaskPlan:
         return min(sparsity / self.granularity.limit, 1.0)
 
     def masks(
-        self, slots: Sequence[Slot], scores: Sequence[Tensor], sparsity: float
+        self, slots: Sequence[ProjectedWeight], scores: Sequence[Tensor], sparsity: float
     ) -> list[Tensor]:
         """A mask for each target, True where a weight stays.
 
@@ -106,19 +106,21 @@ class MaskPlan:
         masks = self.scope(units, self.fraction(sparsity), floors)
         return [one.spread(mask) for one, mask in zip(units, masks, strict=True)]
 
-    def exchanged(self, slot: Slot, mask: Tensor, growth: Tensor, fraction: float) -> Tensor:
+    def exchanged(
+        self, slot: ProjectedWeight, mask: Tensor, growth: Tensor, fraction: float
+    ) -> Tensor:
         """A target's mask after RigL's exchange of a fraction of its active units."""
         layout, pools = self.layouts[slot.path], self.granularity.units
         size = slot.values().abs()
         if (axis := normed_axis(slot.target)) is not None:
-            size = size.masked_fill(row_leaders(size, axis, ~mask), math.inf)
+            size = size.masked_fill(largest_in_rows(size, axis, ~mask), math.inf)
         magnitude = pools(size, layout, closed=~mask, signed=False)
         grown = pools(growth, layout, closed=None, signed=False)
         shut = magnitude.closed
         active = ~shut if shut is not None else mask
         return magnitude.spread(exchange(active, magnitude.scores, grown.scores, fraction))
 
-    def check(self, slots: Sequence[Slot]) -> None:
+    def check(self, slots: Sequence[ProjectedWeight]) -> None:
         """Check that the granularity fits the targets, and tell them the size of its units.
 
         Raises:
@@ -134,18 +136,18 @@ class MaskPlan:
             size = self.granularity.size(slot.parameter.shape, self.layouts[slot.path])
             slot.unit = largest(size)
 
-    def notes(self, slots: Sequence[Slot]) -> list[str]:
+    def notes(self, slots: Sequence[ProjectedWeight]) -> list[str]:
         """What of the targets the granularity cannot take."""
         return self.granularity.rest({one.path: one.parameter.shape for one in slots}, self.layouts)
 
-    def _units(self, slot: Slot, scores: Tensor, *, signed: bool) -> Units:
+    def _units(self, slot: ProjectedWeight, scores: Tensor, *, signed: bool) -> Units:
         if scores.shape != slot.values().shape:
             shapes = f"{tuple(scores.shape)}, the weight {tuple(slot.values().shape)}"
             raise ValueError(f"the criterion's scores of {slot.path} have shape {shapes}")
         closed = None if self.reopen else slot.pruned
         layout = self.layouts[slot.path]
         if (axis := normed_axis(slot.target)) is not None:
-            scores = scores.masked_fill(row_leaders(slot.values(), axis, closed), math.inf)
+            scores = scores.masked_fill(largest_in_rows(slot.values(), axis, closed), math.inf)
         units = self.granularity.units(scores, layout, closed=closed, signed=signed)
         slot.unit = units.largest
         if slot.shards is None:
@@ -153,7 +155,7 @@ class MaskPlan:
         weight = slot.parameter
         return replace(units, capacity=weight.numel(), shape=weight.shape, shards=slot.shards)
 
-    def _floor(self, slot: Slot, units: Units) -> int:
+    def _floor(self, slot: ProjectedWeight, units: Units) -> int:
         total = units.scores.numel() if units.shards is None else units.capacity
         kept = math.ceil(self.floors[slot.path] * total)
         if (axis := normed_axis(slot.target)) is not None:

@@ -89,7 +89,7 @@ def lowest_pruned(
     [tensor([False,  True])]
     """
     total = torch.tensor(sum(score.numel() for score in scores))
-    total = int(total if shards is None else shards.sum(total))
+    total = int(total if shards is None else shards.all_reduce_sum(total))
     if not 0 <= count <= total:
         raise ValueError(f"cannot prune {count} of {total} scores")
     masks = [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
@@ -147,7 +147,7 @@ def _kth_key(pairs: _Pairs, rank: int, shards: Shards | None) -> tuple[int, int]
                 upper = keys >> 16
                 half = keys[upper == prefix] & (_HALF - 1) if level else upper + _HALF // 2
                 counts += torch.bincount(half, minlength=_HALF).cpu()
-        counts = counts if shards is None else shards.sum(counts)
+        counts = counts if shards is None else shards.all_reduce_sum(counts)
         cumulative = below + counts.cumsum(0)
         bucket = int(torch.searchsorted(cumulative, rank, right=True))
         below = int(cumulative[bucket] - counts[bucket])

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.criteria import GradientStatistics, make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
 from lightning_compress.pruning.layer_inputs import find_owner
-from lightning_compress.pruning.mask_plan import MaskPlan, normed_axis, row_leaders
+from lightning_compress.pruning.mask_plan import MaskPlan, largest_in_rows, normed_axis
 from lightning_compress.pruning.masks import SCOPES
 from lightning_compress.pruning.sparsity_groups import MIN_KEEP
 from lightning_compress.pruning.statistics import Criterion
@@ -75,7 +75,9 @@ def prune_weights(
     """
     _check(sparsity, threshold, scope)
     units, judge = make_granularity(granularity), make_criterion(criterion)
-    slots = [Slot(target) for target in select(module, include, exclude, frozen=True).targets]
+    slots = [
+        ProjectedWeight(target) for target in select(module, include, exclude, frozen=True).targets
+    ]
     if judge.window and data is None:
         raise ValueError(
             f"criterion={criterion!r} looks at what goes through the layers: give data=[...], "
@@ -122,15 +124,15 @@ def _check(sparsity: float | None, threshold: float | None, scope: str) -> None:
         raise ValueError(f"scope={scope!r}: valid are {list(SCOPES)}")
 
 
-def _above(slot: Slot, scores: Tensor, threshold: float) -> Tensor:
+def _above(slot: ProjectedWeight, scores: Tensor, threshold: float) -> Tensor:
     mask = scores >= threshold
     if (axis := normed_axis(slot.target)) is not None:  # its norm divides: no row may die
-        mask |= row_leaders(slot.values(), axis, None)
+        mask |= largest_in_rows(slot.values(), axis, None)
     return mask
 
 
 def _gather(
-    module: nn.Module, slots: Sequence[Slot], judge: Criterion, batches: Sequence[object]
+    module: nn.Module, slots: Sequence[ProjectedWeight], judge: Criterion, batches: Sequence[object]
 ) -> None:
     gradients = isinstance(judge, GradientStatistics)
     with _watched(module, slots, gradients=gradients):
@@ -153,7 +155,9 @@ def _named(out: object) -> str:
 
 
 @contextmanager
-def _watched(module: nn.Module, slots: Sequence[Slot], *, gradients: bool) -> Iterator[None]:
+def _watched(
+    module: nn.Module, slots: Sequence[ProjectedWeight], *, gradients: bool
+) -> Iterator[None]:
     """Eval mode, but for the layers that are looked at; what training would need, for a while."""
     modes = {layer: layer.training for layer in module.modules()}
     trained = {slot.parameter: slot.parameter.requires_grad for slot in slots}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.layer_inputs import LayerCall, from_matrix, to_matrix, weight_name
 from lightning_compress.pruning.statistics import ForwardStatistics
 
@@ -204,7 +204,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         self._before: dict[str, Tensor | None] = {}  # masks at the time of the scores
         self._diagonal_only: set[str] = set()  # told already
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Start to gather the Hessians."""
         super().begin(slots)
         self._before = {slot.path: slot.pruned for slot in slots}
@@ -214,7 +214,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         super().end()
         self._before = {}
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores of a weight, in its shape; the lowest go first.
 
         Raises:
@@ -225,7 +225,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         return super().scores(slot)
 
     @torch.no_grad()
-    def update(self, slot: Slot, mask: Tensor) -> Tensor | None:
+    def update(self, slot: ProjectedWeight, mask: Tensor) -> Tensor | None:
         """Weights after pruning to the mask (True: stays); None where H is not known in full.
 
         It may be asked for before or after the slot has the mask, once the scores were. In
@@ -251,12 +251,12 @@ class OptimalBrainSurgeon(ForwardStatistics):
         weight = from_matrix(torch.stack(new), owner, values.shape, name)
         return _of_first_process(weight.to(values).contiguous())
 
-    def _blank(self, slot: Slot, matrix: Tensor) -> Tensor:
+    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
         groups, _, columns = matrix.shape
         shape = (groups, columns) if self._diagonal(slot, columns) else (groups, columns, columns)
         return matrix.new_zeros(shape, dtype=torch.float32)
 
-    def _diagonal(self, slot: Slot, columns: int) -> bool:
+    def _diagonal(self, slot: ProjectedWeight, columns: int) -> bool:
         if isinstance(self._owners[slot.path], nn.Embedding):
             return True
         if columns <= self.max_columns:
@@ -271,7 +271,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
             )
         return True
 
-    def _seen(self, slot: Slot, call: LayerCall) -> Tensor | None:
+    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
         inputs = call.inputs(weight_name(slot))
         if inputs is None:
             return None
@@ -280,7 +280,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         seed = zlib.crc32(f"{slot.path} {self._calls[slot.path]}".encode())
         return inputs.gram(self.max_samples, seed)
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         matrix = self._matrix(slot)
         rows = [
             saliency(rows, damped_hessian(gram, self.damping))

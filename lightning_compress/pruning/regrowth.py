@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.masks import lowest_pruned
 from lightning_compress.pruning.statistics import over_processes
 
-__all__ = ["DenseGradients", "check_regrowth", "exchange", "exchanged_fraction", "forget"]
+__all__ = ["DenseGradients", "check_regrowth", "exchange", "exchanged_fraction", "reset_momenta"]
 
 
 _REGROW = (None, "straight_through", "gradient")
@@ -52,16 +52,16 @@ class DenseGradients:
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
-        self._taps: list[tuple[Slot, Callable[[Tensor], None]]] = []
+        self._taps: list[tuple[ProjectedWeight, Callable[[Tensor], None]]] = []
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Read the gradients from now on."""
         for slot in slots:
             tap = self._tap(slot)
             slot.taps.append(tap)
             self._taps.append((slot, tap))
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Absolute gradients of a weight, of all processes' batches; zeros where none arrived."""
         gradient = self._gradients.get(slot.path)
         gradient = torch.zeros_like(slot.values()) if gradient is None else gradient
@@ -82,7 +82,7 @@ class DenseGradients:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing."""
 
-    def _tap(self, slot: Slot) -> Callable[[Tensor], None]:
+    def _tap(self, slot: ProjectedWeight) -> Callable[[Tensor], None]:
         def read(gradient: Tensor) -> None:
             known, summed = self._gradients.get(slot.path), slot.parameter.grad
             # Where gradients accumulate over several batches, so do these.
@@ -133,7 +133,7 @@ def exchange(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float) -
 
 
 @torch.no_grad()
-def forget(optimizers: Sequence[Optimizer], slot: Slot, mask: Tensor) -> None:
+def reset_momenta(optimizers: Sequence[Optimizer], slot: ProjectedWeight, mask: Tensor) -> None:
     """Zero the momenta of weights that come back, as RigL does: they start afresh.
 
     Args:

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.schedules import Polynomial, Schedule
 from lightning_compress.targets import Pattern, clean_path, select
 
 __all__ = [
-    "Part",
+    "SparsityGroup",
+    "assign_targets",
     "by_pattern",
     "check_floors",
     "check_min_keep",
     "floors_by_path",
     "make_schedules",
-    "share_out",
-    "split_parts",
+    "split_groups",
     "steered_sparsity",
 ]
 
@@ -32,7 +32,7 @@ _DEFAULTS = {"final_sparsity": 0.9, "begin": 0.0, "end": 0.7}
 
 
 @dataclass
-class Part:
+class SparsityGroup:
     """Targets that are pruned together by one schedule.
 
     Args:
@@ -46,7 +46,7 @@ class Part:
     pattern: Pattern | None
     curve: Curve
     asked: float = 0.0
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[ProjectedWeight] = field(default_factory=list)
     fixed: bool = False
 
     def paths(self) -> list[str]:
@@ -70,7 +70,7 @@ class Part:
             raise ValueError(f"the schedule gave {value!r} at {position}: it must lie in [0, 1)")
         return value
 
-    def wanted(self, position: float, steered: Steered, parts: Sequence[Part]) -> float:
+    def wanted(self, position: float, steered: Steered, parts: Sequence[SparsityGroup]) -> float:
         """The sparsity at a position, or what somebody else asks for in the schedule's place."""
         if steered is None:
             return self.target(position)
@@ -115,7 +115,7 @@ def make_schedules(
     begin: float,
     end: float,
     limit: float = 1.0,
-) -> list[Part]:
+) -> list[SparsityGroup]:
     """One part for all targets, or one for each pattern of a mapping.
 
     Args:
@@ -137,23 +137,23 @@ def make_schedules(
             raise ValueError("final_sparsity={} names no pattern")
         parts = {one: _check_limit(value, limit) for one, value in final_sparsity.items()}
         return [
-            Part(one, _with_final(schedule, value, begin, end), fixed=limit < 1)
+            SparsityGroup(one, _with_final(schedule, value, begin, end), fixed=limit < 1)
             for one, value in parts.items()
         ]
     given = schedule.final_sparsity if isinstance(schedule, Schedule) else final_sparsity
     if schedule is None or isinstance(schedule, Schedule):
         default = given == _DEFAULTS["final_sparsity"]
         given = limit if limit < 1 and default else _check_limit(given, limit)
-        return [Part(None, _with_final(schedule, given, begin, end), fixed=limit < 1)]
-    return [Part(None, schedule, fixed=limit < 1)]
+        return [SparsityGroup(None, _with_final(schedule, given, begin, end), fixed=limit < 1)]
+    return [SparsityGroup(None, schedule, fixed=limit < 1)]
 
 
 def by_pattern(
     module: nn.Module,
     patterns: Sequence[Pattern],
     exclude: Sequence[Pattern] | Pattern,
-    slots: Sequence[Slot],
-) -> list[list[Slot]]:
+    slots: Sequence[ProjectedWeight],
+) -> list[list[ProjectedWeight]]:
     """Slots by the first pattern that matches each.
 
     Raises:
@@ -169,11 +169,11 @@ def by_pattern(
     return groups
 
 
-def share_out(
+def assign_targets(
     module: nn.Module,
-    parts: Sequence[Part],
+    parts: Sequence[SparsityGroup],
     exclude: Sequence[Pattern] | Pattern,
-    slots: Sequence[Slot],
+    slots: Sequence[ProjectedWeight],
 ) -> None:
     """Give each part its targets; arguments and errors as `by_pattern`."""
     patterns = [part.pattern for part in parts if part.pattern is not None]
@@ -198,16 +198,18 @@ def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
     return 1 - (1 - sparsity) ** (math.log1p(-final) / math.log1p(-highest))
 
 
-def split_parts(parts: Sequence[Part]) -> list[Part]:
+def split_groups(parts: Sequence[SparsityGroup]) -> list[SparsityGroup]:
     """A part for each target, which has been asked what its mask prunes now."""
     return [
-        Part(slot.path, part.curve, asked=slot.sparsity, slots=[slot], fixed=part.fixed)
+        SparsityGroup(slot.path, part.curve, asked=slot.sparsity, slots=[slot], fixed=part.fixed)
         for part in parts
         for slot in part.slots
     ]
 
 
-def check_min_keep(min_keep: float | Mapping[Pattern, float], parts: Sequence[Part]) -> None:
+def check_min_keep(
+    min_keep: float | Mapping[Pattern, float], parts: Sequence[SparsityGroup]
+) -> None:
     """Check what can be checked before the targets are known.
 
     Raises:
@@ -223,7 +225,7 @@ def check_min_keep(min_keep: float | Mapping[Pattern, float], parts: Sequence[Pa
 
 
 def floors_by_path(
-    module: nn.Module, min_keep: float | Mapping[Pattern, float], slots: Sequence[Slot]
+    module: nn.Module, min_keep: float | Mapping[Pattern, float], slots: Sequence[ProjectedWeight]
 ) -> dict[str, float]:
     """Fraction of each target that stays, by path.
 
@@ -246,7 +248,7 @@ def floors_by_path(
 
 
 def check_floors(
-    slots: Sequence[Slot], floors: Mapping[str, float], final: float, *, each: bool
+    slots: Sequence[ProjectedWeight], floors: Mapping[str, float], final: float, *, each: bool
 ) -> None:
     """Check that what must stay leaves room for the final sparsity.
 

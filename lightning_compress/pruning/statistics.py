@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.layer_inputs import (
     LayerCall,
     find_owner,
@@ -52,7 +52,7 @@ class StatisticsCriterion:
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window={window!r} must be a whole number of steps, 1 or more")
         self.window = window
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, ProjectedWeight] = {}
         self._sums: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._totals: dict[str, tuple[Tensor, int]] = {}  # over all processes, until more is added
@@ -61,7 +61,7 @@ class StatisticsCriterion:
         self._removers: list[Callable[[], None]] = []
         self._loaded: dict[str, Any] | None = None
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Start to gather for these weights, from nothing or from a loaded state."""
         self.end()
         for slot in slots:
@@ -79,7 +79,7 @@ class StatisticsCriterion:
         for kept in (self._slots, self._sums, self._calls, self._totals, self._reasons):
             kept.clear()
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores of a weight, in its shape; the lowest go first.
 
         Where nothing was seen, the scores are magnitudes in the unit of the others, with a
@@ -108,13 +108,13 @@ class StatisticsCriterion:
         if self._slots:
             self._apply_loaded()
 
-    def _empty(self, slot: Slot) -> Tensor:
+    def _empty(self, slot: ProjectedWeight) -> Tensor:
         return torch.zeros_like(slot.values(), dtype=torch.float32)
 
-    def _watch(self, slots: Sequence[Slot]) -> None:
+    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
         raise NotImplementedError
 
-    def _score(self, slot: Slot, sums: Tensor, calls: int) -> Tensor:
+    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
         raise NotImplementedError
 
     def _add(self, path: str, amount: Tensor) -> None:
@@ -139,7 +139,7 @@ class StatisticsCriterion:
             mine.copy_(total)
             self._calls[path] = state["calls"][path]
 
-    def _check(self, slot: Slot) -> None:
+    def _check(self, slot: ProjectedWeight) -> None:
         if self._slots.get(slot.path) is not slot:
             raise RuntimeError(f"{type(self).__name__} has no begin() with {slot.path}")
 
@@ -220,8 +220,8 @@ class ForwardStatistics(StatisticsCriterion):
         super().end()
         self._owners.clear()
 
-    def _watch(self, slots: Sequence[Slot]) -> None:
-        by_owner: dict[nn.Module, list[Slot]] = {}
+    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
+        by_owner: dict[nn.Module, list[ProjectedWeight]] = {}
         for slot in slots:
             owner = self._owners.get(slot.path)
             if owner is not None:
@@ -231,7 +231,7 @@ class ForwardStatistics(StatisticsCriterion):
             handle = owner.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
             self._removers.append(handle.remove)
 
-    def _react(self, slots: Sequence[Slot], call: LayerCall) -> None:
+    def _react(self, slots: Sequence[ProjectedWeight], call: LayerCall) -> None:
         for slot in slots:
             amount = self._seen(slot, call)
             if amount is None:
@@ -240,7 +240,7 @@ class ForwardStatistics(StatisticsCriterion):
             else:
                 self._add(slot.path, amount)
 
-    def _empty(self, slot: Slot) -> Tensor:
+    def _empty(self, slot: ProjectedWeight) -> Tensor:
         owner = find_owner(slot)
         if owner is None:
             self._reasons[slot.path] = "the layer behind its parametrization is unknown"
@@ -248,18 +248,18 @@ class ForwardStatistics(StatisticsCriterion):
         self._owners[slot.path] = owner
         return self._blank(slot, self._matrix(slot))
 
-    def _matrix(self, slot: Slot) -> Tensor:
+    def _matrix(self, slot: ProjectedWeight) -> Tensor:
         return to_matrix(slot.values(), self._owners[slot.path], weight_name(slot))
 
-    def _weight(self, slot: Slot, matrix: Tensor) -> Tensor:
+    def _weight(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
         values = slot.values()
         owner = self._owners[slot.path]
         return from_matrix(matrix, owner, values.shape, weight_name(slot))
 
-    def _blank(self, slot: Slot, matrix: Tensor) -> Tensor:
+    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _seen(self, slot: Slot, call: LayerCall) -> Tensor | None:
+    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
         raise NotImplementedError
 
 
@@ -281,10 +281,10 @@ class Criterion(Protocol):
 
     window: int
 
-    def begin(self, slots: Sequence[Slot]) -> None:
+    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
         """Install hooks and start to gather for these weights."""
 
-    def scores(self, slot: Slot) -> Tensor:
+    def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores in the weight's shape at the prune event; the lowest go first."""
         ...
 
@@ -309,7 +309,7 @@ class StatisticsWindow:
 
     def look_ahead(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[ProjectedWeight],
         events: EventClock,
         step: int,
         *,
@@ -351,7 +351,9 @@ class StatisticsWindow:
         late = late or self.criterion.window >= WHOLE_RUN
         return gathered >= self.criterion.window or (late and gathered > 0)
 
-    def scores(self, slots: Sequence[Slot], wanted: Sequence[Slot]) -> list[Tensor]:
+    def scores(
+        self, slots: Sequence[ProjectedWeight], wanted: Sequence[ProjectedWeight]
+    ) -> list[Tensor]:
         """Scores of some slots at an event; all of them name what a criterion begins with.
 
         Args:
@@ -363,7 +365,7 @@ class StatisticsWindow:
             self.since = 0  # until the event is over
         return [self.criterion.scores(slot) for slot in wanted]
 
-    def corrected(self, slot: Slot) -> Tensor | None:
+    def updated_values(self, slot: ProjectedWeight) -> Tensor | None:
         """New values under a slot's new mask, from a criterion that has an opinion on them."""
         update = getattr(self.criterion, "update", None)
         return None if update is None or slot.pruned is None else update(slot, ~slot.pruned)
@@ -390,7 +392,7 @@ class StatisticsWindow:
         own = getattr(self.criterion, "state_dict", None)
         return {"since": self.since, "criterion": None if own is None else own()}
 
-    def restore(self, slots: Sequence[Slot], step: int, state: dict[str, Any]) -> None:
+    def restore(self, slots: Sequence[ProjectedWeight], step: int, state: dict[str, Any]) -> None:
         """Go on gathering; a criterion that saves nothing begins anew at this step."""
         load = getattr(self.criterion, "load_state_dict", None)
         if state["since"] is not None:
@@ -405,7 +407,7 @@ class StatisticsWindows(list[StatisticsWindow]):
 
     def look_ahead(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[ProjectedWeight],
         events: EventClock,
         step: int,
         *,
@@ -435,7 +437,9 @@ class StatisticsWindows(list[StatisticsWindow]):
         """The state of each."""
         return [one.state_dict() for one in self]
 
-    def restore(self, slots: Sequence[Slot], step: int, state: list[dict[str, Any]]) -> None:
+    def restore(
+        self, slots: Sequence[ProjectedWeight], step: int, state: list[dict[str, Any]]
+    ) -> None:
         """Put the state of each back."""
         for one, saved in zip(self, state, strict=True):
             one.restore(slots, step, saved)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress.grids import CodebookGrid
 from lightning_compress.quantization.learned_step import Adam
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "CodebookGrids",
@@ -224,7 +224,7 @@ class CodebookGrids:
     Args:
         bits: 2 to 8, of `2^bits` centres.
         lr: change of a centre at an update, in units of the centres' rms.
-        spread: over which processes: each clusters the whole weight, at events.
+        partition: over which processes: each clusters the whole weight, at events.
 
     >>> maker = CodebookGrids(bits=2, lr=0.001)
     >>> maker.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
@@ -232,8 +232,8 @@ class CodebookGrids:
     tensor([-1.,  0.,  3.,  5.])
     """
 
-    def __init__(self, *, bits: int, lr: float, spread: Spread = ONE_PIECE) -> None:
-        self.bits, self.lr, self.spread = bits, lr, spread
+    def __init__(self, *, bits: int, lr: float, partition: Partition = UNSHARDED) -> None:
+        self.bits, self.lr, self.partition = bits, lr, partition
         self.centres: Tensor | None = None
         self.frozen = False
         self._adam = Adam()
@@ -246,7 +246,7 @@ class CodebookGrids:
             self.centres = self._clustered(values)
 
     def _clustered(self, values: Tensor) -> Tensor:
-        return cluster(self.spread.whole(values), 2**self.bits).to(values.device)
+        return cluster(self.partition.whole(values), 2**self.bits).to(values.device)
 
     def grid(self, values: Tensor) -> CodebookGrid:
         """The codebook of now."""
@@ -258,7 +258,9 @@ class CodebookGrids:
         if self.frozen:
             grid = self.grid(values)
             self._symbols = grid.quantize(values)
-            self._gradient = self.spread.sum(centre_gradient(gradient, self._symbols, grid))
+            self._gradient = self.partition.all_reduce_sum(
+                centre_gradient(gradient, self._symbols, grid)
+            )
             gradient.zero_()
 
     def step(self, values: Tensor, *, event: bool) -> Tensor | None:
@@ -267,7 +269,7 @@ class CodebookGrids:
             return None
         if not self.frozen:
             if event:
-                centres = recluster(self.spread.whole(values), self.centres)
+                centres = recluster(self.partition.whole(values), self.centres)
                 self.centres = centres.to(values.device)
             return None
         if self._gradient is None or self._symbols is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress.grids import MIN_BITS, AffineGrid
 from lightning_compress.quantization.learned_step import double_of
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "DeadZoneGrid",
@@ -25,23 +25,25 @@ __all__ = [
 _MOST = 255  # steps from 0 on any grid of 8 bits
 
 
-def entropy_bits(symbols: Tensor, *, spread: Spread = ONE_PIECE) -> float:
+def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
     """Bits of all symbols together at their zero-order entropy.
 
     Args:
         symbols: steps from 0, none below -255.
-        spread: over which processes, when these are one process's: bits are the whole's.
+        partition: over which processes, when these are one process's: bits are the whole's.
 
     >>> entropy_bits(torch.tensor([0, 0, 1, -1]))
     6.0
     """
     flat = symbols.reshape(-1).long() + _MOST
-    counts = spread.sum(torch.bincount(flat, minlength=2 * _MOST + 1)).double()
+    counts = partition.all_reduce_sum(torch.bincount(flat, minlength=2 * _MOST + 1)).double()
     counts = counts[counts > 0]
     return float((counts * (counts.sum().log2() - counts.log2())).sum())
 
 
-def rate_gradient(symbols: Tensor, step: Tensor | float, *, spread: Spread = ONE_PIECE) -> Tensor:
+def rate_gradient(
+    symbols: Tensor, step: Tensor | float, *, partition: Partition = UNSHARDED
+) -> Tensor:
     """Change of the code length, in bits, with the latent value of each weight.
 
     Central differences of the code lengths `-log2 p(|symbol|)` of the histogram as it is, with
@@ -51,14 +53,14 @@ def rate_gradient(symbols: Tensor, step: Tensor | float, *, spread: Spread = ONE
     Args:
         symbols: whole steps from 0.
         step: size of a step.
-        spread: over which processes, when the symbols are one process's; one of theirs may have
+        partition: over which processes, when the symbols are one process's; one of theirs may have
             none, all together have some.
 
     >>> rate_gradient(torch.tensor([0, 0, 0, 0, 1, -2]), 0.5).round(decimals=2)
     tensor([0.0000, 0.0000, 0.0000, 0.0000, 2.5800, -0.0000])
     """
     size = symbols.abs().long()
-    counts = spread.sum(_histogram(size.reshape(-1)))
+    counts = partition.all_reduce_sum(_histogram(size.reshape(-1)))
     places = torch.arange(_MOST + 1, device=counts.device)
     last = places.where(counts > 0, 0).max()  # read by nobody: that would wait for the device
     counts = (counts.float() + 0.5).masked_fill_(places > last, 0.0)
@@ -138,7 +140,7 @@ class EntropyGrids:
         dead_zone: see `DeadZoneGrid`.
         rate: weight of a weight's bits in the loss: for a term `r * (mean bits of all N weights)`
             give `r / N`.
-        spread: over which processes the weight's rows are.
+        partition: over which processes the weight's rows are.
 
     >>> maker = EntropyGrids(bits=8, relative_step=0.5)
     >>> maker.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
@@ -152,10 +154,10 @@ class EntropyGrids:
         relative_step: float,
         dead_zone: float = 0.5,
         rate: float = 0.0,
-        spread: Spread = ONE_PIECE,
+        partition: Partition = UNSHARDED,
     ) -> None:
         self.bits, self.relative_step = bits, relative_step
-        self.dead_zone, self.rate, self.spread = dead_zone, rate, spread
+        self.dead_zone, self.rate, self.partition = dead_zone, rate, partition
         self.raised = False
         self.held: float | None = None  # the step when frozen
 
@@ -184,7 +186,7 @@ class EntropyGrids:
         if values.numel():
             low, high = torch.aminmax(values)
             largest = torch.maximum(-low, high).to(zero)
-        everyone = self.spread.gather(torch.stack([count, norm * norm, largest]))
+        everyone = self.partition.all_gather(torch.stack([count, norm * norm, largest]))
         count, square = everyone[:, :2].sum(dim=0).unbind()
         return square.sqrt() / count.clamp(min=1).sqrt(), everyone[:, 2].amax()
 
@@ -202,7 +204,7 @@ class EntropyGrids:
         """Add the rate term's gradient."""
         if self.rate > 0:
             grid = self.grid(values)
-            slope = rate_gradient(grid.quantize(values), grid.scale, spread=self.spread)
+            slope = rate_gradient(grid.quantize(values), grid.scale, partition=self.partition)
             gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
 
     def step(self, values: Tensor, *, event: bool) -> None:
@@ -238,7 +240,7 @@ def predicted_bits(maker: EntropyGrids, values: Tensor) -> float:
     >>> predicted_bits(maker, torch.tensor([0.0, 0.0, 1.0, -1.0]))
     6.0
     """
-    return entropy_bits(maker.grid(values).quantize(values), spread=maker.spread)
+    return entropy_bits(maker.grid(values).quantize(values), partition=maker.partition)
 
 
 def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:

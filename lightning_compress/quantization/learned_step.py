@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import AffineGrid
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "Adam",
@@ -130,7 +130,7 @@ def _sum_rows(values: Tensor, axis: int | None) -> Tensor:
 
 
 def initial_step(
-    values: Tensor, *, bits: int, axis: int | None = None, spread: Spread = ONE_PIECE
+    values: Tensor, *, bits: int, axis: int | None = None, partition: Partition = UNSHARDED
 ) -> Tensor:
     """LSQ's first step, `2 mean|w| / sqrt(qmax)`, over the weights that are not 0.
 
@@ -140,20 +140,20 @@ def initial_step(
         values: the weight.
         bits: 2 to 8.
         axis: of the steps; None: one step.
-        spread: over which processes, when these are one process's rows: steps are the whole's.
+        partition: over which processes, when these are one process's rows: steps are the whole's.
 
     >>> initial_step(torch.tensor([3.0, -1.0, 0.0]), bits=2)
     tensor([4.])
     """
     values = values.float()
     sums = torch.stack([_sum_rows(values.abs(), axis), _sum_rows((values != 0).float(), axis)])
-    total, count = spread.sum(spread.widen(sums, axis))
+    total, count = partition.all_reduce_sum(partition.widen(sums, axis))
     step = 2 * total / count.clamp(min=1) / math.sqrt(2 ** (bits - 1) - 1)
     return torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
 
 
 def step_gradient(
-    gradient: Tensor, values: Tensor, grid: AffineGrid, *, spread: Spread = ONE_PIECE
+    gradient: Tensor, values: Tensor, grid: AffineGrid, *, partition: Partition = UNSHARDED
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the step and by the latent weight, from that by the visible weight.
 
@@ -165,7 +165,7 @@ def step_gradient(
         gradient: at the visible weight, of its shape.
         values: the latent weight.
         grid: the symmetric grid that it was projected to.
-        spread: over which processes, when gradient and values are one process's rows.
+        partition: over which processes, when gradient and values are one process's rows.
 
     Returns:
         The step's gradient, of the scale's shape, and the mask of weights inside the range.
@@ -177,14 +177,14 @@ def step_gradient(
     shape = [1] * values.dim()
     if grid.axis is not None:
         shape[grid.axis] = -1
-    scale = spread.narrow(grid.scale, grid.axis).to(values.device)
+    scale = partition.narrow(grid.scale, grid.axis).to(values.device)
     ratio = values.float() / scale.reshape(shape)
     inside = ratio.abs() <= grid.qmax
     slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(grid.qmin, grid.qmax))
-    each = spread.numel(values) / grid.scale.numel()
+    each = partition.numel(values) / grid.scale.numel()
     factor = 1 / math.sqrt(max(each, 1.0) * grid.qmax)
     sums = _sum_rows(gradient.float() * slope, grid.axis)
-    return spread.sum(spread.widen(sums, grid.axis)) * factor, inside
+    return partition.all_reduce_sum(partition.widen(sums, grid.axis)) * factor, inside
 
 
 class LearnedStepGrids:
@@ -194,7 +194,7 @@ class LearnedStepGrids:
         bits: 2 to 8.
         axis: of the steps; None: one step.
         lr: relative change of the step at an update.
-        spread: over which processes.
+        partition: over which processes.
 
     >>> maker = LearnedStepGrids(bits=4, axis=None, lr=0.001)
     >>> maker.start(torch.tensor([0.5, -0.5]))
@@ -203,9 +203,9 @@ class LearnedStepGrids:
     """
 
     def __init__(
-        self, *, bits: int, axis: int | None, lr: float, spread: Spread = ONE_PIECE
+        self, *, bits: int, axis: int | None, lr: float, partition: Partition = UNSHARDED
     ) -> None:
-        self.bits, self.axis, self.lr, self.spread = bits, axis, lr, spread
+        self.bits, self.axis, self.lr, self.partition = bits, axis, lr, partition
         self.learned: LearnedPositive | None = None
         self.frozen = False
         self._gradient: Tensor | None = None
@@ -216,7 +216,7 @@ class LearnedStepGrids:
             self.learned = LearnedPositive(self._first(values), self.lr)
 
     def _first(self, values: Tensor) -> Tensor:
-        return initial_step(values, bits=self.bits, axis=self.axis, spread=self.spread)
+        return initial_step(values, bits=self.bits, axis=self.axis, partition=self.partition)
 
     def grid(self, values: Tensor) -> AffineGrid:
         """The grid of the step of now."""
@@ -228,7 +228,7 @@ class LearnedStepGrids:
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
         """Keep the step's gradient; take the weight's away where it is clipped."""
         grid = self.grid(values)
-        self._gradient, inside = step_gradient(gradient, values, grid, spread=self.spread)
+        self._gradient, inside = step_gradient(gradient, values, grid, partition=self.partition)
         gradient.mul_(inside)
 
     def step(self, values: Tensor, *, event: bool) -> None:  # noqa: ARG002

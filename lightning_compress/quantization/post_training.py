@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer, calibrate
 from lightning_compress.quantization.corrections import (
     channel_means,
@@ -129,7 +129,7 @@ def _put_on_grids(
     selection = select(module, include, exclude, frozen=True)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
-        slot = Slot(target)
+        slot = ProjectedWeight(target)
         maker = make_maker(
             scheme,
             bits=bits,
@@ -137,11 +137,11 @@ def _put_on_grids(
             observer=observer,
             lr=0.0,
             entropy={"relative_step": step},
-            spread=slot.spread,
+            partition=slot.partition,
         )
         if isinstance(maker, RangeGrids) and enlarged:
             maker.enlarged = enlarged.get(target.path, 1)
-        if int(slot.spread.sum((~torch.isfinite(slot.data)).sum())):
+        if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
         maker.start(slot.data)
         slot.set_quantizer(maker.grid)

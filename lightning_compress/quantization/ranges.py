@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_compress.grids import AffineGrid, check_bits, grid_of_range
 from lightning_compress.quantization.learned_step import double_of
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "OBSERVERS",
@@ -36,14 +36,14 @@ def _rows(values: Tensor, axis: int | None) -> Tensor:
 
 
 def minmax_range(
-    values: Tensor, axis: int | None = None, *, spread: Spread = ONE_PIECE, check: bool = True
+    values: Tensor, axis: int | None = None, *, partition: Partition = UNSHARDED, check: bool = True
 ) -> Range:
     """Smallest and largest value, widened to hold 0, each of shape (1,) or (size of axis,).
 
     Args:
         values: any tensor.
         axis: one range for each index of it; None: one for all.
-        spread: over which processes, when these are one process's rows: ranges are the whole's.
+        partition: over which processes, when these are one process's rows: ranges are the whole's.
         check: look whether all is finite, for which another device has to be waited for.
 
     Raises:
@@ -55,7 +55,7 @@ def minmax_range(
     bounds = _bounds(_rows(values, axis))
     # Comparisons would lose a NaN: all processes must see it, to end alike.
     bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
-    return _checked(spread.least(spread.widen(bounds, axis)), check=check)
+    return _checked(partition.all_reduce_min(partition.widen(bounds, axis)), check=check)
 
 
 def _bounds(rows: Tensor) -> Tensor:

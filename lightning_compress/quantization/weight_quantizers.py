@@ -14,7 +14,7 @@ from lightning_compress.quantization.entropy import EntropyGrids
 from lightning_compress.quantization.learned_step import LearnedPositive, LearnedStepGrids
 from lightning_compress.quantization.ranges import MOMENTUM, find_range, minmax_range
 from lightning_compress.quantization.upsampled_conv import LARGEST, step_for_sums
-from lightning_compress.sharding import ONE_PIECE, Spread
+from lightning_compress.sharding import UNSHARDED, Partition
 from lightning_compress.state import Grid
 
 __all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "begin_from", "make_maker"]
@@ -74,7 +74,7 @@ class RangeGrids:
         symmetric: around 0, else from the lowest to the highest value.
         axis: of the scales; None: one scale.
         observer: a name in `OBSERVERS`.
-        spread: over which processes.
+        partition: over which processes.
 
     >>> import torch
     >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
@@ -90,10 +90,10 @@ class RangeGrids:
         symmetric: bool,
         axis: int | None,
         observer: str,
-        spread: Spread = ONE_PIECE,
+        partition: Partition = UNSHARDED,
     ) -> None:
         self.bits, self.symmetric, self.axis, self.observer = bits, symmetric, axis, observer
-        self.spread = spread
+        self.partition = partition
         self.range: tuple[Tensor, Tensor] | None = None
         self.frozen = False
         self.enlarged = 1  # factor of what the layer reads: sums of its weights are to fit int8
@@ -101,13 +101,13 @@ class RangeGrids:
     def _found(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.observer in _FOLLOWING:
             here = values.device.type == "cpu"  # elsewhere `follow` looks at events
-            low, high = minmax_range(values, self.axis, spread=self.spread, check=here)
+            low, high = minmax_range(values, self.axis, partition=self.partition, check=here)
         else:
             rules = {"bits": self.bits, "symmetric": self.symmetric}
-            low, high = find_range(self.observer, self.spread.whole(values), self.axis, **rules)
+            low, high = find_range(self.observer, self.partition.whole(values), self.axis, **rules)
         levels = 2 ** (self.bits - 1) - 1
         if self.symmetric and self.enlarged**2 * levels > LARGEST:
-            step = step_for_sums(self.spread.whole(values), self.enlarged, self.axis)
+            step = step_for_sums(self.partition.whole(values), self.enlarged, self.axis)
             high = torch.maximum(high, levels * step)
         return low, high
 
@@ -193,7 +193,7 @@ def make_maker(
     observer: str,
     lr: float,
     entropy: dict[str, float],
-    spread: Spread = ONE_PIECE,
+    partition: Partition = UNSHARDED,
 ) -> GridMaker:
     """The maker of a scheme.
 
@@ -204,7 +204,7 @@ def make_maker(
         observer: of "symmetric" and "affine".
         lr: of what learns.
         entropy: arguments of `EntropyGrids`.
-        spread: over which processes the weight's rows are.
+        partition: over which processes the weight's rows are.
 
     Raises:
         ValueError: for an unknown scheme.
@@ -212,10 +212,12 @@ def make_maker(
     if scheme not in WEIGHT_SCHEMES:
         raise ValueError(f"scheme={scheme!r}: valid are {list(WEIGHT_SCHEMES)}")
     if scheme == "learned_step":
-        return LearnedStepGrids(bits=bits, axis=axis, lr=lr, spread=spread)
+        return LearnedStepGrids(bits=bits, axis=axis, lr=lr, partition=partition)
     if scheme == "codebook":
-        return CodebookGrids(bits=bits, lr=lr, spread=spread)
+        return CodebookGrids(bits=bits, lr=lr, partition=partition)
     if scheme == "entropy":
-        return EntropyGrids(bits=bits, **entropy, spread=spread)
+        return EntropyGrids(bits=bits, **entropy, partition=partition)
     symmetric = scheme == "symmetric"
-    return RangeGrids(bits=bits, symmetric=symmetric, axis=axis, observer=observer, spread=spread)
+    return RangeGrids(
+        bits=bits, symmetric=symmetric, axis=axis, observer=observer, partition=partition
+    )

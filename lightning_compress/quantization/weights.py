@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import check_bits
-from lightning_compress.projection import Slot, naming_divergence, said_of_divergence
+from lightning_compress.projection import ProjectedWeight, naming_divergence, said_of_divergence
 from lightning_compress.quantization.entropy import EntropyGrids, entropy_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.weight_quantizers import WEIGHT_SCHEMES, GridMaker, RangeGrids
@@ -96,11 +96,11 @@ class WeightQuantizer:
 
     def __init__(
         self,
-        slots: Sequence[Slot],
-        make: Callable[[Slot], GridMaker],
+        slots: Sequence[ProjectedWeight],
+        make: Callable[[ProjectedWeight], GridMaker],
         earlier: WeightQuantizer | None = None,
     ) -> None:
-        self.pairs: list[tuple[Slot, GridMaker]] = []
+        self.pairs: list[tuple[ProjectedWeight, GridMaker]] = []
         self.predicted_bytes = 0.0  # of all symbols at their entropy, when last counted
         before = {} if earlier is None else {one.path: (one, maker) for one, maker in earlier.pairs}
         for slot in slots:
@@ -113,7 +113,11 @@ class WeightQuantizer:
             self.pairs.append((slot, maker))
 
     def change(
-        self, slots: Sequence[Slot], make: Callable[[Slot], GridMaker], *, started: bool
+        self,
+        slots: Sequence[ProjectedWeight],
+        make: Callable[[ProjectedWeight], GridMaker],
+        *,
+        started: bool,
     ) -> None:
         """Go on with other weights; those that are new begin, if the others have.
 
@@ -249,7 +253,7 @@ class WeightQuantizer:
             with naming_divergence([slot]):
                 slot.project()
                 if slot.grid is not None:
-                    bits += entropy_bits(slot.grid.quantize(slot.data), spread=slot.spread)
+                    bits += entropy_bits(slot.grid.quantize(slot.data), partition=slot.partition)
         self.predicted_bytes = bits / 8
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,19 +280,19 @@ class WeightQuantizer:
             self.install()
         for slot, _ in self.pairs:
             if (latent := state["latents"].get(slot.path)) is not None:
-                slot.set_values(slot.spread.part(latent))
+                slot.set_values(slot.partition.part(latent))
 
 
-def masked(slot: Slot) -> Tensor:
+def masked(slot: ProjectedWeight) -> Tensor:
     """Latent values with 0 where the mask prunes."""
     values = slot.values()
     return values if slot.pruned is None else values.masked_fill(slot.pruned, 0.0)
 
 
-def _finite(slot: Slot, values: Tensor) -> bool:
+def _finite(slot: ProjectedWeight, values: Tensor) -> bool:
     """Whether all values are numbers, those of other processes too."""
-    return int(slot.spread.sum((~torch.isfinite(values)).sum())) == 0
+    return int(slot.partition.all_reduce_sum((~torch.isfinite(values)).sum())) == 0
 
 
-def _rule(slot: Slot, maker: GridMaker, gradient: Tensor) -> None:
+def _rule(slot: ProjectedWeight, maker: GridMaker, gradient: Tensor) -> None:
     maker.gradient(gradient, masked(slot))

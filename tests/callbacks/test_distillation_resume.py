@@ -176,7 +176,7 @@ def test_the_average_follows_the_students_weights(tmp_path):
             trainer.optimizers[0].register_step_post_hook(after)
 
         def on_train_end(self, *_):
-            self.found = [one.clone() for one in kd.session.links[0].teacher.parameters()]
+            self.found = [one.clone() for one in kd.session.paired_modules[0].teacher.parameters()]
 
     watch = Follow(kd)
     fit(tmp_path, model, kd, watch)

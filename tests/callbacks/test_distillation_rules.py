@@ -108,7 +108,7 @@ def test_copies_and_pickles_of_the_model_are_not_taught(tmp_path):
             ):
                 assert hooks_of(model)
                 model(torch.zeros(2, 8)).sum().backward()
-                seen[name] = [graft.calls for graft in kd.session.grafts]
+                seen[name] = [injector.calls for injector in kd.session.injectors]
 
     kd = KnowledgeDistillation(make(seed=1), pairs=[Pair("decoder", features=[("0", "0")])])
     fit(tmp_path, make(), kd, Copying(), max_epochs=1)

@@ -14,9 +14,9 @@ from lightning_compress.channels.plan import removed
 from lightning_compress.channels.selection import (
     Costs,
     Rounding,
-    cut_to,
-    floor_of,
+    lowest_cost,
     norm_scales,
+    select_for_removal,
     sum_over_units,
 )
 from lightning_compress.lab.evaluation.cost import macs, parameter_counts
@@ -43,7 +43,9 @@ def cut(graph, kind, target, *, scores=None, rounding=None, **options):
     options = {"overshoot": True, **options}
     rounding = rounding or Rounding(2)
     costs = Costs(graph, kind)
-    return cut_to(graph, scores, costs, target, rounding=rounding, dense=dense, **options)
+    return select_for_removal(
+        graph, scores, costs, target, rounding=rounding, dense=dense, **options
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -132,7 +134,7 @@ def test_rounding_and_floors():
     assert left(graph, gone) == [16, 32]
     assert left(graph, cut(graph, "channels", 82, rounding=Rounding(8))) == [16, 64]
     dense = {group.name: len(group.units) for group in graph.groups}
-    assert floor_of(graph, "channels", rounding=Rounding(8), dense=dense) == 16
+    assert lowest_cost(graph, "channels", rounding=Rounding(8), dense=dense) == 16
 
 
 def test_without_overshoot_nothing_goes_below_the_target():
@@ -150,7 +152,7 @@ def test_small_steps_end_where_one_large_step_does():
     at_once = left(graph, cut(graph, "macs", 0.25 * total, rounding=Rounding(8)))
     dense = {group.name: len(group.units) for group in graph.groups}
     for fraction in np.linspace(1, 0.25, 21)[1:]:
-        gone = cut_to(
+        gone = select_for_removal(
             graph, np.ones(graph.count), Costs(graph, "macs"), fraction * total,
             rounding=Rounding(8), dense=dense, overshoot=bool(fraction == 0.25),
         )  # fmt: skip
@@ -171,7 +173,7 @@ def test_a_cheap_layer_does_not_fill_a_gap_that_is_too_small_for_others():
     groups = [(index, one) for index, one in enumerate(graph.groups) if len(one.free)]
     target = costs.total() - 1.1 * min(costs.saving(at, one.free[:8]) for at, one in groups)
     for overshoot in (False, True):
-        gone = cut_to(
+        gone = select_for_removal(
             graph, np.ones(graph.count), Costs(graph, "macs"), target,
             rounding=Rounding(8), dense=dense, overshoot=overshoot,
         )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress import EMATeacher, Pair, Ramp
-from lightning_compress.distillation.inject import Graft, Term
+from lightning_compress.distillation.inject import Injector, Term
 from lightning_compress.distillation.session import Session
 
 
@@ -14,18 +14,18 @@ def squares(call, output, features):
 
 
 def grafted(module, evaluate=squares, **arguments):
-    graft = Graft(module, evaluate, path="net", **arguments)
-    graft.begin_batch(active=True)
-    return graft
+    injector = Injector(module, evaluate, path="net", **arguments)
+    injector.begin_batch(active=True)
+    return injector
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_and_factors_are_float32_and_only_the_sum_is_rounded(dtype):
     layer = nn.Identity()
-    graft = grafted(layer)
+    injector = grafted(layer)
     x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     y = layer(x)
-    graft.begin_backward(scale=128.0, share=1.0)
+    injector.begin_backward(scale=128.0, share=1.0)
     arriving = torch.full_like(y, 0.5)
     y.backward(arriving)
     exact = 0.5 + 128.0 * 2.0 * 2 * x.detach().float() / x.numel()
@@ -35,7 +35,7 @@ def test_losses_and_factors_are_float32_and_only_the_sum_is_rounded(dtype):
 
 def test_features_are_edges_of_their_own():
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-    graft = grafted(net, taps=["1"])
+    injector = grafted(net, taps=["1"])
     x = torch.randn(4, 2)
     plain = net[2](net[1](net[0](x)))
     hidden = net[1](net[0](x))
@@ -43,7 +43,7 @@ def test_features_are_edges_of_their_own():
         plain.sum() + 2 * (plain.square().mean() + hidden.sum()), list(net.parameters())
     )
     y = net(x)
-    graft.begin_backward(scale=1.0, share=1.0)
+    injector.begin_backward(scale=1.0, share=1.0)
     y.sum().backward()
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -51,7 +51,7 @@ def test_features_are_edges_of_their_own():
 
 def test_a_call_that_lightning_redirects_is_no_call_of_the_student():
     net, inner = nn.Linear(2, 1), []
-    graft = grafted(net)
+    injector = grafted(net)
     forward = net.forward
 
     def redirected(x):
@@ -61,34 +61,34 @@ def test_a_call_that_lightning_redirects_is_no_call_of_the_student():
 
     net.forward = redirected
     loss = net(torch.ones(1, 2))
-    graft.begin_backward(scale=1.0, share=1.0)
+    injector.begin_backward(scale=1.0, share=1.0)
     loss.backward()
-    assert graft.calls == graft.injections == 1
+    assert injector.calls == injector.injections == 1
 
 
 def test_values_pass_unchanged_and_without_gradients_nothing_is_carried():
     net = nn.LSTM(2, 3)
     x = torch.randn(5, 1, 2)
     expected = net(x)
-    graft = grafted(net)
+    injector = grafted(net)
     found = net(x)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1][1], expected[1][1])
-    assert graft.calls == 1
+    assert injector.calls == 1
     with torch.no_grad():
         net(x)
     net.requires_grad_(False)
     net(x)
-    assert graft.calls == 1
+    assert injector.calls == 1
 
 
 def test_after_remove_a_module_is_as_it_was():
     net = nn.Linear(2, 1)
-    graft = grafted(net)
-    graft.remove()
+    injector = grafted(net)
+    injector.remove()
     assert net(torch.ones(1, 2)).grad_fn.name() == "AddmmBackward0"
     assert not net._forward_hooks
-    assert graft.calls == 0
+    assert injector.calls == 0
 
 
 def test_a_session_serves_a_plain_loop():

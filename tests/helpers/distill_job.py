@@ -26,10 +26,10 @@ def fit(folder: Path, kind: str, processes: int) -> None:
         def on_train_end(self, trainer, pl_module):
             saved["adapters"] = {
                 name: value.clone()
-                for link in kd.session.links
-                for name, value in link.adapters.state_dict().items()
+                for paired in kd.session.paired_modules
+                for name, value in paired.adapters.state_dict().items()
             }
-            saved["teacher_calls"] = [link.teacher_calls for link in kd.session.links]
+            saved["teacher_calls"] = [paired.teacher_calls for paired in kd.session.paired_modules]
 
     trainer = quiet_trainer(folder, kd, Look(), **on(processes, gan=kind == "gan"))
     trainer.fit(model, share_of(processes))

@@ -91,20 +91,22 @@ class TaughtGAN(TinyGAN):
 
 
 class Watch(Callback):
-    """What grafts and teachers did, read before they are gone."""
+    """What injectors and teachers did, read before they are gone."""
 
     def __init__(self, kd):
         self.kd, self.adapters = kd, []
 
     def on_train_batch_end(self, *_):
         session = self.kd.session
-        self.adapters.append([copy.deepcopy(one.adapters.state_dict()) for one in session.links])
+        self.adapters.append(
+            [copy.deepcopy(one.adapters.state_dict()) for one in session.paired_modules]
+        )
 
     def on_train_end(self, *_):
         session = self.kd.session
-        self.teacher_calls = [link.teacher_calls for link in session.links]
-        self.calls = [graft.calls for graft in session.grafts]
-        self.injections = [graft.injections for graft in session.grafts]
+        self.teacher_calls = [paired.teacher_calls for paired in session.paired_modules]
+        self.calls = [injector.calls for injector in session.injectors]
+        self.injections = [injector.injections for injector in session.injectors]
         self.steps = list(session.steps)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.projection import Projector, Slot
+from lightning_compress.projection import ProjectedWeight, Projector
 from lightning_compress.pruning.criteria import (
     CRITERIA,
     Fisher,
@@ -30,7 +30,7 @@ def slots_of(model):
 def slot_of(weight, path="weight"):
     layer = nn.Module()
     layer.register_parameter("weight", nn.Parameter(weight))
-    return Slot(Target(path, layer, "weight", layer.weight))
+    return ProjectedWeight(Target(path, layer, "weight", layer.weight))
 
 
 @pytest.mark.parametrize("name", list(CRITERIA))

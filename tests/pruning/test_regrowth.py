@@ -14,7 +14,7 @@ from lightning_compress.pruning.regrowth import (
     check_regrowth,
     exchange,
     exchanged_fraction,
-    forget,
+    reset_momenta,
 )
 from lightning_compress.targets import select
 
@@ -89,7 +89,7 @@ def test_weights_that_come_back_have_no_momentum():
     optimizer.step()
     slot.set_mask(torch.tensor([[True, False, True], [False, True, False]]))
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    forget([optimizer], slot, mask)
+    reset_momenta([optimizer], slot, mask)
     state = optimizer.state[layer.weight]
     for kept in (state["exp_avg"], state["exp_avg_sq"]):
         assert (kept == 0).tolist() == [[False, True, False], [False, False, False]]

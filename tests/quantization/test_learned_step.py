@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_compress import Projector
 from lightning_compress.grids import AffineGrid
-from lightning_compress.projection import Slot
+from lightning_compress.projection import ProjectedWeight
 from lightning_compress.quantization.learned_step import (
     LearnedPositive,
     LearnedStepGrids,
@@ -156,7 +156,7 @@ def test_the_direction_is_adams():
 def test_slots_take_one_rule_and_it_sees_the_final_gradient():
     layer = nn.Linear(2, 1, bias=False)
     slot = Projector.of(layer).add(Target("weight", layer, "weight", layer.weight))
-    assert isinstance(slot, Slot)
+    assert isinstance(slot, ProjectedWeight)
     seen = []
     slot.gradient_rule = lambda gradient: seen.append(gradient.clone()) or gradient.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
