@@ -1,4 +1,4 @@
-"""Grids: which values a quantized weight may take, and how a weight gets onto them."""
+"""Quantization grids: scale and zero point, or a codebook, and projection onto them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_bits",
     "grid_of_range",
 ]
+MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,6 @@ class CodebookGrid:
     def project(self, weight: Tensor) -> Tensor:
         """The centre nearest to each weight, in the weight's own dtype."""
         return self.dequantize(self.quantize(weight), weight.dtype)
-
-
-MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,18 @@ __all__ = [
     "Staircase",
     "check_window",
 ]
+_EVENTS = 100  # in a window, where no frequency is given
+_STATE = (
+    "position",
+    "step",
+    "_raw",
+    "_raw_step",
+    "_pace",
+    "_held",
+    "_held_steps",
+    "_first_step",
+    "_last_bucket",
+)
 
 
 def check_window(begin: float, end: float) -> bool:
@@ -168,9 +180,6 @@ class Staircase(Schedule):
         return math.floor(position * (self.stairs - 1)) / (self.stairs - 1)
 
 
-_EVENTS = 100  # in a window, where no frequency is given
-
-
 class Events:
     """Events between `begin` and `end`, and one at the end if something is unfinished then.
 
@@ -303,16 +312,3 @@ class Events:
         """Put the clock back."""
         for name in _STATE:
             setattr(self, name, state[name])
-
-
-_STATE = (
-    "position",
-    "step",
-    "_raw",
-    "_raw_step",
-    "_pace",
-    "_held",
-    "_held_steps",
-    "_first_step",
-    "_last_bucket",
-)

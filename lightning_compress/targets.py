@@ -23,6 +23,7 @@ __all__ = [
     "deployed_part",
     "select",
     "sparsity",
+    "split_path",
     "unselected",
 ]
 Pattern = str | type[nn.Module]
@@ -79,7 +80,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Coverage:
-    """One line of the coverage table; `reason` says why a parameter is left as it is."""
+    """One line of the coverage table; `reason` says why a parameter is skipped."""
 
     path: str
     shape: tuple[int, ...]
@@ -95,6 +96,18 @@ class Selection:
     coverage: list[Coverage] = field(default_factory=list)
 
 
+def split_path(path: str) -> tuple[str, str]:
+    """The path of the layer that a parameter or buffer is of, past parametrizations, and its name.
+
+    >>> split_path("net.0.parametrizations.weight.original1"), split_path("net.0.bias")
+    (('net.0', 'weight'), ('net.0', 'bias'))
+    """
+    parts = path.split(".")
+    at = parts.index("parametrizations") if "parametrizations" in parts[:-1] else len(parts) - 1
+    name = parts[at + 1] if at + 1 < len(parts) else parts[at]
+    return ".".join(parts[:at]), name
+
+
 def clean_path(path: str) -> str:
     """A parameter's path as its author wrote it: no compile wrapper, no parametrization.
 
@@ -108,7 +121,7 @@ def clean_path(path: str) -> str:
 
 
 def deployed_part(module: nn.Module) -> tuple[str, ...]:
-    """Child modules that ship: a GAN's generator, a VAE's encoder and decoder, else all.
+    """Child modules that are deployed: a GAN's generator, a VAE's encoder and decoder, else all.
 
     A module says so itself by an attribute `deployed`; otherwise its children's names tell: those
     of this package, then what GANs call their two sides elsewhere.
@@ -189,7 +202,7 @@ def select(
         module: the model.
         include: path globs (`"generator.*"`, a layer's or a parameter's path) or layer classes;
             None stands for the weights of the matmul, convolution and recurrent layers in the
-            part that ships (`deployed_part`).
+            deployed part (`deployed_part`).
         exclude: the same, taken away again.
 
     Raises:
@@ -273,7 +286,7 @@ def _why_not(
     unwanted: list[Pattern],
     parts: tuple[str, ...],
 ) -> str:
-    """The reason to leave a parameter as it is; empty when it is a target."""
+    """The reason to skip a parameter; empty when it is a target."""
     if wanted is None:
         if not any(_glob(part, clean_path(path)) for part in parts):
             return f"outside the deployed part {list(parts)}"
@@ -328,7 +341,7 @@ def sparsity(module: nn.Module, include: Sequence[Pattern] | Pattern | None = No
 
     Args:
         module: any module.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
 
     Raises:
         TargetError: for a pattern that matches nothing.

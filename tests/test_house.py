@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compress"
 FLOORS = (
-    ("errors", "files", "modes", "hooks", "schedules", "grids"),
+    ("errors", "files", "modes", "hooks", "schedules", "entropy", "grids"),
     ("targets", "sample_inputs", "sharding", "state", "projection"),
     ("pruning", "quantization"),
     ("channels",),

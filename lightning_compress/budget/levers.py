@@ -1,8 +1,8 @@
 """Levers: what a budget moves, from level 0 (leaves the model alone) to 1 (as much as it may).
 
 A callback that can be steered has three methods; `QualityBudget` needs nothing else of it:
-`lever(limits)`, `snapshot()` (what of its state belongs to the weights of now) and
-`back_to(snapshot)`. A lever that moves in leaps has `reached(level)` too: where it came to.
+`lever(limits)`, `snapshot()` (the state that belongs to the present weights) and
+`back_to(snapshot)`, which rolls back. A lever that moves in leaps has `reached(level)` too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Share = Callable[[float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Limits:
-    """How far levers go.
+    """Limits of the levers.
 
     Args:
         max_sparsity: at level 1; densities go down by equal factors.
@@ -78,7 +78,7 @@ class Lever(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the lever."""
         ...
 
     @property
@@ -91,7 +91,7 @@ class Lever(Protocol):
 
     @property
     def arrived(self) -> bool:
-        """Whether the model is where the lever is: some things wait for statistics."""
+        """Whether the model is at the lever's level: some changes wait for statistics."""
         ...
 
     def setting(self, level: float) -> str:
@@ -120,7 +120,7 @@ class SparsityLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     def sparsity(self, level: float) -> float:
@@ -154,7 +154,7 @@ class StepLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     def relative_step(self, level: float) -> float:
@@ -187,7 +187,7 @@ class BitsLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     @property
@@ -227,7 +227,7 @@ class ChannelLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     @property

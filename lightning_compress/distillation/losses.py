@@ -257,7 +257,7 @@ class Loss:
 class FunctionLoss(Loss):
     """A function of (student output, teacher output); `each`: of each tensor in them, added up.
 
-    >>> FunctionLoss(mse)(Call(torch.zeros(2), torch.ones(2))).item()
+    >>> FunctionLoss(mse)(LossInputs(torch.zeros(2), torch.ones(2))).item()
     1.0
     """
 
@@ -327,7 +327,6 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
     "cka": lambda _: FunctionLoss(linear_cka, name="cka", same_shape=False),
     "step_kl": lambda t: StepKL(temperature=t),
 }
-LossSpec = str | Loss | Callable[..., Tensor]
 
 
 def make_losses(given: Any, *, temperature: float = 1.0) -> list[tuple[Loss, float]]:

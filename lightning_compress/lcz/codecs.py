@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context, huffman
 from lightning_compress.lcz.bits import ByteReader, pack_fixed, tally, unpack_fixed, varint
@@ -39,7 +40,7 @@ Symbols = NDArray[np.uint16]
 def encode_arithmetic(symbols: Symbols) -> bytes:
     """The size of the alphabet and the frequencies, then the range-coded symbols.
 
-    >>> decode(encode(np.array([3, 3, 0], np.uint16)), 3)
+    >>> decode_arithmetic(encode_arithmetic(np.array([3, 3, 0], np.uint16)), 3)
     array([3, 3, 0], dtype=uint16)
     """
     if not len(symbols):
@@ -89,7 +90,8 @@ _WIDTHS = (5, 8)  # bits of a distance: the paper's for fully connected and conv
 def encode_relative_index(symbols: Symbols) -> bytes:
     """The smaller of the streams with the paper's two widths.
 
-    >>> decode(encode(np.array([0] * 40 + [3, 0], np.uint16)), 42)[39:]
+    >>> data = encode_relative_index(np.array([0] * 40 + [3, 0], np.uint16))
+    >>> decode_relative_index(data, 42)[39:]
     array([0, 3, 0], dtype=uint16)
     """
     return min((_encode_distances(symbols, width) for width in _WIDTHS), key=len)
@@ -334,6 +336,4 @@ def entropy_bits(symbols: NDArray[np.integer]) -> float:
     >>> entropy_bits(np.array([0, 1, 2, 3]))
     8.0
     """
-    counts = tally(symbols)
-    counts = counts[counts > 0]
-    return float(counts @ np.log2(len(symbols) / counts)) if len(counts) else 0.0
+    return entropy_of_counts(tally(symbols))

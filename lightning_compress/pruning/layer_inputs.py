@@ -1,4 +1,4 @@
-"""What one call of a layer shows of its weights' inputs and outputs."""
+"""Inputs and outputs of a layer's weights in one forward call, as matrices."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ __all__ = [
     "weight_name",
     "windows",
 ]
+_CONV = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+_ATTENTION = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
 
 
 def recurrent_states(
@@ -144,10 +147,6 @@ def _shifted(states: Tensor, first: Tensor, valid: Tensor, *, backward: bool) ->
     return torch.where(ends.unsqueeze(2), first, following)
 
 
-_CONV = nn.modules.conv._ConvNd
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
-
-
 def groups_of(layer: nn.Module, name: str = "weight") -> int:
     """Number of independent products that a layer's weight takes part in."""
     if isinstance(layer, nn.MultiheadAttention) and name == "in_proj_weight":
@@ -249,9 +248,6 @@ def _slide(
     return x.movedim(1, 1 + dims)
 
 
-_ATTENTION = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
-
-
 def weight_name(slot: ProjectedWeight) -> str:
     """The weight's name on the layer that uses it, without parametrization.
 
@@ -337,7 +333,7 @@ class LayerCall:
         output: what the call returned.
 
     >>> layer, x = nn.Linear(2, 1), torch.tensor([[3.0, 4.0], [4.0, 3.0]])
-    >>> Call(layer, (x,), {}, layer(x)).inputs("weight").energy()
+    >>> LayerCall(layer, (x,), {}, layer(x)).inputs("weight").energy()
     tensor([[25., 25.]])
     """
 

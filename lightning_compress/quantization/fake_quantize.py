@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.state import activation_grids
-from lightning_compress.targets import Coverage, Target
+from lightning_compress.targets import Coverage, Target, split_path
 
 __all__ = [
     "activation_layers",
@@ -126,19 +126,13 @@ def activation_layers(
     layers: dict[str, nn.Module] = {}
     rows: dict[str, Coverage] = {}
     for parameter in (path for target in targets for path in (target.path, *target.tied)):
-        path = _owner(parameter)
+        path = split_path(parameter)[0]
         layer = module.get_submodule(path)
         reason = why_float(layer)
         rows[path] = Coverage(path, (), not reason, reason)
         if not reason:
             layers[path] = layer
     return layers, list(rows.values())
-
-
-def _owner(path: str) -> str:
-    """Path of the layer behind a parameter's path."""
-    head, found, _ = path.partition("parametrizations.")
-    return (head if found else path.rpartition(".")[0]).rstrip(".")
 
 
 def why_float(layer: nn.Module) -> str:
