@@ -1,4 +1,4 @@
-"""The errors that this package raises on purpose."""
+"""Exceptions that this package raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids: which values a quantized weight may take, and how a weight gets onto them."""
+"""Quantization grids: scale and zero point, or a codebook, and projection onto them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "grid_step",
     "range_of_grid",
 ]
+MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,6 @@ class CodebookGrid:
     def project(self, weight: Tensor) -> Tensor:
         """The centre nearest to each weight, in the weight's own dtype."""
         return self.dequantize(self.quantize(weight), weight.dtype)
-
-
-MIN_BITS, MAX_BITS = 2, 8
 
 
 @dataclass(frozen=True)

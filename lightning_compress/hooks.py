@@ -1,9 +1,10 @@
-"""Hooks that belong to one fit: left alone by the compiler, inert in copies of the module."""
+"""Hooks that `torch.compile` leaves alone and that are inert in copies of a module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,74 +20,6 @@ __all__ = [
     "tensors_of",
 ]
 Change = Callable[[Tensor], Tensor]
-
-
-class _Inert:
-    """What a hook becomes in a copied or unpickled module."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-
-class _Hook:
-    def __init__(self, change: Callable[..., Any]) -> None:
-        # Traced hooks are silently wrong, so the compiler is kept out.
-        self.change: Any = torch.compiler.disable(change)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
-
-
-class _InputHook(_Hook):
-    def __call__(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (self.change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.change(kwargs["input"])}
-
-
-class _SeenHook(_Hook):
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.change((*args, *kwargs.values()))
-
-
-class _OutputHook(_Hook):
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG002
-        return self.change(output)
-
-
-def hook_input(layer: nn.Module, change: Change, *, first: bool = False) -> RemovableHandle:
-    """Change the first input of a layer at each forward pass, `first` before all other hooks.
-
-    >>> layer = nn.Identity()
-    >>> handle = hook_input(layer, lambda x: x + 1)
-    >>> layer(torch.zeros(1))
-    tensor([1.])
-    >>> handle.remove()
-    """
-    return layer.register_forward_pre_hook(_InputHook(change), with_kwargs=True, prepend=first)
-
-
-def hook_inputs(layer: nn.Module, look: Callable[[tuple[Any, ...]], None]) -> RemovableHandle:
-    """Show what a layer is given, positional and by keyword, at each forward pass."""
-    return layer.register_forward_pre_hook(_SeenHook(look), with_kwargs=True)
-
-
-def hook_output(layer: nn.Module, change: Change) -> RemovableHandle:
-    """Change the output of a layer at each forward pass."""
-    return layer.register_forward_hook(_OutputHook(change))
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of an output: itself, or those of a tuple, list or mapping."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output
-    return [part for part in parts if isinstance(part, Tensor)]
 
 
 class Hook:
@@ -115,6 +48,46 @@ class Hook:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
+
+
+def hook_input(layer: nn.Module, change: Change, *, first: bool = False) -> RemovableHandle:
+    """Change the first input of a layer at each forward pass, `first` before all other hooks.
+
+    >>> layer = nn.Identity()
+    >>> handle = hook_input(layer, lambda x: x + 1)
+    >>> layer(torch.zeros(1))
+    tensor([1.])
+    >>> handle.remove()
+    """
+    hook = Hook(partial(_with_first_changed, change))
+    return layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+
+
+def hook_inputs(layer: nn.Module, look: Callable[[tuple[Any, ...]], None]) -> RemovableHandle:
+    """Show what a layer is given, positional and by keyword, at each forward pass."""
+    hook = Hook(lambda _layer, args, kwargs: look((*args, *kwargs.values())))
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hook_output(layer: nn.Module, change: Change) -> RemovableHandle:
+    """Change the output of a layer at each forward pass."""
+    return layer.register_forward_hook(Hook(lambda _layer, _args, output: change(output)))
+
+
+def _with_first_changed(
+    change: Change, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": change(kwargs["input"])}
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of an output: itself, or those of a tuple, list or mapping."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 class Taps:

@@ -1,9 +1,9 @@
-"""How a module is put into its evaluation state, or out of its hooks, and back."""
+"""Contexts of a module: eval mode, without foreign hooks, with a random stream of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +12,22 @@ from torch import nn
 __all__ = [
     "bare",
     "evaluating",
-    "evaluating_eager",
     "own_random_stream",
     "without_running_statistics",
 ]
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule gets its own former mode back.
+def evaluating(
+    module: nn.Module, *, gradients: bool = False, eager: bool = False
+) -> Iterator[None]:
+    """Eval mode for a while; every submodule gets its own former mode back.
+
+    Args:
+        module: of any kind.
+        gradients: leave gradients as they are; else they are off.
+        eager: without compiling: what is compiled before there are hooks inside it would run
+            without them for ever.
 
     >>> net = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with evaluating(net):
@@ -32,7 +39,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
+        with ExitStack() as stack:
+            if not gradients:
+                stack.enter_context(torch.no_grad())
+            if eager:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for part, training in modes.items():
@@ -77,22 +88,6 @@ def without_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in norms:
             layer.track_running_stats = True
-
-
-@contextmanager
-def evaluating_eager(module: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode without compiling it; each layer gets its own mode back.
-
-    What is compiled before there are hooks inside it would run without them for ever.
-    """
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for layer, training in modes.items():
-            layer.training = training
 
 
 def own_random_stream(module: nn.Module) -> Any:

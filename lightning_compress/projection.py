@@ -1,4 +1,4 @@
-"""The one mechanism: a compressed weight is a projection, `visible = quantize(mask * latent)`.
+"""Projected weights, the one mechanism: `visible = quantize(mask * latent)`.
 
 The module's own parameter always holds the visible value, except inside the optimizer's update:
 a hook before the step puts the latent values back, the optimizer updates them, a hook after the
@@ -33,7 +33,14 @@ from lightning_compress.sharding import (
 from lightning_compress.state import Grid, clear_grid, set_grid
 from lightning_compress.targets import Target, clean_path
 
-__all__ = ["ProjectedWeight", "Projector", "naming_divergence", "said_of_divergence"]
+__all__ = [
+    "ProjectedWeight",
+    "Projector",
+    "naming_divergence",
+    "parameter_ids",
+    "said_of_divergence",
+    "select_entries",
+]
 
 _FEW = 256
 
@@ -60,7 +67,7 @@ class _Held:
 
 
 class ProjectedWeight:
-    """One projected parameter: its mask, its quantizer, and its latent values if it needs them.
+    """Projected weight: a parameter, its mask, its quantizer, its latent values if it needs any.
 
     Args:
         target: the parameter and the layer that holds it.
@@ -133,7 +140,9 @@ class ProjectedWeight:
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
         """Keep some entries along axes, as the parameter is about to: mask, latent values, grid."""
-        self.pruned, self.latent = _select(self.pruned, kept), _select(self.latent, kept)
+        self.pruned, self.latent = (
+            None if one is None else select_entries(one, kept) for one in (self.pruned, self.latent)
+        )
         if isinstance(self.grid, AffineGrid):
             self.grid = self.grid.select(kept)
             set_grid(self.target.layer, self.target.name, self.grid)
@@ -435,7 +444,7 @@ class Projector:
         Raises:
             TargetError: when an optimizer keeps weights of its own, or owns none of the slots.
         """
-        groups = [_parameter_ids(optimizer) for optimizer in optimizers]
+        groups = [parameter_ids(optimizer) for optimizer in optimizers]
         for path, slot in self.slots.items():
             self._owners[path] = [i for i, ids in enumerate(groups) if id(slot.parameter) in ids]
             if slot.parameter.requires_grad and path not in self._gradients:  # thawed since
@@ -592,12 +601,15 @@ class _Mark:
         return slot.overwritten or not same
 
 
-def _select(values: Tensor | None, kept: Mapping[int, Tensor]) -> Tensor | None:
-    if values is None:
-        return None
+def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The entries of a tensor that stay, axis by axis.
+
+    >>> select_entries(torch.arange(6).reshape(2, 3), {1: torch.tensor([0, 2])}).tolist()
+    [[0, 2], [3, 5]]
+    """
     for dim, index in kept.items():
-        values = values.index_select(dim, index.to(values.device))
-    return values
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor.contiguous()
 
 
 def _hook_gradient(slot: ProjectedWeight) -> RemovableHandle:
@@ -612,7 +624,8 @@ def _untraced(hook: Callable[..., Any]) -> Any:
     return torch.compiler.disable(hook)
 
 
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """The ids of all parameters that an optimizer updates."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_compress.modes import evaluating_eager, own_random_stream
+from lightning_compress.modes import evaluating, own_random_stream
 
 __all__ = [
     "as_inputs",
@@ -80,7 +80,7 @@ def _by_running(student: nn.Module, module: nn.Module) -> tuple[Any, ...] | None
 
     handle = module.register_forward_pre_hook(look)
     try:
-        with evaluating_eager(student), torch.no_grad(), own_random_stream(student):
+        with evaluating(student, eager=True), own_random_stream(student):
             student(*placed(example, student))
     finally:
         handle.remove()

@@ -16,6 +16,18 @@ __all__ = [
     "Staircase",
     "check_window",
 ]
+_EVENTS = 100  # in a window, where no frequency is given
+_STATE = (
+    "position",
+    "step",
+    "_raw",
+    "_raw_step",
+    "_pace",
+    "_held",
+    "_held_steps",
+    "_first_step",
+    "_last_bucket",
+)
 
 
 def check_window(begin: float, end: float) -> bool:
@@ -305,16 +317,3 @@ class EventClock:
         """Put the clock back."""
         for name in _STATE:
             setattr(self, name, state[name])
-
-
-_STATE = (
-    "position",
-    "step",
-    "_raw",
-    "_raw_step",
-    "_pace",
-    "_held",
-    "_held_steps",
-    "_first_step",
-    "_last_bucket",
-)

@@ -1,7 +1,7 @@
-"""Sharded parameters (FSDP2's DTensors): each process sees its own part, and counts for all.
+"""Sharded parameters (FSDP2's DTensors): local parts, reductions over processes, full tensors.
 
-What asks `Shards` or `UNSHARDED` the same questions works on both: each question that takes a
-message must be asked by all processes of the group alike.
+Code that calls `Shards` or `UNSHARDED` works on both: each call that communicates must be made by
+all processes of the group alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Whether a tensor is sharded over processes."""
     return hasattr(tensor, "to_local")
 
 
@@ -42,7 +42,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a sharded one all processes must ask.
+    """The full tensor; of a sharded one all processes must call alike.
 
     >>> full_tensor(torch.ones(2)).tolist()
     [1.0, 1.0]
@@ -51,7 +51,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def to_shards(module: nn.Module) -> None:
-    """Let go of whole weights that a forward pass has gathered (FSDP2).
+    """Reshard weights that a forward pass has gathered (FSDP2).
 
     What is written into a module's parameters while they are gathered is lost, and what is written
     into the shards is not seen.
@@ -62,7 +62,7 @@ def to_shards(module: nn.Module) -> None:
 
 
 def shards_of(tensor: Tensor) -> Shards | None:
-    """How a tensor is spread over processes; None for a plain one.
+    """How a tensor is partitioned over processes; None for a plain one.
 
     Raises:
         TargetError: for a tensor that is not split along its first axis over one set of
@@ -82,7 +82,7 @@ def shards_of(tensor: Tensor) -> Shards | None:
 
 @dataclass(frozen=True)
 class Shards:
-    """How a tensor is spread over the processes of a group, by its first axis.
+    """Partition of a tensor over the processes of a group, by its first axis.
 
     Args:
         mesh: of the processes.
@@ -105,7 +105,7 @@ class Shards:
         return start, min(start + width, self.rows)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Values of all processes, added up."""
+        """The sum of all processes' values."""
         return self._reduced(values, distributed.ReduceOp.SUM)
 
     def all_reduce_min(self, values: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Shards:
 
 
 class Unsharded:
-    """What `Shards` answers, of a tensor that every process has all of: without a message."""
+    """The same for a tensor that every process holds in full: no communication."""
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The values."""

@@ -1,4 +1,4 @@
-"""What a compressed module knows of itself: the masks and grids behind its visible weights."""
+"""Compression state that a module carries: masks, grids and removed channels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DYNAMIC = "_compression_dynamic"
 
 @dataclass(frozen=True)
 class ActivationGrids:
-    """Grids, one scale a tensor, of what a layer is fed and of what it gives; None: as it is."""
+    """Grids, one scale a tensor, of a layer's input and output; None: not quantized."""
 
     input: AffineGrid | None = None
     output: AffineGrid | None = None
@@ -51,7 +51,7 @@ class ActivationGrids:
 
 @dataclass(frozen=True)
 class CompressionState:
-    """What a module carries.
+    """Compression state of a module.
 
     Args:
         masks: True where a weight is not 0, by parameter name as `named_parameters` spells it.
@@ -67,7 +67,7 @@ class CompressionState:
 
 
 def note_removed(module: nn.Module, lost: RemovedChannels) -> None:
-    """Remember at its layers what a module lost; shapes that are known already stay."""
+    """Record removed channels at the layers of a module; shapes that are known already stay."""
     for path, shape in lost.shapes.items():
         owner, _, name = path.rpartition(".")
         known = module.get_submodule(owner).__dict__.setdefault(_CHANNELS, {})
@@ -78,13 +78,13 @@ def note_removed(module: nn.Module, lost: RemovedChannels) -> None:
 
 
 def forget_removed(module: nn.Module) -> None:
-    """Forget what a module lost: it is as it was made."""
+    """Clear the record of removed channels: the module is as it was made."""
     for layer in module.modules():
         layer.__dict__.pop(_CHANNELS, None)
 
 
 def removed_channels(module: nn.Module) -> RemovedChannels:
-    """What a module lost, as its layers remember it."""
+    """The removed channels that a module's layers record."""
     found = RemovedChannels()
     for path, layer in module.named_modules():
         known = layer.__dict__.get(_CHANNELS, {})
@@ -98,12 +98,12 @@ def removed_channels(module: nn.Module) -> RemovedChannels:
 
 
 def set_grid(layer: nn.Module, name: str, grid: Grid) -> None:
-    """Remember that `layer.<name>` lies on a grid."""
+    """Record the quantization grid of `layer.<name>`."""
     layer.__dict__.setdefault(_ATTRIBUTE, {})[name] = grid
 
 
 def has_grid(layer: nn.Module, name: str) -> bool:
-    """Whether `layer.<name>` lies on a grid, as `set_grid` left it."""
+    """Whether `set_grid` recorded a grid of `layer.<name>`."""
     return name in layer.__dict__.get(_ATTRIBUTE, {})
 
 
@@ -113,7 +113,7 @@ def known_grid(layer: nn.Module, name: str) -> Grid | None:
 
 
 def clear_grid(layer: nn.Module, name: str) -> None:
-    """Forget the grid of `layer.<name>`, if it had one."""
+    """Clear the grid of `layer.<name>`, if it has one."""
     layer.__dict__.get(_ATTRIBUTE, {}).pop(name, None)
 
 
@@ -143,7 +143,7 @@ def activation_grids(layer: nn.Module) -> ActivationGrids | None:
 
 
 def set_activation_grids(layer: nn.Module, grids: ActivationGrids | None) -> None:
-    """Remember the grids of a layer's input and output; None forgets them."""
+    """Record the grids of a layer's input and output; None clears them."""
     set_dynamic(layer, False)
     if grids is None:
         layer.__dict__.pop(_ACTIVATIONS, None)

@@ -25,6 +25,7 @@ __all__ = [
     "left_out",
     "select",
     "sparsity",
+    "split_path",
     "unselected",
 ]
 Pattern = str | type[nn.Module]
@@ -76,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Coverage:
-    """One line of the coverage table; `reason` says why a parameter is left as it is."""
+    """One line of the coverage table; `reason` says why a parameter is skipped."""
 
     path: str
     shape: tuple[int, ...]
@@ -90,6 +91,18 @@ class Selection:
 
     targets: list[Target] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The path of the layer that a parameter or buffer is of, past parametrizations, and its name.
+
+    >>> split_path("net.0.parametrizations.weight.original1"), split_path("net.0.bias")
+    (('net.0', 'weight'), ('net.0', 'bias'))
+    """
+    parts = path.split(".")
+    at = parts.index("parametrizations") if "parametrizations" in parts[:-1] else len(parts) - 1
+    name = parts[at + 1] if at + 1 < len(parts) else parts[at]
+    return ".".join(parts[:at]), name
 
 
 def clean_path(path: str) -> str:
@@ -132,7 +145,7 @@ def select(
         module: the model.
         include: path globs (`"generator.*"`, a layer's or a parameter's path) or layer classes;
             None stands for the weights of the matmul, convolution and recurrent layers in the
-            part that ships (`deployed_part`).
+            deployed part (`deployed_part`).
         exclude: the same, taken away again.
         frozen: whether weights that do not train are targets. None: those under adapters (LoRA),
             which train in their place, and those that `include` must mean: by an exact path, or
@@ -379,7 +392,7 @@ def sparsity(module: nn.Module, include: Sequence[Pattern] | Pattern | None = No
 
     Args:
         module: any module.
-        include: path globs or layer classes; None: the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
 
     Raises:
         TargetError: for a pattern that matches nothing.

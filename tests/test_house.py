@@ -13,7 +13,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_compress"
 FLOORS = (
-    ("errors", "files", "modes", "hooks", "schedules", "grids", "removed", "terminal"),
+    (
+        "errors",
+        "files",
+        "modes",
+        "hooks",
+        "schedules",
+        "entropy",
+        "grids",
+        "removed",
+        "terminal",
+    ),
     (
         "copies",
         "deployment",

@@ -22,3 +22,10 @@ def test_every_submodule_gets_its_own_mode_back_also_after_an_error(failing):
         assert failing
     assert [part.training for part in net.modules()] == before
     assert torch.is_grad_enabled()
+
+
+def test_gradients_stay_where_they_are_wanted():
+    net = nn.Linear(1, 1)
+    with evaluating(net, gradients=True):
+        assert torch.is_grad_enabled()
+        assert not net.training

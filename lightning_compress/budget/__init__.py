@@ -1,1 +1,1 @@
-"""Adaptive compression: control laws, levers, snapshots, and who gets how many bytes."""
+"""Quality budgets: search, levers, save points, and the bytes that each layer gets."""

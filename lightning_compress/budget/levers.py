@@ -32,7 +32,7 @@ Share = Callable[[float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Limits:
-    """How far levers go.
+    """Limits of the levers.
 
     Args:
         max_sparsity: at level 1; densities go down by equal factors.
@@ -107,7 +107,7 @@ class Lever(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the lever."""
         ...
 
     @property
@@ -120,7 +120,7 @@ class Lever(Protocol):
 
     @property
     def arrived(self) -> bool:
-        """Whether the model is where the lever is: some things wait for statistics."""
+        """Whether the model is at the lever's level: some changes wait for statistics."""
         ...
 
     def setting(self, level: float) -> str:
@@ -149,7 +149,7 @@ class SparsityLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     def sparsity(self, level: float) -> float:
@@ -183,7 +183,7 @@ class StepLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     def relative_step(self, level: float) -> float:
@@ -216,7 +216,7 @@ class BitsLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     @property
@@ -256,7 +256,7 @@ class ChannelLever:
 
     @property
     def name(self) -> str:
-        """What the callback is called."""
+        """Name of the callback."""
         return str(self.callback.name)
 
     @property

@@ -1,4 +1,4 @@
-"""What a metric is compared with: a dense model's value, or its curve. Pure numbers."""
+"""Reference value of a metric, a dense model's value or curve; predicted bytes; checks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ __all__ = [
     "tensor_bytes",
     "trial_table",
 ]
+DENSE = "dense"
+_HEADER = 17  # bytes of a stored tensor besides its values, about
 
 
 def check_goal(max_degradation: float | None, max_bytes: float | None) -> None:
@@ -70,9 +72,6 @@ def check_search(
     for what, value in (("spread", spread), ("confidence", confidence)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{what}={value!r} must be 0 or more")
-
-
-DENSE = "dense"
 
 
 class Reference:
@@ -142,9 +141,6 @@ class Reference:
             batches, costs = zip(*self.curve, strict=True)
             dense = float(np.interp(after, batches, costs))
         return (cost - dense) / self.scale
-
-
-_HEADER = 17  # bytes of a stored tensor besides its values, about
 
 
 @torch.no_grad()

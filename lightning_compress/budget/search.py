@@ -1,4 +1,6 @@
-"""The control laws of `QualityBudget`: readings in, what to do out. Pure numbers, no torch.
+"""Search for the strongest compression within a limit, or the best model within a size.
+
+Pure numbers, no torch: the control laws of `QualityBudget`, readings in, decisions out.
 
 A lever has a level from 0 (leaves the model alone) to 1 (as much as it may); several levers have
 one level each. A law is fed each reading of the metric and answers with a `Decision`.
@@ -25,6 +27,8 @@ __all__ = [
     "within_limit",
 ]
 LONGEST = 4  # times the patience: the most readings of a trial
+_GUESS = 4.0  # log of the bytes that a whole level saves, before any is measured
+_SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while weights train on
 
 
 def recent(readings: Sequence[float]) -> float:
@@ -76,8 +80,8 @@ def within_limit(
     Returns:
         True, False, or None to wait for another reading.
 
-    >>> [within_limit(one, 2.0) for one in ([1.0], [5.0, 5.0], [5.0, 3.0])]
-    [True, False, None]
+    >>> within_limit([1.0], 2.0), within_limit([5.0, 5.0], 2.0), within_limit([5.0, 3.0], 2.0)
+    (True, False, None)
     >>> within_limit([1.9], 2.0, spread=0.5) is None
     True
     """
@@ -119,7 +123,7 @@ class Reading:
         cost: the metric, less is better.
         size: predicted bytes.
         over: whether the time to search is over.
-        levels: where the levers are, when some went further than they were told; None: there.
+        levels: where the levers are, when some went further than they were set; None: as set.
     """
 
     cost: float
@@ -133,9 +137,9 @@ class Decision:
     """What follows from a reading.
 
     Args:
-        keep: remember the model as it is: it is good.
-        restore: go back to the model last remembered.
-        soft: to its masks and grids alone: weights stay as they have trained on.
+        keep: make the model as it is the save point: it is good.
+        restore: roll back to the save point.
+        soft: roll back masks and grids alone; the weights stay as they have trained on.
         levels: to bring the levers to, after that; None: as they are.
     """
 
@@ -375,10 +379,6 @@ class QualitySearch:
         self.strides, self.gains = list(state["strides"]), list(state["gains"])
         self.readings = list(state["readings"])
         self.history = [Trial.of(one) for one in state["history"]]
-
-
-_GUESS = 4.0  # log of the bytes that a whole level saves, before any is measured
-_SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while weights train on
 
 
 @dataclass

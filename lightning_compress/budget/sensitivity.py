@@ -1,4 +1,4 @@
-"""Sensitivities as numbers: what each layer loses, and what follows for its sparsity and bits."""
+"""Layer sensitivities: measured losses by sparsity and bits, and the allocation that follows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ __all__ = [
     "allocate",
     "convex_hull",
 ]
+_GRID = [math.exp(-0.1 * step) for step in range(54)]  # densities from 1 down to 0.005
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer may become.
+    """A candidate for one layer: its size and its loss.
 
     Args:
         size: bytes, or anything else whose sum is bounded.
@@ -120,12 +121,9 @@ def _filled(layers: Sequence[Sequence[Choice]], chosen: list[int], left: float) 
         chosen[layer] = index
 
 
-_GRID = [math.exp(-0.1 * step) for step in range(54)]  # densities from 1 down to 0.005
-
-
 @dataclass(frozen=True)
 class LayerScan:
-    """What happened when one layer alone was compressed.
+    """Sensitivity scan of one layer, compressed alone.
 
     Args:
         path: of the parameter.
@@ -191,7 +189,7 @@ class Sensitivity:
     layers: list[LayerScan] = field(default_factory=list)
 
     def sparsities(self, sparsity: float) -> dict[str, float]:
-        """One sparsity for all layers shared out by what each can bear, by path.
+        """One sparsity for all layers allocated by the sensitivity of each, by path.
 
         Densities are chosen so that the losses of all, measured one by one, add up to the least.
         """

@@ -1,4 +1,4 @@
-"""Snapshots: a model in training as it was, weights, masks and optimizers, to go back to."""
+"""Snapshots: save points of a model in training (weights, masks, optimizers), and rolling back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import grow, overlay, structure_of
-from lightning_compress.projection import ProjectedWeight, Projector
+from lightning_compress.projection import ProjectedWeight, Projector, parameter_ids
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 
 __all__ = [
@@ -67,11 +67,11 @@ def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapsho
 def restore_snapshot(
     module: nn.Module, optimizers: Sequence[Optimizer], snapshot: Snapshot
 ) -> None:
-    """Put a model in training back to where `take_snapshot` saw it; its grids are the caller's.
+    """Roll a model in training back to a snapshot; its grids are the caller's.
 
     Sizes are those of the snapshot already: see `regrow`.
 
-    Between two steps, before anything is projected: who makes grids puts them back first.
+    Between two steps, before anything is projected: whoever makes grids restores them first.
     """
     slots, parameters = slots_of(module), dict(module.named_parameters())
     for name, tensor in all_tensors(module).items():
@@ -82,7 +82,7 @@ def restore_snapshot(
         slot.set_values(snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data))
         slot.project()
     for optimizer, states in zip(optimizers, snapshot["optimizers"], strict=True):
-        owned = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        owned = parameter_ids(optimizer)
         for name, parameter in parameters.items():
             if id(parameter) not in owned:
                 continue
@@ -93,7 +93,7 @@ def restore_snapshot(
 
 @torch.no_grad()
 def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
-    """Put back masks alone: what they had let stay gets its value of then, all else trains on."""
+    """Roll back masks alone: weights that return get their value of then, the others train on."""
     for name, slot in slots_of(module).items():
         mask = mask_in(snapshot, name)
         mask = None if mask is None else mask.to(slot.data.device)

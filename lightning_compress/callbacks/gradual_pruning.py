@@ -15,7 +15,12 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.base import is_trial_run, run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
-from lightning_compress.projection import ProjectedWeight, Projector, naming_divergence
+from lightning_compress.projection import (
+    ProjectedWeight,
+    Projector,
+    naming_divergence,
+    parameter_ids,
+)
 from lightning_compress.pruning.criteria import make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
 from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
@@ -101,8 +106,8 @@ class Rewinder:
     ) -> None:
         self.plan, self._projector = plan, projector
         wanted = {id(slot.parameter) for slot in slots}
-        self._optimizers = [one for one in optimizers if wanted & _ids(one)]
-        owned = set().union(*(_ids(one) for one in self._optimizers))
+        self._optimizers = [one for one in optimizers if wanted & parameter_ids(one)]
+        owned = set().union(*(parameter_ids(one) for one in self._optimizers))
         self._parameters = {
             name: one for name, one in module.named_parameters() if id(one) in owned
         }
@@ -168,10 +173,6 @@ class Rewinder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the kept values of a checkpoint in place."""
         self.saved = state["saved"]
-
-
-def _ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 class GradualPruning(MaskCallback):

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_compress.modes import evaluating
 from lightning_compress.sharding import local_part
 
 __all__ = [
@@ -47,12 +48,9 @@ class ScoreMonitor(Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.sanity_checking or ((trainer.current_epoch + 1) % self.every and not last):
             return
-        training = pl_module.training
-        pl_module.eval()
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), evaluating(pl_module):
             for name, value in self.score(pl_module).items():
                 pl_module.log(name, value, on_epoch=True, batch_size=1)
-        pl_module.train(training)
 
 
 EVERY = 50  # batches between two questions to another device

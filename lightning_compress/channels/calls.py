@@ -1,4 +1,4 @@
-"""Which networks of a module a run calls, where nobody says which they are."""
+"""Find the networks that a run calls, and their sample inputs, where no root is named."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ __all__ = [
     "place_inputs",
 ]
 _INSIDE = ("_orig_mod", "parametrizations")  # what is below is not called by name
+_ROWS = 2  # examples that are kept of a batch
+_WAYS = (
+    "Lightning calls training_step and not the module: say what belongs together by "
+    "example_input_array and a forward(), by parts(), or by an attribute deployed that names the "
+    "networks that ship"
+)
 
 
 class CalledNetworks:
-    """The networks that are called from outside, each with the inputs of its first call.
+    """Networks that are called from outside, each with the inputs of its first call.
 
     Lightning calls `training_step`, never the module. What is called there is a network of its
     own: its inputs and outputs keep their sizes. A network whose inner parts are called by
@@ -112,14 +118,6 @@ def _holders(targets: Iterable[str]) -> list[str]:
 
 def _below(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-_ROWS = 2  # examples that are kept of a batch
-_WAYS = (
-    "Lightning calls training_step and not the module: say what belongs together by "
-    "example_input_array and a forward(), by parts(), or by an attribute deployed that names the "
-    "networks that ship"
-)
 
 
 class SampleInputs:

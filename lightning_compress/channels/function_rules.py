@@ -1,4 +1,4 @@
-"""What functions between layers do with channels: leave them in place, join them, keep them."""
+"""Dependency rules of tensor functions: channels stay in place, are coupled, or must be kept."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def name_of(func: Any) -> str:
 
 
 def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Send nodes the way that the values went."""
+    """Move nodes the way that the function moves values."""
     name, joined = name_of(func), name_of(func) in JOINING
     sources = [one for one in tensors_in((args, kwargs)) if joined or one is args[0]]
     if joined:
@@ -132,7 +132,7 @@ def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
-    """What is joined with channels needs nodes of its own, which stay."""
+    """A tensor of fixed size that is joined with channels gets nodes of its own, which are kept."""
     for dim in range(sources[0].dim()):
         axes = [trace.axes(one)[dim] for one in sources]
         if all(one is None for one in axes):
@@ -148,7 +148,7 @@ def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
 def _carry(
     dependencies: ChannelDependencies, moved: Tensor, target: int | None
 ) -> tuple[int | None, Nodes]:
-    """The axis that nodes lie along after a move, and the nodes; others are joined."""
+    """The axis that nodes lie along after a move, and the nodes; others are connected."""
     values = moved.numpy()
     along = [dim for dim in range(values.ndim) if np.ptp(values, axis=dim).any()]
     if not along:
@@ -221,7 +221,7 @@ def _target_axis(name: str, dim: int, rank: int, args: Any, kwargs: Any) -> int 
 def function_rule(
     trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
-    """Label what a function gives, or a layer class that treats each channel by itself."""
+    """Apply the rule of a function, or of a layer class that treats each channel by itself."""
     name = name_of(func)
     if func in trace.channelwise or name.rstrip("_") in POINTWISE or name in POINTWISE:
         _pointwise(trace, name, args, kwargs, out)

@@ -1,4 +1,4 @@
-"""Channels that can be removed: units of entries that go together, in groups of equal meaning."""
+"""Channel dependency graph of a module: which entries of its tensors are removed together."""
 
 from __future__ import annotations
 
@@ -17,23 +17,33 @@ from lightning_compress.channels.layer_rules import layer_rule
 from lightning_compress.channels.trace import ChannelDependencies, Nodes, Trace
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
+from lightning_compress.targets import split_path
 
-__all__ = ["ChannelGraph", "ChannelGroup", "Kept", "channel_graph", "combine", "free_reshapes"]
+__all__ = [
+    "ChannelGraph",
+    "ChannelGroup",
+    "Kept",
+    "channel_graph",
+    "combine",
+    "free_reshapes",
+    "read_graph",
+]
 
 Kept = dict[str, dict[int, Tensor]]  # path -> axis -> entries that stay
 Flags = NDArray[np.bool_]
+Protect = Callable[[str, str], str]  # (path of a tensor, role) to why it keeps its channels, or ""
 
 
 @dataclass
 class ChannelGroup:
-    """Units that are chosen among each other.
+    """Channel group: units that are chosen among each other.
 
     Args:
         name: the layer that makes them; the first, if several do.
         layers: all layers that make them.
         units: their numbers in the graph.
-        free: of those that may go.
-        reasons: why others must stay.
+        free: of those, the units that may be removed.
+        reasons: why the others are kept.
     """
 
     name: str
@@ -48,7 +58,7 @@ class ChannelGroup:
 
 @dataclass
 class ChannelGraph:
-    """Where each unit lies in a module's parameters and buffers.
+    """Channel dependency graph: where each unit lies in a module's parameters and buffers.
 
     Args:
         groups: all groups that weights make; units of inputs are in none.
@@ -114,14 +124,15 @@ class ChannelGraph:
         return found
 
 
-Protect = Callable[[str, str], str]  # (path of a tensor, role) to why it keeps its channels, or ""
+def _unprotected(_path: str, _role: str) -> str:
+    return ""
 
 
 def channel_graph(
     module: nn.Module,
     inputs: Sequence[Any],
     *,
-    protect: Protect = lambda _path, _role: "",
+    protect: Protect = _unprotected,
     channelwise: Sequence[Any] = (),
     tapped: Mapping[str, str] | None = None,
 ) -> ChannelGraph:
@@ -154,7 +165,7 @@ def channel_graph(
             f"{type(module).__name__} does not run on its sample inputs, so its channels are not "
             f"known ({type(error).__name__}: {error})"
         ) from error
-    return _read(trace, protect)
+    return read_graph(trace, protect)
 
 
 def free_reshapes(module: nn.Module) -> None:
@@ -173,39 +184,40 @@ def free_reshapes(module: nn.Module) -> None:
             layer.unflattened_size = (-1, *tuple(sizes)[1:])  # type: ignore[assignment]
 
 
-def _read(trace: Trace, protect: Protect) -> ChannelGraph:
+def read_graph(trace: Trace, protect: Protect = _unprotected) -> ChannelGraph:
+    """The graph of a trace that has run, arguments as `channel_graph`."""
     dependencies = trace.dependencies
     for (path, _), use in dependencies.uses.items():
         if reason := protect(path, use.role):
             dependencies.fix(use.nodes, reason)
-    classes = dependencies.components()
-    held = dependencies.kept_reasons(classes)
+    components = dependencies.components()
+    held = dependencies.kept_reasons(components)
     made = {key: use for key, use in dependencies.uses.items() if use.role == "out"}
-    axes = {key: classes[use.nodes] for key, use in dependencies.uses.items()}
-    count = int(classes.max()) + 1 if len(classes) else 0
+    axes = {key: components[use.nodes] for key, use in dependencies.uses.items()}
+    count = int(components.max()) + 1 if len(components) else 0
     return ChannelGraph(
-        _groups(dependencies, classes, {key: axes[key] for key in made}, held),
+        _groups(dependencies, components, {key: axes[key] for key in made}, held),
         axes,
         {key: use.role for key, use in dependencies.uses.items()},
         dependencies.work,
         {name: tuple(one.shape) for name, one in trace.root.named_parameters()},
-        {path: classes[nodes] for path, nodes in dependencies.sized.items()},
-        _ends(trace.input_axes, classes),
-        _ends(trace.output_axes, classes),
+        {path: components[nodes] for path, nodes in dependencies.sized.items()},
+        _ends(trace.input_axes, components),
+        _ends(trace.output_axes, components),
         count,
     )
 
 
 def _groups(
     dependencies: ChannelDependencies,
-    classes: Nodes,
+    components: Nodes,
     made: Mapping[tuple[str, int], Nodes],
     held: Mapping[int, str],
 ) -> list[ChannelGroup]:
     linked = ChannelDependencies()
-    linked.count = int(classes.max()) + 1 if len(classes) else 0
+    linked.count = int(components.max()) + 1 if len(components) else 0
     for space in dependencies.ranges:
-        units = classes[space.nodes]
+        units = components[space.nodes]
         linked.connect(np.full(len(units) - 1, units[0]), units[1:])
     together = linked.components()
     groups: dict[int, ChannelGroup] = {}
@@ -215,8 +227,8 @@ def _groups(
             members = np.flatnonzero(together == number)
             free = np.array([one for one in members.tolist() if one not in held], dtype=np.int64)
             reasons = dict.fromkeys(held[one] for one in members.tolist() if one in held)
-            groups[number] = ChannelGroup(_owner(path), (), members, free, tuple(reasons))
-        layers = (*groups[number].layers, _owner(path))
+            groups[number] = ChannelGroup(split_path(path)[0], (), members, free, tuple(reasons))
+        layers = (*groups[number].layers, split_path(path)[0])
         groups[number].layers = tuple(dict.fromkeys(layers))
     return list(groups.values())
 
@@ -245,16 +257,10 @@ def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
     return whole
 
 
-def _ends(ends: Sequence[Any], classes: Nodes) -> dict[tuple[int, int], Nodes]:
+def _ends(ends: Sequence[Any], components: Nodes) -> dict[tuple[int, int], Nodes]:
     return {
-        (number, dim): classes[nodes]
+        (number, dim): components[nodes]
         for number, axes in enumerate(ends)
         for dim, nodes in enumerate(axes)
         if nodes is not None
     }
-
-
-def _owner(path: str) -> str:
-    """The layer of a parameter, past parametrizations."""
-    owner = path.partition(".parametrizations.")[0] if ".parametrizations." in path else None
-    return path.rpartition(".")[0] if owner is None else owner

@@ -1,4 +1,4 @@
-"""What layers do with channels: which axes of their weights make them, and which read them."""
+"""Dependency rules of layers: which axes of their weights make channels, and which read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_compress.channels.trace import Nodes, Trace
 
 __all__ = [
     "CELLS",
+    "NORM_TENSORS",
     "cell_rule",
     "layer_rule",
     "recurrent_rule",
@@ -18,21 +19,26 @@ __all__ = [
 _GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES = {nn.GRUCell: 3, nn.LSTMCell: 4, nn.RNNCell: 1}
 CELLS = tuple(_CELL_GATES)
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_PLAIN = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_CONVS = nn.modules.conv._ConvNd
 
 
 def recurrent_rule(trace: Trace, path: str, layer: nn.RNNBase, args: Any, out: Any) -> None:
-    """Label what a recurrent layer gives, and its last states."""
+    """Rule of a recurrent layer: its weights, its output and its last states."""
     output, states = out
     packed = not isinstance(output, Tensor)
     x = args[0].data if not isinstance(args[0], Tensor) else args[0]
     data = output.data if packed else output
     dependencies, gates = trace.dependencies, _GATES[layer.mode]
-    # One size serves all layers and directions of a torch layer: equal places go together.
-    hidden = dependencies.new_nodes(layer.hidden_size, path)
-    shown = dependencies.new_nodes(layer.proj_size, path) if layer.proj_size else hidden
+    # One size serves all layers and directions of a torch layer: equal places go together, unless
+    # the caller keeps equally many of each layer anyway.
+    hidden, shown = _hidden(trace, path, layer)
     steps = x.numel() / x.shape[-1] / trace.batch
     read = trace.axes(x)[-1]
     for level in range(layer.num_layers):
+        if level and trace.units_per_level:
+            hidden, shown = _hidden(trace, path, layer)
         for end in ("", "_reverse") if layer.bidirectional else ("",):
             own = f"_l{level}{end}"
             paths = {
@@ -50,6 +56,14 @@ def recurrent_rule(trace: Trace, path: str, layer: nn.RNNBase, args: Any, out: A
     axes = list(trace.axes(x))
     axes[-1] = read
     trace.set_axes(data, axes)
+
+
+def _hidden(trace: Trace, path: str, layer: nn.RNNBase) -> tuple[Nodes, Nodes]:
+    """Nodes of a level's hidden units, and of its output."""
+    hidden = trace.dependencies.new_nodes(layer.hidden_size, path)
+    return hidden, trace.dependencies.new_nodes(
+        layer.proj_size, path
+    ) if layer.proj_size else hidden
 
 
 def _gated(
@@ -95,7 +109,7 @@ def _pair(states: Any) -> tuple[Tensor, ...]:
 
 
 def cell_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> None:
-    """Label the states that a cell gives."""
+    """Rule of a recurrent cell: its weights and the states that it returns."""
     gates = next(count for kind, count in _CELL_GATES.items() if isinstance(layer, kind))
     hidden = trace.dependencies.new_nodes(layer.hidden_size, path)
     paths = {
@@ -107,14 +121,10 @@ def cell_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> None:
     _states(trace, given, out, (hidden, hidden))
 
 
-_PLAIN = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-_CONVS = nn.modules.conv._ConvNd
-
-
 def layer_rule(trace: Trace, path: str, layer: nn.Module, args: Any, out: Any) -> bool:
-    """Label what a layer gives; False for a layer that is not known here.
+    """Apply a layer's rule to its output; False for a layer without a rule.
 
-    Without an output it only says whether the layer is known.
+    Without an output it only returns whether there is a rule.
     """
     for kinds, rule in _RULES:
         if isinstance(layer, kinds):
@@ -252,15 +262,12 @@ def _norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
     axes = list(trace.axes(args[0]))
     nodes = axes[1]
     if nodes is not None:
-        named = [trace.path_of(getattr(layer, one, None)) for one in _NORM_TENSORS]
+        named = [trace.path_of(getattr(layer, one, None)) for one in NORM_TENSORS]
         for name in filter(None, named):
             trace.dependencies.use(name, 0, nodes, "through")
         if not any(named):
             trace.dependencies.sized[path] = nodes
     trace.set_axes(out, axes)
-
-
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _group_norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a model that get smaller: their graphs, what was tried, and the checks."""
+"""Channel removal plan: dependency graphs of a model's networks, trial removals, verification."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept, channel_graph, combine
-from lightning_compress.channels.resize import check_sizes, select_entries, shrink
+from lightning_compress.channels.resize import check_sizes, shrink
 from lightning_compress.channels.trace import Nodes, tensors_in
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
+from lightning_compress.projection import select_entries
 from lightning_compress.targets import Target, clean_path
 
 __all__ = [
@@ -180,7 +181,7 @@ def roots_of(module: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 class ChannelPlan:
-    """Graphs of the parts of a module, and what is done with them together.
+    """Channel removal plan: dependency graphs of a module's networks, tried and verified.
 
     Args:
         module: the whole.
@@ -337,13 +338,13 @@ class ChannelPlan:
                 raise RuntimeError(f"removing channels changed {root or 'the module'!r}: {why}")
 
     def after(self, gone: Flags) -> None:
-        """Go on with the smaller module."""
+        """Trace the smaller module again, after a removal."""
         for root, flags in self._split(gone).items():
             self.inputs[root] = self.parts[root].inputs_of(self.inputs[root], flags)
         self._trace()
 
     def latency_ratio(self, gone: Flags, *, repeats: int = 15) -> float:
-        """Time of the parts without units over that of now: the least of runs in turn.
+        """Time of the networks without units over the present time: the least of alternating runs.
 
         What else a machine does can only add to a time, and to half of the runs on a busy one.
         """

@@ -1,4 +1,4 @@
-"""Choose units while a module trains, let them fade, and remove all that is kept of them."""
+"""Remove channels as a module trains: scores, fading, removal, and the channel budget."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _NORMS = (
 
 
 class ChannelRemover:
-    """What is done to a module, its optimizers and its projector together.
+    """Removes channels from a module, its optimizers and its projector together.
 
     Args:
         plan: the channels of the module.
         projector: of the module: it holds the values that train where others are shown.
-        rounding: in which steps channels go.
+        rounding: multiples in which channels are removed.
         dense: units of each group at first, by name.
         kept: of these, those that stay, by the name of the group; follows each removal.
         compare: how channels of different groups compare, see `select_for_removal`.
@@ -162,11 +162,11 @@ class ChannelRemover:
         Args:
             gone: a flag for each unit.
             optimizers: all of them.
-            tell: lets others follow, with the entries that stay and the sizes of layers without
-                tensors.
+            tell: called with the kept entries and the sizes of layers without tensors, so that
+                others follow.
 
         Returns:
-            What begins anew, in words.
+            What is reset, in words.
 
         Raises:
             RuntimeError: when the smaller module is not the one whose units are 0.
@@ -223,20 +223,21 @@ class ChannelRemover:
 
 
 class ChannelBudget:
-    """The part of a cost that is to be left, by a schedule or as somebody else says.
+    """Channel budget: the fraction of a cost that is left, by a schedule or steered.
 
     Args:
         final_sparsity: fraction of the channels that is gone at the end.
         budget: in its place, what is left of a cost.
         schedule: of the fraction that is gone.
         window: begin and end of the schedule.
-        rounding: in which steps channels go.
+        rounding: multiples in which channels are removed.
 
     Raises:
         ValueError: for values outside their range.
 
-    >>> channel_budget = ChannelBudget(0.5, budget={"macs": 0.25}, schedule=None, window=(0, 9), rounding=Rounding())
-    >>> channel_budget.kind, channel_budget.gone(9), channel_budget.final
+    >>> rules = {"schedule": None, "window": (0, 9), "rounding": Rounding()}
+    >>> budget = ChannelBudget(0.5, budget={"macs": 0.25}, **rules)
+    >>> budget.kind, budget.gone(9), budget.final
     ('macs', 0.75, 0.25)
     """
 
@@ -255,7 +256,7 @@ class ChannelBudget:
         curve = self.part.curve
         self.window = (curve.begin, curve.end) if isinstance(curve, Schedule) else window
         self.rounding = rounding
-        self.steered: float | None = None  # the part that is to be left, as somebody else says
+        self.steered: float | None = None  # fraction that is left, set by `steer`
         self.dense: dict[str, int] = {}  # units of each group at first
         self.total = 0.0  # cost at first
         self.least = 0.0  # part of it that no rounding can avoid
@@ -341,7 +342,8 @@ class ChannelBudget:
 
         Args:
             graph: of the model.
-            steered: whether a budget will decide how far, so that a schedule's end does not count.
+            steered: a `QualityBudget` sets how far it goes, and the schedule's end does not
+                count.
 
         Raises:
             ValueError: when it cannot; with the closest that there is.
@@ -360,7 +362,7 @@ class ChannelBudget:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was asked, of what."""
+        """Progress of the budget, as plain data."""
         return {
             "asked": self.part.asked,
             "steered": self.steered,
@@ -369,7 +371,7 @@ class ChannelBudget:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
         self.part.asked, self.steered = state["asked"], state["steered"]
         kind, self.total, final = state["cost"]
         if kind != self.kind:  # a latency that was measured

@@ -1,4 +1,4 @@
-"""Make layers smaller: tensors, gradients, optimizer states; and a full model cut for a file."""
+"""Resize layers in place: tensors, gradients and optimizer states, and back to earlier sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch.optim import Optimizer
 from lightning_compress.channels.graph import Kept, free_reshapes
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import evaluating
+from lightning_compress.projection import select_entries
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.state import forget_removed, note_removed, removed_channels
+from lightning_compress.targets import split_path
 
 __all__ = [
     "CHANNELS",
@@ -26,7 +28,6 @@ __all__ = [
     "overlay",
     "rebuild_channels",
     "resize_tensor",
-    "select_entries",
     "select_optimizer_state",
     "set_sizes",
     "shrink",
@@ -49,28 +50,19 @@ _NAMES = (
     "num_channels", "num_groups", "embedding_dim", "input_size", "hidden_size", "proj_size",
     "num_parameters",
 )  # fmt: skip
-
-
-def _layer_path(path: str) -> str:
-    return path.partition(".parametrizations.")[0] if ".parametrizations." in path else (
-        path.rpartition(".")[0]
-    )  # fmt: skip
+CHANNELS = "removed_channels"  # key in a checkpoint: plain data
 
 
 def sizes_known(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, int]]:
-    """What the layers of some tensors know of their sizes, by the path of the layer."""
-    layers = dict.fromkeys(_layer_path(path) for path in paths)
+    """Size attributes of the layers that hold some tensors, by the path of the layer."""
+    layers = dict.fromkeys(split_path(path)[0] for path in paths)
     owners = {id(module.get_submodule(one)): one for one in layers}
-    for path, layer in module.named_modules(remove_duplicate=True):
-        tied = any(id(one) in _ids(module, paths) for one in layer.parameters(recurse=False))
-        if tied:
+    parameters = dict(module.named_parameters())
+    ids = {id(parameters[path]) for path in paths if path in parameters}
+    for path, layer in module.named_modules():
+        if any(id(one) in ids for one in layer.parameters(recurse=False)):  # tied weights
             owners.setdefault(id(layer), path)
     return {path: _known(module.get_submodule(path)) for path in owners.values()}
-
-
-def _ids(module: nn.Module, paths: Iterable[str]) -> set[int]:
-    named = dict(module.named_parameters())
-    return {id(named[path]) for path in paths if path in named}
 
 
 def _known(layer: nn.Module) -> dict[str, int]:
@@ -80,7 +72,7 @@ def _known(layer: nn.Module) -> dict[str, int]:
 
 
 def fit_sizes(layer: nn.Module, before: Mapping[str, int]) -> None:
-    """Let a layer know the sizes of its tensors."""
+    """Set a layer's size attributes from its tensors."""
     _set(layer, **_wanted(layer, before))
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
@@ -92,7 +84,7 @@ def _set(layer: nn.Module, **sizes: int) -> None:
 
 
 def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
-    """What each layer knows of its size, by path.
+    """Size attributes of each layer, by path.
 
     >>> sizes_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     {'0': {'in_features': 2, 'out_features': 3}}
@@ -102,7 +94,7 @@ def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
-    """Let layers know the sizes that `sizes_of_layers` told, where they know others."""
+    """Set size attributes to what `sizes_of_layers` returned, where they differ."""
     for path, known in sizes.items():
         layer = module.get_submodule(path)
         if _known(layer) != known:
@@ -124,7 +116,7 @@ def _shape(layer: Any, name: str) -> tuple[int, ...]:
 
 
 def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
-    """The sizes that a layer should know, by the shapes of its tensors."""
+    """Size attributes that follow from the shapes of a layer's tensors."""
     if isinstance(layer, nn.Linear):
         outputs, inputs = _shape(layer, "weight")
         return {"out_features": outputs, "in_features": inputs}
@@ -171,7 +163,7 @@ def _recurrent_sizes(layer: Any) -> dict[str, int]:
 
 
 def check_sizes(module: nn.Module) -> list[str]:
-    """What layers say of their sizes and their tensors do not; empty when all is well.
+    """Size attributes that disagree with the layer's tensors; empty when all agree.
 
     >>> layer = nn.Linear(2, 3, bias=False)
     >>> layer.out_features = 4
@@ -208,17 +200,6 @@ def _odd_tensors(layer: Any) -> list[str]:
         if isinstance(one, Tensor) and len(one) != wanted:
             faults.append(f"{name} has {len(one)} entries, not {wanted}")
     return faults
-
-
-def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """The entries of a tensor that stay, axis by axis.
-
-    >>> select_entries(torch.arange(6).reshape(2, 3), {1: torch.tensor([0, 2])}).tolist()
-    [[0, 2], [3, 5]]
-    """
-    for dim, index in kept.items():
-        tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous()
 
 
 @torch.no_grad()
@@ -340,9 +321,6 @@ def select_optimizer_state(
     return list(dict.fromkeys(notes))
 
 
-CHANNELS = "removed_channels"  # key in a checkpoint: plain data
-
-
 def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Cut a module's layers to the sizes of a checkpoint that `ChannelPruning` left, in place.
 
@@ -385,7 +363,7 @@ def compose(first: Kept, then: Kept) -> Kept:
 
 
 def overlay(before: Tensor, now: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """A tensor from before with the entries that are still there as they are now.
+    """An earlier, larger tensor with the entries that are still there as they are now.
 
     Args:
         before: in the larger size.
@@ -416,12 +394,12 @@ def structure_of(module: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def grow(module: nn.Module, tensors: Mapping[str, Tensor], structure: Mapping[str, Any]) -> None:
-    """Give a module tensors of other sizes, in place; its layers know the sizes that they had.
+    """Give a module tensors of other sizes, in place, and its layers the size attributes of then.
 
     Args:
         module: whose parameters stay the objects that they are, without gradients.
         tensors: all parameters and buffers that change, by name.
-        structure: what `structure_of` said when the module had these sizes.
+        structure: what `structure_of` returned when the module had these sizes.
     """
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, values in tensors.items():

@@ -1,4 +1,4 @@
-"""Budgets: which units go so that channels, parameters or MACs fall to what was asked."""
+"""Select channels so that their number, the parameters or the MACs come down to a budget."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ __all__ = [
 KINDS = ("macs", "params", "latency")
 Scores = NDArray[np.float64]
 Compare = Literal["group", "loss", "fraction"]
+# Criteria whose scores are changes of the loss: they can be compared between layers as they are.
+ABSOLUTE = ("taylor", "fisher", "obs")
 
 
 def check_budget(budget: Mapping[str, float]) -> tuple[str, float]:
@@ -55,7 +57,7 @@ def check_budget(budget: Mapping[str, float]) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How many units of a group stay at least, and in which steps they go.
+    """Lower bound of each group, and the multiples in which units are removed.
 
     Args:
         to: what stays is a multiple of it.
@@ -78,7 +80,7 @@ class Rounding:
 
 
 class Costs:
-    """What a module costs, as a sum of products of sizes: one product for each tensor.
+    """Cost of a module: a sum of products of sizes, one product for each tensor.
 
     Args:
         graph: of the module.
@@ -111,7 +113,7 @@ class Costs:
                     self.touched.setdefault(group, []).append(path)
 
     def total(self) -> float:
-        """The cost of now."""
+        """The present cost."""
         if self.kind == "channels":
             return float(self.graph_units())
         return self.constant + sum(self._term(path, {}) for path in self.terms)
@@ -128,7 +130,7 @@ class Costs:
         return value
 
     def saving(self, group: int, block: Nodes) -> float:
-        """What the cost falls by when units of a group go."""
+        """By how much the cost falls when units of a group are removed."""
         if self.kind == "channels":
             return float(len(block))
         paths = dict.fromkeys(self.touched.get(group, []))
@@ -136,7 +138,7 @@ class Costs:
         return sum(self._term(path, {}) - self._term(path, less) for path in paths)
 
     def take(self, group: int, block: Nodes) -> None:
-        """Let units go."""
+        """Remove units of a group."""
         for key, count in self._less(dict.fromkeys(self.touched.get(group, [])), block).items():
             self.sizes[key] -= count
 
@@ -168,9 +170,9 @@ def select_for_removal(
     their sizes shrink alike, and none is stripped because its channels are costly.
 
     Args:
-        graph: of the module of now.
+        graph: of the present module.
         scores: how much each unit is worth; compared over all groups.
-        costs: of the module of now; is used up.
+        costs: of the present module; consumed.
         target: cost to come down to.
         rounding: in which steps, and to which floor.
         dense: units of each group at first, by name.
@@ -223,7 +225,7 @@ def select_for_removal(
 def lowest_cost(
     graph: ChannelGraph, kind: str, *, rounding: Rounding, dense: Mapping[str, int]
 ) -> float:
-    """The lowest cost that there is."""
+    """The lowest cost that rounding and protected units allow."""
     costs = Costs(graph, kind)
     zeros = np.zeros(graph.count)
     gone = select_for_removal(
@@ -234,15 +236,11 @@ def lowest_cost(
     return costs.total()
 
 
-# Criteria whose scores are changes of the loss: they can be compared between layers as they are.
-ABSOLUTE = ("taylor", "fisher", "obs")
-
-
 @torch.no_grad()
 def sum_over_units(
     graph: ChannelGraph, values: Mapping[str, Tensor], roles: Sequence[str] = ("out", "in")
 ) -> Scores:
-    """Sum of what the entries of each unit are worth.
+    """Sum of the scores of each unit's entries.
 
     Group L2 (DepGraph, Fang et al. 2023, arXiv:2301.12900) is the root of such a sum of squares.
 

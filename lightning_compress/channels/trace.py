@@ -1,9 +1,8 @@
-"""Follow channels through one run of a module: what moves them, what mixes them, what reads them.
+"""Trace channel dependencies through one forward pass of a module.
 
 The module runs on sample inputs under a torch function mode, so that any Python in its forward
-pass will do. Layers have rules of their own (`channel_layers`), and so have the functions between
-them (`channel_functions`); where nothing is known, all channels that are read stay. Why a student
-and its teacher are matched in another way is said in `distillation.channel_graph`.
+pass will do. Layers have rules of their own (`layer_rules`), and so have the functions between
+them (`function_rules`); where nothing is known, all channels that are read stay.
 """
 
 from __future__ import annotations
@@ -33,16 +32,17 @@ __all__ = [
     "tensors_in",
 ]
 Nodes = NDArray[np.int64]
+Axes = list["Nodes | None"]
 
 
 @dataclass(frozen=True)
 class AxisUse:
-    """One axis of a parameter or buffer along which labelled entries lie.
+    """One axis of a parameter or buffer, and the nodes of its entries.
 
     Args:
         path: of the tensor in the traced module.
         dim: the axis.
-        nodes: one an entry of the axis.
+        nodes: one for each entry of the axis.
         role: "out": a weight that makes the entries; "in": one that reads them, so that zeros
             there hide whatever they hold; "through": all else, such as biases and norms.
     """
@@ -55,14 +55,16 @@ class AxisUse:
 
 @dataclass(frozen=True)
 class NodeRange:
-    """Nodes that were made together: the output of a layer, or an axis of an input."""
+    """Nodes that were created together: the output of a layer, or an axis of an input."""
 
     where: str
     nodes: Nodes
 
 
 class ChannelDependencies:
-    """All nodes of one trace, what joins them, and what must stay.
+    """Dependency graph of one trace: nodes are entries along axes, edges couple them.
+
+    A connected component is a unit: its entries are removed together or kept together.
 
     >>> dependencies = ChannelDependencies()
     >>> one, two = dependencies.new_nodes(2, "one"), dependencies.new_nodes(2, "two")
@@ -82,27 +84,27 @@ class ChannelDependencies:
         self._edges: list[tuple[Nodes, Nodes]] = []
 
     def new_nodes(self, size: int, where: str) -> Nodes:
-        """Nodes for entries that nothing is known of yet."""
+        """New nodes without edges."""
         nodes = np.arange(self.count, self.count + size)
         self.count += size
         self.ranges.append(NodeRange(where, nodes))
         return nodes
 
     def connect(self, one: Nodes, other: Nodes) -> None:
-        """Let entries share their fate, pair by pair."""
+        """Add edges between nodes, pair by pair."""
         self._edges.append((one.ravel(), other.ravel()))
 
     def fix(self, nodes: Nodes | None, reason: str) -> None:
-        """Keep entries whatever happens."""
+        """Keep the units of these nodes."""
         if nodes is not None and nodes.size:
             self.fixed.append((nodes.ravel(), reason))
 
     def release(self, nodes: Nodes) -> None:
-        """Let entries go although inputs or outputs hold them: recurrent states fed back."""
+        """Allow removal although inputs or outputs hold the nodes: recurrent states fed back."""
         self.released.append(nodes.ravel())
 
     def use(self, path: str, dim: int, nodes: Nodes, role: str) -> None:
-        """Note where labelled entries lie; an axis that is noted twice joins both."""
+        """Record the nodes along an axis; an axis that is recorded twice connects both."""
         known = self.uses.get((path, dim))
         if known is None:
             self.uses[path, dim] = AxisUse(path, dim, nodes, role)
@@ -113,11 +115,11 @@ class ChannelDependencies:
             self.uses[path, dim] = AxisUse(path, dim, known.nodes, "through")
 
     def add_work(self, path: str, positions: float) -> None:
-        """Count that each weight of a tensor is multiplied so many times for one example."""
+        """Count how often each weight of a tensor is multiplied for one example."""
         self.work[path] = self.work.get(path, 0.0) + positions
 
     def components(self) -> Nodes:
-        """The class of each label: what is joined, directly or not, is in one."""
+        """The connected component of each node, numbered by its first node."""
         if not self._edges:
             return np.arange(self.count)
         ends = [np.concatenate(side) for side in zip(*self._edges, strict=True)]
@@ -125,44 +127,43 @@ class ChannelDependencies:
         graph = coo_matrix((ones, tuple(ends)), shape=(self.count, self.count))
         return _by_first(connected_components(graph, directed=False)[1].astype(np.int64))
 
-    def kept_reasons(self, classes: Nodes) -> dict[int, str]:
-        """Classes that must stay, with the first reason that was given."""
-        free = set(_members(classes, self.released))
+    def kept_reasons(self, components: Nodes) -> dict[int, str]:
+        """Components that are kept, with the first reason that was given."""
+        free = set(_members(components, self.released))
         held: dict[int, str] = {}
         for nodes, reason in self.fixed:
             edge = reason.startswith(("input", "output"))
-            for one in np.unique(classes[nodes]).tolist():
+            for one in np.unique(components[nodes]).tolist():
                 if not (edge and one in free):
                     held.setdefault(one, reason)
         return held
 
 
-def _members(classes: Nodes, nodes: Iterable[Nodes]) -> list[int]:
-    return [one for some in nodes for one in np.unique(classes[some]).tolist()]
+def _members(components: Nodes, nodes: Iterable[Nodes]) -> list[int]:
+    return [one for some in nodes for one in np.unique(components[some]).tolist()]
 
 
-def _by_first(classes: Nodes) -> Nodes:
-    """The same classes, numbered in the order of their first members."""
-    _, first, inverse = np.unique(classes, return_index=True, return_inverse=True)
+def _by_first(components: Nodes) -> Nodes:
+    """The same components, numbered in the order of their first members."""
+    _, first, inverse = np.unique(components, return_index=True, return_inverse=True)
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse.ravel()]
 
 
-Axes = list["Nodes | None"]
-
-
 class Trace(TorchFunctionMode):
-    """One run: nodes of each tensor that was seen.
+    """One traced run: the nodes along each axis of each tensor that was seen.
 
     Args:
         root: the module that is run.
-        layers: `layers(trace, path, layer, args, output)` nodes the output of a layer that it
-            knows and returns True; called first, it says by `output=None` whether it does.
+        layers: `layers(trace, path, layer, args, output)` sets the nodes of a layer's output and
+            returns True where it has a rule; with `output=None` it only returns whether.
         functions: `functions(trace, function, args, kwargs, output)` nodes the output of a
             function between layers.
         channelwise: functions and layer classes that treat each channel by itself.
         tapped: paths of modules whose outputs keep their sizes, and why.
+        units_per_level: each level of a recurrent layer has units of its own; else the same place
+            of every level is one unit, since one size serves them all.
     """
 
     def __init__(
@@ -172,8 +173,11 @@ class Trace(TorchFunctionMode):
         functions: Callable[..., None],
         channelwise: Sequence[Any] = (),
         tapped: Mapping[str, str] | None = None,
+        *,
+        units_per_level: bool = False,
     ) -> None:
         super().__init__()
+        self.units_per_level = units_per_level
         self.tapped = tapped or {}
         self.root, self.dependencies = root, ChannelDependencies()
         self.layers, self.functions, self.channelwise = layers, functions, tuple(channelwise)
@@ -263,7 +267,7 @@ class Trace(TorchFunctionMode):
             self.layers(self, path, layer, args, out)
 
     def axes(self, tensor: Tensor) -> Axes:
-        """Nodes of each axis; None where nothing could be removed anyway."""
+        """Nodes of each axis; None for an axis of which no entry can be removed."""
         known = self._known.get(id(tensor))
         if known is not None:
             return known[1]
@@ -280,11 +284,11 @@ class Trace(TorchFunctionMode):
         return axes
 
     def set_axes(self, tensor: Tensor, axes: Axes) -> None:
-        """Note the nodes of a tensor's axes."""
+        """Set the nodes of a tensor's axes."""
         self._known[id(tensor)] = tensor, axes  # the tensor is kept, so that its id stays its own
 
     def clear_axes(self, tensor: Tensor) -> None:
-        """Note that nothing of a tensor could be removed."""
+        """Set that no entry of a tensor can be removed."""
         self.set_axes(tensor, [None] * tensor.dim())
 
     def path_of(self, tensor: Tensor | None) -> str | None:
@@ -294,7 +298,7 @@ class Trace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run a function and label what comes out."""
+        """Run a function and set the nodes of its output."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._inside:
@@ -309,12 +313,12 @@ class Trace(TorchFunctionMode):
                 self.dependencies.fix(nodes, f"read by {name}, whose channels are not known")
 
     def reads(self, path: str | None, dim: int, nodes: Nodes | None, copies: int = 1) -> None:
-        """Note that a weight reads labelled entries, each `copies` times in a row."""
+        """Record that a weight reads nodes, each `copies` times in a row."""
         if path is not None and nodes is not None:
             self.dependencies.use(path, dim, np.repeat(nodes, copies), "in")
 
     def makes(self, path: str | None, dim: int, size: int, where: str) -> Nodes:
-        """Fresh nodes of what a weight makes."""
+        """New nodes for the output channels of a weight."""
         nodes = self.dependencies.new_nodes(size, where)
         if path is not None:
             self.dependencies.use(path, dim, nodes, "out")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.grids import AffineGrid, CodebookGrid, channel_axis
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import Grid, compression_state
+from lightning_compress.targets import split_path
 
 __all__ = [
     "CodebookWeight",
@@ -311,9 +312,8 @@ def weight_grids(module: nn.Module, plain: nn.Module) -> dict[str, Grid]:
 
 def _plain_name(path: str, known: Container[str]) -> str:
     """What a parameter is called once its norms are folded into it."""
-    head, found, tail = path.partition("parametrizations.")
-    if found:
-        return head + tail.split(".")[0]
+    if "parametrizations." in path:
+        return ".".join(filter(None, split_path(path)))
     folded = (path.removesuffix(end) for end in HOOKED if path.endswith(end))
     return path if path in known else next((name for name in folded if name in known), path)
 

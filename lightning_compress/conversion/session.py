@@ -19,7 +19,6 @@ __all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "sess
 FOLD_WEIGHTS = "session.disable_quant_qdq"
 
 INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
-CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "Concat", "Flatten"}
 MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "BitShift", "Identity", "Expand"}
 

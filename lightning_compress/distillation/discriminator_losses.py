@@ -1,4 +1,4 @@
-"""Losses that look at a student's pictures through the teacher's trained discriminator.
+"""Distillation losses on a student's images through the teacher's trained discriminator.
 
 A GAN's discriminator is training equipment that the teacher's run has paid for. Frozen, it is a
 perceptual distance made on the very data, and its scores say what the teacher's run found real.
@@ -21,7 +21,7 @@ SCORES = ("match", "non_saturating", "hinge")
 
 
 class Perceptual(Loss):
-    """Mean squared difference of the discriminator's features of both pictures, over layers.
+    """Mean squared difference of the discriminator's features of both images, over layers.
 
     Each layer's difference is divided by the mean square of the teacher's features, so that layers
     count alike. After Larsen et al. 2016, https://arxiv.org/abs/1512.09300.
@@ -83,11 +83,11 @@ def _activates(layer: nn.Module) -> bool:
 
 
 class TeacherScore(Loss):
-    """What the teacher's discriminator thinks of the student's pictures.
+    """What the teacher's discriminator thinks of the student's images.
 
     Args:
-        network: path of the discriminator in the teacher: pictures -> scores (N,).
-        loss: "match": the squared difference from its scores of the teacher's own pictures;
+        network: path of the discriminator in the teacher: images -> scores (N,).
+        loss: "match": the squared difference from its scores of the teacher's own images;
             "non_saturating", "hinge": the generator's loss against it.
 
     Raises:
@@ -115,7 +115,7 @@ class TeacherScore(Loss):
         self._network = None
 
     def __call__(self, call: LossInputs) -> Tensor:
-        """The loss of the student's pictures."""
+        """The loss of the student's images."""
         assert self._network is not None
         ours = self._network(tensors_of(call.student)[0])
         if self.loss == "hinge":

@@ -1,4 +1,4 @@
-"""How a loss enters the student's backward pass: an identity node on the student's output.
+"""Inject a loss into the student's backward pass by an identity node on its output.
 
 The forward pass gives the values unchanged. In the backward pass, and only if a gradient really
 arrives, the node evaluates losses of the output and of tapped features on detached float32 copies
@@ -31,6 +31,7 @@ __all__ = [
     "detached",
 ]
 _PLAIN = (Tensor, int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+Prior = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ class Forward:
 
 
 Evaluate = Callable[[Forward, Any, dict[str, Tensor]], Sequence[Term]]
-Prior = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class _Node(torch.autograd.Function):
@@ -156,7 +156,7 @@ class _Node(torch.autograd.Function):
 
 
 class Injector:
-    """The node of one student module, its hooks, and when it may inject.
+    """Injects losses behind one student module: its hooks, its node, and when it may inject.
 
     Args:
         module: the student's module.
@@ -181,7 +181,7 @@ class Injector:
     ) -> None:
         self.module, self.evaluate, self.path = module, evaluate, path
         self.adapters, self.prior, self.balance = list(adapters), prior, balance
-        self.active = False  # calls are carried
+        self.active = False  # calls are recorded
         self.calls = self.injections = 0
         self.values: dict[str, list[Tensor]] = {}  # since they were last read
         self._taps = Taps(module, list(taps))
@@ -202,7 +202,7 @@ class Injector:
             handle.remove()
 
     def begin_batch(self, *, active: bool) -> None:
-        """Carry calls from now on, or do not."""
+        """Record calls from now on, or stop."""
         self.active = active
         self._stack.clear()
         self._taps.clear()

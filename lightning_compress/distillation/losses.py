@@ -327,7 +327,6 @@ LOSSES: dict[str, Callable[[float], Loss]] = {
     "cka": lambda _: FunctionLoss(linear_cka, name="cka", same_shape=False),
     "step_kl": lambda t: StepKL(temperature=t),
 }
-LossSpec = str | Loss | Callable[..., Tensor]
 
 
 def make_losses(given: Any, *, temperature: float = 1.0) -> list[tuple[Loss, float]]:

@@ -1,4 +1,4 @@
-"""Pairs of modules by name, one in the student and one in the teacher."""
+"""Pairs of modules by path, one in the student and one in the teacher; weights and adapters."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ __all__ = [
     "make_pairs",
     "weight_at",
 ]
+SHAPES = ("linear", "cosine")
+Weight = float | Callable[[float], float]
+Inputs = Callable[..., tuple[Any, ...]]
 
 
 class ChannelAdapter(nn.Module):
@@ -87,9 +90,6 @@ def make_adapter(
         return ChannelAdapter(axis, student[axis], teacher[axis])
 
 
-SHAPES = ("linear", "cosine")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
     """A weight that goes from `initial` at `begin` to `final` at `end`: up, or annealed down.
@@ -131,9 +131,6 @@ class Ramp:
         return self.initial + (self.final - self.initial) * share
 
 
-Weight = float | Callable[[float], float]
-
-
 def check_weight(name: str, value: object) -> None:
     """Check a weight.
 
@@ -171,9 +168,6 @@ def gradient_norm(gradients: list[Tensor | None]) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total.sqrt()
-
-
-Inputs = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""All pairs of one fit: their hooks, clocks and adapters, and the state that a resume needs."""
+"""Distillation session: the paired modules of one fit, their hooks, clocks, adapters and state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lightning_compress.distillation.pairs import Pair, find_module, make_adapte
 from lightning_compress.distillation.teachers import LiveTeacher
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import Hook, Taps, tensors_of
-from lightning_compress.modes import evaluating_eager, own_random_stream
+from lightning_compress.modes import evaluating, own_random_stream
+from lightning_compress.projection import parameter_ids
 from lightning_compress.sample_inputs import sample_inputs
 
 __all__ = [
@@ -24,10 +25,16 @@ __all__ = [
     "PriorDraws",
     "Session",
 ]
+_SILENT = (
+    "its module was never called: does the training step call the module itself, not its "
+    "`.forward()`?",
+    "no gradient reached it in Lightning's backward pass: does a manual training step call "
+    "`self.manual_backward(loss)` rather than `loss.backward()`?",
+)
 
 
 class PairedModules:
-    """One pair's teacher, ready to be asked.
+    """Paired modules: a student's module, its teacher's, and the losses between them.
 
     Args:
         pair: the paths and the losses.
@@ -127,7 +134,7 @@ class PairedModules:
         taps = Taps(self.student, [ours for ours, _ in self.pair.features])
         try:
             with (
-                evaluating_eager(self.student),
+                evaluating(self.student, eager=True),
                 own_random_stream(self.student),
                 taps.catching() as features,
             ):
@@ -232,14 +239,6 @@ class PriorDraws:
         return (drawn.to(like.device, like.dtype),)
 
 
-_SILENT = (
-    "its module was never called: does the training step call the module itself, not its "
-    "`.forward()`?",
-    "no gradient reached it in Lightning's backward pass: does a manual training step call "
-    "`self.manual_backward(loss)` rather than `loss.backward()`?",
-)
-
-
 class Session:
     """The pairs of a student and its teacher while they are hooked.
 
@@ -341,14 +340,14 @@ class Session:
         ]
 
     def begin_batch(self, batch: Any, index: int) -> None:
-        """Carry the calls of a batch, where the weight is above 0."""
+        """Record the calls of a batch, where the weight is above 0."""
         if self.live is not None:
             self.live.on_batch(batch, index)
         for paired, injector in zip(self.paired_modules, self.injectors, strict=True):
             injector.begin_batch(active=paired.weight > 0)
 
     def end_batch(self) -> None:
-        """Carry nothing more."""
+        """Record no more calls."""
         for injector in self.injectors:
             injector.begin_batch(active=False)
 
@@ -406,7 +405,8 @@ class Session:
         """
         if len(state["steps"]) != len(self.paired_modules):
             raise TargetError(
-                f"the checkpoint distilled {len(state['steps'])} pairs, this run {len(self.paired_modules)}"
+                f"the checkpoint distilled {len(state['steps'])} pairs, this run "
+                f"{len(self.paired_modules)}"
             )
         self.steps = list(state["steps"])
         for index, paired in enumerate(self.paired_modules):
@@ -422,10 +422,7 @@ class Session:
 
 def _owner(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer | None:
     own = {id(parameter) for parameter in module.parameters()}
-    for optimizer in optimizers:
-        if any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
-            return optimizer
-    return None
+    return next((one for one in optimizers if own & parameter_ids(one)), None)
 
 
 def _average_gradients(adapters: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: a module, a config, a checkpoint, an artifact, or the student."""
+"""Load a teacher: a module, a config, a checkpoint, an artifact, or the student's average."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from lightning_compress.lcz.module_state import (
     fit_channels,
     module_contents,
     module_tensors,
-    reordered,
     shared_memory,
     sizes_in,
     stored_name,
@@ -57,7 +56,6 @@ def save_compressed(
     graph: Graph | Mapping[str, Graph] | None = None,
     float_dtype: str | None = None,
     fold_batchnorm: bool = False,
-    reorder: bool = False,
     state: Mapping[str, Tensor] | None = None,
     workers: int = 1,
     signed_zeros: bool = False,
@@ -88,8 +86,6 @@ def save_compressed(
         fold_batchnorm: store each BatchNorm as one scale and one shift a channel, which costs
             nothing for its statistics: in eval mode the loaded module gives the same outputs, up
             to rounding, but what it knew of its training data's statistics is gone.
-        reorder: sort hidden units by how many non-zero weights they have, where that provably
-            leaves the outputs the same up to the order of sums.
         state: values to store in place of the module's own, by their keys in `state_dict`: an
             average, or those of a checkpoint.
         workers: threads that encode tensors side by side; memory grows with their number. They
@@ -118,15 +114,13 @@ def save_compressed(
     contents = module_contents(module, state or {})
     if is_lightning(module) and (text := lost_grids(module)):
         warnings.warn(f"stored as plain values, which takes more bytes: {text}", stacklevel=2)
-    if (fold_batchnorm or reorder) and any(map(is_sharded, contents.tensors.values())):
+    if fold_batchnorm and any(map(is_sharded, contents.tensors.values())):
         raise ValueError(
-            "fold_batchnorm and reorder look at several whole tensors at once, and the module is "
-            "sharded (FSDP2): leave them out, or load the file into a plain module and save again"
+            "fold_batchnorm looks at several whole tensors at once, and the module is "
+            "sharded (FSDP2): leave it out, or load the file into a plain module and save again"
         )
     if fold_batchnorm:
         contents = batchnorm_folded(module, contents)
-    if reorder:
-        contents = reordered(module, contents)
     return write_contents(contents, Path(path), encoding, graphs)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context, huffman
 from lightning_compress.lcz.bits import ByteReader, pack_fixed, tally, unpack_fixed, varint
@@ -335,6 +336,4 @@ def entropy_bits(symbols: NDArray[np.integer]) -> float:
     >>> entropy_bits(np.array([0, 1, 2, 3]))
     8.0
     """
-    counts = tally(symbols)
-    counts = counts[counts > 0]
-    return float(counts @ np.log2(len(symbols) / counts)) if len(counts) else 0.0
+    return entropy_of_counts(tally(symbols))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.channels.resize import match_channels, set_sizes, sizes_of_layers
@@ -34,17 +34,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
-    "Chain",
     "Contents",
     "batchnorm_folded",
-    "chains",
     "check_channels",
     "check_tensor",
     "fit_channels",
     "module_contents",
     "module_tensors",
+    "norms_behind",
     "read_activations",
-    "reordered",
     "shared_memory",
     "sizes_in",
     "write_activations",
@@ -92,63 +90,30 @@ CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Chain:
-    """A layer, the BatchNorms behind it, and the layer behind those, by their paths.
+def norms_behind(module: nn.Module) -> dict[str, str]:
+    """The layer right before each BatchNorm in a plain `nn.Sequential`, both by path.
 
-    Args:
-        first: path of a linear layer or convolution.
-        norms: paths of BatchNorms over its channels.
-        adjacent: whether a norm follows `first` with nothing in between.
-        last: path of a layer of the same kind that takes these channels; None: there is none.
+    Only where both run once, without hooks.
+
+    >>> norms_behind(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU()))
+    {'1': '0'}
     """
-
-    first: str
-    norms: tuple[str, ...]
-    adjacent: bool
-    last: str | None
-
-
-def chains(module: nn.Module) -> Iterator[Chain]:
-    """All chains of a module.
-
-    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 1))
-    >>> next(chains(net))
-    Chain(first='0', norms=('1',), adjacent=True, last='3')
-    """
+    found = {}
     uses = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
     for prefix, part in module.named_modules():
-        if isinstance(part, nn.Sequential) and type(part).forward is nn.Sequential.forward:
-            path = f"{prefix}." if prefix else ""
-            layers = [(path + name, layer) for name, layer in part.named_children()]
-            plain = len(layers) == len(part) and uses[id(part)] == 1
-            for start, (_, layer) in enumerate(layers):
-                if plain and _is_layer(layer) and _alone(layer, uses):
-                    yield _chain(layers[start:], uses)
-
-
-def _chain(layers: list[tuple[str, nn.Module]], uses: Counter[int]) -> Chain:
-    (first, layer), *others = layers
-    norms: list[str] = []
-    last = None
-    for path, other in others:
-        if not _alone(other, uses):
-            break
-        if isinstance(other, NORMS):
-            norms.append(path)
-        elif _is_layer(other) and isinstance(other, nn.Linear) == isinstance(layer, nn.Linear):
-            last = path
-            break
-        elif type(other) not in _ELEMENTWISE:
-            break
-    return Chain(first, tuple(norms), bool(others) and others[0][0] in norms, last)
+        if not isinstance(part, nn.Sequential) or type(part).forward is not nn.Sequential.forward:
+            continue
+        path = f"{prefix}." if prefix else ""
+        layers = [(path + name, layer) for name, layer in part.named_children()]
+        if len(layers) != len(part) or uses[id(part)] != 1:
+            continue
+        for (first, layer), (second, norm) in pairwise(layers):
+            alone = _alone(layer, uses) and _alone(norm, uses)
+            if alone and _is_layer(layer) and isinstance(norm, NORMS):
+                found[second] = first
+    return found
 
 
 def _is_layer(layer: nn.Module) -> bool:
@@ -449,7 +414,7 @@ def batchnorm_folded(module: nn.Module, contents: Contents) -> Contents:
     """
     tensors = dict(contents.tensors)
     twice = _shared(tensors)
-    before = {chain.norms[0]: chain.first for chain in chains(module) if chain.adjacent}
+    before = norms_behind(module)
     for path, layer in module.named_modules():
         names = {key: _name(path, key) for key in ("weight", "bias", "running_mean", "running_var")}
         own = set(names.values())
@@ -480,53 +445,6 @@ def _folded(
         "running_var": torch.ones_like(var),
     }
     return found | {names[key]: value.to(tensors[names[key]].dtype) for key, value in new.items()}
-
-
-def reordered(module: nn.Module, contents: Contents) -> Contents:
-    """Contents in which the channels between two layers are sorted, the densest first."""
-    tensors, grids = dict(contents.tensors), dict(contents.grids)
-    twice = _shared(tensors)
-    for chain in chains(module):
-        axes = _axes(module, chain)
-        if chain.last is None or not axes or not set(axes) <= set(tensors) or set(axes) & twice:
-            continue
-        order = torch.argsort(_density(tensors, axes), descending=True, stable=True)
-        for name, axis in axes.items():
-            tensors[name] = (
-                tensors[name].detach().index_select(axis, order.to(tensors[name].device))
-            )
-            if name in grids:
-                grids[name] = _sorted_grid(grids[name], axis, order)
-    return replace(contents, tensors=tensors, grids=grids)
-
-
-def _axes(module: nn.Module, chain: Chain) -> dict[str, int]:
-    """By stored name: the axis of the channels; nothing where some part has no plain weight."""
-    first, last = module.get_submodule(chain.first), module.get_submodule(chain.last or "")
-    axes = {_name(chain.first, "weight"): int(isinstance(first, _ConvTransposeNd))}
-    axes[_name(chain.last or "", "weight")] = 1 - int(isinstance(last, _ConvTransposeNd))
-    vectors = [(chain.first, key) for key, _ in first.named_parameters() if key == "bias"]
-    for path in chain.norms:
-        norm = module.get_submodule(path)
-        vectors += [(path, key) for key, value in norm.state_dict().items() if value.dim() == 1]
-    return axes | {_name(path, key): 0 for path, key in vectors}
-
-
-def _density(tensors: dict[str, Tensor], axes: dict[str, int]) -> Tensor:
-    weights = [(tensors[name].detach(), axis) for name, axis in axes.items()]
-    counts = [
-        (weight != 0).transpose(0, axis).flatten(1).sum(1).cpu()
-        for weight, axis in weights
-        if weight.dim() > 1
-    ]
-    return torch.stack(counts).sum(0)
-
-
-def _sorted_grid(grid: Grid, axis: int, order: Tensor) -> Grid:
-    if not isinstance(grid, AffineGrid) or grid.axis != axis:
-        return grid
-    order = order.to(grid.scale.device)
-    return replace(grid, scale=grid.scale[order], zero_point=grid.zero_point[order])
 
 
 def _name(path: str, key: str) -> str:

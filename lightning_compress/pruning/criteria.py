@@ -1,4 +1,4 @@
-"""Criteria: a score for each weight; the weights with the lowest scores are pruned."""
+"""Pruning criteria: a score for each weight; the weights with the lowest scores are pruned."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.sharding import Shards
+from lightning_compress.targets import split_path
 
 __all__ = [
     "GRANULARITIES",
@@ -23,6 +24,10 @@ __all__ = [
     "layout_of",
     "make_granularity",
 ]
+_CHUNK = 1 << 20  # elements sorted at once: bounds the extra memory of an event
+_VALID = (
+    "'unstructured', 'row', 'column', 'channel', 'filter', 'n:m' such as '2:4', ('block', (r, c))"
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,7 @@ def layout_of(module: nn.Module, path: str) -> Layout:
     >>> layout_of(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "0.weight")
     Layout(transposed=False, groups=2, gates=1)
     """
-    owner, _, name = path.rpartition(".")
-    if ".parametrizations." in f".{path}":
-        owner, _, rest = f".{path}".partition(".parametrizations.")
-        owner, name = owner.removeprefix("."), rest.split(".")[0]
+    owner, name = split_path(path)
     layer = module.get_submodule(owner)
     if isinstance(layer, nn.modules.conv._ConvNd) and name.startswith("weight"):
         return Layout(transposed=layer.transposed, groups=layer.groups)
@@ -77,7 +79,7 @@ def layout_of(module: nn.Module, path: str) -> Layout:
 
 @dataclass(frozen=True)
 class Units:
-    """What is pruned in one weight: units with a score each, and the way back to weights.
+    """Units of one weight: what is pruned together, with a score each, and the way back to weights.
 
     Args:
         scores: one a unit, of any shape; infinite where a unit must stay.
@@ -153,9 +155,6 @@ class Granularity(Protocol):
         ...
 
 
-_CHUNK = 1 << 20  # elements sorted at once: bounds the extra memory of an event
-
-
 @dataclass(frozen=True)
 class KeepNOfM:
     """Along the input axis, n of every m weights stay in the end; a rest below m stays dense.
@@ -224,11 +223,6 @@ class KeepNOfM:
             order = part.argsort(dim=1, stable=True)[:, : self.m - self.n]
             parts.append(torch.zeros_like(part, dtype=torch.bool).scatter_(1, order, True))
         return torch.cat(parts) if parts else groups.bool()
-
-
-_VALID = (
-    "'unstructured', 'row', 'column', 'channel', 'filter', 'n:m' such as '2:4', ('block', (r, c))"
-)
 
 
 class _NoRest:

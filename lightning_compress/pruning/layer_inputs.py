@@ -1,4 +1,4 @@
-"""What one call of a layer shows of its weights' inputs and outputs."""
+"""Inputs and outputs of a layer's weights in one forward call, as matrices."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ __all__ = [
     "weight_name",
     "windows",
 ]
+_CONV = nn.modules.conv._ConvNd
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+_ATTENTION = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
 
 
 def recurrent_states(
@@ -143,10 +146,6 @@ def _shifted(states: Tensor, first: Tensor, valid: Tensor, *, backward: bool) ->
     return torch.where(ends.unsqueeze(2), first, following)
 
 
-_CONV = nn.modules.conv._ConvNd
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
-
-
 def groups_of(layer: nn.Module, name: str = "weight") -> int:
     """Number of independent products that a layer's weight takes part in."""
     if isinstance(layer, nn.MultiheadAttention) and name == "in_proj_weight":
@@ -246,9 +245,6 @@ def _slide(
         step = 1 if stride is None else stride[axis]
         x = x.unfold(2 + axis, reach, step)[..., :: dilation[axis]]
     return x.movedim(1, 1 + dims)
-
-
-_ATTENTION = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
 
 
 def weight_name(slot: ProjectedWeight) -> str:

@@ -1,4 +1,4 @@
-"""MaskPlan: from the scores of several weights to their masks, by granularity and scope."""
+"""Mask plan: from the scores of several weights to their masks, by granularity and scope."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def largest_in_rows(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
 
 @dataclass
 class MaskPlan:
-    """How masks are made.
+    """Mask plan: how scores become masks.
 
     Args:
         granularity: what is pruned together.
@@ -87,7 +87,7 @@ class MaskPlan:
     floors: Mapping[str, float] = field(default_factory=dict)
 
     def fraction(self, sparsity: float) -> float:
-        """What part of all units that may go, goes."""
+        """Fraction of all removable units that is removed."""
         return min(sparsity / self.granularity.limit, 1.0)
 
     def masks(

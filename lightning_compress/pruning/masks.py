@@ -1,4 +1,4 @@
-"""Masks: from scores and a sparsity to what stays, exact to the weight."""
+"""Pruning masks from scores: exact top-k, global, per layer or Erdos-Renyi-Kernel; bit-packing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = [
     "global_masks",
     "global_unit_masks",
     "kept_counts",
-    "layer_masks",
     "layer_unit_masks",
     "lowest_pruned",
     "pack_mask",
@@ -31,6 +30,7 @@ _HALF = 1 << 16
 _FEW_ZEROS = 0.3  # below, rounding to few bits may have made them
 _HEAVY = 2.5  # tails heavier than Laplace's, which trained weights may have
 _Pairs = Sequence[tuple[Tensor, Tensor | None]]
+Scope = Callable[[Sequence[Units], float, Sequence[int]], list[Tensor]]
 
 
 def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
@@ -48,18 +48,6 @@ def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1]")
     total = sum(score.numel() for score in scores)
     return lowest_pruned(scores, round(sparsity * total))
-
-
-def layer_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """Keep the highest scores of each tensor by itself, the same sparsity everywhere.
-
-    Raises:
-        ValueError: as `global_masks`.
-
-    >>> layer_masks([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], 0.5)
-    [tensor([ True, False]), tensor([ True, False])]
-    """
-    return [global_masks([score], sparsity)[0] for score in scores]
 
 
 def lowest_pruned(
@@ -205,9 +193,6 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return (bits & 1).to(torch.bool).reshape(-1)[:count].reshape(tuple(shape))
 
 
-Scope = Callable[[Sequence[Units], float, Sequence[int]], list[Tensor]]
-
-
 def global_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[int]) -> list[Tensor]:
     """Compare all units together: `round(fraction * total)` go, of weights where sizes differ.
 
@@ -220,19 +205,19 @@ def global_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[in
         A mask of units for each weight.
     """
     sizes = _sizes(units)
-    goal = round(fraction * sum(map(_total, units, sizes)))
+    target = round(fraction * sum(map(_total, units, sizes)))
     masks: list[Tensor | None] = [None] * len(units)
     while True:
         rest = [index for index, mask in enumerate(masks) if mask is None]
         left = [units[index] for index in rest]
-        found = _lowest(left, _nearest(left, [sizes[index] for index in rest], goal))
+        found = _lowest(left, _nearest(left, [sizes[index] for index in rest], target))
         # A weight that loses too much gets its own count; the others then lose more, never less.
         short = []
         for index, mask in zip(rest, found, strict=True):
             if units[index].count(~mask) > units[index].capacity - keep[index]:
                 short.append(index)
                 masks[index] = own = _keep(units[index], keep[index])
-                goal -= _gone(units[index], sizes[index], own)
+                target -= _gone(units[index], sizes[index], own)
         if not short:
             break
     for index, mask in zip(rest, found, strict=True):
@@ -241,7 +226,7 @@ def global_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[in
 
 
 def layer_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[int]) -> list[Tensor]:
-    """The same fraction of each weight, arguments as `together_masks`."""
+    """The same fraction of each weight, arguments as `global_unit_masks`."""
     return [
         global_unit_masks([one], fraction, [floor])[0]
         for one, floor in zip(units, keep, strict=True)
@@ -249,7 +234,7 @@ def layer_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[int
 
 
 def erk_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[int]) -> list[Tensor]:
-    """Erdos-Renyi-Kernel, arguments as `together_masks`.
+    """Erdos-Renyi-Kernel, arguments as `global_unit_masks`.
 
     A weight's density is in proportion to `sum(shape) / prod(shape)`, at most 1, scaled so that
     the total is exact. Evci et al. 2020, arXiv:1911.11134.
@@ -273,17 +258,17 @@ def erk_unit_masks(units: Sequence[Units], fraction: float, keep: Sequence[int])
     owed = 0  # what whole units of one weight leave over is the next one's, large units first
     for index in sorted(range(len(units)), key=lambda index: -units[index].largest):
         one, size = units[index], sizes[index]
-        goal = totals[index] - counts[index] + owed
-        count = min(_nearest([one], [size], goal), one.capacity - keep[index])
+        target = totals[index] - counts[index] + owed
+        count = min(_nearest([one], [size], target), one.capacity - keep[index])
         masks[index] = _lowest([one], count)[0]
-        owed = goal - _gone(one, size, masks[index])
+        owed = target - _gone(one, size, masks[index])
     return [masks[index] for index in range(len(units))]
 
 
 def kept_counts(
     raw: Sequence[float], total: int, floors: Sequence[int], ceilings: Sequence[int]
 ) -> list[int]:
-    """Whole counts in proportion to `raw` within bounds, that add up to the total.
+    """Integer counts in proportion to `raw` within bounds, that add up to the total.
 
     The sum is exact wherever the bounds allow it; what rounding leaves goes to the largest rests.
 
@@ -339,14 +324,14 @@ def _gone(units: Units, size: int | Tensor, mask: Tensor) -> int:
     return int(size.to(mask.device)[~mask].sum())
 
 
-def _nearest(units: Sequence[Units], sizes: Sequence[int | Tensor], goal: int) -> int:
-    """How many units, the lowest first, hold a number of weights that is nearest to a goal.
+def _nearest(units: Sequence[Units], sizes: Sequence[int | Tensor], target: int) -> int:
+    """How many units, the lowest first, hold a number of weights that is nearest to a target.
 
     Of two that are equally near, the smaller; never fewer than are closed.
     """
     capacity = sum(one.capacity for one in units)
     if _equal_sizes(sizes) and (not sizes or sizes[0] == 1):
-        return min(max(goal, 0), capacity)
+        return min(max(target, 0), capacity)
     ranked, held = [], []
     for one, size in zip(units, sizes, strict=True):
         scores = one.scores.float()
@@ -356,8 +341,8 @@ def _nearest(units: Sequence[Units], sizes: Sequence[int | Tensor], goal: int) -
         held.append(torch.as_tensor(size, device=scores.device).expand(len(ranked[-1])))
     steps = torch.cat(held)[torch.cat(ranked).argsort(stable=True)].cumsum(0)
     reached = [0, *steps.tolist()]
-    above = min(bisect.bisect_left(reached, goal), capacity)
-    count = above - 1 if above and 2 * goal <= reached[above] + reached[above - 1] else above
+    above = min(bisect.bisect_left(reached, target), capacity)
+    count = above - 1 if above and 2 * target <= reached[above] + reached[above - 1] else above
     return max(count, sum(one.capacity - one.open for one in units))
 
 

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon as a criterion: the Hessian of each layer's output error, and updates."""
+"""Optimal Brain Surgeon (OBS): scores and weight updates by each layer's Hessian."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "sequential_update",
 ]
 _EXACT_WORK = 2e10  # sum over rows of min(kept, pruned)^3: a second or two on one core
+SOLVERS = ("auto", "exact", "sequential")
 
 
 def damped_hessian(gram: Tensor, damping: float) -> Tensor:
@@ -146,9 +147,6 @@ def _inverse(hessian: Tensor) -> Tensor:
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(matrix)
     return torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
-
-
-SOLVERS = ("auto", "exact", "sequential")
 
 
 class OptimalBrainSurgeon(ForwardStatistics):

@@ -1,4 +1,4 @@
-"""RigL: the smallest weights make room for those whose gradients are largest."""
+"""Regrowth of pruned weights (RigL): the smallest weights give way to the largest gradients."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def exchange(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float) -
 
 @torch.no_grad()
 def reset_momenta(optimizers: Sequence[Optimizer], slot: ProjectedWeight, mask: Tensor) -> None:
-    """Zero the momenta of weights that come back, as RigL does: they start afresh.
+    """Zero the momenta of regrown weights, as RigL does.
 
     Args:
         optimizers: all of them.

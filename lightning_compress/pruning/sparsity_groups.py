@@ -1,4 +1,4 @@
-"""Parts: what is asked of which targets, when patterns have sparsities of their own."""
+"""Sparsity groups: targets with a schedule of their own, by pattern, and each target's floor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DEFAULTS = {"final_sparsity": 0.9, "begin": 0.0, "end": 0.7}
 
 @dataclass
 class SparsityGroup:
-    """Targets that are pruned together by one schedule.
+    """Sparsity group: targets that are pruned together by one schedule.
 
     Args:
         pattern: what chose them; None: all targets.
@@ -55,7 +55,7 @@ class SparsityGroup:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the part's weights that masks prune."""
+        """Fraction of the group's weights that masks prune."""
         total = sum(slot.target.numel for slot in self.slots)
         return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
 
@@ -71,7 +71,7 @@ class SparsityGroup:
         return value
 
     def wanted(self, position: float, steered: Steered, parts: Sequence[SparsityGroup]) -> float:
-        """The sparsity at a position, or what somebody else asks for in the schedule's place."""
+        """The sparsity at a position, by the schedule or as steered in its place."""
         if steered is None:
             return self.target(position)
         if isinstance(steered, Mapping):
@@ -116,7 +116,7 @@ def make_schedules(
     end: float,
     limit: float = 1.0,
 ) -> list[SparsityGroup]:
-    """One part for all targets, or one for each pattern of a mapping.
+    """One group for all targets, or one for each pattern of a mapping.
 
     Args:
         final_sparsity: at the end.
@@ -175,7 +175,7 @@ def assign_targets(
     exclude: Sequence[Pattern] | Pattern,
     slots: Sequence[ProjectedWeight],
 ) -> None:
-    """Give each part its targets; arguments and errors as `by_pattern`."""
+    """Assign each group its targets; arguments and errors as `by_pattern`."""
     patterns = [part.pattern for part in parts if part.pattern is not None]
     groups = by_pattern(module, patterns, exclude, slots)
     for part, own in zip(parts, groups or [list(slots)], strict=True):
@@ -183,12 +183,12 @@ def assign_targets(
 
 
 def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
-    """A part's share of a common sparsity: densities keep the powers that the finals have.
+    """A group's share of a common sparsity: densities keep the powers that the finals have.
 
     Args:
-        sparsity: of the part that is pruned most.
-        final: that this part's schedule ends at.
-        highest: of all parts' finals.
+        sparsity: of the group that is pruned most.
+        final: that this group's schedule ends at.
+        highest: of all groups' finals.
 
     >>> steered_sparsity(0.99, 0.9, 0.9), round(steered_sparsity(0.99, 0.5, 0.75), 4)
     (0.99, 0.9)
@@ -199,7 +199,7 @@ def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
 
 
 def split_groups(parts: Sequence[SparsityGroup]) -> list[SparsityGroup]:
-    """A part for each target, which has been asked what its mask prunes now."""
+    """A group for each target, at the sparsity of its present mask."""
     return [
         SparsityGroup(slot.path, part.curve, asked=slot.sparsity, slots=[slot], fixed=part.fixed)
         for part in parts
@@ -253,7 +253,7 @@ def check_floors(
     """Check that what must stay leaves room for the final sparsity.
 
     Args:
-        slots: of one part.
+        slots: of one group.
         floors: fraction of each that stays, by path.
         final: the sparsity in the end.
         each: every weight has to reach it, not only all together.

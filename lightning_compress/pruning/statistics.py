@@ -1,4 +1,4 @@
-"""What criteria gather while the model trains: sums per weight, by hooks that come and go.
+"""Statistics windows: sums per weight that criteria collect before a pruning event, by hooks.
 
 Sums are per layer call: a layer used twice in a forward adds both, and so do a GAN generator's
 forwards in discriminator steps. Forwards in eval mode are ignored. In distributed training the
@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.hooks import Hook
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.layer_inputs import (
     LayerCall,
@@ -33,10 +34,12 @@ __all__ = [
     "StatisticsWindows",
     "over_processes",
 ]
+WHOLE_RUN = 1 << 62  # a window that is open from the first step on
+_SLACK = 1  # steps: in fractions of the run, how far the next event is away is an estimate
 
 
 class StatisticsCriterion:
-    """Base of the criteria that gather sums in a window before each prune event.
+    """Base of the criteria that collect sums in a statistics window before each pruning event.
 
     A subclass says what to watch (`_watch`), what a sum looks like (`_empty`), and how sums make
     scores (`_score`).
@@ -62,7 +65,7 @@ class StatisticsCriterion:
         self._loaded: dict[str, Any] | None = None
 
     def begin(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Start to gather for these weights, from nothing or from a loaded state."""
+        """Start the window for these weights, empty or from a loaded state."""
         self.end()
         for slot in slots:
             self._slots[slot.path] = slot
@@ -179,27 +182,17 @@ def over_processes(value: Tensor) -> Tensor:
     return total
 
 
-class _Hook:
-    """A forward hook of one layer; a copied or pickled module's hook does nothing."""
+def _reacting(react: Callable[[LayerCall], None]) -> Hook:
+    """A forward hook that shows each training call of a layer."""
 
-    def __init__(self, react: Callable[[LayerCall], None] | None = None) -> None:
-        self.react = react
-
-    @torch.compiler.disable
-    def __call__(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if self.react is None or not layer.training:
+    def show(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not layer.training:
             return
         device = next((p.device.type for p in layer.parameters()), "cpu")
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            self.react(LayerCall(layer, args, kwargs, output))
+            react(LayerCall(layer, args, kwargs, output))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    return Hook(show)
 
 
 class ForwardStatistics(StatisticsCriterion):
@@ -227,8 +220,8 @@ class ForwardStatistics(StatisticsCriterion):
             if owner is not None:
                 by_owner.setdefault(owner, []).append(slot)
         for owner, mine in by_owner.items():
-            hook = _Hook(partial(self._react, mine))
-            handle = owner.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
+            hook = _reacting(partial(self._react, mine))
+            handle = owner.register_forward_hook(hook, with_kwargs=True)
             self._removers.append(handle.remove)
 
     def _react(self, slots: Sequence[ProjectedWeight], call: LayerCall) -> None:
@@ -263,9 +256,6 @@ class ForwardStatistics(StatisticsCriterion):
         raise NotImplementedError
 
 
-WHOLE_RUN = 1 << 62  # a window that is open from the first step on
-
-
 @runtime_checkable
 class Criterion(Protocol):
     """What scores weights; any object of this shape will do.
@@ -292,11 +282,8 @@ class Criterion(Protocol):
         """Remove the hooks and free the statistics; a second call does nothing."""
 
 
-_SLACK = 1  # steps: in fractions of the run, how far the next event is away is an estimate
-
-
 class StatisticsWindow:
-    """Turns a criterion's statistics on before an event and off after it.
+    """Statistics window: turns a criterion's statistics on before an event and off after it.
 
     Args:
         criterion: gathers over `criterion.window` steps; 0: needs no statistics, and begins and
@@ -366,7 +353,7 @@ class StatisticsWindow:
         return [self.criterion.scores(slot) for slot in wanted]
 
     def updated_values(self, slot: ProjectedWeight) -> Tensor | None:
-        """New values under a slot's new mask, from a criterion that has an opinion on them."""
+        """New weight values under a new mask, of a criterion with a Hessian-based update."""
         update = getattr(self.criterion, "update", None)
         return None if update is None or slot.pruned is None else update(slot, ~slot.pruned)
 

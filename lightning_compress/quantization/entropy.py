@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.grids import MIN_BITS, AffineGrid
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import UNSHARDED, Partition
@@ -36,9 +37,8 @@ def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
     6.0
     """
     flat = symbols.reshape(-1).long() + _MOST
-    counts = partition.all_reduce_sum(torch.bincount(flat, minlength=2 * _MOST + 1)).double()
-    counts = counts[counts > 0]
-    return float((counts * (counts.sum().log2() - counts.log2())).sum())
+    counts = partition.all_reduce_sum(torch.bincount(flat, minlength=2 * _MOST + 1))
+    return entropy_of_counts(counts.cpu().numpy())
 
 
 def rate_gradient(

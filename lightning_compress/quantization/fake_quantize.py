@@ -15,7 +15,7 @@ from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.state import activation_grids, rounds_dynamically
-from lightning_compress.targets import Coverage, Target
+from lightning_compress.targets import Coverage, Target, split_path
 
 __all__ = [
     "activation_layers",
@@ -170,7 +170,7 @@ def activation_layers(
     layers: dict[str, nn.Module] = {}
     rows: dict[str, Coverage] = {}
     for parameter in (path for target in targets for path in (target.path, *target.tied)):
-        path = _owner(parameter)
+        path = split_path(parameter)[0]
         layer = module.get_submodule(path)
         reason = why_float(layer)
         rows[path] = Coverage(path, (), not reason, reason)
@@ -183,12 +183,6 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
     """BatchNorm layers by path: an int8 file folds one into the product that it follows."""
     kind = nn.modules.batchnorm._BatchNorm
     return {path: one for path, one in module.named_modules() if isinstance(one, kind)}
-
-
-def _owner(path: str) -> str:
-    """Path of the layer behind a parameter's path."""
-    head, found, _ = path.partition("parametrizations.")
-    return (head if found else path.rpartition(".")[0]).rstrip(".")
 
 
 def why_float(layer: nn.Module) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
+from lightning_compress.modes import evaluating
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer, calibrate
 from lightning_compress.quantization.corrections import (
@@ -181,7 +181,7 @@ def quantize_dynamic(
     _check_names(scheme)
     selection = select(module, include, exclude, frozen=True)
     layers, _ = activation_layers(module, selection.targets)
-    with _evaluating(module):
+    with evaluating(module, gradients=True):
         equalized = equalize_layers(module, layers) if equalize else []
     rules = {"scheme": scheme, "per_channel": per_channel, "include": include, "exclude": exclude}
     quantize_weights(module, bits, **rules)
@@ -247,7 +247,7 @@ def quantize_static(
         select(module, include, exclude, frozen=True),
     )
     layers, activations = activation_layers(module, selection.targets)
-    with _evaluating(module):
+    with evaluating(module, gradients=True):
         equalized = equalize_layers(module, layers) if equalize else []
         means = channel_means(module, layers, batches) if bias_correction else {}
         _put_on_grids(
@@ -300,15 +300,3 @@ def _check_names(scheme: str, observer: str = "minmax") -> None:
     ):
         if given not in valid:
             raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each layer then gets its own mode back."""
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_compress.channels.graph import channel_graph
 from lightning_compress.channels.plan import compare, masked, outputs_of, removed
-from lightning_compress.channels.resize import check_sizes, match_channels
+from lightning_compress.channels.resize import check_sizes, match_channels, sizes_known
 from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 
 ZOO = {
@@ -371,3 +371,17 @@ def test_a_weight_norm_keeps_what_stays_of_a_weight():
     gone = every_other(graph)
     small = removed(masked(layers, graph, gone), graph, gone)
     torch.testing.assert_close(small[2].weight, layers[2].weight[:, 1::2])
+
+
+def test_sizes_of_many_layers_are_found_in_one_pass(monkeypatch):
+    """Not a pass over all parameters for each parameter: that took minutes for large models."""
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    passes, named = [], nn.Module.named_parameters
+
+    def counted(module, *args, **kwargs):
+        passes.append(module is net)
+        return named(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_parameters", counted)
+    assert len(sizes_known(net, [f"{layer}.weight" for layer in range(20)])) == 20
+    assert sum(passes) <= 2

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress import TargetError, initialize_from_teacher
-from lightning_compress.channels.student_graph import StudentGraph
+from lightning_compress.channels.student import MatchedChannels
 from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE, ResNet18, SimpleNet
 
 MODELS = {
@@ -66,33 +66,22 @@ def test_a_teacher_with_dead_channels_is_copied_exactly(name, path):
 def scatter(small, wide):
     """Put a small network's channels at odd places of a wide one, zeros elsewhere: independent of
     the copy that is tested but for the knowledge which axes belong together."""
-    graph = StudentGraph(small, wide)
-    source = dict(graph.student.named_parameters()) | dict(graph.student.named_buffers())
-    places = {}
-    for uses in graph.uses.values():
-        for use in uses:
-            for group, _ in use.segments:
-                root = group.root()
-                if root not in places:
-                    order = torch.randperm(root.teacher, generator=torch.Generator().manual_seed(7))
-                    chosen = order[: root.student].sort().values
-                    full = root.teacher == root.student
-                    places[root] = torch.arange(root.teacher) if full else chosen
+    matched = MatchedChannels(small, wide)
+    source = dict(matched.student.named_parameters()) | dict(matched.student.named_buffers())
+    places = []
+    for group in matched.groups:
+        order = torch.randperm(len(group.units), generator=torch.Generator().manual_seed(7))
+        places.append(order[: group.count].sort().values.numpy())
+    kept = matched.kept(places)
     with torch.no_grad():
-        both = [*graph.teacher.named_parameters(), *graph.teacher.named_buffers()]
+        both = [*matched.teacher.named_parameters(), *matched.teacher.named_buffers()]
         for name, tensor in both:
             if not tensor.dim():
                 continue
             tensor.fill_(1.0 if name.endswith("running_var") else 0.0)
             indices = [torch.arange(size) for size in tensor.shape]
-            for use in graph.uses.get(name, []):
-                parts, offset = [], 0
-                for group, repeat in use.segments:
-                    root = group.root()
-                    units = places[root][:, None] * repeat + torch.arange(repeat)
-                    parts.append(offset + units.flatten())
-                    offset += root.teacher * repeat
-                indices[use.dim] = torch.cat(parts)
+            for dim, entries in kept.get(name, {}).items():
+                indices[dim] = entries
             tensor[torch.meshgrid(*indices, indexing="ij")] = source[name]
 
 
@@ -148,6 +137,67 @@ def test_summands_keep_the_same_channels():
     initialize_from_teacher(student, teacher)  # norms 9, 81, 2: channels 0 and 1
     assert student.a.weight.tolist() == [[3, 0], [0, 0]]
     assert student.b.weight.tolist() == [[0, 0], [9, 0]]
+
+
+class Tied(nn.Module):
+    """Its last layer reads by the weight that its first one makes channels with."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.read = nn.Embedding(5, width)
+        self.middle = nn.Linear(width, width)
+        self.out = nn.Linear(width, 5, bias=False)
+        self.out.weight = self.read.weight
+
+    def forward(self, x):
+        return self.out(self.middle(self.read(x)))
+
+
+class Twice(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.shared = nn.Linear(2, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.out(self.shared(self.shared(self.first(x))))
+
+
+class CatSum(nn.Module):
+    def __init__(self, one, two):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, one), nn.Linear(3, two)
+        self.both, self.out = nn.Linear(3, one + two), nn.Linear(one + two, 2)
+
+    def forward(self, x):
+        return self.out(torch.cat([self.a(x), self.b(x)], 1) + self.both(x))
+
+
+@pytest.mark.parametrize(
+    ("small", "student", "teacher", "x"),
+    [
+        (Tied(2), Tied(2), Tied(4), torch.arange(5)),
+        (Twice(2), Twice(2), Twice(5), torch.ones(3, 2)),
+        (CatSum(2, 3), CatSum(2, 3), CatSum(4, 6), torch.ones(2, 3)),
+    ],
+)
+def test_channels_that_meet_in_one_weight_or_sum_are_chosen_once(small, student, teacher, x):
+    randomize(small)
+    scatter(small, teacher)
+    initialize_from_teacher(student, teacher)
+    torch.testing.assert_close(student(x), teacher(x))
+
+
+def test_each_level_of_a_recurrent_layer_chooses_units_of_its_own():
+    teacher, student = nn.LSTM(3, 4, num_layers=2), nn.LSTM(3, 2, num_layers=2)
+    kept = [torch.tensor([0, 3]), torch.tensor([1, 2])]
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            parameter.view(4, 4, -1)[:, kept[int(name[-1])]] *= 10
+    initialize_from_teacher(student, teacher)
+    rows = torch.cat([kept[1] + 4 * gate for gate in range(4)])
+    assert torch.equal(student.weight_ih_l1, teacher.weight_ih_l1[rows][:, kept[0]])
+    assert torch.equal(student.weight_hh_l1, teacher.weight_hh_l1[rows][:, kept[1]])
 
 
 class Branchy(nn.Linear):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress import load_compressed, save_compressed
-from lightning_compress.lcz.module_state import chains
+from lightning_compress.lcz.module_state import norms_behind
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import compression_state, set_grid
 
@@ -37,12 +37,10 @@ def network():
     return model.eval()
 
 
-@pytest.mark.parametrize("options", [{"fold_batchnorm": True}, {"reorder": True}, {"both": True}])
-def test_the_loaded_module_gives_the_same_outputs(tmp_path, options):
-    options = {"fold_batchnorm": True, "reorder": True} if "both" in options else options
+def test_the_loaded_module_gives_the_same_outputs(tmp_path):
     model, fresh = network(), copy.deepcopy(network())
     before = copy.deepcopy(model.state_dict())
-    save_compressed(model, tmp_path / "a.lcz", **options)
+    save_compressed(model, tmp_path / "a.lcz", fold_batchnorm=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     load_compressed(tmp_path / "a.lcz", fresh)
     x = torch.randn(7, 1, 8, 8)
@@ -72,23 +70,12 @@ def test_folded_statistics_are_constants_and_cost_nothing(tmp_path):
     assert torch.equal(fresh[3].bias, model[3].bias)  # an activation lies between
 
 
-def test_units_are_sorted_by_density(tmp_path):
-    model = network()
-    save_compressed(model, tmp_path / "a.lcz", reorder=True)
-    fresh = load_compressed(tmp_path / "a.lcz", network())
-    for first, last, dims in ((0, 3, (1, 2, 3)), (8, 11, (1,))):
-        one = (fresh[first].weight != 0).sum(dims)
-        other = (fresh[last].weight != 0).sum((1, 2, 3) if first == 0 else 0)
-        density = (one + other).tolist()
-        assert density == sorted(density, reverse=True)
-
-
 class Shared(nn.Module):
-    """The layer in the middle is used a second time."""
+    """The layer before the norm is used a second time."""
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         self.again = self.net[0]
 
     def forward(self, x):
@@ -101,8 +88,8 @@ class Own(nn.Sequential):
 
 
 def hooked():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[1].register_forward_hook(lambda module, args, output: output * torch.arange(4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].register_forward_hook(lambda module, args, output: output * torch.arange(4))
     return model
 
 
@@ -110,26 +97,19 @@ def hooked():
     "model",
     [
         Shared(),
-        Own(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+        Own(nn.Linear(4, 4), nn.BatchNorm1d(4)),
         hooked(),
-        nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.LayerNorm(4), nn.Linear(4, 4)),
-        nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2)),
-        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)),
     ],
-    ids=["shared", "own forward", "hook", "layer norm", "groups", "no end"],
+    ids=["shared", "own forward", "hook", "activation between"],
 )
-def test_what_cannot_be_proven_is_left_alone(tmp_path, model):
-    assert all(chain.last is None for chain in chains(model))
-    before = copy.deepcopy(model.state_dict())
-    save_compressed(model, tmp_path / "a.lcz", reorder=True)
+def test_a_bias_stays_where_it_may_not_go_into_the_norm(tmp_path, model):
+    assert norms_behind(model) == {}
+    model.eval()
+    x = torch.randn(3, 4)
+    expected, before = model(x), {n: v.clone() for n, v in model.state_dict().items()}
+    save_compressed(model, tmp_path / "a.lcz", fold_batchnorm=True)
     load_compressed(tmp_path / "a.lcz", model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_tied_weights_are_not_reordered(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    before = copy.deepcopy(model.state_dict())
-    save_compressed(model, tmp_path / "a.lcz", reorder=True)
-    load_compressed(tmp_path / "a.lcz", model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected)
+    biases = [name for name in before if name.endswith("0.bias") or name == "again.bias"]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in biases)

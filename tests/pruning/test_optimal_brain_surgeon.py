@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_compress.projection import Projector
-from lightning_compress.pruning.masks import layer_masks
+from lightning_compress.pruning.masks import global_masks
 from lightning_compress.pruning.optimal_brain_surgeon import (
     OptimalBrainSurgeon,
     compensate,
@@ -171,7 +171,7 @@ def pruned(layer, x, criterion, sparsity=0.5):
     criterion.begin([slot])
     for batch in x.split(4):
         layer(batch)
-    (mask,) = layer_masks([criterion.scores(slot)], sparsity)
+    (mask,) = global_masks([criterion.scores(slot)], sparsity)
     before = slot.values().clone()
     slot.set_mask(mask)
     after = criterion.update(slot, mask)
@@ -228,14 +228,14 @@ def test_the_update_is_the_same_before_and_after_the_slot_has_the_mask():
     criterion = OptimalBrainSurgeon()
     criterion.begin([slot])
     layer(x)
-    (mask,) = layer_masks([criterion.scores(slot)], 0.5)
+    (mask,) = global_masks([criterion.scores(slot)], 0.5)
     early = criterion.update(slot, mask)
     slot.set_mask(mask)
     late = criterion.update(slot, mask)
     assert torch.equal(early, late)
     scores = criterion.scores(slot)  # the next event: what the mask took stays out of it
     slot.parameter.data.add_(1.0)  # momentum, say
-    (more,) = layer_masks([scores.masked_fill(~mask, -torch.inf)], 0.6)
+    (more,) = global_masks([scores.masked_fill(~mask, -torch.inf)], 0.6)
     expected = compensate(
         (slot.values() * mask), more, damped_hessian(x.T @ x, 0.01), solver="exact"
     )

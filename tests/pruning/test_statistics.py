@@ -427,7 +427,7 @@ def test_copies_and_pickles_of_a_hooked_module_feed_nothing():
     expected = criterion.scores(slots[0]).clone()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(100 * x)
-        assert [hook.react for hook in twin[0]._forward_hooks.values()] == [None]
+        assert len(twin[0]._forward_hooks) == 1  # there, and inert
     assert torch.equal(criterion.scores(slots[0]), expected)
     criterion.end()
 
