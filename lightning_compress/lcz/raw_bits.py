@@ -91,9 +91,12 @@ def patterns(tensor: Tensor) -> Patterns:
 def without_minus_zeros(tensor: Tensor) -> Tensor:
     """The same values with 0.0 in place of -0.0, which `weight * mask` leaves; equal to them.
 
+    >>> import torch
     >>> without_minus_zeros(torch.tensor([-0.0, -1.0])).signbit().tolist()
     [False, True]
     """
+    import torch
+
     if tensor.is_complex():
         return torch.view_as_complex(without_minus_zeros(torch.view_as_real(tensor.resolve_conj())))
     if not tensor.is_floating_point():

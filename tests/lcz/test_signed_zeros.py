@@ -47,9 +47,10 @@ def test_signed_zeros_stay_where_they_are_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", [one for one in DTYPES if DTYPES[one].is_signed])
 def test_nothing_but_the_sign_of_zeros_changes(name):
-    values = torch.tensor([0.0, -1.0, 2.0, -3.0]).to(DTYPES[name])
+    dtype = getattr(torch, name)
+    values = torch.tensor([0.0, -1.0, 2.0, -3.0]).to(dtype)
     if values.is_floating_point() or values.is_complex():
-        values = torch.cat([values, (-torch.zeros(2)).to(DTYPES[name])])
+        values = torch.cat([values, (-torch.zeros(2)).to(dtype)])
     found = without_minus_zeros(values)
     assert found.dtype == values.dtype
     wide = torch.complex128 if values.is_complex() else torch.float64
