@@ -15,6 +15,7 @@ from scipy.stats import bernoulli
 from lightning_compress import inspect_compressed
 from lightning_compress.lab.data import Digits
 from lightning_compress.lab.evaluation import latency
+from lightning_compress.lab.models import DCGAN
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MEASURE = {
@@ -213,6 +214,37 @@ def test_the_verdicts_of_a_table_are_paired_and_tell_what_fell_and_what_collapse
     text = Table("fashion", "vae", rows).markdown()
     assert "**Dense baseline: posterior collapsed: KL 0.01 nats, 20 active units.**" in text
     assert "| established" not in text
+
+
+def test_compressed_rows_have_as_many_epochs_as_the_dense_one(monkeypatch, tmp_path):
+    from shared.headline_runs import SETS, Runs
+
+    seen = []
+    model = torch.nn.Linear(1, 1)
+    runs = Runs.__new__(Runs)
+    runs.name, runs.seed, runs.folder = "vae", 0, tmp_path
+    runs.model = SETS["digits"]["vae"]
+    start = SimpleNamespace(model=lambda: model)
+    start.fit = lambda _, callbacks, **more: seen.append((len(callbacks), more))
+    runs.start = start
+    runs.dense()
+    runs.fit(model, [SimpleNamespace(), SimpleNamespace()])
+    (dense, of_dense), (compressed, of_compressed) = seen
+    assert (dense, compressed) == (1, 3)  # beside the learning rate's
+    assert of_dense == of_compressed == {"epochs": SETS["digits"]["vae"].epochs[1], "steps": None}
+
+
+def test_the_ratio_is_that_of_the_generator_alone(monkeypatch, tmp_path):
+    from shared import headline_files
+
+    gan = DCGAN(image_size=8, width=8, discriminator_width=8)
+    torch.save(gan.generator.state_dict(), tmp_path / "model.pt")
+    size = (tmp_path / "model.pt").stat().st_size
+    runs = SimpleNamespace(fresh=lambda: gan, start=SimpleNamespace(quality=lambda _: {"kid": 1.0}))
+    monkeypatch.setattr(headline_files, "speeds", lambda *_: {})
+    shipped = headline_files.Shipped(gan, ".lcz", 1000, tmp_path)
+    found = headline_files.measured(runs, shipped, tmp_path, 1)
+    assert (found["dense_bytes"], found["ratio"]) == (size, round(size / 1000, 2))
 
 
 def test_all_seeds_are_trained_and_judged_on_the_same_pictures(tmp_path):
