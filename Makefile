@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec clean
+.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
@@ -31,6 +31,9 @@ test-gpu: $(READY)  ## what needs a CUDA device, and the checks of devices that 
 
 bench-gpu: $(READY)  ## a step with each callback over one without, on a CUDA device
 	$(BIN)/python experiments/bench_gpu.py
+
+mutants: $(READY)  ## sixty one-line breaks, each with the tests that should catch it (hours; resumes)
+	$(CLOCK) $(BIN)/python tests/mutants.py $(TOLD)
 
 test-lowest: $(READY)  ## the same tests with the lowest version of each dependency but torch
 	$(CLOCK) mkdir -p .cache; \
@@ -69,7 +72,8 @@ nncodec:  ## an environment of its own for a peer that pins an older NumPy; with
 		&& .cache/nncodec/bin/python -m pip install --quiet nncodec h5py || (rm -r .cache/nncodec; false))
 
 bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 files; interleaved ratios
-	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_coding.py; \
+	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino]"; \
+	$(BIN)/python experiments/benchmarks/bench_coding.py; \
 	$(BIN)/python experiments/benchmarks/bench_int8.py $(TOLD)
 
 bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own

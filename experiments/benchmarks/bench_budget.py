@@ -32,6 +32,7 @@ from lightning_compress import (
 )
 from lightning_compress.lab.evaluation.fidelity import fidelity
 from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.evaluation.verdict import verdict as judged
 from lightning_compress.lab.workflow.quality import generate
 from lightning_compress.lab.workflow.quality import rows as images
 
@@ -132,26 +133,35 @@ def main(path: Path, steps: int) -> None:
         bench = Bench(Start(name, 0, path.parent), steps)
         make = partial(rows.make, model=name, seed=0)
         dense = make(partial(bench.dense, 1), variant="dense")
-        make(partial(bench.dense, TIMES), variant=f"dense, {TIMES}x")
+        longer = make(partial(bench.dense, TIMES), variant=f"dense, {TIMES}x")
         found = make(partial(bench.budget, dense["validation"]), variant="budget")
         grid = [
             make(partial(bench.point, sparsity, step), variant=f"{sparsity:.0%}, step {step}")
             for sparsity in SPARSITIES
             for step in GRID_STEPS
         ]
-        print(verdict(name, found, grid), flush=True)
+        print(verdict(name, found, grid, longer), flush=True)
         best = min(row["validation"] for row in grid) / dense["validation"] - 1
         if best > DEGRADATION:
             wide = partial(bench.budget, dense["validation"], best)
             print(verdict(name, make(wide, variant="budget, as wide"), grid), flush=True)
 
 
-def verdict(name: str, found: dict[str, Any], grid: list[dict[str, Any]]) -> str:
-    """The budget's model beside the smallest of the grid that is as good."""
+def verdict(
+    name: str,
+    found: dict[str, Any],
+    grid: list[dict[str, Any]],
+    dense: dict[str, Any] | None = None,
+) -> str:
+    """The budget's model beside the smallest of the grid that is as good, and the dense one."""
     fitting = [row for row in grid if row["quality"] <= found["quality"]]
     text = (
         f"{name}: budget {found['lcz']:,} bytes at {found['quality']:.2f} in {found['steps']} steps"
     )
+    if dense is not None:
+        key = METRIC[name]
+        pair = judged(key, [{key: dense["quality"]}], [{key: found["quality"]}])
+        text += f", {pair.difference:+.2f} beside the dense model, no loss {pair.word} (n = 1)"
     if not fitting:
         nearest = min(grid, key=lambda row: row["quality"])
         where = f"{nearest['quality']:.2f} with {nearest['lcz']:,} bytes"

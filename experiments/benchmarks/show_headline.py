@@ -9,15 +9,22 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib as mpl
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from shared.headline_arms import ARMS, PEERS
 from shared.headline_runs import SETS
 from shared.pages import insert
 from shared.rows import mean_and_spread, read_rows
+
+from lightning_compress.lab.config import config_dir
+from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats, verdict
+from lightning_compress.lab.workflow.quality import METRICS
 
 WHERE = {"fashion": "Fashion-MNIST", "digits": "digits"}
 LABELS = {
@@ -31,6 +38,8 @@ LABELS = {
     "recall": "recall",
 }
 MORE = ("neg_iwae", "perplexity", "active_units", "fid", "precision", "recall")
+FALLING = {"kl": "KL", "active_units": "active units"}
+IRREDUCIBLE = {"fashion": 189.86}  # a test holds it on the real images
 OURS = "zeros and grids"
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
 TICKS = (1, 3, 10, 30, 100, 300)
@@ -54,10 +63,10 @@ class Table:
         known = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
         self.arms = {arm: [row for row in rows if row["arm"] == arm] for arm in known}
         self.dense = {row["seed"]: row[self.metric] for row in self.arms["dense"]}
-        values = list(self.dense.values())
-        self.reference, self.spread = mean(values), stdev(values) if len(values) > 1 else None
-        two = 0.02 * abs(self.reference)
-        self.allowed = two if self.spread is None else min(two, self.spread)
+        first = self.arms["dense"][0]
+        self.floor = first.get("measure", {}).get("floor", {}).get(self.metric, 0.0)
+        self.irreducible = irreducible(name, model) if self.metric == "neg_elbo" else 0.0
+        self.margin = self.verdict("dense").margin
 
     def changes(self, arm: str) -> list[float]:
         """How much worse than the dense row of the same seed, a seed each."""
@@ -72,32 +81,43 @@ class Table:
         changes = self.changes(arm)
         return stdev(changes) if len(changes) > 1 else 0.0
 
-    def within(self, arm: str) -> bool:
-        """No loss: by the dense rows' spread or 2 %, whichever is smaller."""
-        return self.worse(arm) <= self.allowed
+    def verdict(self, arm: str) -> Verdict:
+        """Paired by seed with the dense rows, those of further seeds beside them."""
+        dense = {row["seed"]: _quality(row) for row in self.arms["dense"]}
+        rows = self.arms[arm]
+        pairs = [dense.pop(row["seed"]) for row in rows]
+        return verdict(
+            self.metric,
+            pairs,
+            [_quality(row) for row in rows],
+            irreducible=self.irreducible,
+            floor=self.floor,
+            more_dense=list(dense.values()),
+        )
 
     def markdown(self) -> str:
         """A row an arm."""
         extra = [key for key in MORE if key != self.metric and key in self.arms["dense"][0]]
-        heads = ["", "file", "bytes", "ratio", LABELS[self.metric], "against dense"]
+        heads = ["", "file", "bytes", "ratio", LABELS[self.metric], "against dense", "no loss"]
         heads += [*(LABELS[key] for key in extra), "MACs", "faster, batch 1 / 16", "OpenVINO", "n"]
         lines = [
-            f"**{self.title}.** Dense: {self._over('dense', self.metric)}; no loss means at most "
-            f"{self.allowed:.3g} worse ({'2 %' if self.spread is None else self._why()})."
-            f"{self._measure()}",
+            f"**{self.title}.** Dense: {self._over('dense', self.metric)} (± standard deviation "
+            f"over seeds); no loss means at most {self.margin:.3g} worse "
+            f"({self.verdict('dense').margin_rule}).{self._faults()}{self._measure()}",
             "",
             "| " + " | ".join(heads) + " |",
             "|---" * len(heads) + "|",
         ]
         for arm, rows in self.arms.items():
-            change = self.worse(arm) / mean(self.dense[row["seed"]] for row in rows)
+            found = self.verdict(arm)
             cells = [
                 arm,
                 rows[0]["file"],
                 f"{mean(row['bytes'] for row in rows):,.0f}",
                 f"{mean(row['ratio'] for row in rows):.1f}×",
                 self._over(arm, self.metric),
-                f"{round(change, 3) + 0.0:+.1%}{self._mark(arm)}",
+                _change(found),
+                "–" if arm == "dense" else _word(found),
                 *(self._over(arm, key) for key in extra),
                 _left(rows),
                 f"{_speed(rows, ', batch 1')} / {_speed(rows, ', batch 16')}",
@@ -125,10 +145,9 @@ class Table:
             told.append(f"{arm}: {', '.join(said)} (n = {len(speeds)})")
         return ["", f"All parts one after the other, faster: {'; '.join(told)}."] if told else []
 
-    def _mark(self, arm: str) -> str:
-        """In brackets where one dense seed alone says nothing of its noise."""
-        mark = "✓" if self.spread is not None else "(✓)"
-        return f" {mark}" if self.within(arm) else ""
+    def _faults(self) -> str:
+        faults = self.verdict("dense").dense_faults
+        return f" **Dense baseline: {'; '.join(faults)}.**" if faults else ""
 
     def ratio(self, arm: str) -> float:
         """How many times smaller its file is."""
@@ -154,8 +173,37 @@ class Table:
             f"{about['floor']['precision']:.3f}, recall {about['floor']['recall']:.3f}."
         )
 
-    def _why(self) -> str:
-        return "the dense seeds' spread" if self.allowed == self.spread else "2 %"
+
+def _change(found: Verdict) -> str:
+    """Mean paired difference with its standard error, and as a part of what can be influenced."""
+    error = found.standard_error
+    text = f"{found.difference + 0.0:+.3g}" + (f" ± {error:.2g} (SE)" if error else "")
+    return text if found.share is None else f"{text}, {round(found.share, 3) + 0.0:+.1%}"
+
+
+def _word(found: Verdict) -> str:
+    """The verdict, with what fell beside it by more than the dense rows' standard deviation."""
+    falls = [
+        f"{FALLING.get(name, name)} −{fall['fall']:.3g}"
+        for name, fall in found.falls.items()
+        if fall["dense_standard_deviation"] is not None
+    ]
+    return "; ".join([found.word, *falls])
+
+
+def _quality(row: Row) -> dict[str, float]:
+    return {key: row[key] for key in METRICS if isinstance(row.get(key), (int, float))}
+
+
+@cache
+def irreducible(name: str, model: str) -> float:
+    """The pixels' own entropy on a set's test images, in nats."""
+    if name in IRREDUCIBLE:
+        return IRREDUCIBLE[name]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        data = instantiate(compose("train", [*SETS[name][model].data]).data, _convert_="all")
+    data.setup()
+    return irreducible_nats(data.test_dataset.tensors[0], "bernoulli")
 
 
 def _left(rows: Sequence[Row]) -> str:
@@ -191,9 +239,8 @@ def plot(tables: Sequence[Table], path: Path) -> None:
 
 def panel(axis: Any, table: Table) -> dict[str, Any]:
     """One model's; what its legend would be."""
-    low, high = -table.allowed, table.allowed
-    if table.spread is not None:
-        axis.axhspan(low, high, color="0.88", label="no loss")
+    low, high = -table.margin, table.margin
+    axis.axhspan(low, high, color="0.88", label="margin of no loss")
     axis.axhline(0, color="0.4", linewidth=1, linestyle="--", label="dense")
     ours = sorted((a for a in table.arms if a.startswith(OURS) and a[-1] == "%"), key=table.ratio)
     joined = sorted((a for a in table.arms if a.endswith(TOGETHER)), key=table.ratio)

@@ -1,5 +1,7 @@
 """Which int8 files pass the check, which do not, and what the export says of float products."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,12 @@ from torch import nn
 from lightning_compress import compression_state, fake_quantized, quantize_dynamic, quantize_static
 from lightning_compress.conversion import int8 as int8_module
 from lightning_compress.conversion.axes import axes_of
-from lightning_compress.conversion.checks import OnnxMismatchError, check_batches, compare
+from lightning_compress.conversion.checks import (
+    OnnxMismatchError,
+    check_batches,
+    check_float,
+    compare,
+)
 from lightning_compress.conversion.export import export_onnx
 
 
@@ -171,6 +178,28 @@ def test_nan_on_both_sides_is_equal_and_on_one_side_is_not():
     found = compare(lambda _: [other], [()], [[want]], [0.1])
     assert found.more == pytest.approx(2 / 3)
     assert found.largest == np.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("tolerance", [None, 1e6])
+def test_a_float_file_that_gives_no_number_is_refused(monkeypatch, tmp_path, value, tolerance):
+    module, x = nn.Linear(3, 2).eval(), torch.ones(4, 3)
+    wrong = module(x).detach().numpy()
+    wrong[1, 0] = value  # at one place: all others agree
+
+    class Session:
+        def get_inputs(self):
+            return [SimpleNamespace(name="x")]
+
+        def get_outputs(self):
+            return [SimpleNamespace(name="y")]
+
+        def run(self, _, feed):
+            return [np.where(feed["x"].sum() == 12, wrong, 0)]
+
+    monkeypatch.setattr("lightning_compress.conversion.checks.make_session", lambda *_: Session())
+    with pytest.raises(OnnxMismatchError, match=r"'y' differs from PyTorch by (nan|inf)"):
+        check_float(module, b"", [(x,)], tolerance, tmp_path / "m.onnx")
 
 
 def test_a_tolerance_of_ones_own_widens_the_check(tmp_path, monkeypatch):

@@ -114,6 +114,20 @@ def test_reclustering_starts_from_the_centres_of_before():
     assert moved.allclose(first * 1.1, atol=0.05)
 
 
+def test_events_cluster_again_from_the_weights_of_now():
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(5))
+    maker = CodebookGrids(bits=3, lr=0.1)
+    maker.start(values)
+    first = maker.grid(values).centres.clone()
+    maker.step(1.3 * values, event=False)
+    assert torch.equal(maker.grid(values).centres, first)
+    maker.step(1.3 * values, event=True)
+    assert torch.equal(maker.grid(values).centres, recluster(1.3 * values, first))
+    points, mass = (1.3 * values).numpy(), np.ones(3000)
+    after = cost(points, mass, maker.grid(values).centres.numpy())
+    assert after < 0.95 * cost(points, mass, first.numpy())
+
+
 def test_centres_get_the_gradient_of_autograd_and_zero_gets_none():
     grid = CodebookGrid(torch.tensor([-1.0, 0.0, 0.5, 2.0]))
     values = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_compress.lab.report.loading import (
     load_runs,
     run_name,
 )
+from lightning_compress.lab.report.pooled import pooled_verdicts
 from lightning_compress.lab.report.wording import (
     DASH,
     kilobytes,
@@ -190,11 +192,9 @@ def _title(runs: Sequence[Run]) -> str:
         return "No run could be read"
     if len(runs) == 1:
         return wording.headline(runs[0].results)
-    states = [wording.verdict_of(run.results).state for run in runs]
-    return (
-        f"{len(runs)} runs: {states.count('within')} within the allowed quality difference, "
-        f"{states.count('outside')} not, {states.count('unknown')} not judged"
-    )
+    verdicts = [wording.verdict_of(run.results) for run in runs]
+    counts = Counter(one.banner[0].lower() + one.banner[1:] for one in verdicts)
+    return f"{len(runs)} runs: {', '.join(f'{n} {words}' for words, n in counts.items())}"
 
 
 def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -206,6 +206,7 @@ def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> di
         "states": [wording.verdict_of(run.results).state for run in runs],
         "plots": _inlined(pictures, place, "all"),
         "notes": [*notes, *unsaved],
+        "pooled": pooled_verdicts(runs),
     }
 
 

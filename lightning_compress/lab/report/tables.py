@@ -19,6 +19,7 @@ from rich.text import Text
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.report import wording
 from lightning_compress.lab.report.loading import Run, common_root, load_runs, run_name
+from lightning_compress.lab.report.pooled import pooled_verdicts
 from lightning_compress.lab.report.wording import (
     DASH,
     Results,
@@ -505,6 +506,8 @@ def _markdown(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(runs) > 1:
         cells = [[cell.text for cell in row] for row in overview_rows(runs, names)]
         parts += ["# All runs", "", *markdown_lines(OVERVIEW_HEADER, cells), ""]
+        for one in pooled_verdicts(runs):
+            parts += [f"**{one.banner}.** {one.sentence}", ""]
     for place, (run, name) in enumerate(zip(runs, names, strict=True), 1):
         parts += _one(place, run, name)
     return "\n".join(parts).rstrip() + "\n"

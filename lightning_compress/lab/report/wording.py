@@ -7,6 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_compress.lab.evaluation.verdict import (
+    ESTABLISHED,
+    NOT_ESTABLISHED,
+    PAIRS,
+    WORSE,
+)
+
 __all__ = [
     "DASH",
     "MINUS",
@@ -21,6 +28,7 @@ __all__ = [
     "model_name",
     "notes",
     "number",
+    "paired_verdict",
     "percent",
     "reference",
     "scalar",
@@ -150,6 +158,13 @@ MODEL_NAMES = {
     "resnet18": "ResNet-18",
 }
 STATE_WORDS = {"within": "Within", "outside": "Not within", "unknown": "Not judged"}
+FALLING = {"kl": "KL (nats)", "active_units": "active units"}
+# The verdict's word, how it is coloured, and the banner's words.
+VERDICTS = {
+    ESTABLISHED: ("within", "No loss: established"),
+    NOT_ESTABLISHED: ("unknown", "No loss: not established"),
+    WORSE: ("outside", "Worse than the dense baseline"),
+}
 
 
 @dataclass(frozen=True)
@@ -167,22 +182,31 @@ class MetricLabel:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the compressed model holds the dense twin's quality.
+    """Whether the compressed model holds the dense baseline's quality.
 
     Attributes:
-        state: "within", "outside" or "unknown".
+        state: "within", "outside" or "unknown"; the colour.
         clause: the short form for the headline.
         sentence: the long form with all numbers.
+        decided: "established", "not established" or "worse"; empty in runs of older versions.
     """
 
     state: str
     clause: str
     sentence: str
+    decided: str = ""
 
     @property
     def word(self) -> str:
         """The state in words, so that colour is never the only sign."""
-        return STATE_WORDS[self.state]
+        return self.decided.capitalize() or STATE_WORDS[self.state]
+
+    @property
+    def banner(self) -> str:
+        """What is printed in bold before the sentence."""
+        if self.decided:
+            return VERDICTS[self.decided][1]
+        return f"{self.word} the allowed difference" if self.state != "unknown" else self.word
 
 
 def section(results: Results, key: str) -> Mapping[str, Any]:
@@ -223,7 +247,9 @@ def verdict_of(results: Results) -> Verdict:
     if not verdict:
         text = "quality not judged: results.json holds no verdict"
         return Verdict("unknown", text, f"{text[0].upper()}{text[1:]}.")
-    states = {True: "within", False: "outside"}
+    if verdict.get("word") in VERDICTS:
+        return paired_verdict(results, verdict)
+    states = {True: "within", False: "outside"}  # of runs before verdicts were paired by seed
     within = verdict.get("within")
     state = states[within] if isinstance(within, bool) else "unknown"
     clause = {
@@ -232,6 +258,78 @@ def verdict_of(results: Results) -> Verdict:
         "unknown": "quality not judged",
     }[state]
     return Verdict(state, clause, _sentence(results, verdict))
+
+
+def paired_verdict(results: Results, verdict: Mapping[str, Any]) -> Verdict:
+    """Put a verdict over pairs of seeds into words: in one sentence, with what fell beside it."""
+    decided = str(verdict["word"])
+    faults = [str(fault) for fault in verdict.get("dense_faults") or ()]
+    pairs = count(scalar(verdict.get("n")))
+    label = metric(results, str(verdict.get("metric"))).label
+    lead = f"{label} {_direction(verdict)}"
+    clause = {
+        ESTABLISHED: f"no loss established ({pairs} pairs)",
+        NOT_ESTABLISHED: f"no loss not established ({lead}, {_pairs(verdict)})",
+        WORSE: f"worse than the dense baseline ({lead})",
+    }[decided]
+    clause += f"; dense baseline: {'; '.join(faults)}" if faults else ""
+    return Verdict(VERDICTS[decided][0], clause, _paired_sentence(label, verdict), decided)
+
+
+def _pairs(verdict: Mapping[str, Any]) -> str:
+    n = scalar(verdict.get("n")) or 0
+    text = f"{count(n)} pair{'' if n == 1 else 's'}"
+    return text if n >= PAIRS else f"{text} of the {PAIRS} seeds that it takes"
+
+
+def _direction(verdict: Mapping[str, Any]) -> str:
+    difference = scalar(verdict.get("difference"))
+    if difference is None or math.isnan(difference):
+        return "difference unknown"
+    if difference == 0:
+        return "equal"
+    return f"{'worse' if difference > 0 else 'better'} by {number(abs(difference), 3)}"
+
+
+def _paired_sentence(label: str, verdict: Mapping[str, Any]) -> str:
+    """Both values, the paired difference with its error and bounds, the margin, what fell."""
+    get = {key: scalar(verdict.get(key)) for key in verdict}
+    over = " (means over pairs)" if (get.get("n") or 0) > 1 else ""
+    dense = number(get.get("dense"))
+    if over or get.get("dense_mean") != get.get("dense"):
+        dense = f"{number(get.get('dense_mean'))} (mean over dense seeds)"
+    parts = [
+        f"{label}: {dense} dense, {number(get.get('compressed_mean'))} compressed{over}",
+        f"{_direction(verdict)} ({_error(verdict)}), margin {number(get.get('margin'), 3)} = "
+        f"{verdict.get('margin_rule')}",
+    ]
+    if get.get("irreducible") and get.get("share") is not None:
+        parts.append(
+            f"{signed((get['share'] or 0) * 100, 3)} % of what a model can influence "
+            f"({number(get['irreducible'])} are irreducible)"
+        )
+    for name, fall in section(verdict, "falls").items():
+        spread = scalar(fall.get("dense_standard_deviation"))
+        known = "one dense seed, spread unknown"
+        if spread is not None:
+            known = f"standard deviation over dense seeds {number(spread, 3)}"
+        parts.append(
+            f"{FALLING.get(name, name)} fell by {number(scalar(fall['fall']), 3)} ({known})"
+        )
+    if faults := verdict.get("dense_faults"):
+        parts.append(f"dense baseline: {'; '.join(map(str, faults))}")
+    return "; ".join(parts) + "."
+
+
+def _error(verdict: Mapping[str, Any]) -> str:
+    error = scalar(verdict.get("standard_error"))
+    if error is None:
+        return f"n = {_pairs(verdict)}, no bound"
+    low, high = (signed(scalar(verdict.get(key))) for key in ("lower", "upper"))
+    return (
+        f"standard error {number(error, 3)}, n = {_pairs(verdict)}, "
+        f"one-sided 95 % bounds {low} and {high}"
+    )
 
 
 def reference(verdict: Mapping[str, Any]) -> float | None:

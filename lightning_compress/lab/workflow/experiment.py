@@ -36,7 +36,7 @@ from lightning_compress.lab.workflow.costs import (
     write_graph_file,
     write_int8_files,
 )
-from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, judge, spread_of
+from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, spread_of
 from lightning_compress.lab.workflow.resume import Earlier, shared_checkpoint, sole_run
 from lightning_compress.lab.workflow.run_identity import check_same_run, config_hash, dense_recipe
 from lightning_compress.lab.workflow.training import Trained, build_model, load_trained, train
@@ -254,7 +254,7 @@ def _measure(
         "ratio": sides[0]["bytes"]["torch"] / sides[1]["bytes"]["lcz"],
         "entropy_bound_bytes": artifacts[1].entropy_bound_bytes,
         "baseline_spread": spread,
-        "verdict": judge(evaluator.metric, sides[0]["quality"], sides[1]["quality"], spread),
+        "verdict": evaluator.verdict(dense, dense_qualities, [sides[1]["quality"]]).record(),
         "layers": layer_rows(artifacts[1]),
         "samples": _write_samples(folder, dense, compressed, evaluator),
         "metric_info": {name: vars(metric) for name, metric in METRICS.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,10 +20,11 @@ from lightning_compress.lab.evaluation.features import (
 )
 from lightning_compress.lab.evaluation.fidelity import fidelity, noise_floor
 from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
+from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats, verdict
 from lightning_compress.modes import evaluating
 from lightning_compress.quantization.fake_quantize import fake_quantized
 
-__all__ = ["METRICS", "Evaluator", "Metric", "judge", "spread_of"]
+__all__ = ["METRICS", "Evaluator", "Metric", "spread_of"]
 
 SAMPLE_SEED = 12_345  # of the latents that are drawn for measurement
 MONITOR_SAMPLES = 500
@@ -79,6 +81,7 @@ class Evaluator:
     name: str
     notes: list[str] = field(default_factory=list)
     extractor: FeatureExtractor | None = None
+    _floor: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.metric = self.settings.metric or _DEFAULT_METRIC[self.kind]
@@ -143,14 +146,59 @@ class Evaluator:
         """The extractor, the sample count and the floor, which belong beside each number."""
         if self.extractor is None:
             return {"feature": None, "notes": self.notes}
-        x, y = rows(self.data.test_dataset)
+        x, _ = rows(self.data.test_dataset)
         return {
             "feature": self.extractor.name,
             "feature_accuracy": self.extractor.test_accuracy,
             "samples": self.settings.samples or len(x),
-            "floor": noise_floor(_images(x, y)[0], self.extractor.module),
+            "floor": self.floor(),
             "notes": self.notes,
         }
+
+    def floor(self) -> dict[str, float]:
+        """The distances between two disjoint halves of real test images; empty without features."""
+        if self.extractor is None:
+            return {}
+        if self._floor is None:
+            x, y = rows(self.data.test_dataset)
+            self._floor = noise_floor(_images(x, y)[0], self.extractor.module)
+        return self._floor
+
+    def irreducible(self, model: Any) -> dict[str, float]:
+        """The least value of each metric in nats that any model of its likelihood can have."""
+        likelihood = getattr(model, "likelihood", None)
+        if likelihood is None:
+            return {}
+        x, _ = rows(self.data.test_dataset)
+        least = irreducible_nats(x, likelihood, std=getattr(model, "observation_std", 1.0))
+        found: dict[str, float] = dict.fromkeys(("neg_elbo", "neg_iwae", "reconstruction"), least)
+        if hasattr(model, "steps_per_example"):
+            found["nats_per_step"] = least / float(model.steps_per_example(x).float().mean())
+        return found | ({"perplexity": 1.0} if likelihood == "categorical" else {})
+
+    def verdict(
+        self,
+        model: Any,
+        dense: Sequence[dict[str, float]],
+        compressed: Sequence[dict[str, float]],
+    ) -> Verdict:
+        """The verdict on the metric; dense models beyond the compressed ones' number add spread.
+
+        Args:
+            model: a dense one, whose likelihood says what is irreducible.
+            dense: metrics of the dense models; those of the compressed models' seeds first.
+            compressed: metrics of the compressed models.
+        """
+        pairs = len(compressed)
+        return verdict(
+            self.metric,
+            dense[:pairs],
+            compressed,
+            higher=METRICS[self.metric].better == "higher",
+            irreducible=self.irreducible(model).get(self.metric, 0.0),
+            floor=self.floor().get(self.metric, 0.0),
+            more_dense=dense[pairs:],
+        )
 
 
 def rows(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -187,40 +235,6 @@ def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:
             "max": max(values),
         }
     return found
-
-
-def judge(
-    metric: str,
-    dense: dict[str, float],
-    compressed: dict[str, float],
-    spread: dict[str, dict[str, float]],
-) -> dict[str, Any]:
-    """Whether quality was lost: more than the dense seeds' standard deviation, or 2 %.
-
-    The smaller of the two counts; with one dense seed there is no spread, and 2 % counts alone.
-
-    >>> judge("kid", {"kid": 1.0}, {"kid": 1.01}, {})["within"]
-    True
-    """
-    if metric not in dense or metric not in compressed:
-        raise ValueError(f"evaluate.metric={metric!r} was not measured: valid are {sorted(dense)}")
-    higher = METRICS[metric].better == "higher"
-    reference = spread[metric]["mean"] if metric in spread else dense[metric]
-    loss = (reference - compressed[metric]) if higher else (compressed[metric] - reference)
-    two_percent = 0.02 * abs(reference)
-    allowed = min(two_percent, spread[metric]["std"]) if metric in spread else two_percent
-    return {
-        "metric": metric,
-        "dense": dense[metric],
-        "dense_mean": reference,
-        "compressed": compressed[metric],
-        "difference": loss,
-        "allowed": allowed,
-        "allowed_spread": spread[metric]["std"] if metric in spread else None,
-        "allowed_two_percent": two_percent,
-        "within": loss <= allowed,
-        "higher_is_better": higher,
-    }
 
 
 def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,15 @@ def test_the_noise_floor_compares_disjoint_halves():
     assert noise_floor(real, Projection(), seed=5) != floor
 
 
+def test_the_noise_floor_does_not_hang_on_the_order_of_the_images():
+    """Files lie sorted by class: the first half against the second would be no noise."""
+    dark, bright = images(60), images(60, shift=0.5, seed=1)
+    apart = fidelity(dark, bright, Projection())["fid"]
+    floor = noise_floor(torch.cat([dark, bright]), Projection())
+    assert floor["fid"] < 0.1 * apart
+    assert floor["recall"] > 0.6
+
+
 def test_seeds_decide_and_neither_random_stream_nor_mode_moves():
     feature, random = Projection().train(), torch.get_rng_state()
     fake, true = images(30, seed=1), images(30)

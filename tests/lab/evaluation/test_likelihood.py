@@ -104,6 +104,23 @@ def test_active_units_follow_the_variance_of_the_posterior_mean():
     assert "perplexity" not in result
 
 
+@pytest.mark.parametrize(("variance", "active"), [(0.009, 0), (0.011, 2), (0.019, 2)])
+def test_a_unit_is_active_from_a_variance_of_a_hundredth_on(variance, active):
+    """The threshold of Burda et al. 2016, section 5.2; twice of it is another measure."""
+
+    class Given(nn.Module):
+        def posterior(self, x):
+            return x, torch.zeros_like(x)
+
+        def elbo_terms(self, x, *, generator):
+            del generator
+            return x[:, 0], x[:, 0]
+
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).double()
+    x = (x - x.mean(0)) / x.std(0) * variance**0.5
+    assert likelihood(Given(), x)["active_units"] == active
+
+
 class Tokens(nn.Module):
     """Every token costs log(8) nats, whatever is asked."""
 

@@ -1,7 +1,11 @@
 """The verdict in words: what it was held against, and by which limit."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from lightning_compress.lab.evaluation.verdict import verdict as judged
+from lightning_compress.lab.report.pooled import pooled_verdicts
 from lightning_compress.lab.report.wording import headline, notes, verdict_of
 
 BASE = {"model": "vae", "data": "digits", "ratio": 0.5, "dense": {}, "compressed": {}}
@@ -44,6 +48,74 @@ def test_difference_is_taken_from_the_mean_over_seeds():
 def test_clauses(changes, spread, clause):
     results = {**BASE, "baseline_spread": spread, "verdict": verdict(**changes)}
     assert headline(results).endswith(clause)
+
+
+def pairs(count, shift, *, kl=9.0, recall=0.8):
+    """A verdict over pairs whose −ELBO differs by `shift`, give or take a little."""
+    dense = [{"neg_elbo": 240.0 + n, "kl": kl, "recall": 0.8 + 0.01 * n} for n in range(count)]
+    compressed = [
+        {"neg_elbo": one["neg_elbo"] + shift + 0.01 * (n % 2), "kl": kl, "recall": recall}
+        for n, one in enumerate(dense)
+    ]
+    found = judged("neg_elbo", dense, compressed, irreducible=189.86)
+    info = {"neg_elbo": {"label": "−ELBO (nats)", "better": "lower"}}
+    return {**BASE, "verdict": found.record(), "metric_info": info}
+
+
+@pytest.mark.parametrize(
+    ("results", "word", "clause", "said"),
+    [
+        (pairs(5, 0.1), "Established", "no loss established (5 pairs)", "No loss: established"),
+        (
+            pairs(1, 0.1),
+            "Not established",
+            "(−ELBO (nats) worse by 0.1000, 1 pair of the 5 seeds that it takes)",
+            "No loss: not established",
+        ),
+        (pairs(5, 9.0), "Worse", "(−ELBO (nats) worse by 9.00)", "Worse than the dense baseline"),
+        (
+            pairs(5, 0.1, kl=0.01),
+            "Not established",
+            "dense baseline: posterior collapsed: KL 0.01 nats",
+            "No loss: not established",
+        ),
+    ],
+)
+def test_a_paired_verdict_in_words(results, word, clause, said):
+    found = verdict_of(results)
+    assert (found.word, found.banner) == (word, said)
+    assert clause in headline(results)
+
+
+def test_error_bounds_margin_and_falls_stand_in_one_sentence():
+    text = verdict_of(pairs(5, 0.1, recall=0.7)).sentence
+    assert text.count(". ") == 0
+    for part in (
+        "242.0 (mean over dense seeds) dense",
+        "worse by 0.104 (standard error 0.00245, n = 5 pairs, one-sided 95 % bounds",
+        "margin 1.04 = 2 % of the reducible part",
+        "+0.199 % of what a model can influence (189.9 are irreducible)",
+        "recall fell by 0.120 (standard deviation over dense seeds 0.0158)",
+    ):
+        assert part in text, text
+    assert "spread unknown" in verdict_of(pairs(1, 0.1, recall=0.7)).sentence
+
+
+def test_runs_that_differ_in_the_seed_alone_are_judged_together():
+    runs = []
+    for seed in range(5):
+        dense, compressed = ({"neg_elbo": 240.0 + 9 * seed + more} for more in (0, 0.1))
+        found = judged("neg_elbo", [dense], [compressed], irreducible=189.86).record()
+        sides = {"dense": {"quality": dense}, "compressed": {"quality": compressed}}
+        results = {**BASE, **sides, "seed": seed, "verdict": found}
+        runs.append(SimpleNamespace(results=results))
+    (one,) = pooled_verdicts(runs)
+    assert one.decided == "established"
+    assert "n = 5 pairs" in one.sentence
+    assert pooled_verdicts([*runs[:1], *runs[:1]]) == []  # the same seed is no pair more
+    runs[0].results["compression"] = {"prune": {}}
+    (one,) = pooled_verdicts(runs)
+    assert "n = 4 pairs" in one.sentence
 
 
 @pytest.mark.parametrize(
