@@ -96,6 +96,11 @@ bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; r
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl; \
 	$(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl docs/quantization.md $(TOLD)
 
+bench-deploy: $(READY)  ## sizes and speeds of the files one generator ships as; extras make more rows
+	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino,web,executorch,coreml,litert]"; \
+	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl; \
+	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl docs/deployment.md $(TOLD)
+
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \
 	$(BIN)/python experiments/benchmarks/bench_allocation.py outputs/bench/allocation.jsonl $(TOLD)
