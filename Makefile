@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants clean
+.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
@@ -28,6 +28,11 @@ test-faults: $(READY)  ## kill -9, full and read-only disks, signals, dying proc
 
 test-gpu: $(READY)  ## what needs a CUDA device, and the checks of devices that need none
 	$(BIN)/python -m pytest -rs tests/gpu
+
+test-web: $(READY)  ## a compressed generator's page in headless Chromium (needs npm and chromium)
+	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,web]"; \
+	if command -v npm > /dev/null; then npm install --silent --no-package-lock --prefix experiments/web; fi; \
+	$(BIN)/python -m pytest -rs -n 0 tests/web $(TOLD)
 
 bench-gpu: $(READY)  ## a step with each callback over one without, on a CUDA device
 	$(BIN)/python experiments/bench_gpu.py
@@ -94,6 +99,11 @@ bench-channels: $(READY)  ## channel pruning beside its peers, and its latency (
 bench-quantization: $(READY)  ## quality and size by scheme and bits (an hour; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl; \
 	$(BIN)/python experiments/benchmarks/bench_quantization.py outputs/bench/quantization.jsonl docs/quantization.md $(TOLD)
+
+bench-deploy: $(READY)  ## sizes and speeds of the files one generator ships as; extras make more rows
+	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino,web,executorch,coreml,litert]"; \
+	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl; \
+	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl docs/deployment.md $(TOLD)
 
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lightning_compress.channels.student import initialize_from_teacher
     from lightning_compress.conversion.checks import Parity
     from lightning_compress.conversion.export import OnnxInfo, export_onnx
+    from lightning_compress.conversion.mobile import MobileInfo, export_mobile
+    from lightning_compress.conversion.quantized_program import quantized_program
     from lightning_compress.conversion.session import onnx_session
     from lightning_compress.distillation.discriminator_losses import Perceptual, TeacherScore
     from lightning_compress.distillation.losses import StepKL
@@ -88,6 +90,7 @@ __all__ = [
     "KnowledgeDistillation",
     "Linear",
     "MissingExtraError",
+    "MobileInfo",
     "OnlineTeacher",
     "OnnxInfo",
     "Pair",
@@ -112,6 +115,7 @@ __all__ = [
     "ThresholdPruning",
     "apply_compression",
     "compression_state",
+    "export_mobile",
     "export_onnx",
     "fake_quantized",
     "initialize_from_teacher",
@@ -124,6 +128,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
+    "quantized_program",
     "read_arrays",
     "read_tensors",
     "rebuild_channels",
@@ -148,6 +153,8 @@ _HOMES = {
     "channels.student": "initialize_from_teacher",
     "conversion.checks": "Parity",
     "conversion.export": "export_onnx OnnxInfo",
+    "conversion.mobile": "export_mobile MobileInfo",
+    "conversion.quantized_program": "quantized_program",
     "conversion.session": "onnx_session",
     "distillation.discriminator_losses": "Perceptual TeacherScore",
     "distillation.losses": "StepKL",
