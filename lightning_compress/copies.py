@@ -1,17 +1,61 @@
-"""Untrained weights that belong to trained ones: averages kept by hand, bases under adapters."""
+"""Copies of modules, and untrained weights that belong to trained ones: averages, LoRA's bases."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Copy", "adapters", "frozen_copies"]
+__all__ = ["Copy", "adapters", "copyable", "frozen_copies", "plain_copy"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _ALIKE = 0.5  # cosine from which weights are an average of others; unrelated ones are near 0
+
+
+@contextmanager
+def copyable(*modules: nn.Module) -> Iterator[None]:
+    """Modules that can be copied: computed tensors that they hold are cut from their graphs.
+
+    The older `torch.nn.utils.weight_norm` and `spectral_norm` hang the weight of the last forward
+    pass on the layer, with its graph, which torch refuses to copy. Each pass computes it anew.
+    """
+    held = [
+        (attributes, name, value)
+        for module in modules
+        for one in module.modules()
+        for attributes in (one.__dict__, one._buffers)
+        for name, value in attributes.items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for attributes, name, value in held:
+        attributes[name] = value.detach().clone()
+    try:
+        yield
+    finally:
+        for attributes, name, value in held:
+            attributes[name] = value
+
+
+def plain_copy(module: Module) -> Module:
+    """A copy of a module that has been run: `copy.deepcopy` refuses what the older norms leave.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     layer = nn.utils.weight_norm(nn.Linear(2, 1))
+    >>> _ = layer(torch.zeros(1, 2))
+    >>> plain_copy(layer).weight.requires_grad
+    False
+    """
+    with copyable(module):
+        return copy.deepcopy(module)
 
 
 @dataclass(frozen=True)
