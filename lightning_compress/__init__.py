@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lightning_compress.conversion.checks import Parity
     from lightning_compress.conversion.export import OnnxInfo, export_onnx
     from lightning_compress.conversion.session import onnx_session
+    from lightning_compress.copies import copy_module
     from lightning_compress.distillation.discriminator_losses import Perceptual, TeacherScore
     from lightning_compress.distillation.losses import StepKL
     from lightning_compress.distillation.pairs import Pair, Ramp
@@ -112,6 +113,7 @@ __all__ = [
     "ThresholdPruning",
     "apply_compression",
     "compression_state",
+    "copy_module",
     "export_onnx",
     "fake_quantized",
     "initialize_from_teacher",
@@ -164,6 +166,7 @@ _HOMES = {
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",
     "schedules": "Constant Cosine Linear Polynomial Staircase",
     "state": "compression_state CompressionState",
+    "copies": "copy_module",
     "targets": "sparsity",
 }
 __version__: str  # found when it is asked for

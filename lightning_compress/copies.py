@@ -6,13 +6,13 @@ import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Copy", "adapters", "copyable", "frozen_copies", "plain_copy"]
+__all__ = ["Copy", "adapters", "copy_module", "copyable", "frozen_copies"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,16 +26,16 @@ def copyable(*modules: nn.Module) -> Iterator[None]:
     The older `torch.nn.utils.weight_norm` and `spectral_norm` hang the weight of the last forward
     pass on the layer, with its graph, which torch refuses to copy. Each pass computes it anew.
     """
-    held = [
+    held: list[tuple[Any, str, Any]] = [
         (attributes, name, value)
         for module in modules
         for one in module.modules()
         for attributes in (one.__dict__, one._buffers)
         for name, value in attributes.items()
-        if isinstance(value, Tensor) and not value.is_leaf
+        if any(map(_is_computed, value if isinstance(value, list) else [value]))
     ]
     for attributes, name, value in held:
-        attributes[name] = value.detach().clone()
+        attributes[name] = [*map(_cut, value)] if isinstance(value, list) else _cut(value)
     try:
         yield
     finally:
@@ -43,7 +43,15 @@ def copyable(*modules: nn.Module) -> Iterator[None]:
             attributes[name] = value
 
 
-def plain_copy(module: Module) -> Module:
+def _is_computed(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
+def _cut(value: Any) -> Any:
+    return value.detach().clone() if _is_computed(value) else value
+
+
+def copy_module(module: Module) -> Module:
     """A copy of a module that has been run: `copy.deepcopy` refuses what the older norms leave.
 
     >>> import warnings
@@ -51,7 +59,7 @@ def plain_copy(module: Module) -> Module:
     ...     warnings.simplefilter("ignore")
     ...     layer = nn.utils.weight_norm(nn.Linear(2, 1))
     >>> _ = layer(torch.zeros(1, 2))
-    >>> plain_copy(layer).weight.requires_grad
+    >>> copy_module(layer).weight.requires_grad
     False
     """
     with copyable(module):

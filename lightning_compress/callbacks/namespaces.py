@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -141,4 +141,4 @@ class BothNamespaces:
 
 
 def _blank(written: type) -> Any:
-    return written.__new__(written)
+    return cast(Any, written).__new__(written)
