@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_compress.conversion.mobile import MobileInfo, export_mobile
     from lightning_compress.conversion.quantized_program import quantized_program
     from lightning_compress.conversion.session import onnx_session
+    from lightning_compress.copies import copy_module
     from lightning_compress.distillation.discriminator_losses import Perceptual, TeacherScore
     from lightning_compress.distillation.losses import StepKL
     from lightning_compress.distillation.pairs import Pair, Ramp
@@ -115,6 +116,7 @@ __all__ = [
     "ThresholdPruning",
     "apply_compression",
     "compression_state",
+    "copy_module",
     "export_mobile",
     "export_onnx",
     "fake_quantized",
@@ -156,6 +158,7 @@ _HOMES = {
     "conversion.mobile": "export_mobile MobileInfo",
     "conversion.quantized_program": "quantized_program",
     "conversion.session": "onnx_session",
+    "copies": "copy_module",
     "distillation.discriminator_losses": "Perceptual TeacherScore",
     "distillation.losses": "StepKL",
     "distillation.pairs": "Pair Ramp",

@@ -1,17 +1,69 @@
-"""Untrained weights that belong to trained ones: averages kept by hand, bases under adapters."""
+"""Copies of modules, and untrained weights that belong to trained ones: averages, LoRA's bases."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-__all__ = ["Copy", "adapters", "frozen_copies"]
+__all__ = ["Copy", "adapters", "copy_module", "copyable", "frozen_copies"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _ALIKE = 0.5  # cosine from which weights are an average of others; unrelated ones are near 0
+
+
+@contextmanager
+def copyable(*modules: nn.Module) -> Iterator[None]:
+    """Modules that can be copied: computed tensors that they hold are cut from their graphs.
+
+    The older `torch.nn.utils.weight_norm` and `spectral_norm` hang the weight of the last forward
+    pass on the layer, with its graph, which torch refuses to copy. Each pass computes it anew.
+    """
+    held: list[tuple[Any, str, Any]] = [
+        (attributes, name, value)
+        for module in modules
+        for one in module.modules()
+        for attributes in (one.__dict__, one._buffers)
+        for name, value in attributes.items()
+        if any(map(_is_computed, value if isinstance(value, list) else [value]))
+    ]
+    for attributes, name, value in held:
+        attributes[name] = [*map(_cut, value)] if isinstance(value, list) else _cut(value)
+    try:
+        yield
+    finally:
+        for attributes, name, value in held:
+            attributes[name] = value
+
+
+def _is_computed(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
+def _cut(value: Any) -> Any:
+    return value.detach().clone() if _is_computed(value) else value
+
+
+def copy_module(module: Module) -> Module:
+    """A copy of a module that has been run: `copy.deepcopy` refuses what the older norms leave.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     layer = nn.utils.weight_norm(nn.Linear(2, 1))
+    >>> _ = layer(torch.zeros(1, 2))
+    >>> copy_module(layer).weight.requires_grad
+    False
+    """
+    with copyable(module):
+        return copy.deepcopy(module)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_compress.copies import adapters, frozen_copies
 from lightning_compress.deployment import deployed_part, unnamed_networks
@@ -22,7 +24,10 @@ __all__ = [
     "Target",
     "clean_path",
     "deployed_part",
+    "is_normed",
     "left_out",
+    "magnitude_path",
+    "older_norm",
     "select",
     "sparsity",
     "split_path",
@@ -103,6 +108,45 @@ def split_path(path: str) -> tuple[str, str]:
     at = parts.index("parametrizations") if "parametrizations" in parts[:-1] else len(parts) - 1
     name = parts[at + 1] if at + 1 < len(parts) else parts[at]
     return ".".join(parts[:at]), name
+
+
+def magnitude_path(path: str) -> str:
+    """Where a weight_norm keeps the magnitudes beside its directions; empty for other parameters.
+
+    >>> magnitude_path("net.0.parametrizations.weight.original1"), magnitude_path("net.0.weight_v")
+    ('net.0.parametrizations.weight.original0', 'net.0.weight_g')
+    >>> magnitude_path("net.0.weight")
+    ''
+    """
+    for directions, magnitudes in ((".original1", ".original0"), ("_v", "_g")):
+        if path.endswith(directions):
+            return path.removesuffix(directions) + magnitudes
+    return ""
+
+
+def is_normed(path: str) -> bool:
+    """Whether a parameter is what a parametrization, or an older norm, computes a weight from.
+
+    >>> is_normed("0.parametrizations.weight.original"), is_normed("0.weight_orig"), is_normed("w")
+    (True, True, False)
+    """
+    return ".parametrizations." in path or path.endswith(("_orig", "_v", "_g"))
+
+
+def older_norm(layer: nn.Module, name: str = "weight") -> WeightNorm | SpectralNorm | None:
+    """The hook of the older weight_norm or spectral_norm that computes a layer's weight, if any.
+
+    >>> older_norm(nn.utils.spectral_norm(nn.Linear(2, 2))).name
+    'weight'
+    """
+    return next(
+        (
+            hook
+            for hook in layer._forward_pre_hooks.values()
+            if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name
+        ),
+        None,
+    )
 
 
 def clean_path(path: str) -> str:

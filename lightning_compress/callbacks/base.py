@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
+from lightning_compress.callbacks.namespaces import (
+    averages_weights,
+    is_multiprocessing_launcher,
+    overrides,
+)
 from lightning_compress.callbacks.spawned import bring_results_back, results_come_back
 from lightning_compress.channels.following import FollowedCopies
 from lightning_compress.channels.resize import rebuild_channels
@@ -85,7 +87,7 @@ def is_trial_run(trainer: Trainer) -> bool:
 
 def builds_layers_later(module: LightningModule) -> bool:
     """Whether a module may get its layers, or the sizes of lazy ones, after callbacks' `setup`."""
-    return any(is_overridden(hook, module) for hook in ("setup", "configure_model"))
+    return any(overrides(hook, module) for hook in ("setup", "configure_model"))
 
 
 def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -541,7 +543,7 @@ def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
 
 
 def _tell_of_spawned(trainer: Trainer) -> None:
-    spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    spawned = is_multiprocessing_launcher(trainer.strategy.launcher)
     if spawned and not results_come_back():
         rank_zero_warn(
             "the fit runs in processes of its own, from which this version of Lightning brings "
@@ -616,7 +618,7 @@ def _refuse_plain_averaging(trainer: Trainer) -> None:
     from lightning_compress.callbacks.projected_ema import ProjectedEMA
 
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        plain = isinstance(callback, (WeightAveraging, StochasticWeightAveraging))
+        plain = averages_weights(callback)
         if plain and not isinstance(callback, ProjectedEMA):
             raise TargetError(
                 f"{type(callback).__name__} averages weights away from their masks and grids: "

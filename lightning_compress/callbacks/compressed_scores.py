@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_compress.callbacks.namespaces import BothNamespaces
+
 __all__ = ["CompressedCheckpoint", "CompressedEarlyStopping", "Scheduled", "unfinished_schedules"]
 
 
@@ -37,7 +39,7 @@ def unfinished_schedules(trainer: Trainer) -> list[str]:
     ]
 
 
-class CompressedCheckpoint(ModelCheckpoint):
+class CompressedCheckpoint(BothNamespaces, ModelCheckpoint):
     """Lightning's ModelCheckpoint that compares scores of compressed models alone.
 
     Until every compression schedule has ended (pruning at its `end`, quantization at its `freeze`,
@@ -88,7 +90,7 @@ class CompressedCheckpoint(ModelCheckpoint):
         self._save_checkpoint(trainer, self.best_model_path)
 
 
-class CompressedEarlyStopping(EarlyStopping):
+class CompressedEarlyStopping(BothNamespaces, EarlyStopping):
     """Lightning's EarlyStopping that counts its patience from when every schedule has ended.
 
     A score that is NaN or infinite still stops a run at once (`check_finite`).

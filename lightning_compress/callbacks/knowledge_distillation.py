@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import builds_layers_later, check_run_ends, run_progress
+from lightning_compress.channels.calls import CalledNetworks, few_rows
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import shrink
 from lightning_compress.channels.student import initialize_from_teacher
@@ -19,6 +20,7 @@ from lightning_compress.distillation.pairs import (
     Weight,
     check_weight,
     in_fractions,
+    inner_pair,
     make_pairs,
     weight_at,
 )
@@ -31,6 +33,8 @@ from lightning_compress.distillation.teachers import (
     load_teacher,
     prepare_teacher,
 )
+from lightning_compress.errors import TargetError
+from lightning_compress.targets import clean_path
 
 __all__ = ["KnowledgeDistillation"]
 
@@ -100,6 +104,8 @@ class KnowledgeDistillation(Callback):
         self._loaded: dict[str, Any] | None = None
         self._module: nn.Module | None = None
         self._warned: set[str] = set()
+        self._inner: list[tuple[str, str]] = []  # (pair, what of it is taught), where that is told
+        self._calls: dict[str, CalledNetworks] = {}  # by the name of each pair
 
     @property
     def state_key(self) -> str:
@@ -119,7 +125,7 @@ class KnowledgeDistillation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the student's modules and their optimizers."""
-        if any(hasattr(one, "_orig_mod") or one._compiled_call_impl for one in pl_module.modules()):
+        if _is_compiled(pl_module):
             torch.compiler.reset()  # compiled code does not notice new hooks
         self.session = self._session(pl_module, rank=trainer.global_rank)
         if any(in_fractions(weight) for weight in self._weights()):
@@ -127,16 +133,95 @@ class KnowledgeDistillation(Callback):
         if self.initialize and trainer.ckpt_path is None:
             for paired in self.session.paired_modules:
                 initialize_from_teacher(paired.student, paired.teacher)
-        self.session.attach(trainer.optimizers, adapter_lr=self.adapter_lr)
-        for parameter in self.session.adapter_parameters() if trainer.world_size > 1 else ():
-            with torch.no_grad():
-                parameter.copy_(trainer.strategy.broadcast(parameter.detach()))
+        self._attach(trainer)
+        self._inner = []
+        self._watch(pl_module)
         self._warned = set()
         pairs = [
             f"{paired.pair.student!r} from {paired.pair.teacher!r}"
             for paired in self.session.paired_modules
         ]
         rank_zero_info(f"{self.state_key}: {', '.join(pairs)}")
+
+    def _attach(self, trainer: Trainer) -> None:
+        assert self.session is not None
+        self.session.attach(trainer.optimizers, adapter_lr=self.adapter_lr)
+        for parameter in self.session.adapter_parameters() if trainer.world_size > 1 else ():
+            with torch.no_grad():
+                parameter.copy_(trainer.strategy.broadcast(parameter.detach()))
+
+    def _watch(self, student: LightningModule) -> None:
+        """See which networks are called, until each module's optimizer has made a step."""
+        assert self.session is not None
+        if _is_compiled(student):
+            return
+        names = {id(one): path for path, one in student.named_modules()}
+        for paired in self.session.paired_modules:
+            path = names[id(paired.student)]
+            inside = [
+                ".".join(filter(None, (path, name)))
+                for name, _ in paired.student.named_parameters()
+            ]
+            self._calls[paired.pair.name] = CalledNetworks(
+                student, inside, keep=few_rows, within=path
+            )
+
+    def _descend(self, trainer: Trainer, student: LightningModule) -> None:
+        """Pair what was called inside modules that were used through a method, never called.
+
+        Raises:
+            TargetError: where nothing was called inside, or the pair says more than paths.
+        """
+        assert self.session is not None
+        pairs: list[Pair] = []
+        steps: list[int] = []
+        told: list[tuple[str, str]] = []
+        inputs: dict[str, Any] = {}
+        for paired, step in zip(self.session.paired_modules, self.session.steps, strict=True):
+            pair = paired.pair
+            done = self._calls.pop(pair.name, None) if step else None
+            roots = {} if done is None else done.roots()
+            called = [pair.student] if done is None else [clean_path(one) for one in roots]
+            inputs |= dict(zip(called, roots.values(), strict=False))
+            if done is not None:
+                done.stop()
+            inner = [] if pair.student in called else called
+            if done is not None and pair.student not in called:
+                _check_inner(self.state_key, pair, inner)
+                rank_zero_info(
+                    f"{self.state_key}: {pair.student or 'the module'!r} itself is never called: "
+                    f"{', '.join(inner)} inside it are taught"
+                )
+            told += [(pair.student, one) for one in inner or [pair.student]]
+            pairs += [inner_pair(pair, one) for one in inner] or [pair]
+            steps += [step] * max(len(inner), 1)
+        if len(pairs) > len(self.session.paired_modules) or told != self._named(told):
+            self._pair_anew(trainer, student, pairs, inputs)
+            self._inner, self.session.steps = told, steps
+
+    @staticmethod
+    def _named(told: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(one, one) for one, _ in told]
+
+    def _stop_watching(self) -> None:
+        for calls in self._calls.values():
+            calls.stop()
+        self._calls = {}
+
+    def _pair_anew(
+        self,
+        trainer: Trainer,
+        student: LightningModule,
+        pairs: list[Pair],
+        inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        old = self.session
+        assert old is not None
+        old.remove()
+        self.session = self._make_session(
+            pairs, student, old.teacher, live=old.live, rank=trainer.global_rank, inputs=inputs
+        )
+        self._attach(trainer)
 
     def _session(self, student: LightningModule, *, rank: int) -> Session:
         given, live = self.teacher, None
@@ -149,6 +234,18 @@ class KnowledgeDistillation(Callback):
         pairs = make_pairs(self.pairs, student, teacher, self.losses)
         check_stranger(teacher, student, [pair.student for pair in pairs])
         prepare_teacher(teacher, student)
+        return self._make_session(pairs, student, teacher, live=live, rank=rank)
+
+    def _make_session(
+        self,
+        pairs: list[Pair],
+        student: LightningModule,
+        teacher: nn.Module,
+        *,
+        live: LiveTeacher | None,
+        rank: int,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Session:
         return Session(
             pairs,
             student,
@@ -157,6 +254,7 @@ class KnowledgeDistillation(Callback):
             temperature=self.temperature,
             balance=self.balance is not None,
             rank=rank,
+            inputs=inputs,
         )
 
     @property
@@ -169,9 +267,17 @@ class KnowledgeDistillation(Callback):
         assert self.session is not None
         return [self.weight, *(paired.pair.weight for paired in self.session.paired_modules)]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint."""
         if self._loaded is not None and self.session is not None:
+            if inner := self._loaded.get("inner"):
+                known = {paired.pair.student: paired.pair for paired in self.session.paired_modules}
+                pairs = [
+                    inner_pair(known[of], one) if of != one else known[of] for of, one in inner
+                ]
+                self._pair_anew(trainer, pl_module, pairs)
+                self._inner = inner
+                self._stop_watching()
             self.session.load_state_dict(self._loaded)
         self._loaded = None
 
@@ -214,7 +320,7 @@ class KnowledgeDistillation(Callback):
 
     def on_train_batch_end(
         self,
-        trainer: Trainer,  # noqa: ARG002
+        trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
@@ -225,6 +331,8 @@ class KnowledgeDistillation(Callback):
         self.session.end_batch()
         for name, value in self.session.read_values().items():
             pl_module.log(f"{self.name}/{name}", value, batch_size=1)
+        if self._calls:
+            self._descend(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Say so when a pair has not taught anything."""
@@ -241,7 +349,10 @@ class KnowledgeDistillation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, adapters and their optimizers, a teacher that changes; no frozen teacher."""
-        return {} if self.session is None else self.session.state_dict()
+        if self.session is None:
+            return {}
+        state = self.session.state_dict()
+        return {**state, "inner": list(self._inner)} if self._inner else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
@@ -249,6 +360,7 @@ class KnowledgeDistillation(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remove the hooks and drop the adapters."""
+        self._stop_watching()
         if self.session is not None:
             self.session.remove()
             self.session = None
@@ -260,5 +372,25 @@ class KnowledgeDistillation(Callback):
         exception: BaseException,  # noqa: ARG002
     ) -> None:
         """Remove the hooks; the state stays for a checkpoint of what broke."""
+        self._stop_watching()
         if self.session is not None:
             self.session.remove()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl for one in module.modules())
+
+
+def _check_inner(key: str, pair: Pair, inner: Sequence[str]) -> None:
+    """Check that what was called inside a pair's module can take its place."""
+    what = f"{key}: {pair.student or 'the module'!r} itself is never called"
+    if not inner:
+        raise TargetError(
+            f"{what}, nor a layer inside it: nothing can be distilled. Does the training step call "
+            "modules themselves, not functions of their weights? Give pairs=[...] with their paths"
+        )
+    if pair.features or pair.prior or pair.inputs or pair.adapter:
+        raise TargetError(
+            f"{what}, but {list(inner)} inside it are: name them in pairs=[...], with the "
+            "features, prior, inputs or adapters that you have given for it"
+        )

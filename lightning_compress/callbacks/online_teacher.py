@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_compress.callbacks.namespaces import is_lightning_module
 from lightning_compress.distillation.teachers import LiveTeacher, load_teacher
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import own_random_stream
@@ -74,12 +75,13 @@ class OnlineTeacher(LiveTeacher):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             twin = self._build(student)
-        if not isinstance(twin, LightningModule):
+        if not is_lightning_module(twin):
             raise TargetError(
                 f"{type(twin).__name__} is no LightningModule: it cannot train itself"
             )
-        self._twin, self._fabric = twin, None
-        self._free = [one for one in twin.parameters() if one.requires_grad]
+        if twin is not self._twin:  # a given one is frozen since it was started last
+            self._free = [one for one in twin.parameters() if one.requires_grad]
+        self._twin, self._fabric = cast(LightningModule, twin), None
         return twin
 
     def _build(self, student: nn.Module) -> nn.Module:

@@ -11,9 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from lightning_compress.callbacks.namespaces import overrides
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import match_channels, shrink
+from lightning_compress.copies import copyable
 from lightning_compress.errors import TargetError
 from lightning_compress.lcz.restoring import STATE, pack_state
 from lightning_compress.projection import Projector
@@ -46,6 +49,21 @@ class ProjectedEMA(EMAWeightAveraging):
         self._raw: dict[str, Tensor] = {}
         self._projector: Projector | None = None
         self._finished: dict[str, Tensor] | None = None  # the model of a checkpoint, until training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the module, of either name of Lightning, and whatever its layers hold."""
+        with copyable(pl_module):
+            if stage != "fit" or isinstance(pl_module, LightningModule):
+                super().setup(trainer, pl_module, stage)
+                return
+            if overrides("configure_model", pl_module):
+                pl_module.configure_model()
+            self._average_model = AveragedModel(
+                pl_module,
+                device=self._device or pl_module.device,
+                use_buffers=self._use_buffers,
+                **self._kwargs,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remember the projector: it is gone from the module when training has ended.

@@ -8,7 +8,6 @@ from math import inf
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from lightning_compress.budget.search import (
     recent,
 )
 from lightning_compress.callbacks.base import check_run_ends, is_trial_run, run_progress
+from lightning_compress.callbacks.namespaces import averages_weights
 from lightning_compress.callbacks.rollback import (
     Memory,
     bytes_now,
@@ -58,7 +58,7 @@ def check_company(owner: Any, others: Sequence[Any]) -> None:
     """
     if refused := [one.state_key for one in others if isinstance(one, ThresholdPruning)]:
         raise TargetError(f"{owner.state_key} cannot steer {refused}: use GradualPruning")
-    averaging = [one for one in others if isinstance(one, WeightAveraging)]
+    averaging = [one for one in others if averages_weights(one, swa=False)]
     if averaging and others.index(averaging[0]) < others.index(owner):
         kind = type(averaging[0]).__name__
         raise TargetError(f"list {owner.state_key} before {kind}, which ends a run with its own")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from lightning_compress.budget.levers import Steerable
@@ -23,6 +22,7 @@ from lightning_compress.budget.snapshot import (
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.callbacks.namespaces import averages_weights
 from lightning_compress.callbacks.protocols import FollowsReturn
 from lightning_compress.callbacks.quantization_aware_training import (
     PostTrainingQuantization,
@@ -126,7 +126,7 @@ def _averages(trainer: Trainer) -> list[tuple[nn.Module, str]]:
     """Copies of the model that hold averages of it, and what their names begin with."""
     found: list[tuple[nn.Module, str]] = []
     for one in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(one, WeightAveraging) and one._average_model is not None:
+        if averages_weights(one, swa=False) and one._average_model is not None:
             found.append((one._average_model, "module."))
         elif isinstance(one, KnowledgeDistillation) and one.average is not None:
             found.append((one.average, ""))

@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_compress.callbacks.namespaces import launcher_classes
 from lightning_compress.lcz.restoring import STATE, attach_state, pack_state
 from lightning_compress.state import compression_state
 
@@ -38,14 +38,18 @@ class Reports(Protocol):
 
 def results_come_back() -> bool:
     """Whether Lightning's launcher has the two methods that are extended here."""
-    return all(callable(getattr(_MultiProcessingLauncher, name, None)) for name in _HOOKS)
+    launchers = launcher_classes()
+    return all(callable(getattr(one, name, None)) for one in launchers for name in _HOOKS)
 
 
 def bring_results_back() -> None:
-    """Have the launcher carry results; once a process, from the first callback on."""
-    launcher: Any = _MultiProcessingLauncher
-    if not results_come_back() or hasattr(launcher.get_extra_results, _KEY):
-        return
+    """Have the launchers carry results; once a process, from the first callback on."""
+    for launcher in launcher_classes() if results_come_back() else ():
+        if not hasattr(launcher.get_extra_results, _KEY):
+            _extend(launcher)
+
+
+def _extend(launcher: Any) -> None:
     collect, recover = (getattr(launcher, name) for name in _HOOKS)
 
     @functools.wraps(collect)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +18,7 @@ from lightning_compress.targets import Target, clean_path
 __all__ = [
     "CalledNetworks",
     "SampleInputs",
+    "few_rows",
     "place_inputs",
 ]
 _INSIDE = ("_orig_mod", "parametrizations")  # what is below is not called by name
@@ -38,6 +41,7 @@ class CalledNetworks:
         module: the whole.
         targets: paths of the parameters that are looked for.
         keep: what to keep of the arguments of a call.
+        within: path of a network; what is around it is not looked at.
 
     >>> import torch
     >>> whole = nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))})
@@ -52,30 +56,43 @@ class CalledNetworks:
     """
 
     def __init__(
-        self, module: nn.Module, targets: Sequence[str], *, keep: Callable[[Any], Any]
+        self,
+        module: nn.Module,
+        targets: Sequence[str],
+        *,
+        keep: Callable[[Any], Any],
+        within: str = "",
     ) -> None:
         self.targets, self._keep = list(targets), keep
         self._inputs: dict[str, Any] = {}
         self._outermost: set[str] = set()
         self._compiled: set[str] = set()
-        self._inside = 0
+        self._inside: list[bool] = []  # whether each call counts
+        self._within, self._forward = within, module.get_submodule(within).forward
         self._handles: list[Any] = []
         for path in _holders(targets):
+            if path != within and not _below(path, within):
+                continue
             layer = module.get_submodule(path)
             if hasattr(layer, "_orig_mod"):
                 self._compiled.add(path)
-            self._handles.append(layer.register_forward_pre_hook(partial(self._enter, path)))
+            enter = partial(self._enter, path)
+            self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, path: str, _layer: nn.Module, args: Any) -> None:
-        if path not in self._inputs:
-            self._inputs[path] = self._keep(args)
-        if not self._inside:
+    def _enter(self, path: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        # Lightning calls a whole LightningModule to redirect to `training_step`; checkpointing
+        # calls what is inside a module again in the backward pass.
+        redirected = path == self._within and layer.forward != self._forward
+        counts = not redirected and torch._C._current_graph_task_id() == -1
+        if counts and path not in self._inputs:
+            self._inputs[path] = self._keep(_positional(layer, args, kwargs))
+        if counts and not any(self._inside):
             self._outermost.add(path)
-        self._inside += 1
+        self._inside.append(counts)
 
     def _leave(self, _layer: nn.Module, _args: Any, _out: Any) -> None:
-        self._inside -= 1
+        self._inside.pop()
 
     def roots(self) -> dict[str, Any]:
         """The inputs of each network so far, by its path."""
@@ -120,8 +137,24 @@ def _below(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
 
 
+def _positional(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call, in the order in which `forward` names them.
+
+    >>> _positional(nn.Linear(2, 1), (), {"input": 3})
+    (3,)
+    """
+    if not kwargs:
+        return args
+    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
+
+
 class SampleInputs:
     """Sample inputs of some modules: known, or taken from the first batch.
+
+    A network that a batch used through a method, or through its layers, is never called itself:
+    those that were called inside take its place.
 
     Args:
         module: the whole.
@@ -133,24 +166,26 @@ class SampleInputs:
         self._found: dict[str, tuple[Any, ...]] = {}
         self._handles: list[Any] = []
         self.roots = list(roots)
-        self._calls: CalledNetworks | None = None
+        self._calls: dict[str, CalledNetworks] = {}
         self.watched = False  # whether the roots are those that were called
+        paths = {
+            root: [one.path for one in targets if _innermost(one.path, roots) == root]
+            for root in roots
+        }
         for root in self.roots:
             part = module.get_submodule(root)
             known = sample_inputs(module, clean_path(root), part)
             if known is not None:
                 self._found[root] = known
                 continue
+            self._calls[root] = CalledNetworks(module, paths[root], keep=few_rows, within=root)
             if not root:
-                others = tuple(f"{one}." for one in roots if one)
-                paths = [one.path for one in targets if not one.path.startswith(others)]
-                self._calls = CalledNetworks(module, paths, keep=_few)
                 continue
 
-            def look(_module: nn.Module, args: Any, root: str = root) -> None:
-                self._found.setdefault(root, _few(args))
+            def look(layer: nn.Module, args: Any, kwargs: Any, root: str = root) -> None:
+                self._found.setdefault(root, few_rows(_positional(layer, args, kwargs)))
 
-            self._handles.append(part.register_forward_pre_hook(look))
+            self._handles.append(part.register_forward_pre_hook(look, with_kwargs=True))
 
     @property
     def complete(self) -> bool:
@@ -166,21 +201,22 @@ class SampleInputs:
         Raises:
             TargetError: when none was called.
         """
-        if self._calls is None:
-            return []
-        called, missed = self._calls.roots(), self._calls.missed()
-        if not called:
+        waiting = [root for root in self.roots if root not in self._found]
+        calls = {root: self._calls[root].roots() for root in waiting}
+        missed = [path for root in waiting for path in self._calls[root].missed()]
+        if not any((*calls.values(), *self._found)):
             raise TargetError(f"no network was called that holds {missed}. {_WAYS}")
-        self._calls.stop()
-        self._calls, self.watched = None, True
-        self.roots = [*(one for one in self.roots if one), *called]
-        self._found |= called
+        for root, called in calls.items():
+            self._calls.pop(root).stop()
+            self.watched = True
+            self.roots = [*(one for one in self.roots if one != root), *called]
+            self._found |= called
         return missed
 
     def give(self, module: nn.Module, inputs: Mapping[str, Sequence[Any]]) -> None:
         """Inputs of an earlier part of the run, by path, in place of those of a batch to come."""
         self.stop()
-        self._calls, self.roots = None, list(inputs)
+        self._calls, self.roots = {}, list(inputs)
         self._found = place_inputs(module, inputs)
 
     def explain(self, error: TargetError) -> TargetError:
@@ -197,14 +233,20 @@ class SampleInputs:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._calls is not None:
-            self._calls.stop()
+        for calls in self._calls.values():
+            calls.stop()
 
     def __str__(self) -> str:
         return str([root or "the module" for root in self.roots if root not in self._found])
 
 
-def _few(args: Any) -> Any:
+def _innermost(path: str, roots: Sequence[str]) -> str:
+    """The root that a target belongs to."""
+    return max((one for one in roots if _below(path, one)), key=len, default="")
+
+
+def few_rows(args: Any) -> Any:
+    """A few examples of the arguments of a call, without graphs."""
     tensors = [one for one in pytree.tree_leaves(args) if isinstance(one, Tensor)]
     batch = len(tensors[0]) if tensors and tensors[0].dim() else 0
 

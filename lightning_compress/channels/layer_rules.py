@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.channels.trace import Nodes, Trace
+from lightning_compress.targets import older_norm
 
 __all__ = [
     "CELLS",
@@ -140,6 +141,8 @@ def _weights(
     """The path of a weight, or of what it is made of: (path, kind of parametrization)."""
     parametrized = getattr(layer, "parametrizations", None)
     if parametrized is None or name not in parametrized:
+        if older_norm(layer, name) is not None:
+            return _older(trace, layer, name)
         return trace.path_of(getattr(layer, name, None)), []
     steps = parametrized[name]
     kinds = [type(one).__name__ for one in steps]
@@ -151,13 +154,19 @@ def _weights(
     return None, [(None, f"parametrization {kinds}")]
 
 
-def _why_unknown(layer: nn.Module, extra: list[tuple[str | None, str]]) -> str:
-    if extra and extra[0][1].startswith("parametrization"):
-        return extra[0][1]
-    made = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()}
-    if old := made & {"WeightNorm", "SpectralNorm"}:
-        return f"the hooks of {sorted(old)[0]}: use torch.nn.utils.parametrizations"
-    return ""
+def _older(
+    trace: Trace, layer: nn.Module, name: str
+) -> tuple[str | None, list[tuple[str | None, str]]]:
+    """The same for the hooks of the older `torch.nn.utils.weight_norm` and `spectral_norm`."""
+    if f"{name}_g" in layer._parameters:
+        norm = trace.path_of(getattr(layer, f"{name}_g"))
+        return trace.path_of(getattr(layer, f"{name}_v")), [(norm, "norm")]
+    extra = [(trace.path_of(getattr(layer, name + one)), one) for one in ("_u", "_v")]
+    return trace.path_of(getattr(layer, f"{name}_orig")), extra
+
+
+def _why_unknown(extra: list[tuple[str | None, str]]) -> str:
+    return extra[0][1] if extra and extra[0][1].startswith("parametrization") else ""
 
 
 def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
@@ -167,8 +176,8 @@ def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None
     channel = -1 if isinstance(layer, nn.Linear) else (1 if batched else 0)
     axes = list(trace.axes(args[0]))
     weight, extra = _weights(trace, layer)
-    if weight is None or _why_unknown(layer, extra):
-        reason = _why_unknown(layer, extra) or "a weight that is computed"
+    if weight is None or _why_unknown(extra):
+        reason = _why_unknown(extra) or "a weight that is computed"
         trace.dependencies.fix(axes[channel], f"read by {path}, which has {reason}")
         trace.clear_axes(out)
         return
@@ -239,7 +248,8 @@ def _parametrization(
     if name is None:
         return
     if kind == "norm":  # magnitudes, one for each entry of one axis
-        tensor = layer.parametrizations.weight.original0
+        older = older_norm(layer) is not None
+        tensor = layer.weight_g if older else layer.parametrizations.weight.original0
         axis = next((dim for dim, size in enumerate(tensor.shape) if size > 1), None)
         if axis is None:
             return
@@ -249,12 +259,13 @@ def _parametrization(
             trace.dependencies.use(name, axis, read, "through")
         return
     # spectral_norm looks at the weight as a matrix whose rows are the axis `dim`.
-    rows, columns = (
-        (made, read) if layer.parametrizations.weight[0].dim == dims[1] else (read, made)
-    )
+    norm = older_norm(layer)
+    dim = layer.parametrizations.weight[0].dim if norm is None else norm.dim
+    rows, columns = (made, read) if dim == dims[1] else (read, made)
     wanted = rows if kind == "_u" else columns
     if wanted is not None:
-        copies = getattr(layer.parametrizations.weight[0], kind).numel() // len(wanted)
+        holder = layer.parametrizations.weight[0] if norm is None else layer
+        copies = getattr(holder, kind if norm is None else f"weight{kind}").numel() // len(wanted)
         trace.dependencies.use(name, 0, np.repeat(wanted, copies), "through")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept, channel_graph, combine
 from lightning_compress.channels.resize import check_sizes, shrink
 from lightning_compress.channels.trace import Nodes, tensors_in
+from lightning_compress.copies import copy_module
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
 from lightning_compress.projection import select_entries
-from lightning_compress.targets import Target, clean_path
+from lightning_compress.targets import Target, clean_path, magnitude_path
 
 __all__ = [
     "ChannelPlan",
@@ -37,7 +37,7 @@ TOLERANCE = 1e-5
 def _mask_one(values: Tensor, graph: ChannelGraph, path: str, gone: Flags) -> Tensor:
     """A tensor with 0 wherever a unit that goes is made, scaled or read."""
     values = values.clone()
-    magnitudes = path.removesuffix("1") + "0" if path.endswith(".original1") else ""
+    magnitudes = magnitude_path(path)
     for dim in range(values.dim()):
         units = graph.axes.get((path, dim))
         if units is None or not gone[units].any() or (magnitudes, dim) in graph.axes:
@@ -61,8 +61,8 @@ def masked_values(
         for path in sorted(paths)
         if path in tensors
     }
-    for path in [one for one in found if one.endswith(".original1")]:
-        name = path.removesuffix("1") + "0"
+    for path in [one for one in found if magnitude_path(one) in tensors]:
+        name = magnitude_path(path)
         magnitude = found.get(name, tensors[name])
         dims = [dim for dim in range(magnitude.dim()) if magnitude.shape[dim] == 1]
         after, before = (
@@ -76,7 +76,7 @@ def masked_values(
 @torch.no_grad()
 def masked(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module with the units that go set to 0."""
-    twin = copy.deepcopy(module)
+    twin = copy_module(module)
     parameters = dict(twin.named_parameters())
     for path, values in masked_values(parameters, graph, gone).items():
         parameters[path].copy_(values)
@@ -85,7 +85,7 @@ def masked(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
 
 def removed(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module without the units that go."""
-    twin = copy.deepcopy(module)
+    twin = copy_module(module)
     shrink(twin, graph.kept(gone), sized=sizes_after(graph, gone))
     return twin
 
@@ -352,7 +352,7 @@ class ChannelPlan:
         for root, flags in self._split(gone).items():
             part, graph = self.module.get_submodule(root), self.parts[root]
             small = removed(part, graph, flags)
-            twins = (copy.deepcopy(part).eval(), small.eval())
+            twins = (copy_module(part).eval(), small.eval())
             inputs = (self.inputs[root], graph.inputs_of(self.inputs[root], flags))
             pairs.append([_least_times(twins, inputs, repeats)])
         totals = np.array(pairs).sum((0, 1))

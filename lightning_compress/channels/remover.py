@@ -32,6 +32,7 @@ from lightning_compress.pruning.sparsity_groups import make_schedules
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.schedules import Schedule
 from lightning_compress.state import note_removed
+from lightning_compress.targets import is_normed
 
 __all__ = [
     "ChannelBudget",
@@ -143,7 +144,7 @@ class ChannelRemover:
         graph, tensors = self.plan.graph, dict(self.plan.module.named_parameters())
         for (path, dim), units in graph.axes.items():
             gone = leaving[units]
-            if graph.roles[path, dim] != "in" or ".original" in path or not gone.any():
+            if graph.roles[path, dim] != "in" or is_normed(path) or not gone.any():
                 continue  # a parametrization would bring the rest up
             shape = [1] * tensors[path].dim()
             shape[dim] = -1

@@ -16,7 +16,7 @@ from lightning_compress.modes import evaluating
 from lightning_compress.projection import select_entries
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.state import forget_removed, note_removed, removed_channels
-from lightning_compress.targets import split_path
+from lightning_compress.targets import older_norm, split_path
 
 __all__ = [
     "CHANNELS",
@@ -106,6 +106,9 @@ def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None
 def _shape(layer: Any, name: str) -> tuple[int, ...]:
     """The shape of a weight. To compute it in training mode would move spectral_norm's vectors."""
     if not parametrize.is_parametrized(layer, name):
+        if older_norm(layer, name) is not None:  # the attribute is that of the last forward pass
+            free = next(one for one in (f"{name}_orig", f"{name}_v") if one in layer._parameters)
+            return tuple(getattr(layer, free).shape)
         return tuple(getattr(layer, name).shape)
     stored = layer.parametrizations[name]
     if {type(step).__name__ for step in stored} <= _SAME_SHAPE:

@@ -227,7 +227,7 @@ class Trace(TorchFunctionMode):
         handles = []
         for path, layer in self.root.named_modules():
             if self._is_leaf(path, layer):
-                handles.append(layer.register_forward_pre_hook(self._enter))
+                handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
                 leave = partial(self._leave, path)
                 handles.append(layer.register_forward_hook(leave, with_kwargs=True))
         for path, reason in self.tapped.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.int8 import Int8Model
 from lightning_compress.conversion.session import make_session
+from lightning_compress.copies import copy_module
 from lightning_compress.errors import require
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -153,7 +153,7 @@ def check_float(
         session = make_session(data, settings or {})
     half = any(one.dtype == torch.float16 for one in (*module.parameters(), *batches[0]))
     worst, elements = 0.0, 0
-    reference = copy.deepcopy(module).float() if half else module
+    reference = copy_module(module).float() if half else module
     for batch in batches:
         with _naming_version(path):
             values = session.run(None, _feed(session, batch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.blame import explained, user_line
+from lightning_compress.copies import copy_module
 
 __all__ = [
     "onnx_program",
@@ -226,15 +226,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     >>> sorted(plain_copy(layer).state_dict())
     ['bias', 'weight']
     """
-    # The older spectral_norm, and recurrent layers, keep graph tensors, which deepcopy refuses.
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for attribute in vars(part).values()
-        for value in (attribute if isinstance(attribute, list) else [attribute])
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    plain = copy.deepcopy(module, memo).cpu().eval()
+    plain = copy_module(module).cpu().eval()
     for part in list(plain.modules()):
         _remove_parametrizations(part)
         _remove_old_norms(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "find_module",
     "gradient_norm",
     "in_fractions",
+    "inner_pair",
     "make_adapter",
     "make_pairs",
     "weight_at",
@@ -282,12 +283,25 @@ def _one(given: Any, teacher: nn.Module, loss: Any, *, alone: bool) -> Pair:
     return _with_teacher(given, "" if fits else given.student)
 
 
+def inner_pair(pair: Pair, path: str) -> Pair:
+    """The pair of a module inside a pair's, of the same place in the teacher.
+
+    Args:
+        pair: with both its paths.
+        path: of the module in the student.
+
+    >>> inner_pair(Pair("decoder", "net"), "decoder.estimator").teacher
+    'net.estimator'
+    """
+    inside = path.removeprefix(pair.student).removeprefix(".")
+    teacher = pair.student if pair.teacher is None else pair.teacher
+    return replace(pair, student=path, teacher=".".join(filter(None, (teacher, inside))))
+
+
 def deployed_names(module: nn.Module) -> bool:
     """Whether a module is a model of several parts rather than one part."""
     return deployed_part(module) != ("",)
 
 
 def _with_teacher(pair: Pair, teacher: str) -> Pair:
-    from dataclasses import replace
-
     return replace(pair, teacher=teacher)

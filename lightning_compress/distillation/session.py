@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -250,6 +250,7 @@ class Session:
         temperature: of the losses that are given by name.
         balance: whether gradients are scaled to the norm of the user's.
         rank: of this process: each draws its own prior samples.
+        inputs: sample inputs of students' modules, by path, where they are known.
 
     Raises:
         TargetError: for paths that lead nowhere, and sizes that do not match.
@@ -265,6 +266,7 @@ class Session:
         temperature: float = 1.0,
         balance: bool = False,
         rank: int = 0,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self.teacher, self.live = teacher, live
         self.paired_modules = [
@@ -279,11 +281,13 @@ class Session:
         self._handles: list[RemovableHandle] = []
         self.injectors: list[Injector] = []
         for paired, prior in zip(self.paired_modules, self.priors, strict=True):
-            inputs = sample_inputs(student, paired.pair.student, paired.student)
-            if inputs is not None:
+            received = (inputs or {}).get(paired.pair.student)
+            if received is None:
+                received = sample_inputs(student, paired.pair.student, paired.student)
+            if received is not None:
                 if prior is not None:
-                    PriorDraws(1, seed=0)(tuple(inputs))
-                paired.probe(inputs)
+                    PriorDraws(1, seed=0)(tuple(received))
+                paired.probe(received)
             elif paired.pair.features:
                 raise TargetError(
                     f"the pair of {paired.pair.student!r} has features, whose sizes are not known: "

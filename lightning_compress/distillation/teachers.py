@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_compress.channels.resize import rebuild_channels
+from lightning_compress.copies import copy_module
 from lightning_compress.errors import TargetError
 from lightning_compress.lcz.artifact import load_compressed
 
@@ -71,7 +71,7 @@ class EMATeacher(LiveTeacher):
 
     def start(self, student: nn.Module) -> nn.Module:
         """A copy of the student."""
-        return copy.deepcopy(student)
+        return copy_module(student)
 
     @torch.no_grad()
     def on_step(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:

@@ -153,13 +153,75 @@ def test_what_is_never_called_stays(tmp_path):
     assert (model.net[1].out_channels, model.idle[1].out_features) == (8, 16)
 
 
-@pytest.mark.parametrize("on_miss", ["warn", "raise"])
-def test_a_part_that_no_batch_went_through_is_a_miss(tmp_path, on_miss):
-    model, message = Idle(), r"no batch went through \['idle'\]"
+def test_a_part_that_no_batch_went_through_is_refused_after_the_first(tmp_path):
+    model = Idle()
     model.deployed = ("idle",)
-    if on_miss == "raise":
-        with pytest.raises(RuntimeError, match=message):
-            run(tmp_path, model)
-    else:
-        with pytest.warns(UserWarning, match=message):
-            run(tmp_path, model, on_miss="warn")
+    with pytest.raises(TargetError, match=r"no network was called that holds \['idle.1.weight'"):
+        run(tmp_path, model, on_miss="warn")
+    assert model.trainer.global_step == 1
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+
+    def forward(self, x, scale=1.0):
+        return self.layers(x) * scale
+
+
+class Estimator(nn.Module):
+    """Used through a method, which calls one of its layers by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Half()
+
+    def compute_loss(self, x):
+        return (self.net(scale=2.0, x=x) - x).square().mean()
+
+
+class ThroughMethod(Plain):
+    """Its decoder is known by name, and never called."""
+
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.encoder = nn.Sequential(nn.Identity(), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+        self.decoder = Estimator()
+
+    def loss(self, x):
+        return self.decoder.compute_loss(self.encoder(x))
+
+
+class OnlyChild(Plain):
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.vae = Estimator()
+
+    def loss(self, x):
+        return self.vae.compute_loss(x)
+
+
+@pytest.mark.parametrize("kind", [ThroughMethod, OnlyChild])
+def test_a_network_used_through_a_method(tmp_path, kind):
+    model = kind()
+    run(tmp_path, model)
+    network = model.decoder if kind is ThroughMethod else model.vae
+    assert network.net.layers[0].out_features == 8
+
+
+class PartlyIdle(ThroughMethod):
+    """Of two networks that ship one is never called."""
+
+    def loss(self, x):
+        return (self.encoder(x) - x).square().mean()
+
+
+def test_a_network_that_is_never_called_beside_one_that_is(tmp_path):
+    model = PartlyIdle()
+    with pytest.warns(UserWarning, match=r"no batch called what holds .*'decoder.net.layers.0"):
+        run(tmp_path, model)
+    assert model.encoder[1].out_features == 8
+    assert model.decoder.net.layers[0].out_features == 16

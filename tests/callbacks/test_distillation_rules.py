@@ -8,7 +8,7 @@ import pytest
 import torch
 from distilling import Student, TaughtGAN, Watch, assert_equal, fit, hooks_of, make
 from lightning.pytorch import Callback, seed_everything
-from tiny import batches
+from tiny import batches, quiet_trainer
 from torch import nn
 
 from lightning_compress import KnowledgeDistillation, Pair, Ramp, TargetError
@@ -184,21 +184,70 @@ def test_unknown_outputs_raise_and_known_structures_pass(tmp_path):
     assert trainer.callback_metrics["distill/decoder/mse"] > 0
 
 
-@pytest.mark.parametrize("how", ["forward", "backward"])
-def test_a_pair_that_never_fires_warns(tmp_path, how):
+def test_a_pair_that_never_fires_warns(tmp_path):
     class Silent(Student):
         def training_step(self, batch, index):
-            call = self.decoder.forward if how == "forward" else self.decoder
             optimizer = self.optimizers()
-            loss = (call(self.encoder(batch[0])) - batch[0]).square().mean()
-            loss.backward() if how == "backward" else self.manual_backward(loss)
+            loss = (self.decoder(self.encoder(batch[0])) - batch[0]).square().mean()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
     kd = KnowledgeDistillation(make(seed=1), pairs=["decoder"])
-    message = "its `.forward" if how == "forward" else "self.manual_backward"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match="self.manual_backward"):
         fit(tmp_path, make(Silent, manual=True), kd)
+
+
+class Methodical(Student):
+    """Its decoder is used through its layers, never called itself."""
+
+    def loss(self, x):
+        hidden = self.encoder(x)
+        return (self.decoder[2](self.decoder[1](self.decoder[0](hidden))) - x).square().mean()
+
+
+def test_what_was_called_takes_the_place_of_what_was_not(tmp_path):
+    """After the first batch; a resumed run knows it, and explicit features are not dropped."""
+    kd = KnowledgeDistillation(make(seed=1), weight=2.0)
+    model = make(Methodical)
+    trainer = fit(tmp_path, model, kd)
+    logged = {name for name in trainer.callback_metrics if name.startswith("distill/")}
+    assert logged == {f"distill/{one}/mse" for one in ("encoder", "decoder.0", "decoder.2")}
+    assert all(trainer.callback_metrics[name] > 0 for name in logged)
+    assert not hooks_of(model)
+
+
+def test_a_resumed_run_goes_on_with_what_was_called(tmp_path):
+    class Saving(Callback):
+        def on_train_batch_end(self, *_):
+            steps.append(list(taught.session.steps))
+
+        def on_train_epoch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    steps, taught = [], KnowledgeDistillation(make(seed=1), weight=2.0)
+    fit(tmp_path, whole := make(Methodical), taught, Saving())
+    assert steps[-1] == [16, 16, 16]
+    steps, taught = [], KnowledgeDistillation(make(seed=1), weight=2.0)
+    trainer = quiet_trainer(tmp_path, taught, Saving())
+    trainer.fit(resumed := make(Methodical, seed=5), batches(), ckpt_path=tmp_path / "0.ckpt")
+    assert steps[0] == [9, 9, 9]
+    assert_equal(whole, resumed, rtol=0, atol=0)
+
+
+def test_nothing_that_is_called_is_refused_after_the_first_batch(tmp_path):
+    class Functional(Student):
+        def loss(self, x):
+            hidden = self.encoder(x)
+            return nn.functional.linear(hidden, self.decoder[0].weight).square().mean()
+
+    model = make(Functional)
+    with pytest.raises(TargetError, match="'decoder' itself is never called, nor a layer"):
+        fit(tmp_path, model, KnowledgeDistillation(make(seed=1)))
+    assert model.trainer.global_step == 1
+    pair = Pair("decoder", features=[("1", "1")])
+    with pytest.raises(TargetError, match=r"but \['decoder.0', 'decoder.2'\] inside it are"):
+        fit(tmp_path, make(Methodical), KnowledgeDistillation(make(seed=1), pairs=[pair]))
 
 
 def test_the_whole_lightning_module_is_a_pair(tmp_path):
