@@ -79,6 +79,7 @@ nncodec:  ## an environment of its own for a peer that pins an older NumPy; with
 bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 files; interleaved ratios
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino]"; \
 	$(BIN)/python experiments/benchmarks/bench_coding.py; \
+	$(BIN)/python experiments/benchmarks/bench_quantization_cost.py 8 4 vae; \
 	$(BIN)/python experiments/benchmarks/bench_int8.py $(TOLD)
 
 bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own

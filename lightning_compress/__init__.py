@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from lightning_compress.lcz.restoring import restore_compression
     from lightning_compress.projection import Projector
     from lightning_compress.pruning.one_shot import prune_weights
+    from lightning_compress.quantization.entropy import EntropyGrid
     from lightning_compress.quantization.fake_quantize import fake_quantized
     from lightning_compress.quantization.post_training import (
         quantize_dynamic,
@@ -85,6 +86,7 @@ __all__ = [
     "CorruptArtifactError",
     "Cosine",
     "EMATeacher",
+    "EntropyGrid",
     "GradualPruning",
     "GraphInfo",
     "Guard",
@@ -170,6 +172,7 @@ _HOMES = {
     "lcz.restoring": "restore_compression",
     "projection": "Projector",
     "pruning.one_shot": "prune_weights",
+    "quantization.entropy": "EntropyGrid",
     "quantization.fake_quantize": "fake_quantized",
     "quantization.post_training": "quantize_dynamic quantize_static quantize_weights",
     "schedules": "Constant Cosine Linear Polynomial Staircase",

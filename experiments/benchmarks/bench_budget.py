@@ -25,6 +25,7 @@ from shared.finetuning import MODELS, STEPS, Start
 from shared.rows import Rows
 
 from lightning_compress import (
+    EntropyGrid,
     GradualPruning,
     QualityBudget,
     QuantizationAwareTraining,
@@ -77,7 +78,7 @@ class Bench:
     def grids(self, step: float) -> QuantizationAwareTraining:
         """Grids for the entropy coder."""
         return QuantizationAwareTraining(
-            activation_bits=None, scheme="entropy", step=step, freeze=0.95
+            activation_bits=None, scheme="entropy", entropy=EntropyGrid(step=step), freeze=0.95
         )
 
     def dense(self, times: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shared.finetuning import MODELS, Annealing, Start
 from shared.rows import Rows
 
 from lightning_compress import (
+    EntropyGrid,
     GradualPruning,
     QuantizationAwareTraining,
     quantize_weights,
@@ -44,7 +45,7 @@ def callbacks(start: Start, zeros: float, step: float | None, rate: float) -> li
     if step is None:
         return [pruning]
     grid = QuantizationAwareTraining(
-        activation_bits=None, scheme="entropy", step=step, rate=rate, begin=0.3
+        activation_bits=None, scheme="entropy", entropy=EntropyGrid(step=step, rate=rate), begin=0.3
     )
     return [pruning, grid]
 

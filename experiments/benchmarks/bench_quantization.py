@@ -26,6 +26,7 @@ from shared.peers import calibrate
 from shared.rows import Rows, mean_and_spread, read_rows
 
 from lightning_compress import (
+    EntropyGrid,
     GradualPruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
@@ -62,9 +63,11 @@ VARIANTS: dict[str, Any] = {
         PostTrainingQuantization(weight_bits=4, per_channel=False)
     ],
     f"{PRUNED}trained 4 bits": lambda _: [trained(4, None, per_channel=False)],
-    f"{PRUNED}trained entropy": lambda _: [trained(8, None, "entropy", step=1.0)],
+    f"{PRUNED}trained entropy": lambda _: [
+        trained(8, None, "entropy", entropy=EntropyGrid(step=1.0))
+    ],
     f"{PRUNED}trained entropy, rate": lambda name: [
-        trained(8, None, "entropy", step=1.0, rate=RATE[name])
+        trained(8, None, "entropy", entropy=EntropyGrid(step=1.0, rate=RATE[name]))
     ],
 }
 

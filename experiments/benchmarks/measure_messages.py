@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_compress
 from lightning_compress import (
     ArtifactCallback,
+    EntropyGrid,
     GradualPruning,
     KnowledgeDistillation,
     Pair,
@@ -118,7 +119,8 @@ SCENES: dict[str, tuple[bool, Callable[[Path], list[Callback]]]] = {
             "scheme='learned_step'": {"scheme": "learned_step"},
             "scheme='codebook'": {"scheme": "codebook"},
             "scheme='entropy'": {"scheme": "entropy"},
-            "scheme='entropy', rate=0.01": {"scheme": "entropy", "rate": 0.01},
+            "scheme='entropy', rate=0.01": {"scheme": "entropy", "entropy": EntropyGrid(rate=0.01)},
+            "scheme='rate_distortion'": {"scheme": "rate_distortion", "lmbda": 0.01},
         }.items()
     },
     "FSDP2, ArtifactCallback": (True, lambda folder: [ArtifactCallback(folder / "model.lcz")]),

@@ -18,6 +18,7 @@ __all__ = [
     "KINDS",
     "BitsLever",
     "ChannelLever",
+    "LambdaLever",
     "Lever",
     "Limits",
     "SparsityLever",
@@ -37,6 +38,7 @@ class Limits:
     Args:
         max_sparsity: at level 1; densities go down by equal factors.
         steps: of entropy grids, at level 0 and at level 1; by equal factors too.
+        lambdas: of rate-distortion grids, at level 0 and at level 1; by equal factors too.
         min_bits: at level 1, of the other grids.
         min_channels: part of the channels that stays at level 1, to the next whole block; of the
             MACs or the parameters where `ChannelPruning` counts those.
@@ -49,6 +51,7 @@ class Limits:
 
     max_sparsity: float = 0.99
     steps: tuple[float, float] = (0.25, 3.0)
+    lambdas: tuple[float, float] = (0.3, 300.0)
     min_bits: int = 2
     min_channels: float = 0.1
     sensitivity: Sensitivity | str | Path | None = None
@@ -60,6 +63,8 @@ class Limits:
             raise ValueError(f"max_sparsity={self.max_sparsity!r} must lie in (0, 1)")
         if len(self.steps) != 2 or not 0 < self.steps[0] < self.steps[1]:
             raise ValueError(f"steps={self.steps!r}: give the finest and the coarsest, both > 0")
+        if len(self.lambdas) != 2 or not 0 < self.lambdas[0] < self.lambdas[1]:
+            raise ValueError(f"lambdas={self.lambdas!r}: give the least and the most, both > 0")
         if not 2 <= self.min_bits <= 8:
             raise ValueError(f"min_bits={self.min_bits!r}: valid are 2 to 8")
         if not 0 < self.min_channels < 1:
@@ -200,6 +205,38 @@ class StepLever:
 
 
 @dataclass
+class LambdaLever:
+    """The Lagrange multiplier of a rate-distortion `QuantizationAwareTraining`.
+
+    >>> round(LambdaLever(None, 1.0, 100.0).lmbda(0.5), 6)
+    10.0
+    """
+
+    callback: Any
+    least: float
+    most: float
+    step: float = 0.0
+    arrived: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of the callback."""
+        return str(self.callback.name)
+
+    def lmbda(self, level: float) -> float:
+        """At a level."""
+        return self.least * (self.most / self.least) ** level
+
+    def move(self, level: float) -> None:
+        """Set the multiplier of a level; weights follow as they train on."""
+        self.callback.steer(lmbda=self.lmbda(level))
+
+    def setting(self, level: float) -> str:
+        """The multiplier."""
+        return f"lambda {self.lmbda(level):.3g}"
+
+
+@dataclass
 class BitsLever:
     """The bits of a `QuantizationAwareTraining` of any other scheme.
 
@@ -291,6 +328,7 @@ KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
     ),
     "channels": lambda one, limits: ChannelLever(one, limits.min_channels),
     "step": lambda one, limits: StepLever(one, *limits.steps),
+    "lmbda": lambda one, limits: LambdaLever(one, *limits.lambdas),
     "bits": lambda one, limits: BitsLever(one, dict(one.asked_bits), limits.min_bits),
 }
 

@@ -32,6 +32,7 @@ from lightning_compress.lcz.lost_grids import lost_grids
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.sparsity_groups import by_pattern
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer
+from lightning_compress.quantization.entropy import EntropyGrid
 from lightning_compress.quantization.fake_quantize import (
     activation_layers,
     batch_norms,
@@ -40,7 +41,11 @@ from lightning_compress.quantization.fake_quantize import (
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import GridMaker, begin_from, make_maker
-from lightning_compress.quantization.weights import WeightQuantizer, check_entropy, check_sides
+from lightning_compress.quantization.weights import (
+    WeightQuantizer,
+    check_scheme_settings,
+    check_sides,
+)
 from lightning_compress.schedules import EventClock
 from lightning_compress.sharding import is_sharded
 from lightning_compress.state import (
@@ -150,6 +155,7 @@ class PostTrainingQuantization(Callback):
         ).coverage
 
 
+_WARM_UP = 0.3  # of the window, over which lambda grows
 _EVALUATED: set[int] = set()  # modules that compute on their grids at the moment
 
 
@@ -174,8 +180,11 @@ class QuantizationAwareTraining(WeightCallback):
         scheme: "symmetric" or "affine": over the observed range. "learned_step": LSQ,
             arXiv:1902.08153. "codebook": k-means centres, which learn from `freeze` on,
             arXiv:1510.00149. "entropy": a step in units of the rms of the non-zero weights,
-            nothing clipped, for the entropy coder. The last two: one grid a tensor.
-        per_channel: one scale an output channel, else one a tensor.
+            nothing clipped, for the entropy coder. These two: one grid a tensor.
+            "rate_distortion": a step that trains under `loss + lmbda * (mean bits of a weight)`,
+            arXiv:1906.06624 and arXiv:1907.11900; rounding makes the zeros.
+        per_channel: one scale an output channel, else one a tensor; None: one a tensor for
+            "rate_distortion", where a channel's scale costs more bytes than it saves, else True.
         observer: "minmax", "moving_average", "percentile" or "mse"; of activations, and of
             weights where the scheme is "symmetric" or "affine".
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
@@ -183,13 +192,12 @@ class QuantizationAwareTraining(WeightCallback):
         frequency: steps between events (clustering, searched ranges, steering); None: about 100.
         include: path globs or layer classes; None: the weights of the part that ships.
         exclude: the same, taken away again.
-        step: of "entropy", in units of the rms of the non-zero weights.
-        dead_zone: of "entropy": half-width of what becomes 0, in steps, from 0.5 (rounding) to 1.
-        rate: of "entropy": weight of the mean bits of a weight in the loss.
-        target_bits: of "entropy": bits a weight, over all targets, that the step is steered to.
-        target_bytes: the same in bytes of all targets together.
+        lmbda: of "rate_distortion": weight of the mean bits of a targeted weight, as if it were a
+            term of the loss. It grows from 0 over the first 3/10 of the way from begin to freeze.
+        entropy: settings of "entropy"; None: `EntropyGrid()`.
         pact: learn where activations that are never below 0 are clipped, arXiv:1805.06085.
-        lr: relative change an update of what learns: steps, centres, clip values.
+        lr: relative change an update of what learns: steps, centres, clip values; None: 1e-3, of
+            "rate_distortion" 5e-3.
         freeze_batchnorm: let BatchNorm use its running statistics from `freeze` on.
         name: prefix of what is logged, and the key of the state; two callbacks need two names.
 
@@ -208,20 +216,17 @@ class QuantizationAwareTraining(WeightCallback):
         weight_bits: int | Mapping[Pattern, int] | None = 8,
         activation_bits: int | None = 8,
         scheme: str = "symmetric",
-        per_channel: bool = True,
+        per_channel: bool | None = None,
         observer: str = "minmax",
         begin: float = 0.0,
         freeze: float = 0.9,
         frequency: int | None = None,
         include: Sequence[Pattern] | Pattern | None = None,
         exclude: Sequence[Pattern] | Pattern = (),
-        step: float = 0.5,
-        dead_zone: float = 0.5,
-        rate: float = 0.0,
-        target_bits: float | None = None,
-        target_bytes: float | None = None,
+        lmbda: float | None = None,
+        entropy: EntropyGrid | None = None,
         pact: bool = False,
-        lr: float = 1e-3,
+        lr: float | None = None,
         freeze_batchnorm: bool = False,
         name: str = "quantize",
     ) -> None:
@@ -231,22 +236,18 @@ class QuantizationAwareTraining(WeightCallback):
             include = list(weight_bits)
         super().__init__(include=include, exclude=exclude, name=name)
         check_sides(weight_bits, activation_bits, scheme, observer)
-        check_entropy(
-            scheme,
-            step=step,
-            dead_zone=dead_zone,
-            rate=rate,
-            target_bits=target_bits,
-            target_bytes=target_bytes,
-        )
+        check_scheme_settings(scheme, entropy, lmbda)
+        trained = scheme == "rate_distortion"
+        if lr is None:
+            lr = 5e-3 if trained else 1e-3
         if not 0 < lr < 1:
             raise ValueError(f"lr={lr!r} must lie in (0, 1)")
         if pact and activation_bits is None:
             raise ValueError("pact=True learns how to clip activations: activation_bits is None")
         self.weight_bits, self.activation_bits, self.scheme = weight_bits, activation_bits, scheme
-        self.per_channel, self.observer, self.pact, self.lr = per_channel, observer, pact, lr
-        self.step, self.dead_zone, self.rate = step, dead_zone, rate
-        self.target_bits, self.target_bytes = target_bits, target_bytes
+        self.per_channel = not trained if per_channel is None else per_channel
+        self.observer, self.pact, self.lr = observer, pact, lr
+        self.entropy, self.lmbda = entropy or EntropyGrid(), lmbda
         self.freeze_batchnorm = freeze_batchnorm
         self.events = EventClock(begin, freeze, frequency)
         self.weights: WeightQuantizer | None = None
@@ -342,27 +343,34 @@ class QuantizationAwareTraining(WeightCallback):
         return {slot.path: bits for bits, group in pairs for slot in group}
 
     def steer(
-        self, *, step: float | None = None, bits: int | Mapping[str, int] | None = None
+        self,
+        *,
+        step: float | None = None,
+        bits: int | Mapping[str, int] | None = None,
+        lmbda: float | None = None,
     ) -> None:
         """Change grids in a fit, between two steps; weights go onto the new ones at once.
 
         Args:
             step: of "entropy", in units of the rms of the non-zero weights.
             bits: of the other schemes: of all weights, or of some by path.
+            lmbda: of "rate_distortion".
 
         Raises:
-            ValueError: for a step that is steered to a target already, or bits out of range.
+            ValueError: for a step that is steered to a target already, what belongs to another
+                scheme, or bits out of range.
         """
         if self.weights is None:
             raise ValueError(f"{self.state_key} quantizes no weights: weight_bits is None")
         if step is not None:
-            check_entropy(
-                self.scheme, step=step, dead_zone=0.5, rate=0, target_bits=None, target_bytes=None
-            )
-            if self.target_bits is not None or self.target_bytes is not None:
+            if self.entropy.is_steered:
                 raise ValueError(f"{self.state_key}: its step is steered by a target already")
-            self.step = step
+            self.entropy = replace(self.entropy, step=step)
             self.weights.set_step(step)
+        if lmbda is not None:
+            check_scheme_settings(self.scheme, None, lmbda)
+            self.lmbda = lmbda
+            self._set_rate()
         several = bits if isinstance(bits, Mapping) else dict.fromkeys(self.bits, bits)
         for path, one in several.items():
             if one is not None and one != self.bits[path]:
@@ -372,10 +380,17 @@ class QuantizationAwareTraining(WeightCallback):
 
     @property
     def steered_by(self) -> str | None:
-        """What a `QualityBudget` moves: the step, or the bits; None without grids of weights."""
+        """What a `QualityBudget` moves: the step, lambda or the bits; None without weights."""
         if self.weights is None:
             return None
-        return "step" if self.scheme == "entropy" else "bits"
+        return {"entropy": "step", "rate_distortion": "lmbda"}.get(self.scheme, "bits")
+
+    def _set_rate(self) -> None:
+        """Weigh bits by lambda, as far as it has grown."""
+        if self.weights is None or self.lmbda is None:
+            return
+        total = sum(one.target.numel for one in self.slots)
+        self.weights.set_rate(min(self.events.done / _WARM_UP, 1.0) * self.lmbda / total)
 
     def snapshot(self) -> dict[str, Any]:
         """What makes the grids of now, without the clock."""
@@ -383,6 +398,7 @@ class QuantizationAwareTraining(WeightCallback):
         return deepcopy(
             {
                 "bits": self.bits,
+                "lmbda": self.lmbda,
                 "makers": {}
                 if weights is None
                 else {path: one.state_dict() for path, one in weights.makers.items()},
@@ -398,6 +414,8 @@ class QuantizationAwareTraining(WeightCallback):
                 self._set_bits(path, bits)
         for path, maker in self.weights.makers.items() if self.weights is not None else ():
             maker.load_state_dict(snapshot["makers"][path])
+        self.lmbda = snapshot["lmbda"]
+        self._set_rate()
         if self.activations is not None and snapshot["activations"] is not None:
             self.activations.load_state_dict(snapshot["activations"])
             if self._left:
@@ -414,14 +432,15 @@ class QuantizationAwareTraining(WeightCallback):
 
     def _make_maker(self, slot: ProjectedWeight) -> GridMaker:
         total = sum(one.target.numel for one in self.slots)
-        entropy = {"relative_step": self.step, "dead_zone": self.dead_zone}
+        given = self.entropy
+        entropy = {"relative_step": given.step, "dead_zone": given.dead_zone}
         return make_maker(
             self.scheme,
             bits=self.bits[slot.path],
             axis=channel_axis(slot.target.layer) if self.per_channel else None,
             observer=self.observer,
             lr=self.lr,
-            entropy={**entropy, "rate": self.rate / total},
+            entropy={**entropy, "rate": given.rate / total},
             partition=slot.partition,
         )
 
@@ -496,6 +515,7 @@ class QuantizationAwareTraining(WeightCallback):
         self._last_step = step
         raw = run_progress(trainer) if self.events.in_fractions else step
         self.events.tick(raw, step)
+        self._set_rate()
         if self.started:
             self._advance(trainer, stepped)
         elif self.events.position >= self.events.begin:
@@ -532,10 +552,11 @@ class QuantizationAwareTraining(WeightCallback):
 
     def _target(self) -> float | None:
         """Bits of all targets together."""
-        if self.target_bytes is not None:
-            return 8.0 * self.target_bytes
+        given = self.entropy
+        if given.target_bytes is not None:
+            return 8.0 * given.target_bytes
         total = sum(slot.target.numel for slot in self.slots)
-        return None if self.target_bits is None else self.target_bits * total
+        return None if given.target_bits is None else given.target_bits * total
 
     def _freeze(self) -> None:
         if self.weights is not None:
@@ -705,6 +726,7 @@ class QuantizationAwareTraining(WeightCallback):
             "events": self.events.state_dict(),
             "flags": (self.started, self.frozen),
             "bits": dict(self.bits),
+            "lmbda": self.lmbda,
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -728,6 +750,8 @@ class QuantizationAwareTraining(WeightCallback):
             self.weights.load_state_dict(state["weights"], started=self.started)
         if self.activations is not None:
             self.activations.load_state_dict(state["activations"])
+        if self.lmbda is not None and state.get("lmbda") is not None:
+            self.lmbda = state["lmbda"]  # a budget may have moved it
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
 

@@ -24,6 +24,7 @@ from lightning_compress.lcz.info import ArtifactInfo, GraphInfo, TensorInfo
 from lightning_compress.lcz.lost_grids import few_valued
 from lightning_compress.lcz.opening import MAX_BYTES
 from lightning_compress.lcz.raw_bits import patterns
+from lightning_compress.lcz.rdoq import cheaper_contents, check_rdoq
 from lightning_compress.lcz.write import Encoding, write_contents
 from lightning_compress.terminal import printable
 
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, help=what)
     pack.add_argument("--codec", choices=list(CHOICES), default="auto")
     pack.add_argument("--float-dtype", choices=["fp16", "bf16"], help="lossy: of plain floats")
+    what = "lossy: squared steps that a bit is worth, for weights on uniform grids; 0.02 to 0.2"
+    pack.add_argument("--rdoq", type=float, metavar="LAMBDA", help=what)
     pack.add_argument("--workers", type=int, default=1, help="threads")
     unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint or an ONNX file")
     unpack.add_argument("file", type=Path)
@@ -140,6 +143,9 @@ def _pack(chosen: argparse.Namespace) -> int:
         return _pack_graph(chosen)
     target = chosen.out or chosen.checkpoint.with_suffix(".lcz")
     contents = read_contents(chosen.checkpoint, chosen.key)
+    if chosen.rdoq is not None:
+        check_rdoq(chosen.rdoq, has_data=False)
+        contents = cheaper_contents(contents, chosen.rdoq)
     encoding = Encoding(chosen.codec, chosen.float_dtype, chosen.workers)
     few = [] if contents.grids else few_valued(contents.tensors.items())
     if few:
@@ -157,7 +163,7 @@ def _pack(chosen: argparse.Namespace) -> int:
 
 
 def _pack_graph(chosen: argparse.Namespace) -> int:
-    for name in ("key", "float_dtype"):
+    for name in ("key", "float_dtype", "rdoq"):
         if getattr(chosen, name) is not None:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} is for checkpoints: {chosen.checkpoint} is an ONNX file")

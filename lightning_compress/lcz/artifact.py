@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from lightning_compress.lcz.module_state import (
     stored_name,
 )
 from lightning_compress.lcz.opening import MAX_BYTES, check_size
+from lightning_compress.lcz.rdoq import cheaper_contents, check_rdoq
 from lightning_compress.lcz.read import Artifact, check_fit, check_shared, opened
 from lightning_compress.lcz.write import Encoding, write_contents
 from lightning_compress.sharding import is_sharded, shards_of, to_shards
@@ -59,6 +61,9 @@ def save_compressed(
     state: Mapping[str, Tensor] | None = None,
     workers: int = 1,
     signed_zeros: bool = False,
+    rdoq: float | None = None,
+    data: Iterable[object] | Tensor | None = None,
+    batch_to_args: Callable[[Any], Any] | None = None,
 ) -> ArtifactInfo:
     """Writes every entry of a module's `state_dict` to one entropy-coded file.
 
@@ -92,10 +97,18 @@ def save_compressed(
             gain little: the range coder keeps Python's lock.
         signed_zeros: store -0.0 as such. Otherwise it becomes 0.0, which equals it: weights that
             were pruned as `weight * mask` hold it in every second zero, half a bit each.
+        rdoq: lossy: choose for each weight on a uniform grid among its point, the next one towards
+            0, and 0, by squared change in steps plus `rdoq` times its bits; 0.02 to 0.2. The
+            module stays as it is.
+        data: for `rdoq`: batches of the module's inputs, as in `quantize_static`. Weights count by
+            how much the outputs depend on them, and BatchNorm's statistics are taken anew; without
+            data all weights count alike.
+        batch_to_args: from a batch to what the module is called with.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, tensors that the format cannot hold, a
-            rewriting of a sharded module, or a graph that is no ONNX model.
+            rewriting of a sharded module, a graph that is no ONNX model, or `rdoq` of a module
+            without uniform grids.
         TypeError: for entries that are no dense tensors, or what is no module.
         KeyError: for a key of `state` that the module does not have.
         OSError: naming the path, when it cannot be written.
@@ -114,11 +127,17 @@ def save_compressed(
     contents = module_contents(module, state or {})
     if is_lightning(module) and (text := lost_grids(module)):
         warnings.warn(f"stored as plain values, which takes more bytes: {text}", stacklevel=2)
-    if fold_batchnorm and any(map(is_sharded, contents.tensors.values())):
+    check_rdoq(rdoq, has_data=data is not None)
+    asked = ["fold_batchnorm"] * fold_batchnorm + ["rdoq"] * (rdoq is not None)
+    if asked and any(map(is_sharded, contents.tensors.values())):
         raise ValueError(
-            "fold_batchnorm looks at several whole tensors at once, and the module is "
+            f"{asked[0]} looks at several whole tensors at once, and the module is "
             "sharded (FSDP2): leave it out, or load the file into a plain module and save again"
         )
+    if rdoq is not None:
+        if graphs:
+            raise ValueError("rdoq= changes weights that graph= holds as they were: give one")
+        contents = cheaper_contents(contents, rdoq, module, data, batch_to_args)
     if fold_batchnorm:
         contents = batchnorm_folded(module, contents)
     return write_contents(contents, Path(path), encoding, graphs)

@@ -17,6 +17,7 @@ from lightning_compress.sharding import UNSHARDED, Partition
 
 __all__ = [
     "DeadZoneGrid",
+    "EntropyGrid",
     "EntropyGrids",
     "entropy_bits",
     "predicted_bits",
@@ -84,6 +85,50 @@ def _histogram(sizes: Tensor) -> Tensor:
 
 FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
 _HALVINGS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyGrid:
+    """Settings of `QuantizationAwareTraining(scheme="entropy")`.
+
+    Args:
+        step: of the grid, in units of the rms of the non-zero weights.
+        dead_zone: half-width of what becomes 0, in steps, from 0.5 (rounding) to under 1.
+        rate: weight of the mean bits of a weight in the loss.
+        target_bits: bits a weight, over all targets, that the step is steered to.
+        target_bytes: the same in bytes of all targets together.
+
+    Raises:
+        ValueError: for a value out of range, or both targets.
+
+    >>> EntropyGrid(step=1.0).dead_zone
+    0.5
+    """
+
+    step: float = 0.5
+    dead_zone: float = 0.5
+    rate: float = 0.0
+    target_bits: float | None = None
+    target_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.step > 0:
+            raise ValueError(f"step={self.step!r} must be above 0, in units of the weights' rms")
+        if not 0.5 <= self.dead_zone < 1:
+            raise ValueError(f"dead_zone={self.dead_zone!r} must lie in [0.5, 1)")
+        if not self.rate >= 0:
+            raise ValueError(f"rate={self.rate!r} must be 0 or more")
+        if self.is_steered and None not in (self.target_bits, self.target_bytes):
+            raise ValueError("target_bits and target_bytes: give one of them")
+        for name in ("target_bits", "target_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} must be above 0")
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether the step follows a target."""
+        return self.target_bits is not None or self.target_bytes is not None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,21 @@ from lightning_compress.quantization.codebook import CodebookGrids
 from lightning_compress.quantization.entropy import EntropyGrids
 from lightning_compress.quantization.learned_step import LearnedPositive, LearnedStepGrids
 from lightning_compress.quantization.ranges import MOMENTUM, find_range, minmax_range
+from lightning_compress.quantization.rate_distortion import RateDistortionGrids
 from lightning_compress.quantization.upsampled_conv import LARGEST, step_for_sums
 from lightning_compress.sharding import UNSHARDED, Partition
 from lightning_compress.state import Grid
 
 __all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "begin_from", "make_maker"]
 
-WEIGHT_SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
+WEIGHT_SCHEMES = (
+    "symmetric",
+    "affine",
+    "learned_step",
+    "codebook",
+    "entropy",
+    "rate_distortion",
+)
 _FOLLOWING = ("minmax", "moving_average")  # look at every step; the others search at events
 
 
@@ -175,13 +183,14 @@ def begin_from(maker: GridMaker, grid: Grid) -> None:
         if maker.centres is None and grid.centres.numel() == 2**maker.bits:
             maker.centres = grid.centres.clone()
         return
-    if not isinstance(grid, AffineGrid) or not isinstance(maker, (RangeGrids, LearnedStepGrids)):
+    learned = (LearnedStepGrids, RateDistortionGrids)
+    if not isinstance(grid, AffineGrid) or not isinstance(maker, (RangeGrids, *learned)):
         return
     if (grid.bits, grid.axis) != (maker.bits, maker.axis):
         return
     if isinstance(maker, RangeGrids) and grid.symmetric == maker.symmetric and maker.range is None:
         maker.range = range_of_grid(grid)
-    elif isinstance(maker, LearnedStepGrids) and grid.symmetric and maker.learned is None:
+    elif isinstance(maker, learned) and grid.symmetric and maker.learned is None:
         maker.learned = LearnedPositive(grid.scale.clone(), maker.lr)
 
 
@@ -213,6 +222,8 @@ def make_maker(
         raise ValueError(f"scheme={scheme!r}: valid are {list(WEIGHT_SCHEMES)}")
     if scheme == "learned_step":
         return LearnedStepGrids(bits=bits, axis=axis, lr=lr, partition=partition)
+    if scheme == "rate_distortion":
+        return RateDistortionGrids(bits=bits, axis=axis, lr=lr, partition=partition)
     if scheme == "codebook":
         return CodebookGrids(bits=bits, lr=lr, partition=partition)
     if scheme == "entropy":

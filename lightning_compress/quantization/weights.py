@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from lightning_compress.grids import check_bits
 from lightning_compress.projection import ProjectedWeight, naming_divergence, said_of_divergence
-from lightning_compress.quantization.entropy import EntropyGrids, entropy_bits, steer
+from lightning_compress.quantization.entropy import EntropyGrid, EntropyGrids, entropy_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
+from lightning_compress.quantization.rate_distortion import RateDistortionGrids
 from lightning_compress.quantization.weight_quantizers import WEIGHT_SCHEMES, GridMaker, RangeGrids
 from lightning_compress.targets import Pattern
 
 __all__ = [
     "WeightQuantizer",
-    "check_entropy",
+    "check_lmbda",
+    "check_scheme_settings",
     "check_sides",
 ]
 
@@ -53,36 +56,36 @@ def check_sides(
             raise ValueError(f"{name}={given!r}: valid are {list(valid)}")
 
 
-def check_entropy(
-    scheme: str,
-    *,
-    step: float,
-    dead_zone: float,
-    rate: float,
-    target_bits: float | None,
-    target_bytes: float | None,
-) -> None:
-    """Check what belongs to entropy grids.
+def check_scheme_settings(scheme: str, entropy: object, lmbda: float | None) -> None:
+    """Check that what belongs to one scheme is given with it, and only with it.
 
     Raises:
-        ValueError: for a value out of range, or given with another scheme.
+        ValueError: naming the argument and the scheme.
     """
-    if not step > 0:
-        raise ValueError(f"step={step!r} must be above 0, in units of the weights' rms")
-    if not 0.5 <= dead_zone < 1:
-        raise ValueError(f"dead_zone={dead_zone!r} must lie in [0.5, 1)")
-    if not rate >= 0:
-        raise ValueError(f"rate={rate!r} must be 0 or more")
-    if target_bits is not None and target_bytes is not None:
-        raise ValueError("target_bits and target_bytes: give one of them")
-    targets = {"target_bits": target_bits, "target_bytes": target_bytes}
-    own = [name for name, value in targets.items() if value is not None]
-    for name in own:
-        if not (targets[name] or 0) > 0:
-            raise ValueError(f"{name}={targets[name]!r} must be above 0")
-    own += ["rate"] * (rate > 0) + ["dead_zone"] * (dead_zone > 0.5)
-    if own and scheme != "entropy":
-        raise ValueError(f"{', '.join(own)} belongs to scheme='entropy', not to {scheme!r}")
+    if entropy is not None:
+        if scheme != "entropy":
+            raise ValueError(f"entropy= belongs to scheme='entropy', not to {scheme!r}")
+        if not isinstance(entropy, EntropyGrid):
+            raise ValueError(f"entropy={entropy!r}: give an EntropyGrid(step=..., rate=...)")
+    if (scheme == "rate_distortion") != (lmbda is not None):
+        if lmbda is None:
+            raise ValueError(
+                "scheme='rate_distortion' needs lmbda, the weight of a weight's mean bits in the "
+                "loss: 4 to 60 where the loss is some hundred nats"
+            )
+        raise ValueError(f"lmbda={lmbda!r} belongs to scheme='rate_distortion', not to {scheme!r}")
+    if lmbda is not None:
+        check_lmbda(lmbda)
+
+
+def check_lmbda(lmbda: float) -> None:
+    """Check a Lagrange multiplier.
+
+    Raises:
+        ValueError: unless it is a finite number of 0 or more.
+    """
+    if isinstance(lmbda, bool) or not 0 <= lmbda < math.inf:
+        raise ValueError(f"lmbda={lmbda!r} must be a finite number, 0 or more")
 
 
 class WeightQuantizer:
@@ -163,6 +166,12 @@ class WeightQuantizer:
         for slot, maker in self.pairs:
             if slot.path == path and isinstance(maker, RangeGrids):
                 maker.enlarged = factor
+
+    def set_rate(self, weight: float) -> None:
+        """Another weight of one bit in the loss, for all rate-distortion grids."""
+        for _, maker in self.pairs:
+            if isinstance(maker, RateDistortionGrids):
+                maker.weight = weight
 
     def set_step(self, relative_step: float) -> None:
         """Another step for all entropy grids, frozen ones too."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_compress import (
     BalanceGuard,
+    EntropyGrid,
     GradualPruning,
     PostTrainingQuantization,
     ProjectedEMA,
@@ -405,7 +406,9 @@ def test_what_cannot_be_steered_is_refused(tmp_path):
     prune = GradualPruning(granularity="2:4")
     with pytest.raises(ValueError, match="n:m ends at a fixed sparsity"):
         fit(tmp_path, Measured(), QualityBudget("val/loss", 0.1), prune)
-    entropy = QuantizationAwareTraining(activation_bits=None, scheme="entropy", target_bits=2.0)
+    entropy = QuantizationAwareTraining(
+        activation_bits=None, scheme="entropy", entropy=EntropyGrid(target_bits=2.0)
+    )
     with pytest.raises(ValueError, match="steered by a target already"):
         fit(tmp_path, Measured(), QualityBudget("val/loss", 0.1), entropy)
     budget = QualityBudget("val/loss", 0.1, reference="dense")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from lightning_compress import (
     CompressionSummary,
+    EntropyGrid,
     GradualPruning,
     ProjectedEMA,
     Projector,
@@ -27,10 +29,12 @@ from lightning_compress import (
     sparsity,
 )
 
-SCHEMES = ["symmetric", "affine", "learned_step", "codebook", "entropy"]
+SCHEMES = ["symmetric", "affine", "learned_step", "codebook", "entropy", "rate_distortion"]
 
 
 def quantizing(scheme="symmetric", **arguments):
+    if scheme == "rate_distortion":
+        arguments = {"lmbda": 0.1, **arguments}
     return QuantizationAwareTraining(**{"weight_bits": 4, "scheme": scheme, **arguments})
 
 
@@ -434,7 +438,7 @@ def test_the_step_is_steered_to_a_target(tmp_path, target):
             self.decoder = nn.Linear(128, 6)
 
     scaled = {name: value * (16 if name == "target_bytes" else 1) for name, value in target.items()}
-    callback = quantizing("entropy", weight_bits=8, **scaled)
+    callback = quantizing("entropy", weight_bits=8, entropy=EntropyGrid(**scaled))
     model = Wide()
     quiet_trainer(tmp_path, callback).fit(model, batches())
     assert callback.weights.predicted_bytes * 8 / (2 * 6 * 128) == pytest.approx(2.5, rel=0.05)
@@ -442,7 +446,9 @@ def test_the_step_is_steered_to_a_target(tmp_path, target):
 
 
 def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
-    callback = quantizing("entropy", step=0.01, weight_bits=3, include=["decoder.*"])
+    callback = quantizing(
+        "entropy", entropy=EntropyGrid(step=0.01), weight_bits=3, include=["decoder.*"]
+    )
     with pytest.warns(UserWarning, match=r"decoder\.weight .*0\.01 rms"):
         quiet_trainer(tmp_path, callback).fit(TinyAutoencoder(), batches())
     assert callback.slots[0].grid.bits == 3
@@ -458,12 +464,12 @@ def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
         ({"scheme": "round"}, "scheme='round': valid are"),
         ({"observer": "eye"}, "observer='eye': valid are"),
         ({"begin": 0.9, "freeze": 0.5}, r"begin=0\.9 must be smaller"),
-        ({"step": 0.0, "scheme": "entropy"}, r"step=0\.0 must be above 0"),
-        ({"dead_zone": 1.0, "scheme": "entropy"}, r"dead_zone=1\.0"),
-        ({"rate": -1.0, "scheme": "entropy"}, r"rate=-1\.0"),
-        ({"target_bits": 2.0}, "target_bits belongs to scheme='entropy'"),
-        ({"target_bits": 2.0, "target_bytes": 9, "scheme": "entropy"}, "give one of them"),
-        ({"target_bytes": 0, "scheme": "entropy"}, "target_bytes=0 must be above 0"),
+        ({"entropy": EntropyGrid(target_bits=2.0)}, "entropy= belongs to scheme='entropy'"),
+        ({"entropy": {"step": 1.0}, "scheme": "entropy"}, r"give an EntropyGrid\(step="),
+        ({"scheme": "rate_distortion", "lmbda": None}, "needs lmbda"),
+        ({"scheme": "rate_distortion", "lmbda": -1.0}, r"lmbda=-1\.0"),
+        ({"scheme": "rate_distortion", "lmbda": math.nan}, "lmbda=nan"),
+        ({"lmbda": 1.0}, r"lmbda=1\.0 belongs to scheme='rate_distortion'"),
         ({"pact": True, "activation_bits": None}, "pact=True"),
         ({"lr": 0.0}, r"lr=0\.0"),
     ],
@@ -471,6 +477,21 @@ def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantizing(**{"scheme": "symmetric", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": 0.0}, r"step=0\.0 must be above 0"),
+        ({"dead_zone": 1.0}, r"dead_zone=1\.0"),
+        ({"rate": -1.0}, r"rate=-1\.0"),
+        ({"target_bits": 2.0, "target_bytes": 9}, "give one of them"),
+        ({"target_bytes": 0}, "target_bytes=0 must be above 0"),
+    ],
+)
+def test_bad_entropy_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EntropyGrid(**arguments)
 
 
 def test_what_training_shows_to_be_wrong_is_told(tmp_path):

@@ -17,6 +17,7 @@ from tiny import TinyAutoencoder, batches, quiet_trainer
 from torch import nn
 
 from lightning_compress import (
+    EntropyGrid,
     GradualPruning,
     KnowledgeDistillation,
     ProjectedEMA,
@@ -45,8 +46,9 @@ CASES = {
     "codebook": lambda: [qat("codebook", activation_bits=None)],
     "codebook, frozen": lambda: [qat("codebook", activation_bits=None, freeze=0.3)],
     "entropy": lambda: [qat("entropy")],
-    "entropy, rate": lambda: [qat("entropy", rate=0.1, target_bits=None)],
+    "entropy, rate": lambda: [qat("entropy", entropy=EntropyGrid(rate=0.1))],
     "entropy, frozen": lambda: [qat("entropy", freeze=0.3)],
+    "rate and distortion": lambda: [qat("rate_distortion", lmbda=0.1)],
     "frozen": lambda: [qat(freeze=0.3)],
     "non-finite guard": lambda: [StopOnNonFinite()],
     "projected average": lambda: [ProjectedEMA(decay=0.9), qat("entropy")],
@@ -55,7 +57,7 @@ CASES = {
     ],
     "all": lambda: [
         GradualPruning(final_sparsity=0.5, end=1.0, frequency=STEPS // 2),
-        qat("entropy", rate=0.1),
+        qat("entropy", entropy=EntropyGrid(rate=0.1)),
         ProjectedEMA(decay=0.9),
         StopOnNonFinite(),
     ],

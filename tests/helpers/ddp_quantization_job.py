@@ -7,7 +7,12 @@ import torch
 from processes import on, share_of
 from tiny import TinyAutoencoder, TinyGAN, quiet_trainer
 
-from lightning_compress import GradualPruning, QuantizationAwareTraining, compression_state
+from lightning_compress import (
+    EntropyGrid,
+    GradualPruning,
+    QuantizationAwareTraining,
+    compression_state,
+)
 
 WAYS = {
     "gan": [{"scheme": "learned_step", "pact": True}],
@@ -17,7 +22,8 @@ WAYS = {
         {"scheme": "affine", "observer": "moving_average", "per_channel": False},
         {"scheme": "learned_step"},
         {"scheme": "codebook", "freeze": 0.6},
-        {"scheme": "entropy", "rate": 0.01, "target_bits": 2.5},
+        {"scheme": "entropy", "entropy": EntropyGrid(rate=0.01, target_bits=2.5)},
+        {"scheme": "rate_distortion", "lmbda": 0.1},
     ],
 }
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_compress import (
     ArtifactCallback,
     CompressionSummary,
+    EntropyGrid,
     GradualPruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
@@ -31,9 +32,15 @@ QAT = {  # every scheme and observer, in both layouts of scales
     "learned": {"weight_bits": 4, "scheme": "learned_step"},
     "learned_tensor": {"weight_bits": 4, "scheme": "learned_step", "per_channel": False},
     "codebook": {"weight_bits": 3, "scheme": "codebook", "freeze": 0.6},
-    "entropy": {"scheme": "entropy", "rate": 0.01, "target_bits": 2.5, "freeze": 0.8},
+    "entropy": {
+        "scheme": "entropy",
+        "entropy": EntropyGrid(rate=0.01, target_bits=2.5),
+        "freeze": 0.8,
+    },
+    "rate": {"scheme": "rate_distortion", "lmbda": 0.1},
+    "rate_channels": {"scheme": "rate_distortion", "lmbda": 0.1, "per_channel": True},
 }
-RESUMED = ("learned", "codebook", "entropy")
+RESUMED = ("learned", "codebook", "entropy", "rate")
 
 
 class Autoencoder(TinyAutoencoder):

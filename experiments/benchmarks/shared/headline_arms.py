@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 
 from lightning_compress import (
     ChannelPruning,
+    EntropyGrid,
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
@@ -56,7 +57,10 @@ def pruning(runs: Runs, sparsity: float, begin: float = 0.02, end: float = 0.5) 
 def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
     """For the entropy coder."""
     return QuantizationAwareTraining(
-        activation_bits=None, scheme="entropy", step=step, rate=runs.model.rate, begin=0.35
+        activation_bits=None,
+        scheme="entropy",
+        entropy=EntropyGrid(step=step, rate=runs.model.rate),
+        begin=0.35,
     )
 
 

@@ -42,20 +42,21 @@ class Turns(Callback):
         self.next.release()
 
 
-def measure_steps(setups: dict[str, SetUp], *, steps: int, copies: int) -> None:
+def measure_steps(setups: dict[str, SetUp], *, steps: int, copies: int, rows: int = 64) -> None:
     """Print the time of a step of each set-up against the first one's.
 
-    Two epochs of random pictures (64, 1, 28, 28) are trained on one thread, and the second one is
+    Two epochs of random pictures (rows, 1, 28, 28) are trained on one thread, and the second one is
     measured: some tools begin their work when the first one ends.
 
     Args:
         setups: name -> what makes a fresh model and its callbacks.
         steps: of an epoch.
         copies: of each set-up, two or more.
+        rows: of a batch.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    batches = [(torch.rand(64, 1, 28, 28), torch.zeros(64)) for _ in range(steps)]
+    batches = [(torch.rand(rows, 1, 28, 28), torch.zeros(rows)) for _ in range(steps)]
     runs = [name for name in setups for _ in range(copies)]
     random.Random(0).shuffle(runs)
     turns = [threading.Semaphore(0) for _ in runs]

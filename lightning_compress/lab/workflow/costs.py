@@ -19,7 +19,7 @@ from lightning_compress.conversion.export import OnnxInfo, export_onnx
 from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.evaluation.cost import file_sizes, macs, parameter_counts
 from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, torch_runner
-from lightning_compress.lcz.artifact import save_compressed, write_graph
+from lightning_compress.lcz.artifact import load_compressed, save_compressed, write_graph
 from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.state import compression_state
 
@@ -156,13 +156,25 @@ def deployed_cost(model: Any) -> dict[str, Any]:
 
 
 def write_files(
-    model: Any, folder: Path, export: DictConfig
+    model: Any, folder: Path, export: DictConfig, *, lossy: bool = False
 ) -> tuple[dict[str, int | None], ArtifactInfo]:
     """Write a model's `.lcz` and ONNX files; sizes in bytes of all formats.
 
     A model of several parts has one ONNX file each; their sizes add up.
+
+    Args:
+        model: the model.
+        folder: of the files.
+        export: the config.
+        lossy: whether `float_dtype` and `fold_batchnorm` of the config count. The model then has
+            the values of its file, so that what is measured next is what ships.
     """
-    artifact = save_compressed(model.deployed_module(), folder / "model.lcz", codec=export.codec)
+    module, path = model.deployed_module(), folder / "model.lcz"
+    choices = {name: export.get(name) for name in ("float_dtype", "fold_batchnorm")}
+    choices = {name: value for name, value in choices.items() if value and lossy}
+    artifact = save_compressed(module, path, codec=export.codec, **choices)
+    if choices:
+        load_compressed(path, module)
     sizes: dict[str, int | None] = {**file_sizes(model.deployed_module()), "lcz": artifact.bytes}
     sizes["lcz_graph"] = sizes["onnx"] = sizes["onnx_int8"] = None
     if export.onnx:

@@ -221,12 +221,11 @@ def _measure(
     folders = (folder / "dense", folder / "compressed")
     sides, artifacts = [], []
     int8 = bool(cfg.export.onnx and cfg.export.int8)
-    for one, home, quality in (
-        (pair[0], folders[0], dense_qualities[0]),
-        (pair[1], folders[1], evaluator.quality(compressed)),
-    ):
+    for one, home in zip(pair, folders, strict=True):
         home.mkdir(exist_ok=True)
-        sizes, artifact = write_files(one.model, home, cfg.export)
+        is_dense = one is pair[0]
+        sizes, artifact = write_files(one.model, home, cfg.export, lossy=not is_dense)
+        quality = dense_qualities[0] if is_dense else evaluator.quality(compressed)
         infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
         if int8:
             sizes["onnx_int8"] = int8_bytes(infos)
