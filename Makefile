@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants clean
+.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean
 
 demo: $(READY)  ## dense and compressed VAE on the embedded digits, then a report
 	$(CLOCK) $(BIN)/lightning-compress experiment=demo $(TOLD)
@@ -66,6 +66,9 @@ bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,peers]"; \
 	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py; \
 	$(BIN)/python experiments/benchmarks/show_headline.py outputs/bench/headline docs $(TOLD)
+
+baselines: $(READY)  ## converged dense models for the benchmarks, an hour a call (plan first; resumes)
+	$(CLOCK) $(BIN)/python experiments/benchmarks/baselines.py --set fashion --minutes 60 $(TOLD)
 
 bench-digits: $(READY) nncodec  ## small models on digits, one seed (about ten minutes; resumes)
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,peers]"; \

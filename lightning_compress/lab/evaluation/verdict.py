@@ -278,7 +278,7 @@ def verdict(
     found = paired([sign * (after[metric] - before[metric]) for before, after in pairs])
     dense_mean = _mean([quality[metric] for quality in every])
     margin = margin_of(metric, dense_mean, irreducible=irreducible, floor=floor)
-    faults = list(dict.fromkeys(fault for one in every for fault in baseline_faults(one)))
+    faults = _faults(every)
     reducible = dense_mean - irreducible if metric in NATS else 0.0
     return Verdict(
         metric=metric,
@@ -303,6 +303,18 @@ def verdict(
         falls=_falls(pairs, every, metric),
         dense_faults=faults,
     )
+
+
+def _faults(every: Sequence[Quality]) -> list[str]:
+    """A line for each kind of fault: the first seed's, and how many have it."""
+    kinds: dict[str, list[str]] = {}
+    for quality in every:
+        for kind, fault in {one.partition(":")[0]: one for one in baseline_faults(quality)}.items():
+            kinds.setdefault(kind, []).append(fault)
+    seeds = f" of {len(every)} dense seeds)"
+    return [
+        some[0] + (f" ({len(some)}{seeds}" if len(every) > 1 else "") for some in kinds.values()
+    ]
 
 
 def _word(found: Paired, margin: float, *, broken: bool, lost: bool) -> str:

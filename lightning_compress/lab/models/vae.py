@@ -86,10 +86,16 @@ class BaseVAE(LatentModel):
         self, x: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Per example and in nats: (-log p(x | z) at one posterior sample, KL), each (N,)."""
+        nll, mu, logvar = self.reconstructed(x, generator=generator)
+        return nll, normal_kl(mu, logvar)
+
+    def reconstructed(
+        self, x: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-log p(x | z) in nats at one posterior sample, (N,), and the posterior's mu, logvar."""
         mu, logvar = self.posterior(x)
         z = mu + (0.5 * logvar).exp() * _noise_like(mu, generator)
-        nll = self.reconstruction_nll(x, z.to(self.dtype), generator=generator)
-        return nll, normal_kl(mu, logvar)
+        return self.reconstruction_nll(x, z.to(self.dtype), generator=generator), mu, logvar
 
     def log_weights(self, x: Tensor, k: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Return log p(x, z) - log q(z | x) in nats at k posterior samples, (k, N).
@@ -109,13 +115,17 @@ class BaseVAE(LatentModel):
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
         """Mean of reconstruction + kl_factor * KL."""
-        nll, kl = self.elbo_terms(batch[0])
-        factor = self.kl_factor()
-        loss = (nll + factor * kl).mean()
+        nll, mu, logvar = self.reconstructed(batch[0])
+        kl, factor = normal_kl(mu, logvar), self.kl_factor()
+        loss = self.training_loss(nll, mu, logvar)
         logs = {"train/recon": nll.mean(), "train/kl": kl.mean(), "train/kl_factor": factor}
         self.log("train/loss", loss, batch_size=len(nll), prog_bar=True)
         self.log_dict(logs, batch_size=len(nll))
         return loss
+
+    def training_loss(self, nll: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        """Mean of reconstruction (N,) and weighted KL."""
+        return (nll + self.kl_factor() * normal_kl(mu, logvar)).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log `val/elbo` (nats, higher is better), `val/recon` and `val/kl`, all unweighted.

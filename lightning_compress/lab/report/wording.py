@@ -295,11 +295,11 @@ def _paired_sentence(label: str, verdict: Mapping[str, Any]) -> str:
     """Both values, the paired difference with its error and bounds, the margin, what fell."""
     get = {key: scalar(verdict.get(key)) for key in verdict}
     over = " (means over pairs)" if (get.get("n") or 0) > 1 else ""
-    dense = number(get.get("dense"))
-    if over or get.get("dense_mean") != get.get("dense"):
-        dense = f"{number(get.get('dense_mean'))} (mean over dense seeds)"
+    dense, every = _paired_dense(verdict), get.get("dense_mean")
+    mean = "" if over or every == dense else f" (mean over all dense seeds {number(every)})"
     parts = [
-        f"{label}: {dense} dense, {number(get.get('compressed_mean'))} compressed{over}",
+        f"{label}: {number(dense)} dense{mean}, {number(get.get('compressed_mean'))} "
+        f"compressed{over}",
         f"{_direction(verdict)} ({_error(verdict)}), margin {number(get.get('margin'), 3)} = "
         f"{verdict.get('margin_rule')}",
     ]
@@ -319,6 +319,14 @@ def _paired_sentence(label: str, verdict: Mapping[str, Any]) -> str:
     if faults := verdict.get("dense_faults"):
         parts.append(f"dense baseline: {'; '.join(map(str, faults))}")
     return "; ".join(parts) + "."
+
+
+def _paired_dense(verdict: Mapping[str, Any]) -> float | None:
+    """The dense models' mean over the pairs alone, from which the difference is taken."""
+    after, loss = (scalar(verdict.get(key)) for key in ("compressed_mean", "difference"))
+    if after is None or loss is None or verdict.get("n") == 1:
+        return scalar(verdict.get("dense"))
+    return after + loss if verdict.get("higher_is_better") else after - loss
 
 
 def _error(verdict: Mapping[str, Any]) -> str:

@@ -150,6 +150,54 @@ def test_learns_which_sentence_it_read():
     assert torch.equal(model.sequences(mu), TOKENS)
 
 
+WORDS = [f"{a}{b}{c}{d}" for a in "bdfg" for b in "aeio" for c in "lmnr" for d in "kpst"]
+
+
+def trained_on_words(**more):
+    """The KL in nats after a few hundred steps on made-up words, and the model."""
+    rows = [[1, *(ord(one) - ord("a") + 4 for one in word), 2] for word in WORDS]
+    data = DataLoader(TensorDataset(torch.tensor(rows), torch.zeros(len(rows))), batch_size=256)
+    seed_everything(0, verbose=False)
+    model = RecurrentVAE(
+        vocab_size=30, steps=6, hidden=16, embedding=8, latent_dim=16, lr=1e-2, **more
+    )
+    trainer = Trainer(
+        max_epochs=150,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, data)
+    with torch.no_grad():
+        return float(model.eval().elbo_terms(torch.tensor(rows), generator=seeded())[1].mean())
+
+
+def test_the_posterior_of_words_does_not_collapse_by_default():
+    """Bowman et al. 2016, section 3.1; without all three the same model ignores z."""
+    assert trained_on_words(kl_anneal_steps=75) > 3.0  # the other two as they are by default
+    assert trained_on_words(word_dropout=0.0, kl_anneal_steps=0, free_bits=0.0) < 1.0
+
+
+def test_free_bits_leave_the_first_nats_of_a_unit_without_a_cost():
+    model = RecurrentVAE(vocab_size=9, steps=6, latent_dim=2, kl_anneal_steps=0, free_bits=0.5)
+    nll, logvar = torch.tensor([1.0, 3.0]), torch.zeros(2, 2)
+    mu = torch.tensor([[0.2, 2.0], [0.0, 2.0]], requires_grad=True)  # KL 0.01 and 2, on average
+    loss = model.training_loss(nll, mu, logvar)
+    assert loss.item() == pytest.approx(2.0 + 0.5 + 2.0)
+    loss.backward()
+    assert mu.grad.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def test_values_have_none_of_the_aids_of_tokens_by_default():
+    model = RecurrentVAE(features=4, steps=6, hidden=8)
+    assert (model.word_dropout, model.kl_anneal_steps, model.free_bits) == (0.0, 0, 0.0)
+    nll, mu = torch.tensor([1.0, 3.0]), torch.ones(2, model.latent_dim)
+    loss = model.training_loss(nll, mu, torch.zeros_like(mu))
+    assert loss.item() == pytest.approx(2.0 + 0.5 * model.latent_dim)
+
+
 def test_rows_without_start_are_refused(model):
     with pytest.raises(ValueError, match="begin with the start token 1"):
         model.elbo_terms(TOKENS[:, 1:])

@@ -91,13 +91,17 @@ def test_error_bounds_margin_and_falls_stand_in_one_sentence():
     text = verdict_of(pairs(5, 0.1, recall=0.7)).sentence
     assert text.count(". ") == 0
     for part in (
-        "242.0 (mean over dense seeds) dense",
+        "242.0 dense, 242.1 compressed (means over pairs)",
         "worse by 0.104 (standard error 0.00245, n = 5 pairs, one-sided 95 % bounds",
         "margin 1.04 = 2 % of the reducible part",
         "+0.199 % of what a model can influence (189.9 are irreducible)",
         "recall fell by 0.120 (standard deviation over dense seeds 0.0158)",
     ):
         assert part in text, text
+    alone = pairs(1, 0.1)
+    alone["verdict"]["dense_mean"] = 250.0  # of further dense seeds
+    text = verdict_of(alone).sentence
+    assert "240.0 dense (mean over all dense seeds 250.0), 240.1 compressed; worse by" in text
     assert "spread unknown" in verdict_of(pairs(1, 0.1, recall=0.7)).sentence
 
 
