@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -43,10 +43,14 @@ _DYNAMIC = "_compression_dynamic"
 
 @dataclass(frozen=True)
 class ActivationGrids:
-    """Grids, one scale a tensor, of a layer's input and output; None: not quantized."""
+    """Grids, one scale a tensor, of a layer's input and output; None: not quantized.
+
+    `dynamic`: the input is rounded over each call's own range in place of a grid.
+    """
 
     input: AffineGrid | None = None
     output: AffineGrid | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,23 @@ class CompressionState:
         grids: where weights lie, by parameter name.
         activations: where inputs and outputs of layers lie, by module path.
         channels: what was removed.
+        dynamic: paths of layers that round what they read over each call's own range.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     activations: dict[str, ActivationGrids] = field(default_factory=dict)
     channels: RemovedChannels = field(default_factory=RemovedChannels)
+    dynamic: frozenset[str] = frozenset()
+
+    @property
+    def rounding(self) -> dict[str, ActivationGrids]:
+        """`activations` and `dynamic` in one, as files hold them."""
+        marked = {
+            path: replace(self.activations.get(path, ActivationGrids()), dynamic=True)
+            for path in self.dynamic
+        }
+        return self.activations | marked
 
 
 def note_removed(module: nn.Module, lost: RemovedChannels) -> None:
@@ -144,8 +159,8 @@ def activation_grids(layer: nn.Module) -> ActivationGrids | None:
 
 def set_activation_grids(layer: nn.Module, grids: ActivationGrids | None) -> None:
     """Record the grids of a layer's input and output; None clears them."""
-    set_dynamic(layer, False)
-    if grids is None:
+    set_dynamic(layer, grids is not None and grids.dynamic)
+    if grids is None or (grids.dynamic and grids.input is None and grids.output is None):
         layer.__dict__.pop(_ACTIVATIONS, None)
     else:
         layer.__dict__[_ACTIVATIONS] = grids
@@ -179,11 +194,13 @@ def compression_state(module: nn.Module, *, masks: bool = True) -> CompressionSt
     >>> compression_state(layer).masks["weight"].tolist()
     [[False, True], [True, False]]
     """
-    found_masks, grids, activations = {}, {}, {}
+    found_masks, grids, activations, dynamic = {}, {}, {}, set()
     for prefix, layer in module.named_modules():
         known = layer.__dict__.get(_ATTRIBUTE, {})
         if (found := activation_grids(layer)) is not None:
             activations[prefix] = found
+        if rounds_dynamically(layer):
+            dynamic.add(prefix)
         for name, parameter in layer.named_parameters(recurse=False):
             path = f"{prefix}.{name}" if prefix else name
             if name in known:
@@ -192,4 +209,6 @@ def compression_state(module: nn.Module, *, masks: bool = True) -> CompressionSt
                 mask = full_tensor(parameter.detach()) != 0
                 if not mask.all():
                     found_masks[path] = mask
-    return CompressionState(found_masks, grids, activations, removed_channels(module))
+    return CompressionState(
+        found_masks, grids, activations, removed_channels(module), frozenset(dynamic)
+    )

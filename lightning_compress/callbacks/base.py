@@ -611,7 +611,9 @@ def _state_now(trainer: Trainer, module: LightningModule) -> CompressionState:
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, WeightCallback):
             activations.update(one.activation_grids_now())
-    return CompressionState(masks, known.grids, activations)
+    return CompressionState(
+        masks, known.grids, activations, dynamic=known.dynamic - set(activations)
+    )
 
 
 def _refuse_plain_averaging(trainer: Trainer) -> None:

@@ -89,7 +89,7 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
         return Contents(tensors, {}, {})
     state = state_for_file(content)
     tensors = {stored_name(name): tensor for name, tensor in tensors.items()}
-    return Contents(tensors, state.grids, state.activations, state.channels)
+    return Contents(tensors, state.grids, state.rounding, state.channels)
 
 
 def _entries(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import numpy as np
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.decoding import StoredGrid
 
-__all__ = ["SIDES", "LayerGrid", "read_layer_grids"]
+__all__ = ["DYNAMIC", "SIDES", "LayerGrid", "read_layer_grids"]
 
 SIDES = {"i": "input", "o": "output"}
+DYNAMIC = "d"  # 1: the input is rounded over each call's own range
 
 
 class LayerGrid(NamedTuple):
@@ -23,8 +24,8 @@ class LayerGrid(NamedTuple):
     scale: float
 
 
-def read_layer_grids(entry: object) -> dict[str, dict[str, LayerGrid]]:
-    """By path of a layer, then "input" or "output": what the header's `activations` say.
+def read_layer_grids(entry: object) -> dict[str, dict[str, LayerGrid | bool]]:
+    """By path of a layer, then "input", "output" or "dynamic": what the header's `activations` say.
 
     Raises:
         CorruptArtifactError: naming the layer, when they say anything else.
@@ -34,10 +35,17 @@ def read_layer_grids(entry: object) -> dict[str, dict[str, LayerGrid]]:
     return {path: _pair(path, row) for path, row in entry.items()}
 
 
-def _pair(path: str, row: object) -> dict[str, LayerGrid]:
-    if not isinstance(row, dict) or not set(row) <= set(SIDES):
+def _pair(path: str, row: object) -> dict[str, LayerGrid | bool]:
+    if not isinstance(row, dict) or not set(row) <= {*SIDES, DYNAMIC}:
         raise CorruptArtifactError(f"activations of {path!r}: {str(row)[:80]!r}")
-    return {SIDES[key]: _grid(path, value) for key, value in row.items()}
+    found: dict[str, LayerGrid | bool] = {
+        SIDES[key]: _grid(path, value) for key, value in row.items() if key != DYNAMIC
+    }
+    if DYNAMIC in row:
+        if type(row[DYNAMIC]) is not int or row[DYNAMIC] != 1 or "input" in found:
+            raise CorruptArtifactError(f"activations of {path!r}: {str(row)[:80]!r}")
+        found["dynamic"] = True
+    return found
 
 
 def _grid(path: str, row: object) -> LayerGrid:

@@ -23,7 +23,7 @@ from lightning_compress.lcz.channel_record import (
     unruns,
 )
 from lightning_compress.lcz.header import TensorRecord
-from lightning_compress.lcz.layer_grids import SIDES, LayerGrid
+from lightning_compress.lcz.layer_grids import DYNAMIC, SIDES, LayerGrid
 from lightning_compress.lcz.raw_bits import DTYPES, dtype_name
 from lightning_compress.lcz.tensors import grid_fault
 from lightning_compress.removed import RemovedChannels
@@ -61,6 +61,7 @@ def write_activations(grids: Mapping[str, ActivationGrids]) -> dict[str, Any]:
             for key, side in SIDES.items()
             if (grid := getattr(pair, side)) is not None
         }
+        | ({DYNAMIC: 1} if pair.dynamic else {})
         for path, pair in grids.items()
     }
 
@@ -73,10 +74,17 @@ def _row(path: str, grid: AffineGrid) -> list[int]:
     return [grid.bits, int(grid.symmetric), int(grid.zero_point), int(scale[0])]
 
 
-def read_activations(grids: Mapping[str, Mapping[str, LayerGrid]]) -> dict[str, ActivationGrids]:
+def read_activations(
+    grids: Mapping[str, Mapping[str, LayerGrid | bool]],
+) -> dict[str, ActivationGrids]:
     """What `write_activations` wrote, as tensors; see `layer_grids` for its checks."""
     return {
-        path: ActivationGrids(**{side: _grid(row) for side, row in pair.items()})
+        path: ActivationGrids(
+            **{
+                side: _grid(row) if isinstance(row, LayerGrid) else row  # type: ignore[arg-type]
+                for side, row in pair.items()
+            }
+        )
         for path, pair in grids.items()
     }
 
@@ -318,7 +326,7 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
     for path, grid in known.grids.items():
         if (name := stored_name(path)) in tensors:
             grids[name] = _from_the_front(grid, tensors[name].dim())
-    activations = {stored_name(path): pair for path, pair in known.activations.items()}
+    activations = {stored_name(path): pair for path, pair in known.rounding.items()}
     return Contents(tensors, grids, activations, _lost(known.channels, tensors))
 
 

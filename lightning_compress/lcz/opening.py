@@ -37,7 +37,7 @@ class OpenFile:
 
     container: Container
     records: list[TensorRecord]
-    activations: dict[str, dict[str, LayerGrid]]
+    activations: dict[str, dict[str, LayerGrid | bool]]
     channels: ChannelRecord
     graphs: list[GraphRecord] = field(default_factory=list)
 

@@ -98,6 +98,8 @@ def without_minus_zeros(tensor: Tensor) -> Tensor:
     import torch
 
     if tensor.is_complex():
+        import torch
+
         return torch.view_as_complex(without_minus_zeros(torch.view_as_real(tensor.resolve_conj())))
     if not tensor.is_floating_point():
         return tensor

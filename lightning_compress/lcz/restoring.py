@@ -66,7 +66,8 @@ def pack_state(state: CompressionState) -> dict[str, Any]:
             stored_name(path): {
                 side: _packed(grid) for side in _SIDES if (grid := getattr(pair, side)) is not None
             }
-            for path, pair in state.activations.items()
+            | ({"dynamic": True} if pair.dynamic else {})
+            for path, pair in state.rounding.items()
         },
     }
 
@@ -102,15 +103,17 @@ def read_state(checkpoint: Mapping[str, Any]) -> CompressionState:
     parametrizations either.
     """
     entry = checkpoint.get(STATE, {})
-    lost = checkpoint.get(CHANNELS)
+    lost, rows = checkpoint.get(CHANNELS), entry.get("activations", {})
     return CompressionState(
         {path: unpack_mask(packed, shape) for path, (packed, shape) in _masks(checkpoint)},
         {path: _unpacked(one) for path, one in entry.get("grids", {}).items()},
         {
-            path: ActivationGrids(**{side: _unpacked(one) for side, one in pair.items()})  # type: ignore[arg-type]
-            for path, pair in entry.get("activations", {}).items()
+            path: ActivationGrids(**{side: _unpacked(pair[side]) for side in grids})  # type: ignore[arg-type]
+            for path, pair in rows.items()
+            if (grids := [side for side in _SIDES if side in pair])
         },
         RemovedChannels() if lost is None else RemovedChannels(**lost),
+        frozenset(path for path, pair in rows.items() if pair.get("dynamic")),
     )
 
 
@@ -256,7 +259,7 @@ def attach_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         layer, name, parameter = places[path]
         if mask.shape == parameter.shape:
             set_known_mask(layer, name, mask)
-    for path, pair in state.activations.items():
+    for path, pair in state.rounding.items():
         if path not in layers:
             raise TargetError(f"the checkpoint has activation grids of {path!r}, no such layer")
         set_activation_grids(layers[path], pair)

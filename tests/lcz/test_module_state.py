@@ -11,8 +11,11 @@ from torch import nn
 
 from lightning_compress import (
     CorruptArtifactError,
+    fake_quantized,
     load_compressed,
+    quantize_dynamic,
     read_tensors,
+    restore_compression,
     save_compressed,
     write_tensors,
 )
@@ -20,10 +23,12 @@ from lightning_compress.grids import CodebookGrid
 from lightning_compress.lcz import context_model, parallel
 from lightning_compress.lcz.container import read_container, write_container
 from lightning_compress.lcz.header import TensorRecord, read_records, write_records
+from lightning_compress.lcz.restoring import STATE, pack_state
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import (
     ActivationGrids,
     compression_state,
+    rounds_dynamically,
     set_activation_grids,
     set_grid,
 )
@@ -113,6 +118,7 @@ SCALE = struct.unpack("<I", struct.pack("<f", 0.5))[0]
         {"0": {"i": [9, 1, 0, SCALE]}}, {"0": {"i": [8, 2, 0, SCALE]}},
         {"0": {"i": [8, 1, 5, SCALE]}}, {"0": {"i": [4, 0, 16, SCALE]}},
         {"0": {"i": [8, 0, 0, 1 << 32]}}, {"0": {"i": [8, 0, 0, 0x7F800000]}},
+        {"0": {"d": 0}}, {"0": {"d": True}}, {"0": {"d": 1, "i": [8, 1, 0, SCALE]}},
         {"0": {"i": [8, 0, True, SCALE]}}, {"0": {"i": ["8", 0, 0, SCALE]}},
     ],
     ids=str,
@@ -241,3 +247,22 @@ def test_a_bar_shows_only_past_a_second(monkeypatch):
         screen = Console(file=stream, force_terminal=True, width=60)
         assert list(parallel.shown("abc", [1, 2, 3], "encoding", screen)) == ["a", "b", "c"]
         assert ("encoding" in stream.getvalue()) is drawn
+
+
+def test_a_dynamically_rounding_layer_is_one_again(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    quantize_dynamic(model, exclude="2")
+    save_compressed(model, tmp_path / "a.lcz")
+    fresh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    quantize_dynamic(fresh)  # what it was before is no longer said
+    load_compressed(tmp_path / "a.lcz", fresh)
+    checkpoint = {"state_dict": model.state_dict(), STATE: pack_state(compression_state(model))}
+    other = restore_compression(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), checkpoint
+    )
+    x = torch.randn(3, 4)
+    for found in (fresh, other):
+        assert [rounds_dynamically(layer) for layer in found] == [True, False, False]
+        with fake_quantized(model), fake_quantized(found):
+            assert torch.equal(model(x), found(x))
