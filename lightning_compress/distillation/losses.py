@@ -137,6 +137,8 @@ def gaussian_kl(student: Gaussian, teacher: Gaussian) -> Tensor:
 
 def _moments(given: Any) -> Gaussian:
     """Mean and log-variance of a normal distribution, each (N, L)."""
+    if isinstance(given, Tensor):
+        raise TypeError("gaussian_kl takes (mu, logvar) or a normal distribution, not one tensor")
     while hasattr(given, "base_dist"):
         given = given.base_dist
     if isinstance(getattr(given, "logvar", None), Tensor):
