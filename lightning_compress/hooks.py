@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.outputs import flatten
+
 __all__ = [
     "Hook",
     "Taps",
@@ -83,11 +85,15 @@ def _with_first_changed(
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of an output: itself, or those of a tuple, list or mapping."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output
-    return [part for part in parts if isinstance(part, Tensor)]
+    """All tensors of an output: itself, or those of a container, dataclass or distribution.
+
+    Containers inside a container, such as the states of a recurrent layer, are not looked into.
+    """
+    if isinstance(output, (tuple, list, Mapping)):
+        parts = output.values() if isinstance(output, Mapping) else output
+        nested = (tuple, list, Mapping)
+        return [one for part in parts if not isinstance(part, nested) for one in tensors_of(part)]
+    return [one for one in flatten(output)[0] if isinstance(one, Tensor)]
 
 
 class Taps:

@@ -18,6 +18,7 @@ FLOORS = (
         "files",
         "modes",
         "hooks",
+        "outputs",
         "schedules",
         "entropy",
         "grids",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from lightning_compress.targets import (
     clean_path,
     left_out,
     select,
+    split_path,
     unselected,
 )
 
@@ -67,6 +69,7 @@ _NO_LENGTH = (
     "begin and end are fractions of the run, but the training data have no length: set max_steps "
     "or limit_train_batches of the Trainer, or give begin and end in optimizer steps (int)"
 )
+_UNCALLED = "no forward pass calls the layer: the weights have had no gradient"
 _SOME_ZEROS = 0.05  # of a weight, which no training makes by itself
 
 
@@ -202,6 +205,7 @@ class WeightCallback(Callback):
         self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
         self._told_idle = False
         self._told_orphans: set[str] = set()
+        self.uncalled: dict[str, torch.nn.Parameter] = {}  # of layers that no forward calls
 
     @property
     def state_key(self) -> str:
@@ -264,7 +268,27 @@ class WeightCallback(Callback):
     def _select(self, module: LightningModule) -> Selection:
         """The targets of now; copies of what trains follow it and are none."""
         apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
+        apart |= dict.fromkeys(self.uncalled, _UNCALLED)
         return select(module, self.include, self.exclude, apart=apart)
+
+    def leave_uncalled(self, layers: Mapping[str, torch.nn.Parameter]) -> None:
+        """Let go of targets in layers that no forward pass calls; they come back when one does."""
+        before = set(self.uncalled)
+        self.uncalled.update(layers)
+        paths = {slot.path for slot in self.slots if _layer_of(slot) in self.uncalled}
+        if not paths:
+            return
+        module: Any = Projector.module_of(self.slots[0])
+        for path in paths:
+            self.projector.drop(path)
+        self.slots = [slot for slot in self.slots if slot.path not in paths]
+        self.coverage = [
+            replace(row, selected=False, reason=_UNCALLED) if clean_path(row.path) in paths else row
+            for row in self.coverage
+        ]
+        if set(self.uncalled) - before:
+            rank_zero_warn(f"{self.state_key} leaves {sorted(paths)} as they are: {_UNCALLED}")
+        self.on_targets_changed(module.trainer, module, [])
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies of what trains, such as an average that the user keeps, follow it."""
@@ -562,6 +586,10 @@ def _tell_of_change(
     ):
         if paths:
             rank_zero_info(f"{key}: {word}: {', '.join(sorted(paths))}")
+
+
+def _layer_of(slot: ProjectedWeight) -> str:
+    return split_path(slot.target.path)[0]
 
 
 def _why_idle(optimizer: Optimizer, *, moved: bool) -> str:

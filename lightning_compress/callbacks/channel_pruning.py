@@ -616,6 +616,13 @@ class ChannelPruning(WeightCallback):
 def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a checkpoint is loaded: the sizes of its layers."""
     own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
+    if grown := _grown(module, own):
+        rank_zero_warn(
+            f"the checkpoint that is loaded is of a larger model: {grown}. It is from before "
+            "channels were removed, and the model grows back to it: a 'best' checkpoint, say, was "
+            "scored while it was hardly pruned. CompressedCheckpoint in the place of "
+            "ModelCheckpoint keeps the best of the finished sizes"
+        )
     match_channels(module, own)
 
 
@@ -624,3 +631,17 @@ def _check(**counts: int) -> None:
         least = 1 if name == "round_to" else 0
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+
+
+def _grown(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """The first tensor that is larger in a state than in a module that has lost channels."""
+    if not removed_channels(module):
+        return ""
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in own.items():
+        shape = tuple(getattr(state.get(name), "shape", ()))
+        if len(shape) == tensor.dim() and any(
+            a > b for a, b in zip(shape, tensor.shape, strict=True)
+        ):
+            return f"{name} has {shape} in place of {tuple(tensor.shape)}"
+    return ""

@@ -42,7 +42,7 @@ from lightning_compress.pruning.sparsity_groups import (
 )
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.schedules import Schedule
-from lightning_compress.targets import Pattern
+from lightning_compress.targets import Pattern, split_path
 
 __all__ = [
     "GradualPruning",
@@ -268,6 +268,7 @@ class GradualPruning(MaskCallback):
             self._gatherings.append(StatisticsWindow(DenseGradients()))
         self._rewinder: Rewinder | None = None
         self._events = 0
+        self._used: set[str] = set()  # targets that have had a gradient
         self.steered: float | dict[str, float] | None = None
 
     def steer(self, sparsity: float | Mapping[str, float]) -> None:
@@ -336,6 +337,7 @@ class GradualPruning(MaskCallback):
         for note in self.plan.notes(self.slots):
             rank_zero_info(f"{self.state_key}: {note}")
         self._events, self.steered = 0, None
+        self._used, self.uncalled = set(), {}
         if self.rewind is not None:
             self._rewinder = Rewinder(
                 self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
@@ -394,9 +396,32 @@ class GradualPruning(MaskCallback):
         self.project()
 
     def before_event(self, trainer: Trainer, step: int) -> None:
-        """Keep the weights to rewind to, when the run is there."""
+        """Keep the weights to rewind to, when the run is there; see what is used at all."""
+        self._look_for_uncalled()
         if self._rewinder is not None:
             self._rewinder.watch(trainer, step)
+
+    def _look_for_uncalled(self) -> None:
+        """Weights that never have a gradient would be pruned in place of others: leave them."""
+        for layer in [one for one, own in self.uncalled.items() if own.grad is not None]:
+            del self.uncalled[layer]  # the next look takes it as a new target
+        if len(self._used) >= len(self.slots):
+            return
+        self._used |= {slot.path for slot in self.slots if slot.parameter.grad is not None}
+
+    def _leave_uncalled(self) -> None:
+        if self._events or len(self._used) >= len(self.slots):
+            return
+        left: dict[str, nn.Parameter] = {}
+        for part in self.parts:
+            idle = [one for one in part.slots if self._is_idle(one)]
+            if len(idle) < len(part.slots):
+                left |= {split_path(one.target.path)[0]: one.parameter for one in idle}
+        if left:
+            self.leave_uncalled(left)
+
+    def _is_idle(self, slot: ProjectedWeight) -> bool:
+        return slot.path not in self._used and self.projector.clock([slot.path]) > 0
 
     def needed(self, position: float) -> bool:
         """Whether the sparsity rises or weights are exchanged at a position."""
@@ -420,6 +445,7 @@ class GradualPruning(MaskCallback):
 
     def ready(self, step: int) -> bool:
         """Whether the criterion, and the growth where weights are exchanged, know enough."""
+        self._leave_uncalled()
         late = self.events.over and self._events > 0
         grown = not self._exchanges() or all(one.ready(step) for one in self._gatherings[1:])
         return grown and self._gatherings[0].ready(step, late=late)
@@ -505,6 +531,7 @@ class GradualPruning(MaskCallback):
             **super().state_dict(),
             "asked": [part.asked for part in self.parts],
             "steered": self.steered,
+            "uncalled": sorted(self.uncalled),
             "count": self._events,
             "gathering": self._gatherings.state_dict(),
             "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
@@ -512,6 +539,9 @@ class GradualPruning(MaskCallback):
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
+        layers = {split_path(one.target.path)[0]: one.parameter for one in self.slots}
+        uncalled = {one: layers[one] for one in state.get("uncalled", ()) if one in layers}
+        self.leave_uncalled(uncalled)
         super().restore_state(state)
         steered = state.get("steered")
         if isinstance(steered, dict):

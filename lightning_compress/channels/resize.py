@@ -324,22 +324,32 @@ def select_optimizer_state(
     return list(dict.fromkeys(notes))
 
 
-def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any] | None = None) -> None:
     """Cut a module's layers to the sizes of a checkpoint that `ChannelPruning` left, in place.
 
-    Lightning calls `on_load_checkpoint` of a LightningModule before it loads the weights: there,
-    this one line lets `load_from_checkpoint` work. A checkpoint without removed channels changes
-    nothing.
+    One line in a LightningModule lets `load_from_checkpoint`, and `Trainer.test` in another
+    process, load the smaller model: `rebuild_channels(self)` at the end of `__init__` or of
+    `configure_model`, for every state that is loaded from then on; or, with the checkpoint, in
+    `on_load_checkpoint`. A checkpoint without removed channels changes nothing.
 
     Args:
         module: in full size, or small already.
-        checkpoint: as `on_load_checkpoint` gets it.
+        checkpoint: as `on_load_checkpoint` gets it; None: whatever is loaded later.
 
     Raises:
         TargetError: when the two differ in more than channels.
 
     >>> rebuild_channels(nn.Linear(2, 2), {"state_dict": {}})
+    >>> small, net = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 8))
+    >>> rebuild_channels(net)
+    >>> net.load_state_dict(small.state_dict()), net[0].out_features
+    (<All keys matched successfully>, 3)
     """
+    if checkpoint is None:
+        known = module._load_state_dict_pre_hooks.values()
+        if not any(getattr(one, "hook", one) is _match for one in known):
+            module.register_load_state_dict_pre_hook(_match)
+        return
     lost = checkpoint.get(CHANNELS)
     if lost is None:
         return
@@ -348,6 +358,12 @@ def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         layer: Any = module.get_submodule(path)
         layer.num_features = size
     note_removed(module, RemovedChannels(lost["shapes"], lost["sizes"], lost["kept"]))
+
+
+def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: the sizes of its layers."""
+    own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
+    match_channels(module, own)
 
 
 def compose(first: Kept, then: Kept) -> Kept:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_compress.distillation.pairs import gradient_norm
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import Hook, Taps
 from lightning_compress.modes import own_random_stream, without_running_statistics
+from lightning_compress.outputs import flatten, map_tensors
 
 __all__ = [
     "Forward",
@@ -45,20 +45,21 @@ class Term:
 
 def detached(values: Any) -> Any:
     """The same structure with its tensors detached: equal storage, no graph."""
-    return pytree.tree_map(lambda one: one.detach() if isinstance(one, Tensor) else one, values)
+    return map_tensors(Tensor.detach, values)
 
 
 def check_output(output: Any, path: str) -> None:
     """Check that an output's tensors can be found.
 
     Raises:
-        TargetError: for types that are neither tensors nor tuples, lists and dicts of them.
+        TargetError: for types that are neither tensors nor structures that `flatten` looks into.
     """
-    for leaf in pytree.tree_leaves(output):
+    for leaf in flatten(output)[0]:
         if not isinstance(leaf, _PLAIN):
             raise TargetError(
                 f"{path!r} gives a {type(leaf).__name__}: distillation finds tensors in tuples, "
-                "lists, named tuples and dicts only; pair a module inside that gives them"
+                "lists, named tuples, mappings, dataclasses and distributions only; "
+                "pair a module inside that gives them"
             )
 
 
@@ -85,7 +86,7 @@ class Forward:
         self, output: Any, features: dict[str, Tensor], carried: Sequence[Tensor]
     ) -> list[Tensor]:
         """Keep what the losses are taken of; returns the edges beyond the tensors carried."""
-        flat, self._spec = pytree.tree_flatten((output, features))
+        flat, self._spec = flatten((output, features))
         places, edges = {id(tensor): index for index, tensor in enumerate(carried)}, []
         for index, one in enumerate(flat):
             if not isinstance(one, Tensor) or not one.requires_grad:
@@ -104,12 +105,12 @@ class Forward:
         for index, one in enumerate(fresh):
             if isinstance(one, Tensor) and one.is_floating_point():
                 fresh[index] = one.detach().float().requires_grad_(index in self.slots)
-        output, features = pytree.tree_unflatten(fresh, self._spec)
+        output, features = self._spec(iter(fresh))
         return [fresh[index] for index in self.slots], output, features
 
     def watch(self, what: str, values: Any) -> None:
         """Remember the versions of tensors, so that a change in place is noticed."""
-        for leaf in pytree.tree_leaves(values):
+        for leaf in flatten(values)[0]:
             if isinstance(leaf, Tensor) and not leaf.is_inference():
                 self._watched.append((what, leaf, leaf._version))
 
@@ -246,7 +247,7 @@ class Injector:
             return None
         features = self._taps.end()
         check_output(output, self.path)
-        flat, spec = pytree.tree_flatten(output)
+        flat, rebuild = flatten(output)
         carried = [i for i, one in enumerate(flat) if isinstance(one, Tensor) and one.requires_grad]
         if not carried:
             return None
@@ -260,7 +261,7 @@ class Injector:
             carried, _Node.apply(self, call, len(tensors), *tensors, *edges), strict=True
         ):
             flat[index] = one
-        return pytree.tree_unflatten(flat, spec)
+        return rebuild(iter(flat))
 
     def _on_prior(self, module: nn.Module, call: Forward) -> tuple[Forward, Any, dict[str, Tensor]]:
         assert self.prior is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
 from torch.nn import functional
 
 from lightning_compress.errors import TargetError
@@ -36,7 +37,7 @@ __all__ = [
     "similarity_preserving",
     "step_kl",
 ]
-Gaussian = tuple[Tensor, Tensor]
+Gaussian = tuple[Tensor, Tensor] | Any
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -123,15 +124,42 @@ def gaussian_kl(student: Gaussian, teacher: Gaussian) -> Tensor:
     posterior has to cover the teacher's.
 
     Args:
-        student: (mu, logvar), each (N, L).
-        teacher: (mu, logvar), each (N, L).
+        student: (mu, logvar), each (N, L); or a `torch.distributions.Normal`, `Independent` too.
+        teacher: the same.
 
     >>> gaussian_kl((torch.zeros(1, 1), torch.zeros(1, 1)), (torch.ones(1, 1), torch.zeros(1, 1)))
     tensor(0.5000)
     """
-    (mu, logvar), (mu_t, logvar_t) = student, teacher
+    (mu, logvar), (mu_t, logvar_t) = _moments(student), _moments(teacher)
     ratio = (logvar_t - logvar).exp() + (mu_t - mu).square() * torch.exp(-logvar)
     return 0.5 * (ratio - 1 - logvar_t + logvar).sum(1).mean()
+
+
+def _moments(given: Any) -> Gaussian:
+    """Mean and log-variance of a normal distribution, each (N, L)."""
+    if isinstance(given, Tensor):
+        raise TypeError("gaussian_kl takes (mu, logvar) or a normal distribution, not one tensor")
+    while hasattr(given, "base_dist"):
+        given = given.base_dist
+    if isinstance(getattr(given, "logvar", None), Tensor):
+        given = given.mean, given.logvar
+    elif isinstance(given, Normal):
+        given = given.loc, 2 * given.scale.log()
+    elif isinstance(given, Distribution):
+        raise TargetError(
+            f"gaussian_kl takes normal distributions with a diagonal covariance, and the module "
+            f"gives a {type(given).__name__}: give loss=<a function of the two distributions>"
+        )
+    elif not isinstance(given, tuple | list):  # one distribution inside an output
+        inside = [one for one in vars(given).values() if _is_distribution(one)]
+        if len(inside) == 1:
+            return _moments(inside[0])
+    mu, logvar = given
+    return (mu[:, None], logvar[:, None]) if mu.dim() == 1 else (mu.flatten(1), logvar.flatten(1))
+
+
+def _is_distribution(one: Any) -> bool:
+    return isinstance(one, Distribution) or isinstance(getattr(one, "logvar", None), Tensor)
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_compress.distillation.teachers import LiveTeacher
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import Hook, Taps, tensors_of
 from lightning_compress.modes import evaluating, own_random_stream
+from lightning_compress.outputs import map_tensors
 from lightning_compress.projection import parameter_ids
 from lightning_compress.sample_inputs import sample_inputs
 
@@ -196,12 +197,7 @@ class PairedModules:
 
 
 def _float(values: Any) -> Any:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map(
-        lambda one: one.float() if isinstance(one, Tensor) and one.is_floating_point() else one,
-        values,
-    )
+    return map_tensors(lambda one: one.float() if one.is_floating_point() else one, values)
 
 
 def _shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -156,7 +156,8 @@ def test_validation_of_a_checkpoint_from_before(tmp_path):
     trainer.save_checkpoint(tmp_path / "dense.ckpt")
     model = Wide()
     trainer = run(tmp_path, model, channels)
-    trainer.validate(model, batches(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match="of a larger model"):
+        trainer.validate(model, batches(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
     assert model.encoder[0].out_features == 16
 
 
