@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         GradualPruning,
         Guard,
         KnowledgeDistillation,
+        LowRank,
         OnlineTeacher,
         PosteriorGuard,
         PostTrainingQuantization,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         ThresholdPruning,
     )
     from lightning_compress.channels.following import apply_compression
+    from lightning_compress.channels.low_rank import match_factors
     from lightning_compress.channels.resize import match_channels, rebuild_channels
     from lightning_compress.channels.student import initialize_from_teacher
     from lightning_compress.conversion.checks import Parity
@@ -92,6 +94,7 @@ __all__ = [
     "Guard",
     "KnowledgeDistillation",
     "Linear",
+    "LowRank",
     "MissingExtraError",
     "MobileInfo",
     "OnlineTeacher",
@@ -126,6 +129,7 @@ __all__ = [
     "inspect_compressed",
     "load_compressed",
     "match_channels",
+    "match_factors",
     "onnx_model",
     "onnx_session",
     "prune_weights",
@@ -148,11 +152,12 @@ _HOMES = {
     "callbacks": (
         "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
         "CompressedEarlyStopping CompressionSummary GradualPruning Guard KnowledgeDistillation "
-        "OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
+        "LowRank OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
         "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
         "ThresholdPruning"
     ),
     "channels.following": "apply_compression",
+    "channels.low_rank": "match_factors",
     "channels.resize": "match_channels rebuild_channels",
     "channels.student": "initialize_from_teacher",
     "conversion.checks": "Parity",

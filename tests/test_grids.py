@@ -104,3 +104,12 @@ def test_each_weight_goes_to_its_nearest_centre(seed, below, above):
     assert (grid.project(torch.zeros(3)) == 0).all()
     assert torch.equal(grid.project(grid.project(weight)), grid.project(weight))
     assert 2**grid.bits >= centres.numel() > 2 ** (grid.bits - 1) or grid.bits == 1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_large_weight_is_projected_piece_by_piece_to_the_same_points(symmetric):
+    weight = weights(0, (500, 401))  # no multiple of a piece
+    grid = affine_grid(weight, bits=5, symmetric=symmetric)
+    wanted = grid.dequantize(grid.quantize(weight))
+    for laid in (weight, weight.t().contiguous().t()):
+        assert torch.equal(grid.project(laid), wanted)

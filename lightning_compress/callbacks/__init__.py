@@ -18,6 +18,7 @@ from lightning_compress.callbacks.compressed_scores import (
 from lightning_compress.callbacks.gradual_pruning import GradualPruning, Rewinding
 from lightning_compress.callbacks.guards import BalanceGuard, Guard, PosteriorGuard
 from lightning_compress.callbacks.knowledge_distillation import KnowledgeDistillation
+from lightning_compress.callbacks.low_rank import LowRank
 from lightning_compress.callbacks.online_teacher import OnlineTeacher
 from lightning_compress.callbacks.projected_ema import ProjectedEMA
 from lightning_compress.callbacks.quality_budget import QualityBudget
@@ -44,6 +45,7 @@ __all__ = [
     "HopelessRunError",
     "KnowledgeDistillation",
     "LoggedPictures",
+    "LowRank",
     "OnlineTeacher",
     "PlainProgress",
     "PostTrainingQuantization",

@@ -368,6 +368,10 @@ class WeightCallback(Callback):
             self._groups = groups
             self._look_again(trainer, pl_module)
 
+    def look_again_soon(self) -> None:
+        """Look for targets before the next batch: layers have become others."""
+        self._groups = []
+
     def _look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Take what has appeared since, and let go of what is no longer the module's."""
         to_shards(module)
