@@ -2,7 +2,7 @@
 
 Each row goes on from the same dense model (the dense row too), is measured on the test split, and
 ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
-rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
+rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and figure.
 
 python experiments/benchmarks/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...]
     [--models vae ...] [--again speed|quality|controls]

@@ -99,7 +99,7 @@ def kl_divergence(
 def bernoulli_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL in nats between independent pixels given as logits, times T^2.
 
-    Summed over the pixels of a picture and averaged over pictures: the unit of a VAE's loss.
+    Summed over the pixels of an image and averaged over images: the unit of a VAE's loss.
 
     Args:
         student: logits, (N, ...).

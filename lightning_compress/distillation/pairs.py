@@ -250,7 +250,7 @@ def make_pairs(
     """Pairs of a student and a teacher, each with a teacher's path.
 
     Args:
-        given: paths, (student path, teacher path), or `Pair`s; None: the part that ships.
+        given: paths, (student path, teacher path), or `Pair`s; None: the deployed part.
         student: the model in training.
         teacher: the teacher.
         loss: of the pairs that are given by paths.
@@ -262,7 +262,7 @@ def make_pairs(
         given = deployed_part(student)
     listed = [given] if isinstance(given, (str, Pair)) else list(given)
     if not listed:
-        raise TargetError("pairs is empty: give paths, or None for the part that ships")
+        raise TargetError("pairs is empty: give paths, or None for the deployed part")
     return [_one(one, teacher, loss, alone=len(listed) == 1) for one in listed]
 
 

@@ -191,7 +191,7 @@ class Hutchinson:
         seed: of the signs, apart from the global random state.
 
     Raises:
-        ValueError: when samples is not a whole number of 1 or more.
+        ValueError: when samples is not an integer of 1 or more.
 
     >>> from torch import nn
     >>> from lightning_compress.targets import Target
@@ -210,7 +210,7 @@ class Hutchinson:
         if not callable(loss_fn):
             raise ValueError(f"loss_fn={loss_fn!r} must be a callable that returns a loss tensor")
         if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples!r} must be a whole number, 1 or more")
+            raise ValueError(f"samples={samples!r} must be an integer, 1 or more")
         self.loss_fn, self.samples, self.seed = loss_fn, samples, seed
         self._slots: list[ProjectedWeight] = []
         self._diagonals: dict[str, Tensor] = {}

@@ -196,7 +196,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         sizes = {"max_columns": max_columns, "max_samples": max_samples, "block_size": block_size}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a whole number, 1 or more")
+                raise ValueError(f"{name}={size!r} must be an integer, 1 or more")
         self.damping, self.solver, self.block_size = damping, solver, block_size
         self.max_columns, self.max_samples = max_columns, max_samples
         self._before: dict[str, Tensor | None] = {}  # masks at the time of the scores

@@ -48,12 +48,12 @@ class StatisticsCriterion:
         window: steps of the owning optimizer, before an event, in which sums gather.
 
     Raises:
-        ValueError: when the window is not a whole number of 1 or more.
+        ValueError: when the window is not an integer of 1 or more.
     """
 
     def __init__(self, *, window: int) -> None:
         if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window={window!r} must be a whole number of steps, 1 or more")
+            raise ValueError(f"window={window!r} must be an integer of steps, 1 or more")
         self.window = window
         self._slots: dict[str, ProjectedWeight] = {}
         self._sums: dict[str, Tensor] = {}

@@ -89,7 +89,7 @@ def together(sparsity: float, step: float) -> Arm:
 
 
 def channels(runs: Runs, left: float, end: float = 0.4) -> ChannelPruning:
-    """Smaller layers, in the way that the model bears best."""
+    """Smaller layers, in the way that the model tolerates best."""
     return ChannelPruning(budget={"macs": left}, **{"end": end, **runs.model.channels})
 
 

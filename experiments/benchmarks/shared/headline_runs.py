@@ -249,7 +249,7 @@ class Runs:
     def _start(self, overrides: Sequence[str]) -> Start:
         model = self.model
         start = {self.name: ([*overrides], model.epochs[0], [*model.spared])}
-        return Start(self.name, self.seed, self.folder, start, data=model.data, pictures=True)
+        return Start(self.name, self.seed, self.folder, start, data=model.data, images=True)
 
     def fresh(self) -> Any:
         """A copy of the dense start."""

@@ -34,7 +34,7 @@ def nncodec_python() -> str | None:
 
 
 def teacher(dense: Any, *, leaves: float | None = None) -> KnowledgeDistillation:
-    """A dense twin that teaches as `docs/distillation.md` found it best for its kind.
+    """A dense baseline that teaches as `docs/distillation.md` found it best for its kind.
 
     Args:
         dense: the twin.

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: what is finished is reused, what is not goes on."""
+"""Resuming of interrupted runs: finished phases are reused, unfinished ones are continued."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class FolderInUseError(OSError):
 def sole_run(folder: Path) -> Iterator[None]:
     """Hold a run folder while the block runs.
 
-    The lock is the operating system's: it goes when its holder is killed, and the file that stays
-    behind means nothing. The other processes of a DDP run belong to the first's.
+    The lock is the operating system's: it goes when its holder is killed, and a file that is left
+    over is ignored. The other processes of a DDP run belong to the first's.
 
     Raises:
         FolderInUseError: when another run holds the folder.
@@ -104,9 +104,9 @@ class Earlier:
         return cls(folder, path.parent.name if path.name == INTERRUPTED else None)
 
     def carried_to(self, folder: Path) -> Earlier:
-        """The same state in another folder, so that what is interrupted there goes on from there.
+        """Copy the checkpoints into another folder, so that the run can be resumed there.
 
-        Files are copied, as what writes to the new folder need not leave a linked one alone.
+        Links would let writers to the new folder change the old files.
         """
         if self.folder is None or self.folder.resolve() == folder.resolve():
             return self
@@ -152,7 +152,7 @@ def resume_command(folder: Path, words: Sequence[str]) -> str:
 
 
 def _value(text: str) -> str:
-    r"""A text as Hydra's grammar takes it; only plain ones go without quotes.
+    r"""A text in Hydra's grammar, quoted unless it is plain.
 
     >>> print(_value("outputs/a b"), _value("it's (a)"))
     outputs/a b 'it\'s (a)'
@@ -163,7 +163,7 @@ def _value(text: str) -> str:
 
 
 PHASE = "dense"
-BASELINE_RECORD = "baseline.json"  # written last: what stands beside it is whole
+BASELINE_RECORD = "baseline.json"  # written last: marks a complete folder
 
 
 def shared_checkpoint(
@@ -182,7 +182,7 @@ def shared_checkpoint(
     """
     home = store / recipe_hash(recipe)
     home.mkdir(parents=True, exist_ok=True)
-    with _turn(store / f"{home.name}.lock"):
+    with _locked(store / f"{home.name}.lock"):
         if not (home / BASELINE_RECORD).is_file():
             start = time.monotonic()
             train(home / PHASE, Earlier(home).unfinished(PHASE))
@@ -194,8 +194,8 @@ def shared_checkpoint(
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Wait for one's turn and say so; the other processes of a DDP run belong to the first's."""
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for the lock with a message; the other processes of a DDP run belong to the first's."""
     if getattr(rank_zero_only, "rank", 0):
         yield
         return
