@@ -352,7 +352,8 @@ class Projector:
     >>> slot = projector.add(Target("weight", layer, "weight", layer.weight))
     >>> slot.set_mask(torch.tensor([[True, False]]))
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    >>> projector.attach([optimizer])
+    >>> projector.attach([optimizer])  # what no optimizer owns
+    []
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> _ = optimizer.step()
     >>> layer.weight[0, 1].item(), projector.steps

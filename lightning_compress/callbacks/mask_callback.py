@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import ProjectedWeight
+from lightning_compress.projection import ProjectedWeight, said_of_divergence
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.targets import Pattern
 
@@ -155,10 +155,11 @@ class MaskCallback(WeightCallback):
             for slot in self.slots
         ]
         if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
-            broken = [one.path for one, count in zip(self.slots, counts, strict=True) if int(count)]
+            broken = [one for one, count in zip(self.slots, counts, strict=True) if int(count)]
+            others = f" So have {[one.path for one in broken[1:5]]}" if broken[1:] else ""
             raise FloatingPointError(
-                f"{self.state_key}: {', '.join(broken[:5])} holds weights that are NaN or infinite "
-                f"at step {self.events.last_step}: training has diverged"
+                f"{self.state_key}, step {self.events.last_step}: {said_of_divergence(broken[0])}."
+                f"{others}"
             )
 
     def on_event(self, trainer: Trainer) -> None:

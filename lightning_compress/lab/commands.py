@@ -254,7 +254,7 @@ def describe(info: ArtifactInfo) -> str:
 
 def _row(name: str, tensor: TensorInfo) -> tuple[str, ...]:
     return (
-        name,
+        printable(name, lines=False),
         "x".join(map(str, tensor.shape)) or "-",
         tensor.dtype,
         f"{1 - tensor.nonzero / tensor.elements:.2%}" if tensor.elements else "-",

@@ -139,7 +139,7 @@ def restore_compression(
         TargetError: for a module that does not fit.
         OSError: when the file cannot be read.
 
-    >>> from lightning_compress.grids import affine_grid
+    >>> from lightning_compress.quantization.ranges import affine_grid
     >>> from lightning_compress.state import has_grid
     >>> trained = nn.Linear(2, 2)
     >>> grids = {"weight": affine_grid(trained.weight, bits=4)}

@@ -28,7 +28,11 @@ def test_a_process_that_goes_wrong_ends_the_run(tmp_path, kind, why):
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, TESTS / "ddp_fault_job.py", tmp_path, kind],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{TESTS.parents[1]}{os.pathsep}{TESTS}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ def run(folder, strategy, processes=1):
         [sys.executable, TESTS / "spawn_job.py", folder, strategy, str(processes)],
         env={
             **os.environ,
-            "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+            "PYTHONPATH": f"{TESTS.parents[1]}{os.pathsep}{TESTS}",
             "OMP_NUM_THREADS": "1",
         },
         capture_output=True,

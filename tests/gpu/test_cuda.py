@@ -53,7 +53,7 @@ def fit(folder, model, *callbacks, accelerator="cuda", ckpt_path=None, **more):
     return trainer
 
 
-@pytest.mark.parametrize(("name", "precision"), itertools.product(CALLBACKS, PRECISIONS))
+@pytest.mark.parametrize(("name", "precision"), [*itertools.product(CALLBACKS, PRECISIONS)])
 def test_each_callback_trains_in_each_precision(tmp_path, name, precision):
     model = TinyAutoencoder()
     fit(tmp_path, model, CALLBACKS[name](), precision=precision)

@@ -132,7 +132,6 @@ def projected(values):
 FUNCTIONS = {
     "magnitude": criteria.magnitude,
     "global masks": lambda one: masks.global_masks([one.abs(), one.square()], 0.5),
-    "layer masks": lambda one: masks.layer_masks([one.abs()], 0.3),
     "packed mask": lambda one: masks.unpack_mask(masks.pack_mask(one != 0), one.shape),
     "exchange": lambda one: exchange(one != 0, one.abs(), one.square(), 0.3),
     "min/max": lambda one: ranges.minmax_range(one, 1),

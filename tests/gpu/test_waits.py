@@ -14,7 +14,12 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found():
     """What each kind of callback waited for, in steps without an event."""
-    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(HERE.parents[1]),
+        str(HERE.parent / "helpers"),
+        str(HERE),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     done = subprocess.run(
         [sys.executable, HERE / "waits_job.py"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

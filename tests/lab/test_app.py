@@ -162,6 +162,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_same(
     assert {*words, "hydra.run.dir=cut"} <= {*command}
 
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("LIGHTNING_COMPRESS_ALLOW", "slow.Slow")  # a class of the user's own
     code, _, errors = cli("hydra.run.dir=other", "ckpt_path=cut", "seed=7", small=False)
     assert code not in (0, None)
     assert "seed was 0 and is 7" in errors
