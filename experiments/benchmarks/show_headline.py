@@ -1,4 +1,4 @@
-"""The tables and the figure of what bench_headline.py measured.
+"""Tables and figures of the rows of bench_headline.py.
 
 python experiments/benchmarks/show_headline.py outputs/bench/headline docs
 """

@@ -1,4 +1,4 @@
-"""The table and the plot of what bench_pruning_quality.py measured.
+"""Table and plot of the rows of bench_pruning_quality.py.
 
 python experiments/benchmarks/show_pruning_quality.py rows.jsonl docs
 """

@@ -116,7 +116,7 @@ class Reference:
         self.curve = [(float(at), self.cost(value)) for at, value in sorted(pairs)]
 
     def fix(self, readings: Sequence[float], *, patience: int) -> None:
-        """Settle it when a search begins.
+        """Fix the reference value when a search begins.
 
         Args:
             readings: costs until then.
@@ -131,11 +131,11 @@ class Reference:
 
     @property
     def scale(self) -> float:
-        """What fractions are of."""
+        """Value that fractions refer to."""
         return abs(self.dense) or 1.0
 
     def worse(self, cost: float, after: float) -> float:
-        """How much worse a cost is than the dense model's after as many batches: a fraction."""
+        """Loss of a cost against the dense model's after as many batches, as a fraction."""
         dense = self.dense
         if self.curve:
             batches, costs = zip(*self.curve, strict=True)

@@ -172,7 +172,7 @@ def gradient_norm(gradients: list[Tensor | None]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two modules that are fed the same inputs: what the student's module received.
+    """Pair of modules that receive the same inputs, those of the student's module.
 
     Args:
         student: path of a module in the student; "" is the student itself.

@@ -166,7 +166,7 @@ class Movement(GradientStatistics):
         super().end()
 
     def reset(self) -> None:
-        """Remove the taps and forget the run."""
+        """Remove the taps and reset the sums of the run."""
         super().end()
         self._loaded = None
 
@@ -292,7 +292,7 @@ class Stateless:
         self.function = function
 
     def begin(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Nothing to gather."""
+        """Do nothing: no statistics are needed."""
 
     def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores of the weight's latent values.
@@ -311,7 +311,7 @@ class Stateless:
         return scores.detach()
 
     def end(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there are no statistics."""
 
 
 class Random:
@@ -330,7 +330,7 @@ class Random:
         self.seed = seed
 
     def begin(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Nothing to gather."""
+        """Do nothing: no statistics are needed."""
 
     def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores in [0, 1)."""
@@ -340,7 +340,7 @@ class Random:
         return torch.rand(values.shape, generator=generator).to(values.device)
 
     def end(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there are no statistics."""
 
 
 def magnitude(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What each row of the headline table trains: ours, and what a user would take instead."""
+"""Arms of the headline table: this package's methods, and peers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
 
 
 def taught(runs: Runs) -> KnowledgeDistillation:
-    """The dense model of the same steps teaches: its start is younger than its pupils become.
+    """Distillation from the dense model of the same steps.
 
     A VAE's leaves: taught to the end it comes out worse, see `docs/channels.md`.
     """

@@ -1,4 +1,4 @@
-"""What a row of the headline table ships: its file, and what it costs beside the dense one."""
+"""Files of the headline table's rows: written, measured and timed beside the dense ones."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
 
     Args:
         runs: of the model.
-        home: folder of a row's files; where there is no fp32 file its int8 file is what it ships.
+        home: folder of a row's files; where there is no fp32 file its int8 file is timed.
         dense: folder of the dense row's.
         rounds: calls of each.
     """

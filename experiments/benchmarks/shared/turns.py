@@ -1,4 +1,4 @@
-"""Training steps of several set-ups measured side by side: one process, turns batch by batch.
+"""Interleaved timing of training steps: several set-ups in one process, batch by batch.
 
 A busy moment of the machine so meets all of them. Where a run's memory happens to lie makes its
 steps up to a tenth slower or faster than the baseline's: so each set-up runs in several copies,
