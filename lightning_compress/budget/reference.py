@@ -149,7 +149,7 @@ def tensor_bytes(values: Tensor, grid: Grid | None = None, *, bits: int | None =
 
     Args:
         values: as deployed.
-        grid: that they lie on.
+        grid: their quantization grid.
         bits: of each value that is not 0, where it is not on a grid yet; None: those of its dtype.
 
     >>> tensor_bytes(torch.ones(8))

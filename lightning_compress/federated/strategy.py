@@ -54,7 +54,7 @@ class CompressedStrategy(Strategy):
     """Wrapper of a Flower strategy: it sees full models, the network carries updates.
 
     Clients run the mod `CompressedUpdates` with the same two codecs. An update that is damaged,
-    oversized, not finite or of another model is refused, named and left out; the round goes on.
+    oversized, not finite or of another model is rejected by name; the round continues.
     BatchNorm's statistics are averaged by examples whatever the strategy, which sees parameters
     only: a step of Adam on a variance may leave it below 0.
     What a downward update does not send stays in the difference to the model that the clients
@@ -66,7 +66,7 @@ class CompressedStrategy(Strategy):
         up: codec of the clients' updates.
         down: codec of the server's.
         seed: of the choice of clients, which depends on it and the round alone.
-        checkpoint: file that is written after each round; a run that finds it goes on from there.
+        checkpoint: file that is written after each round; a run that finds it resumes.
         on_round: called with each round's row of the ledger when the round is over.
         hello_timeout: seconds that new nodes have to say who they are; who does not gets the whole
             model. A node's first process has to import PyTorch before it can answer.

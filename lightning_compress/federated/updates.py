@@ -257,7 +257,7 @@ def _masked(wanted: Tensors, reference: Tensors, name: str, codec: UpdateCodec) 
 
 
 def _coded(name: str, wanted: Tensor, method: str, grids: dict[str, tuple[Grid, Tensor]]) -> Tensor:
-    """The values to store of one tensor; `grids` gets the grid of those that lie on one."""
+    """The values to store of one tensor; `grids` gets their grids."""
     if method == "eight_bits":
         grids[name] = _eight_bits(wanted)
     if name in grids:

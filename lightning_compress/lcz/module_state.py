@@ -229,7 +229,7 @@ def fit_channels(
     """Resize a full module to the sizes of a file, and record the removed channels on it.
 
     Args:
-        module: changed in place; as it was where an error is raised.
+        module: changed in place; unchanged where an error is raised.
         shapes: by stored name.
         lost: as the file has it, checked by `check_channels`.
         paths: the module's own paths, of tensors and layers, by stored name.

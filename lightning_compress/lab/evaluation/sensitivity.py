@@ -48,7 +48,7 @@ def scan_sensitivity(
         bits: of one symmetric grid a tensor, 2 to 8.
         include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
-        progress: is told each layer's path.
+        progress: called with each layer's path.
 
     Raises:
         ValueError: for values out of range.

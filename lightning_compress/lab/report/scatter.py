@@ -303,7 +303,7 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], marker: str, colour: str, lab
 
 
 def _draw_floor(axes: Axes, results: Results, metric: str) -> None:
-    """Draw the measure between two halves of real data, below which nothing is told apart."""
+    """Draw the measure between two halves of real data, the resolution of the metric."""
     floor = scalar(section(section(results, "evaluator"), "floor").get(metric))
     if floor is not None and abs(floor) <= LARGEST:
         label = f"floor: real against real, {number(floor, 3)}"

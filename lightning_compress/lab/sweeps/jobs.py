@@ -121,8 +121,8 @@ PATIENCE = 30.0  # seconds to save and end in, before the next interrupt
 def stop_with_launcher() -> None:
     """Interrupt this process, as Ctrl-C would, once the one that launched it is gone.
 
-    Does nothing in a process that no sweep launched. The job's own children are not told to
-    watch: they belong to the job.
+    Does nothing in a process that no sweep launched. The job's own children do not watch
+    the launcher: they belong to the job.
     """
     launcher = os.environ.pop(WATCH, None)
     if launcher is not None and os.name == "posix":

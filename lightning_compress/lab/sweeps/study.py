@@ -196,7 +196,7 @@ def _open(options: StudyOptions, home: Path) -> Any:
         directions=[direction for _, direction in options.objectives],
         load_if_exists=True,
     )
-    # With the same seed as before, a study that goes on would draw its first trials again.
+    # With the same seed as before, a resumed study would draw its first trials again.
     seed = options.seed + len(study.trials)
     study.sampler = _sampler(options.sampler, seed) or optuna.samplers.TPESampler(seed=seed)
     return study

@@ -77,14 +77,14 @@ class Earlier:
     """
 
     folder: Path | None
-    midway: str | None = None  # the phase that goes on from the middle of an epoch
+    midway: str | None = None  # the phase that resumes in the middle of an epoch
 
     @classmethod
     def at(cls, ckpt_path: str | None) -> Earlier:
         """The run that a folder or one of its checkpoints belongs to.
 
         Its phases go on from their last whole epoch, so that they end as if nothing had happened.
-        An `interrupted.ckpt` that is named is gone on from as it is: nothing is lost, but the data
+        A named `interrupted.ckpt` is resumed as it is: nothing is lost, but the data
         of the rest of its epoch come in another order.
 
         Raises:
@@ -138,7 +138,7 @@ class Earlier:
 
 
 def resume_command(folder: Path, words: Sequence[str]) -> str:
-    """The command line that goes on with an interrupted run.
+    """The command line that resumes an interrupted run.
 
     Args:
         folder: of the run.
@@ -172,7 +172,7 @@ def shared_checkpoint(
     """The final checkpoint of a recipe's model and its seconds of training; trained if need be.
 
     Jobs that ask at the same time wait for the one that trains. The lock is the operating
-    system's: it goes when its holder is killed, and the next one goes on from the last epoch.
+    system's: it goes when its holder is killed, and the next one resumes from the last epoch.
 
     Args:
         store: the folder of all shared models; a recipe has a folder of its own in there.
