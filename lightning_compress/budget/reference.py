@@ -66,7 +66,7 @@ def check_search(
         ValueError: naming the value and what is valid.
     """
     if not isinstance(patience, int) or patience < 1:
-        raise ValueError(f"patience={patience!r} must be an integer of readings, 1 or more")
+        raise ValueError(f"patience={patience!r} must be an integer number of readings, 1 or more")
     if len(stride) != 2 or not 0 < stride[1] <= stride[0] <= 1:
         raise ValueError(f"stride={stride!r}: give the first and the smallest, both in (0, 1]")
     for what, value in (("spread", spread), ("confidence", confidence)):

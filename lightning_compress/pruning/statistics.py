@@ -53,7 +53,7 @@ class StatisticsCriterion:
 
     def __init__(self, *, window: int) -> None:
         if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window={window!r} must be an integer of steps, 1 or more")
+            raise ValueError(f"window={window!r} must be an integer number of steps, 1 or more")
         self.window = window
         self._slots: dict[str, ProjectedWeight] = {}
         self._sums: dict[str, Tensor] = {}
