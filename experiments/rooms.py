@@ -44,10 +44,17 @@ class Student(LightningModule):
 
 def teach() -> None:
     """One training step with a teacher."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     teacher = KnowledgeDistillation(nn.ModuleDict({"net": net(8)}), pairs=["net"])
-    trainer = Trainer(max_steps=1, callbacks=[teacher], enable_model_summary=False, **quiet)
-    trainer.fit(Student(), torch.utils.data.DataLoader(torch.zeros(4, 4), batch_size=4))
+    trainer = Trainer(
+        max_steps=1,
+        callbacks=[teacher],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    few: Any = torch.zeros(4, 4)
+    trainer.fit(Student(), torch.utils.data.DataLoader(few, batch_size=4))
 
 
 def ways(work: Callable[[], Any]) -> tuple[int, int]:
