@@ -33,7 +33,7 @@ QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accele
 
 
 def run(peer: Peer, cfg: Any, how: str, s: dict[str, str], fraction: float) -> list[dict]:
-    """The rounds of one method: FedAvg over what its rules let through."""
+    """Train one method: FedAvg over the updates of its rules."""
     data = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup()
@@ -66,7 +66,7 @@ def run(peer: Peer, cfg: Any, how: str, s: dict[str, str], fraction: float) -> l
 
 
 def main() -> None:
-    """Run what the file does not have."""
+    """Run the missing rows."""
     path, s = Path(sys.argv[1]), {**SETTINGS, **dict(word.split("=", 1) for word in sys.argv[2:])}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []

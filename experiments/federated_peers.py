@@ -1,4 +1,4 @@
-"""The update rules of federated peers, as their papers have them, with our coder behind each.
+"""Update rules of federated peers from their papers, each with this package's coder.
 
 A rule takes the difference by name, what earlier rounds did not send, and a generator; it returns
 what the receiver decodes, its bytes, and what is left. BatchNorm's statistics go with the rest.
@@ -24,7 +24,7 @@ Rule = Callable[[Tensors, Tensors, torch.Generator], tuple[Tensors, int, Tensors
 
 @dataclass(frozen=True)
 class Peer:
-    """How a method sends, up and down."""
+    """A method: its update rules up and down."""
 
     up: Rule
     down: Rule

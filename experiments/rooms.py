@@ -1,4 +1,4 @@
-"""How many files three ways through the package enter: a weight to its file, export, a teacher.
+"""Count of the files on three paths through the package: weight to file, export, teacher.
 
 python experiments/rooms.py
 """
@@ -29,7 +29,7 @@ def net(width: int) -> nn.Sequential:
 
 
 class Student(LightningModule):
-    """Learns nothing but what its teacher shows."""
+    """Student without a loss of its own."""
 
     def __init__(self) -> None:
         super().__init__()

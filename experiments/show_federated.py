@@ -1,4 +1,4 @@
-"""The table of `bench_federated.py`'s rows: `show_federated.py rows.jsonl`."""
+"""Table of `bench_federated.py`'s rows: `show_federated.py rows.jsonl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same as the command `lightning-compress`."""
+"""Entry point: the command `lightning-compress`."""
 
 from lightning_compress.lab.app import main
 

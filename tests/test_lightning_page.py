@@ -1,4 +1,4 @@
-"""The code of docs/lightning.md runs from top to bottom, on a project of one's own."""
+"""Test that the code of docs/lightning.md runs from top to bottom, on a user's own project."""
 
 import re
 from pathlib import Path
@@ -32,13 +32,14 @@ def test_the_page_runs(tmp_path, monkeypatch):
     seed_everything(0, verbose=False)
     monkeypatch.setattr("lightning.pytorch.Trainer", _quiet)
     names = {
+        "__name__": "page",
         "MyVAE": MyVAE,
         "train_loader": batches(),
         "val_loader": batches(seed=1),
         "sample": torch.randn(2, 6),
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 10
     for block in blocks:
         exec(block, names)
     small, large = tmp_path / "best.lcz", tmp_path / "plain.lcz"

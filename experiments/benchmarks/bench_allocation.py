@@ -1,4 +1,4 @@
-"""Who gets the bytes: by measured sensitivity, uniform, and Erdos-Renyi-Kernel, a VAE on digits.
+"""Allocation of bytes to layers: by sensitivity, uniform, Erdos-Renyi-Kernel; a VAE on digits.
 
 One dense model, one scan of it. A pair of sparsity and bits for all layers gives a number of bytes
 (of the weights' symbols); three ways to share it are trained on for equal steps: that pair, the

@@ -45,7 +45,7 @@ ROWS = 2000  # of the validation split, at each reading
 
 
 class Bench:
-    """What belongs to one model and seed.
+    """One model and seed.
 
     Args:
         start: the dense model.
@@ -90,7 +90,7 @@ class Bench:
         return self._measured([self.pruning(sparsity), self.grids(step)], 1)
 
     def budget(self, reference: float, degradation: float = DEGRADATION) -> dict[str, Any]:
-        """One run that finds its own."""
+        """One run with a budget."""
         budget = QualityBudget(
             "val/score",
             degradation,

@@ -221,7 +221,7 @@ def variants(left: float) -> dict[str, Callable[[Bench, str], Row]]:
 
 
 def timed(bench: Bench, variant: str, rounds: int, *, whole: bool = False) -> Row:
-    """Milliseconds of the part that draws, as trained here, or of all parts that ship."""
+    """Milliseconds of the part that draws, as trained here, or of all deployed parts."""
     dense = bench.loaded(bench.start.model(), "dense")
     small = bench.loaded(bench.start.model(), variant)
     return in_turn(dense, small, bench.start.data, rounds, whole=whole)

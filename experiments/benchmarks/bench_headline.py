@@ -1,8 +1,8 @@
-"""The headline: every method and its peers on the same dense models, for equal steps.
+"""Headline benchmark: every method and its peers on the same dense models, for equal steps.
 
 Each row goes on from the same dense model (the dense row too), is measured on the test split, and
 ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
-rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and picture.
+rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and figure.
 
 python experiments/benchmarks/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...]
     [--models vae ...] [--again speed|quality|controls]
@@ -40,7 +40,7 @@ def home_of(runs: Runs, arm: str) -> Path:
 
 
 def row(runs: Runs, arm: str) -> Row:
-    """Trains, ships and measures."""
+    """Train, write the file and measure."""
     home = home_of(runs, arm)
     home.mkdir(exist_ok=True)
     shipped = ARMS[arm](runs, home)
@@ -49,7 +49,7 @@ def row(runs: Runs, arm: str) -> Row:
 
 
 def all_parts(runs: Runs, arm: str) -> Row:
-    """The speed of all that ships together, of a main row of a model of several parts."""
+    """Speed of all deployed parts together, of a main row of a model of several parts."""
     home, dense = home_of(runs, arm), home_of(runs, "dense")
     there = (home / "model.lcz").exists() and (dense / "model.lcz").exists()
     if arm == "dense" or arm not in runs.model.main or not there or len(runs.fresh().parts()) < 2:

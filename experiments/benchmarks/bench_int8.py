@@ -24,7 +24,7 @@ Part = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 def upsampling_generator(width: int = 64) -> nn.Module:
-    """Latents (N, 64) -> pictures (N, 1, 28, 28): nearest upsampling before each convolution."""
+    """Latents (N, 64) -> images (N, 1, 28, 28): nearest upsampling before each convolution."""
     network = nn.Sequential(
         nn.Linear(64, 4 * width * 49, bias=False),
         nn.BatchNorm1d(4 * width * 49),
@@ -59,7 +59,7 @@ def models() -> dict[str, Part]:
 
 
 def like(sample: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
-    """Inputs drawn like the sample: normal latents, or pictures in [0, 1]."""
+    """Inputs drawn like the sample: normal latents, or images in [0, 1]."""
     draw = torch.rand if float(sample[0].min()) >= 0 else torch.randn
     return tuple(draw(rows, *part.shape[1:]) for part in sample)
 

@@ -1,7 +1,7 @@
 """Quality by criterion and sparsity: a VAE and a DCGAN on Fashion-MNIST, pruned for equal steps.
 
 Each row starts from the same dense model of its seed, prunes for 60 % of 300 steps and recovers;
-the dense twin trains on for the same steps. Finished rows are kept and not made again.
+the dense baseline trains on for the same steps. Finished rows are kept and not made again.
 
 python experiments/benchmarks/bench_pruning_quality.py [rows.jsonl]
 """

@@ -228,9 +228,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {name} | not made: {one['missing']} | | | | | {needs} |")
             continue
         packed = f"{one['brotli']:,} ({one['brotli'] / least:.2f}×)" if "brotli" in one else ""
-        time = (
-            f"{one['ms']:.2f} | {1 / one['ratio']:.2f}×" if "ms" in one else "not run |"
-        )
+        time = f"{one['ms']:.2f} | {1 / one['ratio']:.2f}×" if "ms" in one else "not run |"
         lines.append(
             f"| {name} | {one['bytes']:,} | {one['bytes'] / least:.2f}× | {packed} | {time} "
             f"| {needs} |"

@@ -1,4 +1,4 @@
-"""How often our callbacks speak between two processes, and how many bytes each message has.
+"""Number and bytes of the messages of callbacks between two processes.
 
 python experiments/benchmarks/measure_messages.py > messages.md
 
@@ -67,7 +67,7 @@ class Network(LightningModule):
 
 
 def asker(frame: FrameType | None) -> str | None:
-    """The function of ours that a message is for, the plumbing below it left out."""
+    """The package's function that sends a message, without helper functions."""
     while frame is not None:
         path = frame.f_code.co_filename
         if path.startswith(HOME) and not path.endswith(PLUMBING):
@@ -77,7 +77,7 @@ def asker(frame: FrameType | None) -> str | None:
 
 
 def listen() -> Found:
-    """Count the bytes of each call, by who asked and how."""
+    """Count the bytes of each collective, by caller and kind."""
     found: Found = defaultdict(list)
 
     def heard(kind: str, size: int) -> None:

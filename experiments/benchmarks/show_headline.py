@@ -1,4 +1,4 @@
-"""The tables and the picture of what bench_headline.py measured.
+"""Tables and figures of the rows of bench_headline.py.
 
 python experiments/benchmarks/show_headline.py outputs/bench/headline docs
 """
@@ -44,7 +44,7 @@ OURS = "zeros and grids"
 TOGETHER = "zeros, grids, taught"  # how the rows that join everything end
 TICKS = (1, 3, 10, 30, 100, 300)
 COLUMNS = 3  # of panels
-PICTURES = {"fashion": "headline.png", "digits": "headline_digits.png"}
+PLOTS = {"fashion": "headline.png", "digits": "headline_digits.png"}
 Row = dict[str, Any]
 
 
@@ -275,8 +275,8 @@ def panel(axis: Any, table: Table) -> dict[str, Any]:
 
 
 def main(source: Path, folder: Path) -> None:
-    """Writes tables into headline.md and pictures; of a set without rows they stay as they are."""
-    for name, file in PICTURES.items():
+    """Writes tables into headline.md and figures; of a set without rows they stay as they are."""
+    for name, file in PLOTS.items():
         paths = [source / name / f"{model}.jsonl" for model in SETS[name]]
         found = [path for path in paths if path.exists() and read_rows(path)]
         if tables := [Table(name, path.stem, read_rows(path)) for path in found]:

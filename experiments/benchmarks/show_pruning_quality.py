@@ -1,4 +1,4 @@
-"""The table and the plot of what bench_pruning_quality.py measured.
+"""Table and plot of the rows of bench_pruning_quality.py.
 
 python experiments/benchmarks/show_pruning_quality.py rows.jsonl docs
 """
@@ -77,7 +77,7 @@ def table(cells: Cells, model: str) -> str:
     ]
     dense = cells[model, "dense", 0.0]
     lines = [
-        f"**{TITLES[model]}: {label}, lower is better.** Dense twin, equal steps: "
+        f"**{TITLES[model]}: {label}, lower is better.** Dense baseline, equal steps: "
         f"{shown(dense, metric)}; "
         + ", ".join(f"{one.replace('_', ' ')} {shown(dense, one)}" for one in extra)
         + ".",

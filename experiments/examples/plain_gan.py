@@ -28,7 +28,7 @@ LATENT = 16
 
 
 class PlainGAN(LightningModule):
-    """Pictures (N, 1, 8, 8) in [-1, 1]; Goodfellow et al. 2014, arXiv:1406.2661."""
+    """Images (N, 1, 8, 8) in [-1, 1]; Goodfellow et al. 2014, arXiv:1406.2661."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class PlainGAN(LightningModule):
 def trained(model: PlainGAN, epochs: int, folder: Path, callbacks: list) -> PlainGAN:
     """The model after some epochs."""
     rows, _ = load_digits(return_X_y=True)
-    pictures = torch.tensor(rows, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    train = DataLoader(TensorDataset(pictures), batch_size=64, shuffle=True, drop_last=True)
+    images = torch.tensor(rows, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    train = DataLoader(TensorDataset(images), batch_size=64, shuffle=True, drop_last=True)
     Trainer(
         max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, log_every_n_steps=10
     ).fit(model, train)

@@ -27,7 +27,7 @@ LATENT = 8
 
 
 class PlainVAE(LightningModule):
-    """Pictures (N, 1, 8, 8) in [0, 1]; Kingma and Welling 2014, arXiv:1312.6114."""
+    """Images (N, 1, 8, 8) in [0, 1]; Kingma and Welling 2014, arXiv:1312.6114."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PlainVAE(LightningModule):
         )
 
     def loss(self, x: Tensor) -> Tensor:
-        """Negative evidence lower bound in nats a picture."""
+        """Negative evidence lower bound in nats an image."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
         pixels = functional.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
@@ -59,7 +59,7 @@ class PlainVAE(LightningModule):
         return self.loss(batch[0])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:  # noqa: ARG002
-        """The same on held-out pictures."""
+        """The same on held-out images."""
         self.log("val/loss", self.loss(batch[0]), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -71,9 +71,9 @@ def main(epochs: int, folder: Path) -> None:
     """Train, prune and quantize in one run, then write and read the small files."""
     seed_everything(0, verbose=False)
     rows, _ = load_digits(return_X_y=True)
-    pictures = torch.tensor(rows, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    train = DataLoader(TensorDataset(pictures[:1500]), batch_size=64, shuffle=True)
-    val = DataLoader(TensorDataset(pictures[1500:]), batch_size=297)
+    images = torch.tensor(rows, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    train = DataLoader(TensorDataset(images[:1500]), batch_size=64, shuffle=True)
+    val = DataLoader(TensorDataset(images[1500:]), batch_size=297)
     model = PlainVAE()
     compression = [  # (*)
         GradualPruning(final_sparsity=0.8),

@@ -1,4 +1,4 @@
-"""Levers: what a budget moves, from level 0 (leaves the model alone) to 1 (as much as it may).
+"""Levers of a budget: compression settings, from level 0 (none) to 1 (the limit).
 
 `lever_of` makes the lever of a `Steerable` callback, which knows nothing of levers itself. A lever
 that moves in leaps has `reached(level)` too: where it came to.
@@ -91,24 +91,24 @@ class Steerable(Protocol):
 
     @property
     def state_key(self) -> str:
-        """What it is called in messages."""
+        """Name in messages."""
         ...
 
     @property
     def steered_by(self) -> str | None:
-        """What a budget moves: a key of `KINDS`; None: nothing in this run."""
+        """Kind of lever, a key of `KINDS`; None: not steered in this run."""
         ...
 
     def snapshot(self) -> dict[str, Any]:
-        """What of its state belongs to the weights of now."""
+        """Save point of the state that belongs to the present weights."""
         ...
 
     def back_to(self, snapshot: dict[str, Any]) -> None:
-        """Make a snapshot's state that of now; weights are not touched."""
+        """Roll back to a save point's state; weights are not changed."""
 
 
 class Lever(Protocol):
-    """One thing to move."""
+    """Lever: one compression setting."""
 
     @property
     def name(self) -> str:
@@ -121,15 +121,15 @@ class Lever(Protocol):
         ...
 
     def move(self, level: float) -> None:
-        """Bring it to a level, between two steps of training."""
+        """Set a level, between two steps of training."""
 
     @property
     def arrived(self) -> bool:
-        """Whether the model is at the lever's level: some changes wait for statistics."""
+        """Whether the model has reached the level: some changes wait for statistics."""
         ...
 
     def setting(self, level: float) -> str:
-        """What a level means, in words."""
+        """The setting of a level, in words."""
         ...
 
 
@@ -162,13 +162,13 @@ class SparsityLever:
         return -math.expm1(level * math.log1p(-self.most))
 
     def move(self, level: float) -> None:
-        """Ask for the sparsity of a level."""
+        """Set the sparsity of a level."""
         asked = self.sparsity(level)
         self.callback.steer(asked if self.share is None else self.share(asked))
 
     @property
     def arrived(self) -> bool:
-        """Whether masks are what was asked for."""
+        """Whether masks have reached the sparsity."""
         return bool(self.callback.arrived)
 
     def setting(self, level: float) -> str:
@@ -278,7 +278,7 @@ class BitsLever:
 
 @dataclass
 class ChannelLever:
-    """What a `ChannelPruning` leaves of its channels, MACs or parameters.
+    """Remaining fraction of channels, MACs or parameters of a `ChannelPruning`.
 
     Whole blocks of channels go, so a level is reached or passed; the next one counts from there.
 
@@ -305,12 +305,12 @@ class ChannelLever:
         return self._floor**level
 
     def move(self, level: float) -> None:
-        """Ask for the part of a level."""
+        """Set the remaining fraction of a level."""
         self.callback.steer(self.left(level))
 
     @property
     def arrived(self) -> bool:
-        """Whether all channels that are to go are gone."""
+        """Whether all channels of the level are removed."""
         return bool(self.callback.arrived)
 
     def reached(self, level: float) -> float:  # noqa: ARG002

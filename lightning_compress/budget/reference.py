@@ -66,7 +66,7 @@ def check_search(
         ValueError: naming the value and what is valid.
     """
     if not isinstance(patience, int) or patience < 1:
-        raise ValueError(f"patience={patience!r} must be a whole number of readings, 1 or more")
+        raise ValueError(f"patience={patience!r} must be an integer number of readings, 1 or more")
     if len(stride) != 2 or not 0 < stride[1] <= stride[0] <= 1:
         raise ValueError(f"stride={stride!r}: give the first and the smallest, both in (0, 1]")
     for what, value in (("spread", spread), ("confidence", confidence)):
@@ -116,7 +116,7 @@ class Reference:
         self.curve = [(float(at), self.cost(value)) for at, value in sorted(pairs)]
 
     def fix(self, readings: Sequence[float], *, patience: int) -> None:
-        """Settle it when a search begins.
+        """Fix the reference value when a search begins.
 
         Args:
             readings: costs until then.
@@ -131,11 +131,11 @@ class Reference:
 
     @property
     def scale(self) -> float:
-        """What fractions are of."""
+        """Value that fractions refer to."""
         return abs(self.dense) or 1.0
 
     def worse(self, cost: float, after: float) -> float:
-        """How much worse a cost is than the dense model's after as many batches: a fraction."""
+        """Loss of a cost against the dense model's after as many batches, as a fraction."""
         dense = self.dense
         if self.curve:
             batches, costs = zip(*self.curve, strict=True)
@@ -148,8 +148,8 @@ def tensor_bytes(values: Tensor, grid: Grid | None = None, *, bits: int | None =
     """Bytes of a tensor: its symbols at their zero-order entropy, or its floats and where they are.
 
     Args:
-        values: as they are shipped.
-        grid: that they lie on.
+        values: as deployed.
+        grid: their quantization grid.
         bits: of each value that is not 0, where it is not on a grid yet; None: those of its dtype.
 
     >>> tensor_bytes(torch.ones(8))
@@ -177,7 +177,7 @@ def part_bytes(
 
     Args:
         module: the model.
-        parts: paths of the children that ship.
+        parts: paths of the deployed children.
         bits: of weights that go onto a grid when training has ended, by clean path.
     """
     grids = compression_state(module).grids
@@ -193,7 +193,7 @@ def part_bytes(
 
 
 def predicted_bytes(module: nn.Module, bits: Mapping[str, int] | None = None) -> float:
-    """Bytes that the part of a model that ships would need, arguments as `part_bytes`.
+    """Bytes that the deployed part of a model would need, arguments as `part_bytes`.
 
     At the zero-order entropy of each tensor's symbols: the default coder ends a little lower.
 

@@ -32,7 +32,7 @@ _SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while we
 
 
 def recent(readings: Sequence[float]) -> float:
-    """Mean of the later half of some readings: what came right after a change counts no more.
+    """Mean of the later half of some readings, without those right after a change.
 
     >>> recent([9.0, 3.0, 2.0]), recent([4.0])
     (2.5, 4.0)
@@ -62,7 +62,7 @@ def within_limit(
     patience: int = 4,
     confidence: float = 1.0,
 ) -> bool | None:
-    """Whether the cost has come to a limit since something changed.
+    """Whether the cost has reached a limit since the last change.
 
     Clear cases are decided early: below the limit by more than the noise, or so far above it that
     even a straight line through the recovery so far would not get there. After `patience` readings
@@ -117,7 +117,7 @@ def _pace(readings: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is known after a validation.
+    """Reading: the cost and state after a validation.
 
     Args:
         cost: the metric, less is better.
@@ -134,7 +134,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows from a reading.
+    """Decision that follows from a reading.
 
     Args:
         keep: make the model as it is the save point: it is good.
@@ -151,7 +151,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Trial:
-    """One line of the history: what was tried, and what came of it."""
+    """Trial: one line of the history, with levels and verdict."""
 
     levels: tuple[float, ...]
     size: float
@@ -167,7 +167,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a search proceeds.
+    """Rules of a search.
 
     Args:
         limit: the highest cost that will do.
@@ -226,7 +226,7 @@ class QualitySearch:
         self.readings: list[float] = []
 
     def read(self, reading: Reading) -> Decision:
-        """Take in a reading of the model at `levels`."""
+        """Process a reading of the model at `levels`."""
         self.readings.append(reading.cost)
         if reading.levels is not None:
             self.levels = reading.levels
@@ -344,7 +344,7 @@ class QualitySearch:
         return Decision()
 
     def finish(self) -> Decision:
-        """The run ends: the model of now where it meets the limit, else the last good one."""
+        """End of the run: keep the present model if it meets the limit, else roll back."""
         if self.good is None:
             return Decision()
         unread = not self.readings and (self.moved is not None or self.softened)
@@ -371,7 +371,7 @@ class QualitySearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Load the state of `state_dict`."""
         self.rules = Rules(**state["rules"])
         self.levels, self.moved = tuple(state["levels"]), state["moved"]
         self.softened = state["softened"]
@@ -493,7 +493,7 @@ class SizeSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Load the state of `state_dict`."""
         self.rules, self.levels = Rules(**state["rules"]), tuple(state["levels"])
         self.first, self.slope, self.fit = state["first"], state["slope"], state["fit"]
         self.before = None if state["before"] is None else tuple(state["before"])

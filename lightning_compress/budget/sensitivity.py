@@ -104,7 +104,7 @@ def allocate(layers: Sequence[Sequence[Choice]], budget: float) -> list[int]:
 
 
 def _filled(layers: Sequence[Sequence[Choice]], chosen: list[int], left: float) -> list[int]:
-    """Spend what is left on the single changes that save most, off the hulls too."""
+    """Spend the remaining bytes on the single changes that save most, off the hulls too."""
     chosen = list(chosen)
     while True:
         moves = [
@@ -214,7 +214,7 @@ class Sensitivity:
         return {one.path: each[index][:2] for one, each, index in rows}
 
     def of(self, paths: Sequence[str]) -> Sensitivity:
-        """Of these layers alone.
+        """Sensitivities of these layers alone.
 
         Raises:
             ValueError: naming those that were not scanned.
@@ -231,7 +231,7 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
-        """Read what `save` wrote.
+        """Load the file of `save`.
 
         Raises:
             ValueError: naming the file, when it holds something else.

@@ -30,7 +30,7 @@ Snapshot = dict[str, Any]
 
 @torch.no_grad()
 def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapshot:
-    """All parameters and buffers, sizes, hidden values, masks (bit-packed) and optimizer states.
+    """All parameters and buffers, sizes, latent values, masks (bit-packed) and optimizer states.
 
     Learning rates are not in it: their schedules go on with the run. A second of two optimizers
     on the same parameter is told apart by its place.
@@ -93,7 +93,7 @@ def restore_snapshot(
 
 @torch.no_grad()
 def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
-    """Roll back masks alone: weights that return get their value of then, the others train on."""
+    """Roll back masks alone: restored weights get their saved values, the others stay."""
     for name, slot in slots_of(module).items():
         mask = mask_in(snapshot, name)
         mask = None if mask is None else mask.to(slot.data.device)
@@ -144,7 +144,7 @@ def _copied(state: dict[str, Any], like: Tensor | None = None) -> dict[str, Any]
 def regrow(
     module: nn.Module, optimizers: Sequence[Optimizer], snapshot: Snapshot, lost: Kept
 ) -> bool:
-    """Give a module in training, and its optimizers, the sizes of a snapshot.
+    """Resize a module in training and its optimizers to the sizes of a snapshot.
 
     Between two steps; nothing is projected.
 

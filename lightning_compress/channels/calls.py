@@ -26,7 +26,7 @@ _ROWS = 2  # examples that are kept of a batch
 _WAYS = (
     "Lightning calls training_step and not the module: say what belongs together by "
     "example_input_array and a forward(), by parts(), or by an attribute deployed that names the "
-    "networks that ship"
+    "deployed networks"
 )
 
 

@@ -76,18 +76,18 @@ def masked_values(
 @torch.no_grad()
 def masked(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module with the units that go set to 0."""
-    twin = copy_module(module)
-    parameters = dict(twin.named_parameters())
+    clone = copy_module(module)
+    parameters = dict(clone.named_parameters())
     for path, values in masked_values(parameters, graph, gone).items():
         parameters[path].copy_(values)
-    return twin
+    return clone
 
 
 def removed(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module without the units that go."""
-    twin = copy_module(module)
-    shrink(twin, graph.kept(gone), sized=sizes_after(graph, gone))
-    return twin
+    clone = copy_module(module)
+    shrink(clone, graph.kept(gone), sized=sizes_after(graph, gone))
+    return clone
 
 
 def sizes_after(graph: ChannelGraph, gone: Flags) -> dict[str, int]:
@@ -162,7 +162,7 @@ def _stays(ends: dict[tuple[int, int], Nodes], number: int, gone: Flags) -> dict
 
 
 def roots_of(module: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """The networks that hold the targets: parts that ship, else children of the module.
+    """The networks that hold the targets: deployed parts, else children of the module.
 
     >>> from lightning_compress.targets import select
     >>> gan = nn.ModuleDict({"generator": nn.Linear(1, 1), "critic": nn.Linear(1, 1)})
@@ -304,9 +304,9 @@ class ChannelPlan:
             part, graph = self.module.get_submodule(root), self.parts[root]
             if not gone.any():
                 continue
-            twin = masked(part, graph, gone)
-            expected = outputs_of(twin, self.inputs[root])
-            small = removed(twin, graph, gone)
+            clone = masked(part, graph, gone)
+            expected = outputs_of(clone, self.inputs[root])
+            small = removed(clone, graph, gone)
             if why := compare(small, self.inputs[root], expected, graph, gone):
                 return why
         return ""
@@ -352,9 +352,9 @@ class ChannelPlan:
         for root, flags in self._split(gone).items():
             part, graph = self.module.get_submodule(root), self.parts[root]
             small = removed(part, graph, flags)
-            twins = (copy_module(part).eval(), small.eval())
+            pair = (copy_module(part).eval(), small.eval())
             inputs = (self.inputs[root], graph.inputs_of(self.inputs[root], flags))
-            pairs.append([_least_times(twins, inputs, repeats)])
+            pairs.append([_least_times(pair, inputs, repeats)])
         totals = np.array(pairs).sum((0, 1))
         return float(totals[1] / totals[0])
 

@@ -83,7 +83,7 @@ def _activates(layer: nn.Module) -> bool:
 
 
 class TeacherScore(Loss):
-    """What the teacher's discriminator thinks of the student's images.
+    """Loss by the teacher's discriminator's scores of the student's images.
 
     Args:
         network: path of the discriminator in the teacher: images -> scores (N,).
@@ -111,7 +111,7 @@ class TeacherScore(Loss):
         self._network = find_module(teacher, self.path, side="teacher")
 
     def release(self) -> None:
-        """Let go of the discriminator."""
+        """Release the discriminator."""
         self._network = None
 
     def __call__(self, call: LossInputs) -> Tensor:

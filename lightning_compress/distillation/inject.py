@@ -65,7 +65,7 @@ def check_output(output: Any, path: str) -> None:
 
 @dataclass(eq=False)
 class Forward:
-    """What a module received and gave, without graphs.
+    """Record of a module's call: inputs and outputs without graphs.
 
     Args:
         args: by position.
@@ -85,7 +85,7 @@ class Forward:
     def keep(
         self, output: Any, features: dict[str, Tensor], carried: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Keep what the losses are taken of; returns the edges beyond the tensors carried."""
+        """Keep the tensors of the losses; returns the edges beyond the tensors carried."""
         flat, self._spec = flatten((output, features))
         places, edges = {id(tensor): index for index, tensor in enumerate(carried)}, []
         for index, one in enumerate(flat):
@@ -109,7 +109,7 @@ class Forward:
         return [fresh[index] for index in self.slots], output, features
 
     def watch(self, what: str, values: Any) -> None:
-        """Remember the versions of tensors, so that a change in place is noticed."""
+        """Record the versions of tensors, to detect changes in place."""
         for leaf in flatten(values)[0]:
             if isinstance(leaf, Tensor) and not leaf.is_inference():
                 self._watched.append((what, leaf, leaf._version))
@@ -277,7 +277,7 @@ class Injector:
     def added(
         self, call: Forward, arriving: Sequence[Tensor | None]
     ) -> dict[int, tuple[Tensor, torch.dtype]]:
-        """What the losses add to the gradient of each edge, float32, and the edge's own type."""
+        """Gradients of the losses for each edge, in float32 and in the edge's own type."""
         if not self._open or (call.injected and not self._cleared):
             return {}
         call.check(self.path)

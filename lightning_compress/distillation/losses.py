@@ -100,7 +100,7 @@ def kl_divergence(
 def bernoulli_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL in nats between independent pixels given as logits, times T^2.
 
-    Summed over the pixels of a picture and averaged over pictures: the unit of a VAE's loss.
+    Summed over the pixels of an image and averaged over images: the unit of a VAE's loss.
 
     Args:
         student: logits, (N, ...).
@@ -252,7 +252,7 @@ def step_kl(
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What both modules gave for the same inputs: detached float32 copies, the student's leaves.
+    """Inputs of a loss: both modules' outputs as detached float32 copies, the student's as leaves.
 
     Args:
         student: the student's output, in its own structure.
@@ -266,16 +266,16 @@ class LossInputs:
 
 
 class Loss:
-    """A loss of a `Call`; subclasses may look up networks of the teacher in `bind`."""
+    """A loss of `LossInputs`; subclasses may look up networks of the teacher in `bind`."""
 
     name = "loss"
     same_shape = True  # the two sides must be equal in shape, if need be by an adapter
 
     def bind(self, teacher: nn.Module) -> None:
-        """Find what the loss needs inside the frozen teacher; called once, before training."""
+        """Look up modules of the frozen teacher; called once, before training."""
 
     def release(self) -> None:
-        """Let go of what `bind` found."""
+        """Release the modules of `bind`."""
 
     def __call__(self, call: LossInputs) -> Tensor:
         """The loss, a scalar."""

@@ -173,7 +173,7 @@ def gradient_norm(gradients: list[Tensor | None]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two modules that are fed the same inputs: what the student's module received.
+    """Pair of modules that receive the same inputs, those of the student's module.
 
     Args:
         student: path of a module in the student; "" is the student itself.
@@ -251,7 +251,7 @@ def make_pairs(
     """Pairs of a student and a teacher, each with a teacher's path.
 
     Args:
-        given: paths, (student path, teacher path), or `Pair`s; None: the part that ships.
+        given: paths, (student path, teacher path), or `Pair`s; None: the deployed part.
         student: the model in training.
         teacher: the teacher.
         loss: of the pairs that are given by paths.
@@ -263,7 +263,7 @@ def make_pairs(
         given = deployed_part(student)
     listed = [given] if isinstance(given, (str, Pair)) else list(given)
     if not listed:
-        raise TargetError("pairs is empty: give paths, or None for the part that ships")
+        raise TargetError("pairs is empty: give paths, or None for the deployed part")
     return [_one(one, teacher, loss, alone=len(listed) == 1) for one in listed]
 
 

@@ -205,7 +205,7 @@ def _shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 class PriorDraws:
-    """Standard normal inputs in the shape of what a module receives, but for the batch.
+    """Standard normal inputs of a module, for any batch size.
 
     Args:
         count: examples a draw.
@@ -370,7 +370,7 @@ class Session:
         return found
 
     def silent(self) -> list[tuple[str, str]]:
-        """Paths of pairs that should have taught and did not, and why."""
+        """Paths of pairs without any loss, with reasons."""
         return [
             (paired.pair.student, _SILENT[injector.calls > 0])
             for paired, injector in zip(self.paired_modules, self.injectors, strict=True)
@@ -398,7 +398,7 @@ class Session:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put everything back.
+        """Load the state of `state_dict`.
 
         Raises:
             TargetError: for the state of other pairs.

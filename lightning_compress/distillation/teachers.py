@@ -42,11 +42,11 @@ class LiveTeacher:
         """React to a step of the student's optimizer; (student module, teacher module) pairs."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the teacher's weights."""
+        """State of a resumed run besides the teacher's weights."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put that back."""
+        """Load the state of `state_dict`."""
 
 
 class EMATeacher(LiveTeacher):
@@ -203,7 +203,7 @@ def check_stranger(teacher: nn.Module, student: nn.Module, pairs: Sequence[str] 
 
 
 def prepare_teacher(teacher: nn.Module, student: nn.Module) -> None:
-    """Freeze it, in eval mode, where the student is and in the student's floating-point type."""
+    """Freeze a teacher in eval mode, on the student's device and in its floating-point type."""
     like = next((one for one in student.parameters() if one.is_floating_point()), None)
     if like is not None:
         teacher.to(device=like.device, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""A module's tensors by name, as they travel, and back into a module."""
+"""Tensors of a module by name for transport, and loading them into a module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model_arrays(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def load_arrays(module: torch.nn.Module, arrays: Mapping[str, Tensor]) -> None:
-    """Put arrays of the network into a module, in place; what is not there stays.
+    """Load arrays into a module, in place; entries without an array stay.
 
     Raises:
         UpdateError: naming an array that the module does not have, or has in another shape.

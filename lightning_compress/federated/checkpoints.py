@@ -1,4 +1,4 @@
-"""The server's checkpoint: model, what clients hold, ledger, and the strategy's own moments."""
+"""Checkpoints of the server: model, versions of the clients, ledger, moments of the strategy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OWN = ("rounds", "version", "exact", "shared", "history")
 
 
 def save_strategy(strategy: Any, path: Path) -> None:
-    """Write the state of a `CompressedStrategy` after a round; the file is whole or not there."""
+    """Write the state of a `CompressedStrategy` after a round; atomically."""
     state = {name: getattr(strategy, name) for name in _OWN}
     state["strategy"] = _plain_attributes(strategy.strategy)
     stream = io.BytesIO()
@@ -28,7 +28,7 @@ def save_strategy(strategy: Any, path: Path) -> None:
 
 
 def load_strategy(strategy: Any, path: Path) -> None:
-    """Put a checkpoint's state into a strategy; nothing in the file is executed.
+    """Load a checkpoint's state into a strategy; nothing in the file is executed.
 
     Raises:
         ValueError: when the checkpoint is of another model.
@@ -53,7 +53,7 @@ def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
 
 
 def _plain_attributes(strategy: Any) -> dict[str, Any]:
-    """What a strategy remembers of earlier rounds: dicts of arrays, such as Adam's moments."""
+    """State of a strategy from earlier rounds: dicts of arrays, such as Adam's moments."""
     found = {}
     for name, value in vars(strategy).items():
         if isinstance(value, dict) and all(isinstance(one, np.ndarray) for one in value.values()):

@@ -1,4 +1,4 @@
-"""A Flower client from a LightningModule and a DataModule: Lightning trains, the mod compresses."""
+"""Flower client of a LightningModule and a DataModule: Lightning trains, the mod compresses."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false
@@ -46,7 +46,7 @@ _QUIET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ClientRound:
-    """Who trains, and when.
+    """One round of one client.
 
     Args:
         name: of the client: its partition's number where there is one.
@@ -62,7 +62,7 @@ class ClientRound:
 
     @property
     def seed(self) -> int:
-        """Of this client's noise in this round.
+        """Seed of the client's noise in this round.
 
         >>> ClientRound("3", 1, 10, {}).seed == ClientRound("3", 1, 10, {}).seed
         True
@@ -86,7 +86,7 @@ class ProximalTerm(Callback):
         self.start: dict[int, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Remember the global model."""
+        """Keep the global model."""
         self.start = {id(one): one.detach().clone() for one in pl_module.parameters()}
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class ProximalTerm(Callback):
 
 
 class _OptimizerState(Callback):
-    """Puts optimizers back to where an earlier round left them, and keeps where this one does."""
+    """Restores the optimizers' states of the last round, and saves those of this one."""
 
     def __init__(self, states: Sequence[dict[str, Any]] | None) -> None:
         self.states = states

@@ -1,4 +1,4 @@
-"""Distillation on the server: its student learns from the clients' generators, without data.
+"""Data-free distillation on the server: a student learns from the clients' generators.
 
 Latents come from the prior, so no client's rows are needed, and teachers may be of any width.
 """
@@ -28,7 +28,7 @@ def draw_images(teacher: Any, z: Tensor) -> Tensor:
 
 
 class TeacherSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Batches `(x, zeros)` that the teachers draw from their prior, each batch of several teachers.
+    """Data set of batches `(x, zeros)` that the teachers sample from their prior.
 
     A row is from teacher i with probability `weights[i]`: together they are the mixture of the
     clients' distributions, which is the distribution of all their rows.
@@ -110,7 +110,7 @@ def distill_samples(
     draw: Draw = draw_images,
     **trainer: Any,
 ) -> LightningModule:
-    """Train a student, by its own training step, on what the teachers draw; in place.
+    """Train a student, by its own training step, on samples of the teachers; in place.
 
     The latents of clients that trained apart mean different things, so their outputs at equal
     latents cannot be averaged; their samples can be mixed. This is what one-shot federation needs
@@ -153,7 +153,7 @@ def distill_outputs(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """Train a student decoder to give the teachers' mean output at equal latents; in place.
+    """Train a student decoder on the teachers' mean output at equal latents; in place.
 
     For teachers whose latents mean the same, such as clients that started a round from one global
     model. Lin et al. 2020 (FedDF), https://arxiv.org/abs/2006.07242, with latents for data.

@@ -1,4 +1,4 @@
-"""Clients of different widths, and one-shot federation: the server learns from their generators."""
+"""Strategy for clients of different widths and one-shot federation, by distillation."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false
@@ -84,7 +84,7 @@ class DistilledStrategy(Strategy):
         return found
 
     def _meet(self, grid: Grid, number: int) -> dict[int, str]:
-        """Names of nodes: the first family asks, all families know."""
+        """Exchange node names once for all families."""
         first, *others = self.families.values()
         first.meet(grid, number)
         for family in others:
@@ -132,7 +132,7 @@ class DistilledStrategy(Strategy):
         server_round: int,  # noqa: ARG002
         replies: Iterable[Message],  # noqa: ARG002
     ) -> MetricRecord | None:
-        """Nothing was asked."""
+        """Nothing: no evaluation was configured."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""Flower's records and named tensors, and the words that server and clients say to each other."""
+"""Conversion between Flower's records and named tensors, and the fields of messages."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false
@@ -44,7 +44,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def packed(payloads: Mapping[str, bytes]) -> ArrayRecord:
-    """Payloads as a record of arrays of bytes, which travels through Flower as any other."""
+    """Payloads as a record of arrays of bytes, which Flower transports as any other."""
     return ArrayRecord(
         {
             name: Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
@@ -78,7 +78,7 @@ def arrays_key(content: RecordDict) -> str:
 
 
 def note_of(content: RecordDict) -> ConfigRecord:
-    """Our own record of a message; empty where there is none."""
+    """The package's own record of a message; empty where there is none."""
     return content.config_records.get(NOTE, ConfigRecord())
 
 

@@ -1,4 +1,4 @@
-"""The client's side: a Flower mod that decodes what comes down and encodes what goes up."""
+"""Flower mod of the client: decodes updates of the server and encodes those of the client."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false
@@ -45,12 +45,12 @@ _AFTER = 1 << 62  # later than any round
 
 
 def client_name(context: Context) -> str:
-    """What a client is called: its partition, else its node."""
+    """Name of a client: its partition, else its node."""
     return str(context.node_config.get("partition-id", context.node_id))
 
 
 def store_of(context: Context, folder: Path | None) -> Store:
-    """Where a client keeps its state: below the folder, else in Flower's context."""
+    """State store of a client: below the folder, else in Flower's context."""
     if folder is None:
         return RecordStore(context.state, ConfigRecord)
     return FolderStore(folder / client_name(context))
@@ -116,7 +116,7 @@ class CompressedUpdates:
         return reply
 
     def answer(self, app: ClientApp) -> None:
-        """Let an app answer the server's greeting: who it is, and which version it holds.
+        """Let an app answer the server's greeting with its name and model version.
 
         Without it the app's nodes get the whole model when the server first meets them.
         """

@@ -1,4 +1,4 @@
-"""Which rows of a data set each client has: alike, or as unlike as in the world."""
+"""Partitions of a data set among clients: iid, Dirichlet, or by label."""
 
 from __future__ import annotations
 

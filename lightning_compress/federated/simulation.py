@@ -1,4 +1,4 @@
-"""Flower's simulation engine (on Ray): many clients on one machine, each message a task."""
+"""Flower's simulation engine on Ray: many clients on one machine, a task for each message."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: the model it holds, its residual, its optimizers."""
+"""Stores of a client's state between rounds: its model, residual and optimizers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _newest(rounds: Iterable[int], last: int) -> set[int]:
 
 
 class FolderStore:
-    """Files in a client's own folder, which outlive its process; each whole or not there.
+    """Store of files in a client's own folder, written atomically; outlives the process.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ class FolderStore:
 
 
 class RecordStore:
-    """Entries of Flower's `context.state`, which live as long as the node does.
+    """Store in Flower's `context.state`, which lives as long as the node.
 
     Args:
         records: of the context.

@@ -1,4 +1,4 @@
-"""The server's side: any Flower strategy behind updates that are compressed both ways."""
+"""Flower strategy wrapper of the server: compressed updates both ways for any strategy."""
 
 # Flower is an extra: pyright also runs where it is not installed.
 # pyright: reportMissingImports=false
@@ -51,10 +51,10 @@ Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class CompressedStrategy(Strategy):
-    """Wraps a Flower strategy: it sees whole models, the network carries updates.
+    """Wrapper of a Flower strategy: it sees full models, the network carries updates.
 
     Clients run the mod `CompressedUpdates` with the same two codecs. An update that is damaged,
-    oversized, not finite or of another model is refused, named and left out; the round goes on.
+    oversized, not finite or of another model is rejected by name; the round continues.
     BatchNorm's statistics are averaged by examples whatever the strategy, which sees parameters
     only: a step of Adam on a variance may leave it below 0.
     What a downward update does not send stays in the difference to the model that the clients
@@ -66,7 +66,7 @@ class CompressedStrategy(Strategy):
         up: codec of the clients' updates.
         down: codec of the server's.
         seed: of the choice of clients, which depends on it and the round alone.
-        checkpoint: file that is written after each round; a run that finds it goes on from there.
+        checkpoint: file that is written after each round; a run that finds it resumes.
         on_round: called with each round's row of the ledger when the round is over.
         hello_timeout: seconds that new nodes have to say who they are; who does not gets the whole
             model. A node's first process has to import PyTorch before it can answer.
@@ -143,7 +143,7 @@ class CompressedStrategy(Strategy):
     def _ended(
         self, number: int, arrays: ArrayRecord, evaluate_fn: Evaluate | None
     ) -> MetricRecord | None:
-        """Close a round's row: measure, write the checkpoint, tell."""
+        """Close a round's row: measure, write the checkpoint, report."""
         if number == 0 and self.done:
             return None
         found = evaluate_fn(self.done + number, arrays) if evaluate_fn is not None else None
@@ -225,7 +225,7 @@ class CompressedStrategy(Strategy):
         return sent
 
     def _parameters(self) -> dict[str, Tensor]:
-        """What the wrapped strategy sees: floats, but for BatchNorm's statistics."""
+        """Parameters for the wrapped strategy: floats except BatchNorm's statistics."""
         return {
             name: one
             for name, one in self.exact.items()
@@ -255,7 +255,7 @@ class CompressedStrategy(Strategy):
         return self._full[1]
 
     def meet(self, grid: Grid, number: int) -> None:
-        """Ask nodes that are new who they are and which version they hold."""
+        """Ask new nodes for their name and model version."""
         new = [node for node in grid.get_node_ids() if node not in self.names]
         if not new:
             return
@@ -302,7 +302,7 @@ class CompressedStrategy(Strategy):
         return record_of(self.exact), metrics
 
     def _order(self, reply: Message) -> tuple[bool, int, str]:
-        """Sums of floats depend on their order: that of names, not of arrival."""
+        """Sort replies by name, since sums of floats depend on their order."""
         name = self.names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
         return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
 
@@ -370,7 +370,7 @@ class CompressedStrategy(Strategy):
 
 
 def refuse_secure_aggregation(*parts: Any) -> None:
-    """Refuse strategies and mods of secure aggregation.
+    """Reject strategies and mods of secure aggregation.
 
     Raises:
         ValueError: with the reason.

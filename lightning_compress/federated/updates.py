@@ -1,4 +1,4 @@
-"""Updates of a federated model as bytes: the difference to the last global model, and back.
+"""Codec of federated updates: the difference to the last global model as bytes.
 
 Pure functions of named tensors; neither Flower nor Lightning is needed. Top-k and error feedback:
 Stich et al. 2018, https://arxiv.org/abs/1809.07599.
@@ -40,7 +40,7 @@ class UpdateError(ValueError):
 
 @dataclass(frozen=True)
 class UpdateCodec:
-    """How the difference of two models becomes bytes.
+    """Settings of the codec of model differences.
 
     Tensors of two or more axes are coded by the method `"entropy"`: the largest `density` of their
     differences on a uniform grid, entropy coded. Other floats (biases, BatchNorm) are coded as
@@ -121,7 +121,7 @@ class UpdateCodec:
 
 @dataclass(frozen=True)
 class EncodedUpdate:
-    """What is sent, what the receiver makes of it, and what is left.
+    """Encoded update: its payload, its decoded value, and the residual.
 
     Args:
         payload: the bytes of an `.lcz` file.
@@ -138,7 +138,7 @@ class EncodedUpdate:
 def encode_update(
     new: Tensors, reference: Tensors, codec: UpdateCodec, residual: Tensors | None = None
 ) -> EncodedUpdate:
-    """Encodes the difference of a model to the one that the receiver has.
+    """Encode the difference of a model to the receiver's model.
 
     Args:
         new: the model as it is, by name.
@@ -170,7 +170,7 @@ def encode_update(
 def decode_update(
     payload: bytes, reference: Tensors, codec: UpdateCodec, *, max_bytes: int | None = None
 ) -> dict[str, Tensor]:
-    """The differences that a payload holds, checked; nothing in it is trusted or executed.
+    """Decode and validate the differences of a payload; nothing in it is executed.
 
     Args:
         payload: of `encode_update`.
@@ -257,7 +257,7 @@ def _masked(wanted: Tensors, reference: Tensors, name: str, codec: UpdateCodec) 
 
 
 def _coded(name: str, wanted: Tensor, method: str, grids: dict[str, tuple[Grid, Tensor]]) -> Tensor:
-    """The values to store of one tensor; `grids` gets the grid of those that lie on one."""
+    """The values to store of one tensor; `grids` gets their grids."""
     if method == "eight_bits":
         grids[name] = _eight_bits(wanted)
     if name in grids:

@@ -1,1 +1,1 @@
-"""The experiment harness: models, data, evaluation, runs, sweeps and the report, by Hydra."""
+"""Experiment harness on Hydra: models, data, evaluation, runs, sweeps and the report."""

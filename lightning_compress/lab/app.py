@@ -1,8 +1,8 @@
-"""The command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
+"""Command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
 
-`lightning-compress federated [key=value ...]` is the first with the config `federated` on top.
+`lightning-compress federated [key=value ...]` runs the first form with the config `federated`.
 
-What `report` and the commands on files are told, argparse reads; all else are Hydra's overrides.
+argparse parses `report` and the commands on files; all other words are Hydra overrides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_compress.lab.config import config_dir, explain
 from lightning_compress.lab.sweeps import Outcome, run_sweep_job, sweep_folder
-from lightning_compress.lab.sweeps.jobs import HOPELESS, stop_with_launcher
+from lightning_compress.lab.sweeps.jobs import PRUNED_EXIT_CODE, stop_with_launcher
 from lightning_compress.terminal import printable
 
 __all__ = [
@@ -64,11 +64,11 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-OUT_HELP = "default: report.html in their common parent; a name in .md or .csv gives that instead"
+OUT_HELP = "default: report.html in their common parent; a suffix .md or .csv selects that format"
 COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
-NOT_READ = 141  # as a shell has it for SIGPIPE
+BROKEN_PIPE = 141  # as a shell has it for SIGPIPE
 
-# What was typed, where a run's folder adds recorded overrides to it; else None.
+# The typed words, where recorded overrides of a run folder are added to them; else None.
 _typed: ContextVar[Sequence[str] | None] = ContextVar("typed", default=None)
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 
@@ -76,7 +76,7 @@ _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, KeyError)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 1 for an error, 2 for bad usage, 130 when interrupted.
 
-    Where what reads its output ends first, as `head` does, it ends with 141 and says nothing.
+    Where the reader of its output ends first, as `head` does, it exits with 141 silently.
     """
     try:
         try:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(NOT_READ)
+        sys.exit(BROKEN_PIPE)
 
 
 def _run_words(argv: list[str]) -> None:
@@ -97,13 +97,13 @@ def _run_words(argv: list[str]) -> None:
         sys.exit(run_command(argv))
     if "federated" in argv and "--config-name" not in argv:  # the same run, another config on top
         argv = ["--config-name=federated", *(word for word in argv if word != "federated")]
-    argv = [_quoted_partition(word) for word in argv]
+    argv = [_quote_partition(word) for word in argv]
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
     words = [word for word in argv if word not in sweep]
     if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
         words.append(f"hydra.sweep.dir={sweep_folder(words)}")
     if not sweep and any(word.startswith("ckpt_path=") for word in words):
-        typed, words = words, _as_before(words)
+        typed, words = words, _with_recorded_words(words)
         _typed.set(typed if len(words) > len(typed) else None)
     sys.argv = [sys.argv[0], *sweep[:1], *words]
     stop_with_launcher()
@@ -121,10 +121,10 @@ def _run_words(argv: list[str]) -> None:
         sys.exit(130)
 
 
-def _quoted_partition(word: str) -> str:
-    """Hydra takes what has parentheses for a function of its own, unless it is quoted.
+def _quote_partition(word: str) -> str:
+    """Quote a partition with parentheses, which Hydra would parse as a function.
 
-    >>> _quoted_partition("federated.partition=iid,dirichlet(0.1)")
+    >>> _quote_partition("federated.partition=iid,dirichlet(0.1)")
     "federated.partition=iid,'dirichlet(0.1)'"
     """
     if not word.startswith("federated.partition="):
@@ -166,21 +166,21 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
         results = run_experiment(cfg, folder, names=names, begun=begun, second=second)
         page = write_report([folder])
     except (InterruptedRunError, KeyboardInterrupt) as stop:
-        command = resume_command(_shown(folder), sys.argv[1:])
+        command = resume_command(_display_path(folder), sys.argv[1:])
         print(f"\n{stop or 'interrupted'}. To go on:\n  {command}", file=sys.stderr, flush=True)
         raise KeyboardInterrupt from None
     except HopelessRunError as stop:
         print(f"pruned: {stop}", file=sys.stderr)
-        sys.exit(HOPELESS)
+        sys.exit(PRUNED_EXIT_CODE)
     except _EXPECTED as error:
         if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
             raise
         _fail(_message(error))
     print_summary(results)
-    print(f"report: {_shown(page)}")
+    print(f"report: {_display_path(page)}")
 
 
-def _as_before(words: Sequence[str]) -> list[str]:
+def _with_recorded_words(words: Sequence[str]) -> list[str]:
     from lightning_compress.lab.workflow.run_identity import with_recorded
 
     try:
@@ -206,14 +206,14 @@ def _report(argv: list[str]) -> int:
             page = write_report(chosen.folders, chosen.out)
     except (OSError, ValueError) as error:
         _fail(_message(error))
-    print(printable(f"report: {_shown(page)}"))
+    print(printable(f"report: {_display_path(page)}"))
     return 0
 
 
 def _quiet() -> None:
-    """Keep what Lightning says of our own deliberate choices off the screen."""
-    for talker in ("lightning.pytorch", "onnx_ir", "onnxscript"):
-        logging.getLogger(talker).setLevel(logging.WARNING)
+    """Silence Lightning's messages about deliberate settings of the harness."""
+    for name in ("lightning.pytorch", "onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # the data sit in memory
         ".*LeafSpec.*",  # Lightning 2.6 on torch 2.14
@@ -233,8 +233,8 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _shown(path: Path) -> Path:
-    """A path as one would type it: relative to the working folder where it lies below."""
+def _display_path(path: Path) -> Path:
+    """A path for the terminal: relative to the working folder where it lies below."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are there as a whole or not at all, wherever the temporary folder lies."""
+"""Atomic checkpointing: checkpoint IO for the Trainer, and a checkpoint after each epoch."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lightning_compress.callbacks.safeguards import _broken_weights
 from lightning_compress.files import atomic_file, check_writable
 
 __all__ = [
+    "AtomicCheckpointIO",
     "EpochCheckpoint",
-    "WholeCheckpoints",
-    "write_whole_checkpoints",
+    "use_atomic_checkpoints",
 ]
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Write a checkpoint beside its final place, flush it to the disk, and rename it.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoint IO that writes beside the final path, flushes to the disk, and renames.
 
-    Lightning's own goes through the system's temporary folder and is copied from there if that is
+    Lightning's own writes into the system's temporary folder and copies from there if that is
     another disk: a kill or a full disk then leaves half a checkpoint in place of the last one, and
-    a rest in the temporary folder that nothing removes.
+    a leftover in the temporary folder.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     WholeCheckpoints().save_checkpoint({"epoch": 3}, f"{folder}/last.ckpt")
-    ...     WholeCheckpoints().load_checkpoint(f"{folder}/last.ckpt")
+    ...     AtomicCheckpointIO().save_checkpoint({"epoch": 3}, f"{folder}/last.ckpt")
+    ...     AtomicCheckpointIO().load_checkpoint(f"{folder}/last.ckpt")
     {'epoch': 3}
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save it; an address that is no path of this machine is left to Lightning.
+        """Save a checkpoint; Lightning saves to remote addresses.
 
         Raises:
             OSError: naming the path, when it cannot be written; an older one stays as it was.
@@ -53,14 +53,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             stream.write(buffer.getbuffer())
 
 
-def write_whole_checkpoints(trainer: Trainer) -> None:
-    """Have a Trainer write its checkpoints so, unless the user chose a way of their own."""
+def use_atomic_checkpoints(trainer: Trainer) -> None:
+    """Make a Trainer write checkpoints atomically, unless it has a checkpoint IO of its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = WholeCheckpoints()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class EpochCheckpoint(Checkpoint):
-    """Save a checkpoint after each epoch and when training breaks; nothing is loaded from them.
+    """Callback that saves a checkpoint after each epoch and when training breaks.
 
     Lightning runs subclasses of its Checkpoint after all other callbacks, so that the state of
     each is in the file.
@@ -80,10 +80,10 @@ class EpochCheckpoint(Checkpoint):
         self.last, self.broken = last, broken
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Look whether the folders can be written to; have checkpoints replaced as a whole."""
+        """Check that the folders can be written to, and make checkpoints atomic."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        write_whole_checkpoints(trainer)
+        use_atomic_checkpoints(trainer)
         for folder in {self.last.parent, self.broken.parent}:
             check_writable(folder)
 
@@ -99,8 +99,8 @@ class EpochCheckpoint(Checkpoint):
     ) -> None:
         """Save, if training had begun and its numbers are sound.
 
-        What ended the training is what the user must see: where saving fails too, or where a
-        process that it takes is gone, a warning says so.
+        The original error must reach the user: where saving fails too, or where a process that it
+        needs is gone, only a warning is issued.
         """
         if not trainer.training or isinstance(exception, FloatingPointError):
             return

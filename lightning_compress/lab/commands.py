@@ -1,6 +1,6 @@
-"""`lightning-compress inspect | pack | unpack | diff`: files, without the model's code.
+"""Commands on files without the model's code: `inspect`, `pack`, `unpack`, `diff`.
 
-And `sensitivity | advise`, which look at a dense model before it is compressed.
+And on a dense model before compression: `sensitivity`, `advise`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def run_command(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-compress")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="what an .lcz file holds, from its header")
+    inspect = commands.add_parser(
+        "inspect", help="tensors and graphs of an .lcz file, from its header"
+    )
     inspect.add_argument("file", type=Path)
     pack = commands.add_parser("pack", help="a checkpoint or an ONNX file to an .lcz file")
     what = ".pt, .pth, .ckpt, .bin, .safetensors; or .onnx, for an .lcz file that runs"
@@ -65,23 +67,23 @@ def _parser() -> argparse.ArgumentParser:
     unpack.add_argument("--out", type=Path, help="default: beside the file, as .safetensors")
     what = "write the runnable graph of the file here, in place of a checkpoint"
     unpack.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help=what)
-    unpack.add_argument("--graph", help="which one, where the file holds several")
+    unpack.add_argument("--graph", help="name of the graph, where the file holds several")
     diff = commands.add_parser("diff", help="compare the tensors of two files of any kind")
     diff.add_argument("one", type=Path)
     diff.add_argument("other", type=Path)
     for command in (pack, diff):
         command.add_argument("--key", help="entry of a checkpoint that holds the tensors")
     for command in (unpack, diff):
-        what = "refuse .lcz files of more, once decoded"
+        what = "limit of the decoded bytes of .lcz files"
         command.add_argument("--max-bytes", type=int, default=MAX_BYTES, help=what)
     _add_models(commands)
     return parser
 
 
 def _add_models(commands: Any) -> None:
-    """The commands that look at a dense model."""
+    """Parsers of the commands on a dense model."""
     what = "a run's folder, a checkpoint in one, a model config's name, or overrides"
-    scan = commands.add_parser("sensitivity", help="what each layer's compression costs")
+    scan = commands.add_parser("sensitivity", help="loss of quality of each layer's compression")
     advise = commands.add_parser("advise", help="a recipe for a model, with its reasons")
     for command, sparsities in (
         (scan, [0.5, 0.8, 0.9, 0.95, 0.98]),
@@ -98,7 +100,7 @@ def _add_models(commands: Any) -> None:
         allow = "a class, module or package that a run's config may name besides; repeatable"
         command.add_argument("--allow", action="append", help=allow)
         command.add_argument("--bits", type=_numbers, default=[2, 3, 4, 6], help="such as 2,4,6")
-    advise.add_argument("--ratio", type=float, default=30.0, help="how much smaller it is to be")
+    advise.add_argument("--ratio", type=float, default=30.0, help="target compression ratio")
 
 
 def _fractions(text: str) -> list[float]:
@@ -151,7 +153,7 @@ def _pack(chosen: argparse.Namespace) -> int:
     if few:
         print(
             f"note: {printable(few[0])} takes few values, but {printable(str(chosen.checkpoint))} "
-            "knows no grids: one that was saved whole, with the compression callbacks listed, "
+            "has no grids: a full checkpoint of a fit with the compression callbacks "
             "gives a smaller file",
             file=sys.stderr,
         )
@@ -195,7 +197,7 @@ def _unpack(chosen: argparse.Namespace) -> int:
     if chosen.onnx is not None:
         return _unpack_graph(chosen)
     if chosen.graph is not None:
-        raise ValueError(f"--graph {chosen.graph}: say with --onnx where the ONNX file is to go")
+        raise ValueError(f"--graph {chosen.graph}: name the ONNX file with --onnx")
     if chosen.file.suffix.lower() == ".lcz" and _only_graphs(chosen.file):
         raise ValueError(f"{chosen.file} holds a graph and no tensors: unpack it with --onnx FILE")
     target = chosen.out or chosen.file.with_suffix(".safetensors")

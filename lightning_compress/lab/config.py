@@ -1,4 +1,4 @@
-"""Where the configs lie, and what to say when one is mistyped."""
+"""Folder of the Hydra configs, and error messages with the closest valid keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def config_dir() -> Path:
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
-    """Hydra's message, and the closest valid keys or groups for each override that has none.
+    """Hydra's message, and the closest valid keys or groups for each unknown override.
 
     Args:
         error: what Hydra raised.
@@ -47,7 +47,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
 
 
 def override_key(word: str) -> str:
-    """The key that an override of the command line is about.
+    """The key of an override of the command line.
 
     >>> override_key("+compression.prune.end=0.5"), override_key("logger@all=csv")
     ('compression.prune.end', 'logger')
@@ -56,7 +56,7 @@ def override_key(word: str) -> str:
 
 
 def _keys(overrides: Sequence[str]) -> Iterator[str]:
-    """All dotted keys that some choice of the groups defines: those of the chosen files first."""
+    """All dotted keys of the configs; of a group with a choice, those of the chosen files."""
     root = config_dir()
     chosen = dict(word.split("=", 1) for word in overrides if "=" in word)
     for path in sorted(root.glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""History: the numbers of a run over time, carried through checkpoints."""
+"""Monitoring callbacks of the harness: metric history, early pruning of runs, images, progress."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class History(Callback):
         self.rows: list[tuple[int, str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Add what is known at the end of the epoch."""
+        """Add the logged metrics of the epoch."""
         batches = trainer.fit_loop.total_batch_idx + 1
         for name, value in sorted(trainer.callback_metrics.items()):
             if math.isfinite(number := float(value)):
@@ -56,19 +56,19 @@ class History(Callback):
 
 
 class HopelessRunError(RuntimeError):
-    """A run that was ended because its quality fell too far below the dense model's."""
+    """A run that was pruned: its quality fell too far below the dense model's."""
 
 
 class GiveUp(Callback):
-    """Raise when a metric stays much worse than the dense run's at the same epoch.
+    """Prune a run whose metric stays much worse than the dense run's at the same epoch.
 
     Args:
         rows: the dense run's curve, as `History` keeps it.
         monitor: the metric's name.
         mode: "min" or "max", the better direction.
-        max_loss: how much worse is beyond hope, as a fraction of the dense value.
-        after: fraction of the run before which nothing is judged.
-        patience: checks in a row that must agree.
+        max_loss: largest tolerated loss, as a fraction of the dense value.
+        after: fraction of the run before which no run is pruned.
+        patience: consecutive checks beyond `max_loss` that prune the run.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -101,7 +101,7 @@ class GiveUp(Callback):
         self.misses, self._last = 0, float("nan")
 
     def loss(self, step: int, value: float) -> float | None:
-        """How much worse a value is than the dense one at the step, as a fraction; None: unknown.
+        """Loss of a value against the dense one at the step, as a fraction; None: unknown.
 
         >>> curve = [(10, "val/elbo", -20.0), (20, "val/elbo", -10.0)]
         >>> GiveUp(curve, monitor="val/elbo", mode="max", max_loss=0.25).loss(15, -25.0)
@@ -114,7 +114,7 @@ class GiveUp(Callback):
         return self.sign * (value - dense) / abs(dense)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Judge the epoch, if its value is a new one and enough of the run is over.
+        """Check the epoch, if its value is new and the fraction `after` of the run is over.
 
         Raises:
             HopelessRunError: with both values.
@@ -129,7 +129,7 @@ class GiveUp(Callback):
         if self.misses >= self.patience:
             raise HopelessRunError(
                 f"{self.monitor} is {value:.4g} after epoch {epoch} of {epochs}, {loss:.0%} worse "
-                f"than the dense model there; more than {self.max_loss:.0%} is beyond hope"
+                f"than the dense model there; more than {self.max_loss:.0%} prunes the run"
             )
 
     def state_dict(self) -> dict[str, float]:
@@ -146,10 +146,10 @@ BINS = 64
 
 
 class LoggedPictures(Callback):
-    """Log a grid of samples and each weight's histogram, now and then and at the end.
+    """Log a grid of sample images and weight histograms, every few epochs and at the end.
 
-    Samples come from the same latents every time, and drawing them moves no random stream.
-    TensorBoard and W&B take both, MLflow images only; other loggers are left alone.
+    Samples come from the same latents every time, and drawing them leaves random streams as they
+    are. TensorBoard and W&B get both, MLflow images only, other loggers nothing.
 
     Args:
         every: epochs between two logs, 1 or more; the end of training always has one.
@@ -173,12 +173,12 @@ class LoggedPictures(Callback):
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what training left, after the callbacks before this one."""
+        """Log the final model, after the callbacks before this one."""
         self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, model: Any) -> None:
-        takers = [one for one in trainer.loggers if type(one).__name__ in TAKERS]
-        if not takers or not trainer.is_global_zero:
+        loggers = [one for one in trainer.loggers if type(one).__name__ in LOG_FUNCTIONS]
+        if not loggers or not trainer.is_global_zero:
             return
         grid = _samples(model, self.samples)
         weights = {
@@ -186,12 +186,12 @@ class LoggedPictures(Callback):
             for name, weight in model.named_parameters()
             if weight.dim() > 1
         }
-        for logger in takers:
-            TAKERS[type(logger).__name__](logger, grid, weights, trainer.global_step)
+        for logger in loggers:
+            LOG_FUNCTIONS[type(logger).__name__](logger, grid, weights, trainer.global_step)
 
 
 def _samples(model: Any, count: int) -> Tensor | None:
-    """A grid (C, H, W) in [0, 1] of what a model draws; None for one that draws no images."""
+    """A grid (C, H, W) in [0, 1] of a model's samples; None for models without images."""
     if not hasattr(model, "latents") or getattr(model, "discrete", False):
         return None
     with torch.random.fork_rng(), evaluating(model):
@@ -225,8 +225,8 @@ def _mlflow(logger: Any, grid: Tensor | None, weights: Mapping[str, Tensor], ste
         logger.experiment.log_image(logger.run_id, pixels, key="samples", step=step)
 
 
-Taker = Callable[[Any, "Tensor | None", Mapping[str, Tensor], int], None]
-TAKERS: dict[str, Taker] = {
+LogFunction = Callable[[Any, "Tensor | None", Mapping[str, Tensor], int], None]
+LOG_FUNCTIONS: dict[str, LogFunction] = {
     "TensorBoardLogger": _tensorboard,
     "WandbLogger": _wandb,
     "MLFlowLogger": _mlflow,
@@ -234,10 +234,10 @@ TAKERS: dict[str, Taker] = {
 
 
 class PlainProgress(Callback):
-    """One line now and then: epoch, seconds, and the metrics of the epoch.
+    """Progress as plain lines: epoch, seconds, and the metrics of the epoch.
 
     Args:
-        label: what is being trained.
+        label: name of the model in the lines.
         lines: about how many lines a run prints.
         stream: where to; None: standard output.
 

@@ -1,8 +1,8 @@
-"""What a run folder of a stranger may do: be read as text, and name classes of known packages.
+"""Safe reading of untrusted run folders: text only, and configs with allowed targets only.
 
-A config names objects (`_target_`), so that a run folder is code. What is read from one may name
-classes of this package, of torch, torchvision, torchmetrics and lightning, and what the user allows
-by name; nothing else is imported or called.
+A config names objects (`_target_`), so a run folder is code. A config may name classes of this
+package, of torch, torchvision, torchmetrics and lightning, and what the user allows by name;
+nothing else is imported or called.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_words(folder: Path, name: str) -> list[str]:
 
 
 def recorded_fault(words: Iterable[str]) -> str | None:
-    """Why recorded overrides cannot be said again on the reader's machine; None: they can.
+    """Why recorded overrides are unsafe to repeat on the reader's machine; None: they are safe.
 
     >>> recorded_fault(["model=vae", "seed=1"])
     >>> recorded_fault(["hydra.searchpath=[file:///tmp]"])
@@ -89,7 +89,7 @@ def recorded_fault(words: Iterable[str]) -> str | None:
 
 
 def check_targets(config: Any, source: str, allowed: Iterable[str] = ()) -> None:
-    """Refuse a config of another's folder that names what is not known to be harmless.
+    """Check that an untrusted config names allowed targets only.
 
     Args:
         config: plain containers, resolved.
@@ -141,7 +141,7 @@ def _fault(target: str) -> str | None:
 
 
 def _located(target: str) -> Any:
-    """What a dotted name of one of `PACKAGES` means; None for nothing."""
+    """The object of a dotted name in one of `PACKAGES`; None if there is none."""
     first, *names = target.split(".")
     found, path = importlib.import_module(first), first
     for name in names:

@@ -1,4 +1,4 @@
-"""The `.lcz` file: what turns modules into it, and a reader that needs NumPy and constriction.
+"""The `.lcz` file format: encoder of modules, and a decoder that needs NumPy and constriction.
 
     from lightning_compress.lcz import inspect_compressed, onnx_model, read_arrays
 

@@ -1,4 +1,4 @@
-"""The reader without torch: NumPy arrays, and what a file holds."""
+"""Decoder without torch: tensors as NumPy arrays, ONNX models, and file information."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.decoding import decode_array
-from lightning_compress.lcz.graph import GraphRecord, assembled
+from lightning_compress.lcz.graph import GraphRecord, assemble_onnx
 from lightning_compress.lcz.info import ArtifactInfo, artifact_info
-from lightning_compress.lcz.opening import MAX_BYTES, OpenFile, check_size, opened_file
+from lightning_compress.lcz.opening import MAX_BYTES, OpenFile, check_size, open_file
 
 __all__ = ["MAX_ONNX_BYTES", "inspect_compressed", "onnx_model", "read_arrays"]
 
@@ -19,7 +19,7 @@ MAX_ONNX_BYTES = 1 << 31  # a protobuf message ends there
 
 
 def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
-    """What a file holds, from its header alone.
+    """Information about a file, from its header alone.
 
     The header is checked against its CRC-32, by itself, and against the length of the file; the
     payloads are neither read nor checked.
@@ -29,7 +29,7 @@ def inspect_compressed(path: str | os.PathLike[str]) -> ArtifactInfo:
         OSError: when it cannot be read.
     """
     target = Path(path)
-    with opened_file(target, verify=False) as artifact:
+    with open_file(target, verify=False) as artifact:
         return artifact_info(target, artifact.records, artifact.container.size, artifact.graphs)
 
 
@@ -48,7 +48,7 @@ def read_arrays(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> 
         CorruptArtifactError: when the file is damaged, or above `max_bytes`.
         OSError: when it cannot be read.
     """
-    with opened_file(Path(path), verify=True) as artifact:
+    with open_file(Path(path), verify=True) as artifact:
         check_size(artifact.records, max_bytes)
         found = {record.name: decode_array(record, data) for record, data in artifact.payloads()}
         return {record.name: found[record.tied or record.name] for record in artifact.records}
@@ -63,7 +63,7 @@ def onnx_model(
 
     Args:
         path: of the file.
-        graph: which one; None: the only one that there is.
+        graph: its name; None: the only one of the file.
         max_bytes: refuse a larger model.
 
     Raises:
@@ -71,16 +71,16 @@ def onnx_model(
         ValueError: when the file holds no graph, none of this name, or several and none is named.
         OSError: when it cannot be read.
     """
-    with opened_file(Path(path), verify=True) as artifact:
-        chosen = _chosen(artifact, Path(path), graph)
+    with open_file(Path(path), verify=True) as artifact:
+        chosen = _select_graph(artifact, Path(path), graph)
         if chosen.onnx_bytes > max_bytes:
             raise CorruptArtifactError(
                 f"an ONNX model of {chosen.onnx_bytes} bytes, above max_bytes={max_bytes}"
             )
-        return assembled(chosen, artifact.container, artifact.offsets())
+        return assemble_onnx(chosen, artifact.container, artifact.offsets())
 
 
-def _chosen(artifact: OpenFile, path: Path, graph: str | None) -> GraphRecord:
+def _select_graph(artifact: OpenFile, path: Path, graph: str | None) -> GraphRecord:
     known = {one.name: one for one in artifact.graphs}
     if not known:
         raise ValueError(

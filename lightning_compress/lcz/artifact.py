@@ -1,4 +1,4 @@
-"""Modules to `.lcz` files and back."""
+"""Encoding of modules into `.lcz` files, and decoding into modules."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.arrays import inspect_compressed
-from lightning_compress.lcz.graph_inlining import inlined
+from lightning_compress.lcz.graph_inlining import inline_tensors
 from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.lcz.lost_grids import is_lightning, lost_grids
 from lightning_compress.lcz.module_state import (
     Contents,
-    batchnorm_folded,
     check_channels,
     check_tensor,
     fit_channels,
+    fold_batchnorm_statistics,
     module_contents,
     module_tensors,
+    removed_shapes,
     shared_memory,
-    sizes_in,
     stored_name,
 )
 from lightning_compress.lcz.opening import MAX_BYTES, check_size
 from lightning_compress.lcz.rdoq import cheaper_contents, check_rdoq
-from lightning_compress.lcz.read import Artifact, check_fit, check_shared, opened
+from lightning_compress.lcz.read import Artifact, check_fit, check_shared, open_artifact
 from lightning_compress.lcz.write import Encoding, write_contents
 from lightning_compress.sharding import is_sharded, shards_of, to_shards
 from lightning_compress.state import (
@@ -65,12 +65,12 @@ def save_compressed(
     data: Iterable[object] | Tensor | None = None,
     batch_to_args: Callable[[Any], Any] | None = None,
 ) -> ArtifactInfo:
-    """Writes every entry of a module's `state_dict` to one entropy-coded file.
+    """Write every entry of a module's `state_dict` to one entropy-coded file.
 
-    Lossless with respect to the values that the module shows (-0.0 apart, see `signed_zeros`),
-    unless `float_dtype` or one of the rewritings below is asked for. Weights on a grid become
+    Lossless with respect to the values of the module (-0.0 apart, see `signed_zeros`),
+    unless `float_dtype` or `fold_batchnorm` is set. Weights on a grid become
     symbols; other tensors the smallest of plain values, a codebook, and non-zero values with a
-    mask. The file appears as a whole or not at all. Tensors are encoded one after the other:
+    mask. The file is written atomically. Tensors are encoded one after the other:
     memory grows with the largest, not their sum.
     Of a sharded module (FSDP2) all processes must call: tensors are gathered one by one, and the
     first process writes.
@@ -79,8 +79,8 @@ def save_compressed(
         module: of any kind; names of compiled modules are stored without `_orig_mod.`.
         path: of the file; its folder must exist.
         codec: of the symbols: "auto" for the smallest result tensor by tensor, "fast" for the
-            smallest of those that take in 10 million weights a second and give back 25, or one by
-            its name:
+            smallest of those that encode 10 million weights a second and decode 25 million, or a
+            name:
             "arithmetic", "context", "huffman", "rle_huffman", "raw", "relative_index".
         graph: an ONNX model of the module, or the path of one, so that the file also runs by
             itself: `onnx_session(path)`. Its weights are stored once with the module's where they
@@ -90,7 +90,7 @@ def save_compressed(
             them back.
         fold_batchnorm: store each BatchNorm as one scale and one shift a channel, which costs
             nothing for its statistics: in eval mode the loaded module gives the same outputs, up
-            to rounding, but what it knew of its training data's statistics is gone.
+            to rounding, but the statistics of its training data are lost.
         state: values to store in place of the module's own, by their keys in `state_dict`: an
             average, or those of a checkpoint.
         workers: threads that encode tensors side by side; memory grows with their number. They
@@ -139,14 +139,14 @@ def save_compressed(
             raise ValueError("rdoq= changes weights that graph= holds as they were: give one")
         contents = cheaper_contents(contents, rdoq, module, data, batch_to_args)
     if fold_batchnorm:
-        contents = batchnorm_folded(module, contents)
+        contents = fold_batchnorm_statistics(module, contents)
     return write_contents(contents, Path(path), encoding, graphs)
 
 
 def write_graph(
     graph: Graph | Mapping[str, Graph], path: str | os.PathLike[str], codec: str = "auto"
 ) -> ArtifactInfo:
-    """Writes ONNX models to a file that holds nothing else: small, and `onnx_session` runs it.
+    """Write ONNX models alone to a file, which `onnx_session` runs.
 
     Args:
         graph: the model or the path of one; several by name.
@@ -171,23 +171,23 @@ def onnx_bytes(graph: Graph | Mapping[str, Graph] | None) -> dict[str, bytes]:
     if graph is None:
         return {}
     named = graph if isinstance(graph, Mapping) else {"": graph}
-    return {name: _model(name, one) for name, one in named.items()}
+    return {name: _onnx_model_bytes(name, one) for name, one in named.items()}
 
 
-def _model(name: str, graph: Graph) -> bytes:
+def _onnx_model_bytes(name: str, graph: Graph) -> bytes:
     if not isinstance(graph, (bytes, str, os.PathLike)):
         raise TypeError(f"graph: expected bytes or a path of an ONNX model, got {graph!r:.80}")
     where = f"graph {name!r}" if isinstance(graph, bytes) else str(graph)
     folder = None if isinstance(graph, bytes) else Path(graph).parent
     data = graph if isinstance(graph, bytes) else Path(graph).read_bytes()
     try:
-        return inlined(data, folder)
+        return inline_tensors(data, folder)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
 def _check_module(module: nn.Module, instead: str) -> None:
-    """Refuse a state dict, say, and name what takes it."""
+    """Reject an object that is no module, and name the function for it."""
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"module: expected a torch.nn.Module, got {type(module).__name__}; "
@@ -204,7 +204,7 @@ def write_tensors(
     workers: int = 1,
     signed_zeros: bool = False,
 ) -> ArtifactInfo:
-    """Writes named tensors as `save_compressed` writes a module's, without a module.
+    """Write named tensors as `save_compressed` writes a module's, without a module.
 
     Raises:
         ValueError: for an unknown codec or float_dtype, or tensors that the format cannot hold.
@@ -232,7 +232,7 @@ def read_tensors(
         CorruptArtifactError: when the file is damaged, or above `max_bytes`.
         OSError: when it cannot be read.
     """
-    with opened(Path(path), verify=True) as artifact:
+    with open_artifact(Path(path), verify=True) as artifact:
         check_size(artifact.records, max_bytes, workers)
         found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
         return {record.name: found[record.name] for record in artifact.records}
@@ -241,10 +241,10 @@ def read_tensors(
 def load_compressed(
     path: str | os.PathLike[str], module: nn.Module, *, stream: bool = False, workers: int = 1
 ) -> nn.Module:
-    """Puts a file's tensors and grids into a module, in place.
+    """Load a file's tensors and grids into a module, in place.
 
-    Names, shapes and dtypes must be the same on both sides; only where the file says that channels
-    were removed from layers of the module's very sizes are these layers cut to fit first.
+    Names, shapes and dtypes must be the same on both sides; layers whose channels were
+    removed according to the file, and that still have their full size, are resized first.
 
     Args:
         path: of the file.
@@ -252,7 +252,7 @@ def load_compressed(
         stream: put each tensor into the module as soon as it is decoded, in the memory of one
             tensor. Otherwise all is decoded before the first value changes, so that memory for one
             more copy of the tensors is needed, as in `torch.load`. The checksum is compared first
-            either way, so that only a file that was made to do harm can leave a module half filled.
+            either way, so that only a malicious file can leave a module partly loaded.
         workers: threads that decode tensors side by side.
 
     Returns:
@@ -262,28 +262,30 @@ def load_compressed(
         CorruptArtifactError: when the file is damaged or does not fit the module, which then is
             as it was (see `stream`).
         OSError: when the file cannot be read.
-        TypeError: for what is no module.
+        TypeError: for an object that is no module.
     """
     _check_module(module, "read_tensors")
     keys = module_tensors(module)
-    with opened(Path(path), verify=True) as artifact:
+    with open_artifact(Path(path), verify=True) as artifact:
         tensors = {name: tensor for name, (_, tensor) in keys.items()}
-        smaller = sizes_in(artifact.records, artifact.channels, tensors)
+        smaller = removed_shapes(artifact.records, artifact.channels, tensors)
         check_fit(artifact.records, tensors, smaller)
-        layers = _layers(artifact, module, {name: key for name, (key, _) in keys.items()})
+        layers = _activation_layers(
+            artifact, module, {name: key for name, (key, _) in keys.items()}
+        )
         paths = {name: key for name, (key, _) in keys.items()}
         paths |= {stored_name(path): path for path, _ in module.named_modules()}
         check_channels(module, smaller, artifact.channels, paths)
         prepare = partial(fit_channels, module, smaller, artifact.channels, paths)
-        grids = _filled(artifact, module, keys, prepare, stream=stream, workers=workers)
-    _attach(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)
+        grids = _decode_into(artifact, module, keys, prepare, stream=stream, workers=workers)
+    _attach_grids(module, {keys[name][0]: grid for name, grid in grids.items()}, layers)
     return module
 
 
-def _layers(
+def _activation_layers(
     artifact: Artifact, module: nn.Module, keys: Mapping[str, str]
 ) -> dict[str, ActivationGrids]:
-    """The activations by path in the module; checks that each grid has a place there."""
+    """Activation grids by path in the module; checks that each grid has a parameter or layer."""
     parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
     for record in artifact.records:
         if record.grid and keys[record.name] not in parameters:
@@ -295,7 +297,7 @@ def _layers(
     return {paths[path]: pair for path, pair in artifact.activations.items()}
 
 
-def _filled(
+def _decode_into(
     artifact: Artifact,
     module: nn.Module,
     keys: Mapping[str, tuple[str, Tensor]],
@@ -312,7 +314,7 @@ def _filled(
     kept = {*shared, *shared.values()}
     for name, value, grid in artifact.decoded(workers):
         if stream:
-            _put(module, {keys[name][0]: (keys[name][1], value)})
+            _load_values(module, {keys[name][0]: (keys[name][1], value)})
         if not stream or name in kept:
             values[name] = value
         if grid is not None:
@@ -320,23 +322,25 @@ def _filled(
     check_shared(values, {name: keys[name][1] for name in values})
     if not stream:
         prepare()
-        _put(module, {keys[name][0]: (keys[name][1], value) for name, value in values.items()})
+        _load_values(
+            module, {keys[name][0]: (keys[name][1], value) for name, value in values.items()}
+        )
     return grids
 
 
 @torch.no_grad()
-def _put(module: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Fill a module; by key of its `state_dict`: the tensor that is there, and its values."""
-    state = {key: _alike(target, value) for key, (target, value) in values.items()}
+def _load_values(module: nn.Module, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Load values into a module, by key: the present tensor and its values."""
+    state = {key: _as_shard(target, value) for key, (target, value) in values.items()}
     module.load_state_dict(state, strict=False)  # the names have been compared
 
 
-def _alike(target: Tensor, value: Tensor) -> Tensor:
+def _as_shard(target: Tensor, value: Tensor) -> Tensor:
     shards = shards_of(target)
     return value if shards is None else shards.joined(shards.part(value).to(target.device))
 
 
-def _attach(
+def _attach_grids(
     module: nn.Module, grids: Mapping[str, Grid], layers: Mapping[str, ActivationGrids]
 ) -> None:
     for layer in module.modules():

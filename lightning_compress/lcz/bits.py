@@ -1,4 +1,4 @@
-"""Bits and bytes: variable-length codes into a bit stream, fixed-width fields, bounded reading."""
+"""Bit and byte streams: variable-length codes, fixed-width fields, bounded reading."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_compress.errors import CorruptArtifactError
 __all__ = [
     "ByteReader",
     "append_codes",
-    "by_piece",
+    "count_values",
+    "map_in_chunks",
     "pack_fixed",
-    "tally",
     "unpack_fixed",
     "varint",
 ]
@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 
 def varint(value: int) -> bytes:
-    """A whole number as little-endian groups of seven bits (LEB128).
+    """An integer as little-endian groups of seven bits (LEB128).
 
     >>> varint(300).hex()
     'ac02'
@@ -36,7 +36,7 @@ def varint(value: int) -> bytes:
 
 
 class ByteReader:
-    """Reads a byte string from front to back and never past its end.
+    """Sequential reader of bytes that never reads past their end.
 
     >>> reader = ByteReader(varint(300) + b"rest")
     >>> reader.varint(limit=1000, what="count"), reader.rest()
@@ -83,7 +83,7 @@ class ByteReader:
 
 
 def append_codes(words: Ints, offset: int, codes: Ints, sizes: Ints) -> int:
-    """Writes codes behind each other into a zeroed bit stream, first bit highest.
+    """Append codes to a zeroed bit stream, most significant bit first.
 
     Args:
         words: the stream in 64-bit words, with one word of slack; changed in place.
@@ -115,7 +115,7 @@ def append_codes(words: Ints, offset: int, codes: Ints, sizes: Ints) -> int:
 
 
 def pack_fixed(values: NDArray[np.uint16], width: int) -> bytes:
-    """Whole numbers in `width` bits each, highest bit first; the last byte is filled with zeros.
+    """Integers in `width` bits each, highest bit first; the last byte is filled with zeros.
 
     >>> pack_fixed(np.array([1, 2, 3], np.uint16), 2).hex()
     '6c'
@@ -130,7 +130,7 @@ def unpack_fixed(data: bytes, width: int, count: int) -> NDArray[np.uint16]:
     """The opposite of `pack_fixed`.
 
     Raises:
-        CorruptArtifactError: when the length does not fit, or the filling is not zero.
+        CorruptArtifactError: when the length does not fit, or the padding is not zero.
 
     >>> unpack_fixed(bytes.fromhex("6c"), 2, 3)
     array([1, 2, 3], dtype=uint16)
@@ -149,37 +149,37 @@ def unpack_fixed(data: bytes, width: int, count: int) -> NDArray[np.uint16]:
 
 
 Narrow = TypeVar("Narrow", bound=np.integer)
-PIECE = 1 << 18  # elements that are worked on at a time: 2 MB of 64-bit numbers
+CHUNK = 1 << 18  # elements of a chunk: 2 MB of 64-bit numbers
 
 
-def tally(values: NDArray[np.integer], size: int = 0) -> NDArray[np.intp]:
-    """How often each value occurs in (N,) values, as `np.bincount`.
+def count_values(values: NDArray[np.integer], size: int = 0) -> NDArray[np.intp]:
+    """Number of occurrences of each value in (N,) values, as `np.bincount`.
 
-    >>> tally(np.array([2, 0, 2], np.uint8))
+    >>> count_values(np.array([2, 0, 2], np.uint8))
     array([1, 0, 2])
     """
     size = max(size, int(values.max()) + 1 if len(values) else 0)
     counts = np.zeros(size, np.intp)
-    for piece in _pieces(len(values)):
+    for piece in _chunks(len(values)):
         counts += np.bincount(values[piece], minlength=size)
     return counts
 
 
-def by_piece(
+def map_in_chunks(
     function: Callable[[NDArray[Any]], NDArray[np.integer]],
     values: NDArray[np.integer],
     dtype: type[Narrow],
 ) -> NDArray[Narrow]:
-    """`function` of (N,) values, element by element.
+    """Elementwise `function` of (N,) values, in chunks of bounded memory.
 
-    >>> by_piece(np.square, np.array([1, 2, 3]), np.int32)
+    >>> map_in_chunks(np.square, np.array([1, 2, 3]), np.int32)
     array([1, 4, 9], dtype=int32)
     """
     out = np.empty(len(values), dtype)
-    for piece in _pieces(len(values)):
+    for piece in _chunks(len(values)):
         out[piece] = function(values[piece])
     return out
 
 
-def _pieces(count: int) -> Iterator[slice]:
-    return (slice(start, start + PIECE) for start in range(0, count, PIECE))
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, count, CHUNK))

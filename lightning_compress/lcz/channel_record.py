@@ -1,4 +1,4 @@
-"""What a header says of removed channels, without torch."""
+"""Header entry of removed channels, without torch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from typing import Any
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.removed import RemovedChannels
 
-__all__ = ["KEY", "ChannelRecord", "read_channels", "runs", "unruns", "write_channels"]
+__all__ = [
+    "KEY",
+    "ChannelRecord",
+    "from_run_lengths",
+    "read_channels",
+    "to_run_lengths",
+    "write_channels",
+]
 
-KEY = "x-channels"  # a reader that does not know it passes it over
-_MOST = 1 << 53
-_MOST_CHANNELS = 1 << 24  # of all layers together
+KEY = "x-channels"  # readers ignore unknown keys that begin with x-
+_MAX_INT = 1 << 53
+_MAX_CHANNELS = 1 << 24  # of all layers together
 
 
 def write_channels(lost: RemovedChannels) -> dict[str, Any]:
-    """The header's entry."""
+    """The header's entry of removed channels."""
     return {
         "tensors": {path: list(shape) for path, shape in lost.shapes.items()},
         "layers": dict(lost.sizes),
-        "kept": {path: runs(kept) for path, kept in lost.kept.items()},
+        "kept": {path: to_run_lengths(kept) for path, kept in lost.kept.items()},
     }
 
 
-def runs(kept: Iterable[int]) -> list[int]:
-    """Rising numbers as lengths: left out, kept, left out, kept and so on.
+def to_run_lengths(kept: Iterable[int]) -> list[int]:
+    """Increasing indices as alternating run lengths: removed, kept, removed, kept.
 
-    >>> runs([0, 1, 4])
+    >>> to_run_lengths([0, 1, 4])
     [0, 2, 2, 1]
     """
     found: list[int] = []
@@ -41,10 +48,10 @@ def runs(kept: Iterable[int]) -> list[int]:
     return found
 
 
-def unruns(lengths: Iterable[int]) -> tuple[int, ...]:
-    """The reverse of `runs`.
+def from_run_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
+    """The reverse of `to_run_lengths`.
 
-    >>> unruns([0, 2, 2, 1])
+    >>> from_run_lengths([0, 2, 2, 1])
     (0, 1, 4)
     """
     found: list[int] = []
@@ -58,12 +65,12 @@ def unruns(lengths: Iterable[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ChannelRecord:
-    """What a header says of removed channels, checked by itself; nothing of it is expanded.
+    """Removed channels as in the header: checked, run lengths not expanded.
 
     Args:
         shapes: of tensors before channels were removed, by stored name.
         sizes: of layers that know a size and hold no tensors, by stored path.
-        kept: of the channels that a layer made at first, those that stay, as `runs` of them.
+        kept: indices of the remaining channels of a layer, as run lengths.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -72,7 +79,7 @@ class ChannelRecord:
 
 
 def read_channels(entry: Any) -> ChannelRecord:
-    """What a header's entry says.
+    """Parse the header's entry of removed channels.
 
     Raises:
         CorruptArtifactError: when it is not what `write_channels` writes.
@@ -88,7 +95,7 @@ def read_channels(entry: Any) -> ChannelRecord:
     for values in (*tensors.values(), *kept.values(), list(layers.values())):
         if not isinstance(values, list) or not all(map(_is_count, values)):
             raise CorruptArtifactError(f"{KEY}: {str(values)[:80]!r}")
-    if kept and sum(map(sum, kept.values())) > _MOST_CHANNELS:
+    if kept and sum(map(sum, kept.values())) > _MAX_CHANNELS:
         raise CorruptArtifactError(f"{KEY}: more channels than any model has")
     shapes = {path: tuple(shape) for path, shape in tensors.items()}
     return ChannelRecord(shapes, layers, kept)
@@ -101,4 +108,4 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_INT

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints that others wrote, without the model's code and without running any."""
+"""Reader and writer of PyTorch, Lightning and safetensors checkpoints, without running code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_checkpoint(
     """The tensors of a PyTorch or Lightning checkpoint, a safetensors file, or an `.lcz` file.
 
     Args:
-        path: of the file; what it is, its suffix says: `.lcz`, `.safetensors`, `.pt`, `.pth`,
+        path: of the file; its suffix gives the kind: `.lcz`, `.safetensors`, `.pt`, `.pth`,
             `.ckpt`, `.bin`.
         key: in a PyTorch checkpoint, the entry that holds the tensors; None: the usual ones.
         max_bytes: of the tensors of an `.lcz` file.
@@ -58,20 +58,20 @@ def _unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # on junk, the unpickler stumbles over anything
+    except Exception as error:  # on garbage, the unpickler raises anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read without running code of its own: {why}") from None
 
 
 def read_contents(path: Path, key: str | None = None) -> Contents:
-    """What a checkpoint of any kind holds, as a file is to hold it.
+    """Contents of a checkpoint of any kind, ready to be written to an `.lcz` file.
 
     Of a Lightning checkpoint these are its tensors with the grids, activation grids and removed
     channels that the compression callbacks left in it, as `save_compressed` has them of the module.
 
     Args:
         path: of the file, as in `read_checkpoint`.
-        key: the entry that holds the tensors, which then stand alone; None: the usual ones.
+        key: the entry that holds the tensors, read without compression state; None: the usual ones.
 
     Raises:
         ValueError: for a suffix or content that is none of these; a pickle that would run code.

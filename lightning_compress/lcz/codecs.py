@@ -1,4 +1,4 @@
-"""Symbol codecs by name: small whole numbers to bytes and back."""
+"""Symbol codecs by name: small integers to bytes and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context, huffman
-from lightning_compress.lcz.bits import ByteReader, pack_fixed, tally, unpack_fixed, varint
+from lightning_compress.lcz.bits import ByteReader, count_values, pack_fixed, unpack_fixed, varint
 from lightning_compress.lcz.huffman import MAX_ALPHABET
 from lightning_compress.lcz.range_coder import decode_static, encode_static
 
@@ -38,14 +38,14 @@ Symbols = NDArray[np.uint16]
 
 
 def encode_arithmetic(symbols: Symbols) -> bytes:
-    """The size of the alphabet and the frequencies, then the range-coded symbols.
+    """Static arithmetic code: alphabet size and frequencies, then the range-coded symbols.
 
     >>> decode_arithmetic(encode_arithmetic(np.array([3, 3, 0], np.uint16)), 3)
     array([3, 3, 0], dtype=uint16)
     """
     if not len(symbols):
         return b""
-    counts = tally(symbols)
+    counts = count_values(symbols)
     frequencies = _frequencies(counts)
     table = b"".join(varint(frequency) for frequency in frequencies.tolist())
     head = varint(len(counts)) + table
@@ -53,7 +53,7 @@ def encode_arithmetic(symbols: Symbols) -> bytes:
 
 
 def _frequencies(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Shares of `_TOTAL`, 1 or more for every symbol that occurs; rounding falls to the largest."""
+    """Counts scaled to a sum of `_TOTAL`, at least 1 for every symbol that occurs."""
     shares = np.maximum(counts * _TOTAL // counts.sum(), counts > 0)
     while (excess := int(shares.sum()) - _TOTAL) > 0:  # many symbols of share 1
         largest = int(shares.argmax())
@@ -88,7 +88,7 @@ _WIDTHS = (5, 8)  # bits of a distance: the paper's for fully connected and conv
 
 
 def encode_relative_index(symbols: Symbols) -> bytes:
-    """The smaller of the streams with the paper's two widths.
+    """Relative-index code of Deep Compression: the smaller stream of the paper's two widths.
 
     >>> data = encode_relative_index(np.array([0] * 40 + [3, 0], np.uint16))
     >>> decode_relative_index(data, 42)[39:]
@@ -129,7 +129,7 @@ def decode_relative_index(data: bytes, count: int) -> Symbols:
     if width not in _WIDTHS:
         raise CorruptArtifactError(f"distances of {width} bits")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "distances")
-    steps, values = huffman.decode_together([(coded, length), (reader.rest(), length)])
+    steps, values = huffman.decode_streams([(coded, length), (reader.rest(), length)])
     places = np.cumsum(steps.astype(np.int64) + 1) - 1
     if steps.max() >> width or places[-1] >= count:
         raise CorruptArtifactError(f"a distance leads past the end at {count}")
@@ -143,7 +143,7 @@ ESCAPE = 255  # this run symbol means: 255 zeros, and no value after them
 def split_runs(symbols: Symbols) -> tuple[Symbols, Symbols]:
     """Runs of zeros before each value, and the values that are not zero.
 
-    Zeros after the last value are left out: the count of symbols tells them.
+    Zeros after the last value are left out: the count of symbols implies them.
 
     Returns:
         (R,) run symbols up to `ESCAPE` and (V,) values, R >= V.
@@ -193,35 +193,35 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Codec:
-    """How N symbols below `MAX_ALPHABET` of a tensor become bytes, and come back given its shape.
+    """Codec of N symbols below `MAX_ALPHABET` of a tensor of known shape.
 
     Args:
         encode: (N,) symbols and the shape to bytes.
         decode: bytes and the shape to symbols.
-        fast: the number of symbols from which it takes in 10 million a second and gives back 25, on
-            one thread; None: it never does.
-        compared: only there to compare with; never chosen.
+        fast: number of symbols from which it encodes 10 million a second and decodes 25 million,
+            on one thread; None: it never does.
+        benchmark_only: for benchmarks only; "auto" never uses it.
     """
 
     encode: Callable[[Symbols, Shape], bytes]
     decode: Callable[[bytes, Shape], Symbols]
     fast: int | None = None
-    compared: bool = False
+    benchmark_only: bool = False
 
 
-def _flat(
+def _without_shape(
     encode: Callable[[Symbols], bytes],
     decode: Callable[[bytes, int], Symbols],
     *,
     fast: int | None = None,
-    compared: bool = False,
+    benchmark_only: bool = False,
 ) -> Codec:
-    """A codec that does not look at the shape."""
+    """A codec that ignores the shape."""
     return Codec(
         lambda symbols, _: encode(symbols),
         lambda data, shape: decode(data, math.prod(shape)),
         fast,
-        compared,
+        benchmark_only,
     )
 
 
@@ -254,30 +254,32 @@ def _decode_runs(data: bytes, count: int) -> Symbols:
         return np.zeros(count, np.uint16)
     length = reader.varint(limit=max_runs(kept, count), what="the count of zero runs")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "zero runs")
-    runs, values = huffman.decode_together([(coded, length), (reader.rest(), kept)])
+    runs, values = huffman.decode_streams([(coded, length), (reader.rest(), kept)])
     return join_runs(runs, values + np.uint16(1), count)
 
 
-# Adding a coder is one row here; the earlier row is taken when sizes are equal.
+# A codec is one row; of equal sizes the earlier row is used.
 CODECS = {
-    "raw": _flat(_encode_raw, _decode_raw, fast=0),
-    "arithmetic": _flat(encode_arithmetic, decode_arithmetic, fast=0),
-    "rle_huffman": _flat(_encode_runs, _decode_runs, fast=1 << 18),
-    "huffman": _flat(huffman.encode, huffman.decode),
+    "raw": _without_shape(_encode_raw, _decode_raw, fast=0),
+    "arithmetic": _without_shape(encode_arithmetic, decode_arithmetic, fast=0),
+    "rle_huffman": _without_shape(_encode_runs, _decode_runs, fast=1 << 18),
+    "huffman": _without_shape(huffman.encode, huffman.decode),
     "context": Codec(context.encode, context.decode),
-    "relative_index": _flat(encode_relative_index, decode_relative_index, compared=True),
+    "relative_index": _without_shape(
+        encode_relative_index, decode_relative_index, benchmark_only=True
+    ),
 }
 
-# What may be asked for by name, and from which codecs the smallest result is then taken.
+# Valid names, and the codecs whose smallest result each of them uses.
 CHOICES = {
-    "auto": tuple(name for name, codec in CODECS.items() if not codec.compared),
+    "auto": tuple(name for name, codec in CODECS.items() if not codec.benchmark_only),
     "fast": tuple(name for name, codec in CODECS.items() if codec.fast is not None),
     **{name: (name,) for name in CODECS},
 }
 
 
 def check_codec(codec: str) -> None:
-    """Refuses a name that is no codec.
+    """Check the name of a codec.
 
     Raises:
         ValueError: naming the valid ones.
@@ -292,10 +294,10 @@ def encode_symbols(
     """Bytes of (N,) symbols, and the name of the codec used.
 
     Args:
-        symbols: whole numbers from 0 to `MAX_ALPHABET - 1`; 0 is taken as the common one.
+        symbols: integers from 0 to `MAX_ALPHABET - 1`; 0 is assumed to be the most frequent.
         codec: a name in `CHOICES`; "auto" gives the smallest result, "fast" the smallest of those
             codecs that are fast for so many.
-        shape: of the tensor that the symbols make up, in its order; None: one axis.
+        shape: of the tensor of these symbols, in its order; None: one axis.
 
     Raises:
         ValueError: for an unknown codec, or a symbol out of range.
@@ -336,4 +338,4 @@ def entropy_bits(symbols: NDArray[np.integer]) -> float:
     >>> entropy_bits(np.array([0, 1, 2, 3]))
     8.0
     """
-    return entropy_of_counts(tally(symbols))
+    return entropy_of_counts(count_values(symbols))

@@ -1,9 +1,9 @@
-"""The bytes of an `.lcz` file: prefix, JSON header, payloads, SHA-256.
+"""Container of an `.lcz` file: prefix, JSON header, payloads, SHA-256.
 
     magic (8) · version (2) · flags (2) · CRC-32 of the stored header (4) ·
     stored header length (8) · plain header length (8) · header · payloads · SHA-256 of all before
 
-Whole numbers are little-endian. Flag 1: the header is deflated. The payloads follow each other
+Integers are little-endian. Flag 1: the header is deflated. The payloads follow each other
 without gaps; the header holds their lengths.
 """
 
@@ -26,7 +26,7 @@ from lightning_compress.files import atomic_file
 from lightning_compress.lcz.raw_bits import inflate
 
 __all__ = [
-    "MAX_HEADER", "SMALLEST", "Container", "container_bytes", "read_container", "read_stream",
+    "MAX_HEADER", "MIN_SIZE", "Container", "container_bytes", "read_container", "read_stream",
     "write_container",
 ]  # fmt: skip
 
@@ -36,7 +36,7 @@ MAX_HEADER = 1 << 23  # bytes of JSON, some 80,000 tensors
 _PREFIX = struct.Struct("<8sHHIQQ")
 _DEFLATED = 1
 _DIGEST = hashlib.sha256().digest_size
-SMALLEST = _PREFIX.size + _DIGEST  # bytes of any file
+MIN_SIZE = _PREFIX.size + _DIGEST  # bytes of any file
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Container:
             CorruptArtifactError: when the file ends before it.
         """
         self.stream.seek(self.payload_start + offset)
-        return _exactly(self.stream, length)
+        return _read_exactly(self.stream, length)
 
 
 def write_container(path: Path, header: dict[str, Any], payloads: Iterable[bytes]) -> int:
-    """Write a file that is there as a whole or not at all.
+    """Write a file atomically.
 
     Args:
         path: of the file.
-        header: what JSON can hold.
-        payloads: pieces of bytes, which follow each other without gaps.
+        header: a mapping that JSON can hold.
+        payloads: chunks of bytes, which follow each other without gaps.
 
     Returns:
         The size of the file.
@@ -80,7 +80,7 @@ def write_container(path: Path, header: dict[str, Any], payloads: Iterable[bytes
     """
     digest = hashlib.sha256()
     with atomic_file(path, what="the artifact") as stream:
-        for part in itertools.chain([_head(header)], payloads):
+        for part in itertools.chain([_header_bytes(header)], payloads):
             digest.update(part)
             stream.write(part)
         stream.write(digest.digest())
@@ -93,11 +93,11 @@ def container_bytes(header: dict[str, Any], payloads: bytes) -> bytes:
     Raises:
         ValueError: when the header is above `MAX_HEADER` bytes.
     """
-    content = _head(header) + payloads
+    content = _header_bytes(header) + payloads
     return content + hashlib.sha256(content).digest()
 
 
-def _head(header: dict[str, Any]) -> bytes:
+def _header_bytes(header: dict[str, Any]) -> bytes:
     plain = json.dumps(header, separators=(",", ":")).encode()
     if len(plain) > MAX_HEADER:
         raise ValueError(f"the header takes {len(plain)} bytes, the format allows {MAX_HEADER}")
@@ -109,7 +109,7 @@ def _head(header: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def read_container(path: Path, *, verify: bool) -> Iterator[Container]:
-    """Opens a file and checks its prefix, its checksum if `verify` is set, and its header.
+    """Open a file and checks its prefix, its checksum if `verify` is set, and its header.
 
     Raises:
         CorruptArtifactError: when any of them is wrong.
@@ -133,14 +133,14 @@ def read_stream(stream: BinaryIO, *, verify: bool) -> Container:
     if verify:
         _check_digest(stream, size)
         stream.seek(_PREFIX.size)
-    data = _exactly(stream, stored)
+    data = _read_exactly(stream, stored)
     if zlib.crc32(data) != crc:
         raise CorruptArtifactError("the header does not match its CRC-32")
     header = _parse(inflate(data, plain) if flags & _DEFLATED else data)
     return Container(stream, header, size, _PREFIX.size + stored)
 
 
-def _exactly(stream: BinaryIO, length: int) -> bytes:
+def _read_exactly(stream: BinaryIO, length: int) -> bytes:
     data = stream.read(length)
     if len(data) != length:
         raise CorruptArtifactError(f"the file ends {length - len(data)} bytes too early")
@@ -150,15 +150,15 @@ def _exactly(stream: BinaryIO, length: int) -> bytes:
 def _read_prefix(stream: BinaryIO, size: int) -> tuple[int, int, int, int]:
     start = stream.read(_PREFIX.size)
     if start[: len(MAGIC)] != MAGIC:
-        raise CorruptArtifactError("this is not an .lcz file: its first bytes are others")
-    if size < SMALLEST:
+        raise CorruptArtifactError("this is not an .lcz file: its first bytes differ")
+    if size < MIN_SIZE:
         raise CorruptArtifactError(f"the file ends after {size} bytes, within its prefix")
     _, version, flags, crc, stored, plain = _PREFIX.unpack(start)
     if version != VERSION:
         raise CorruptArtifactError(f"format version {version}; this package reads {VERSION}")
     if flags not in (0, _DEFLATED):
         raise CorruptArtifactError(f"unknown flags {flags}")
-    if stored > size - SMALLEST:
+    if stored > size - MIN_SIZE:
         raise CorruptArtifactError(f"a header of {stored} bytes in a file of {size}")
     if plain > MAX_HEADER or stored > plain or (not flags and stored != plain):
         raise CorruptArtifactError(f"a header of {plain} bytes, stored in {stored}")
@@ -169,30 +169,30 @@ def _check_digest(stream: BinaryIO, size: int) -> None:
     stream.seek(0)
     digest, left = hashlib.sha256(), size - _DIGEST
     while left:
-        piece = _exactly(stream, min(left, 1 << 20))
-        digest.update(piece)
-        left -= len(piece)
-    if digest.digest() != _exactly(stream, _DIGEST):
+        chunk = _read_exactly(stream, min(left, 1 << 20))
+        digest.update(chunk)
+        left -= len(chunk)
+    if digest.digest() != _read_exactly(stream, _DIGEST):
         raise CorruptArtifactError("the file does not match its SHA-256")
 
 
-def _refuse(text: str) -> NoReturn:
+def _reject(text: str) -> NoReturn:
     raise ValueError(f"{text} in the header")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) != len(pairs):
-        _refuse("a key twice")
+        _reject("a key twice")
     return found
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    try:  # the header holds whole numbers and text only
+    try:  # the header holds integers and text only
         header = json.loads(
             text.decode(),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse,
-            parse_float=_refuse,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_reject,
+            parse_float=_reject,
         )
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"the header is no valid JSON: {error}") from None

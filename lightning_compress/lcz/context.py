@@ -1,9 +1,10 @@
-"""Adaptive context models: each symbol as binary decisions, each with a learnt probability.
+"""Adaptive binary context coder: each symbol as binary decisions with learned probabilities.
 
 Is it 0? Its sign. The exponent of its magnitude, in unary. The bits after the leading one. All
-decisions of one kind are a plane; what earlier waves hold of a position's row, column and kernel
-place, and of pairs of them, shifts the probability by weights that the encoder fits and stores. In
-the manner of DeepCABAC (Wiedemann et al. 2020, arXiv:1907.11900), by whole waves of positions.
+decisions of one kind are a bit plane. The contexts of a position are its row, column, kernel tap
+and pairs of them; their counts in earlier scans shift its probability by weights that the encoder
+fits and stores. After DeepCABAC (Wiedemann et al. 2020, arXiv:1907.11900), but vectorized over
+the positions of a scan.
 """
 
 from __future__ import annotations
@@ -17,24 +18,35 @@ from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.bits import ByteReader, varint
-from lightning_compress.lcz.context_fitting import AT_ONCE, Foresight, fitted, fitted_ahead
-from lightning_compress.lcz.context_model import Plane, View, Weights, best_view, probability
+from lightning_compress.lcz.context_fitting import (
+    TWO_PASS_LIMIT,
+    TwoPassModel,
+    fit_plane_weights,
+    fit_two_pass,
+)
+from lightning_compress.lcz.context_model import (
+    AdaptiveBitModel,
+    View,
+    Weights,
+    best_view,
+    probability,
+)
 from lightning_compress.lcz.huffman import MAX_ALPHABET
 from lightning_compress.lcz.range_coder import BitDecoder, BitEncoder
 
 __all__ = [
-    "DecodingPass",
-    "EncodingPass",
+    "PlaneDecoder",
+    "PlaneEncoder",
     "decode",
     "encode",
 ]
 Ints = NDArray[np.signedinteger[Any]]
 Bits = NDArray[np.bool_]
-Chances = NDArray[np.float64]
+Probabilities = NDArray[np.float64]
 
 
-class _Pass:
-    """What both directions do with a plane: know its counts, ask a coder, count.
+class _PlaneCoder:
+    """Base of encoder and decoder of bit planes: the adaptive models, updated after each scan.
 
     Args:
         view: of the tensor.
@@ -45,39 +57,39 @@ class _Pass:
         self.last = False  # whether the slab is the last one
         self.view = view
         self.weights = weights
-        self._planes: dict[str, Plane] = {}
+        self._planes: dict[str, AdaptiveBitModel] = {}
 
-    def _walk(
+    def _code_scans(
         self,
         name: str,
         kinds: int,
         at: Ints,
         ends: Ints,
         nodes: Ints | None,
-        coder: Callable[[slice, Chances], Bits],
+        coder: Callable[[slice, Probabilities], Bits],
     ) -> None:
-        """Calls `coder`, which gives the bits, with each wave and its probabilities of a one."""
+        """Code one plane: `coder` gets each scan and its probabilities, and returns its bits."""
         weights = self.weights[name]
         if name not in self._planes:
-            self._planes[name] = Plane(self.view, kinds, weights)
+            self._planes[name] = AdaptiveBitModel(self.view, kinds, weights)
         plane = self._planes[name]
-        for part, keys in plane.waves(at, ends):
+        for part, keys in plane.scans(at, ends):
             own = None if nodes is None else nodes[part]
             bits = coder(part, probability(plane.logits(weights, keys, own)))
-            if not (self.last and part.stop == len(at)):  # nobody would ask for it
-                plane.learn(keys, own, bits)
+            if not (self.last and part.stop == len(at)):  # its counts are not used again
+                plane.update(keys, own, bits)
         if self.last:
             del self._planes[name]  # whose counts are a few times larger than the symbols
 
 
-class EncodingPass(_Pass):
-    """Turns planes into a stream, and fits the weights of each when it first meets it."""
+class PlaneEncoder(_PlaneCoder):
+    """Encoder of bit planes; fits the weights of a plane at its first slab."""
 
     def __init__(self, view: View) -> None:
         super().__init__(view, {})
         self._coder = BitEncoder()
         count = math.prod(view.shape)
-        self._ahead = count <= AT_ONCE and list(view.slabs()) == [(0, count)]
+        self._two_pass = count <= TWO_PASS_LIMIT and list(view.slabs()) == [(0, count)]
 
     def code(
         self, name: str, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None = None, kinds: int = 1
@@ -86,8 +98,8 @@ class EncodingPass(_Pass):
 
         Args:
             name: of the plane.
-            at: (N,) positions, wave by wave.
-            ends: where each wave ends in `at`.
+            at: (N,) positions, scan by scan.
+            ends: where each scan ends in `at`.
             bits: (N,) the decisions.
             nodes: (N,) below `kinds`; None: all 0.
             kinds: how many different nodes there can be.
@@ -96,20 +108,22 @@ class EncodingPass(_Pass):
             The bits.
         """
 
-        def encode(part: slice, chances: Chances) -> Bits:
-            self._coder.encode(bits[part], chances)
+        def encode(part: slice, probabilities: Probabilities) -> Bits:
+            self._coder.encode(bits[part], probabilities)
             return bits[part]
 
         if not len(at):
             return bits
-        if self._ahead:
-            ahead = Foresight(self.view, at, ends, bits, nodes, kinds)
-            self.weights[name], logits = fitted_ahead(ahead)
+        if self._two_pass:
+            two_pass = TwoPassModel(self.view, at, ends, bits, nodes, kinds)
+            self.weights[name], logits = fit_two_pass(two_pass)
             self._coder.encode(bits, probability(logits))
             return bits
         if name not in self.weights:
-            self.weights[name] = fitted(Plane(self.view, kinds), at, ends, bits, nodes)
-        self._walk(name, kinds, at, ends, nodes, encode)
+            self.weights[name] = fit_plane_weights(
+                AdaptiveBitModel(self.view, kinds), at, ends, bits, nodes
+            )
+        self._code_scans(name, kinds, at, ends, nodes, encode)
         return bits
 
     def finish(self) -> bytes:
@@ -117,8 +131,8 @@ class EncodingPass(_Pass):
         return self._coder.finish()
 
 
-class DecodingPass(_Pass):
-    """Gets the planes of a stream back, given the weights of each."""
+class PlaneDecoder(_PlaneCoder):
+    """Decoder of bit planes, given the weights of each."""
 
     def __init__(self, view: View, weights: dict[str, Weights], data: bytes) -> None:
         super().__init__(view, weights)
@@ -127,14 +141,14 @@ class DecodingPass(_Pass):
     def code(
         self, name: str, at: Ints, ends: Ints, bits: Bits, nodes: Ints | None = None, kinds: int = 1
     ) -> Bits:
-        """The next plane of a slab: as `EncodingPass.code`, but the bits come from the stream."""
+        """The next plane of a slab: as `PlaneEncoder.code`, but the bits come from the stream."""
         found = np.empty_like(bits)
 
-        def decode(part: slice, chances: Chances) -> Bits:
-            found[part] = self._coder.decode(chances, part.stop - part.start)
+        def decode(part: slice, probabilities: Probabilities) -> Bits:
+            found[part] = self._coder.decode(probabilities, part.stop - part.start)
             return found[part]
 
-        self._walk(name, kinds, at, ends, nodes, decode)
+        self._code_scans(name, kinds, at, ends, nodes, decode)
         return found
 
     def finish(self) -> None:
@@ -161,10 +175,10 @@ def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
         return b""
     view = best_view(symbols, shape)
     exponents = ((int(symbols.max()) + 1) >> 1 | 1).bit_length() - 1
-    coding = EncodingPass(view)
+    coding = PlaneEncoder(view)
     for start, stop in view.slabs():
         coding.last = stop == len(symbols)
-        _code_slab(coding, *view.waves(start, stop), symbols, exponents)
+        _code_slab(coding, *view.scan_order(start, stop), symbols, exponents)
     head = varint(view.b) + varint(view.c) + bytes([exponents])
     return head + _pack_weights(coding, exponents) + coding.finish()
 
@@ -186,26 +200,26 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
     exponents = reader.take(1, "the number of exponents")[0]
     if exponents > _MAX_EXPONENT:
         raise CorruptArtifactError(f"exponents up to {exponents}, above {_MAX_EXPONENT}")
-    weights = {name: _read_weights(reader, view) for name in _names(exponents)}
-    coding = DecodingPass(view, weights, reader.rest())
+    weights = {name: _read_weights(reader, view) for name in _plane_names(exponents)}
+    coding = PlaneDecoder(view, weights, reader.rest())
     for start, stop in view.slabs():
         coding.last = stop == len(symbols)
-        _code_slab(coding, *view.waves(start, stop), symbols, exponents)
+        _code_slab(coding, *view.scan_order(start, stop), symbols, exponents)
     coding.finish()
     return symbols
 
 
 def _code_slab(
-    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, symbols: Symbols, exponents: int
+    coding: PlaneEncoder | PlaneDecoder, at: Ints, ends: Ints, symbols: Symbols, exponents: int
 ) -> None:
-    """Codes what `symbols` has at the positions `at`; a decoder puts it there.
+    """Code the symbols at the positions `at`; a decoder writes them into `symbols`.
 
-    Every plane's true bits are worked out from `symbols` for the encoder; the decoder, for which
-    they are still 0, gives back the bits that it read instead.
+    Every plane's true bits are computed from `symbols` for the encoder; the decoder, for which
+    they are still 0, returns the bits that it read instead.
     """
     true = symbols[at]
     bits = coding.code("zero", at, ends, true > 0)
-    kept, ends = _kept(bits, ends)
+    kept, ends = _set_positions(bits, ends)
     at, true = at[kept], true[kept]
     sign = coding.code("sign", at, ends, true & 1 == 1)
     exponent = _code_exponents(coding, at, ends, _EXPONENT_OF.take(true), exponents)
@@ -215,32 +229,32 @@ def _code_slab(
 
 
 def _code_exponents(
-    coding: EncodingPass | DecodingPass, at: Ints, ends: Ints, true: Ints, most: int
+    coding: PlaneEncoder | PlaneDecoder, at: Ints, ends: Ints, true: Ints, most: int
 ) -> Ints:
-    """The exponent of each magnitude, in unary: is it above 0, is it above 1."""
+    """Code the exponent of each magnitude, in unary."""
     exponent: Ints = np.zeros(len(at), np.int64)
     alive = np.arange(len(at))
     for level in range(most):
         more = coding.code(f"exponent{level}", at, ends, true > level)
-        kept, ends = _kept(more, ends)
+        kept, ends = _set_positions(more, ends)
         at, true, alive = at[kept], true[kept], alive[kept]
         exponent[alive] = level + 1
     return exponent
 
 
 def _code_magnitudes(
-    coding: EncodingPass | DecodingPass,
+    coding: PlaneEncoder | PlaneDecoder,
     at: Ints,
     ends: Ints,
     true: Ints,
     exponent: Ints,
     exponents: int,
 ) -> Ints:
-    """Each magnitude, from the bit after its leading one to its last."""
+    """Code the bits of each magnitude after its leading one."""
     magnitude = np.ones(len(at), np.int64)
     alive = np.arange(len(at))
     for level in range(1, exponents + 1):
-        kept, ends = _kept(exponent >= level, ends)
+        kept, ends = _set_positions(exponent >= level, ends)
         at, true, exponent, alive = at[kept], true[kept], exponent[kept], alive[kept]
         known = magnitude[alive]
         bits = true >> exponent - level & 1 == 1
@@ -250,25 +264,25 @@ def _code_magnitudes(
     return magnitude
 
 
-def _kept(bits: Bits, ends: Ints) -> tuple[Ints, Ints]:
-    """The places where `bits`, which go wave by wave, are set, and where waves of these end."""
+def _set_positions(bits: Bits, ends: Ints) -> tuple[Ints, Ints]:
+    """Indices of the set bits, and where each scan of these ends."""
     kept = np.flatnonzero(bits)
     return kept, kept.searchsorted(ends)
 
 
-def _names(exponents: int) -> list[str]:
-    """The planes, in the order in which their weights are stored."""
+def _plane_names(exponents: int) -> list[str]:
+    """Names of the planes, in the order in which their weights are stored."""
     levels = range(exponents)
     bits = [f"bit{level + 1}" for level in levels]
     return ["zero", "sign", *(f"exponent{level}" for level in levels), *bits]
 
 
-def _pack_weights(coding: EncodingPass, exponents: int) -> bytes:
-    """For each plane: which tables it uses, a bit each, then their weights, a byte each."""
+def _pack_weights(coding: PlaneEncoder, exponents: int) -> bytes:
+    """For each plane: a bit mask of its contexts, then a byte for each weight."""
     out = bytearray()
-    if not coding.view.subsets:
+    if not coding.view.context_axes:
         return b""
-    for name in _names(exponents):
+    for name in _plane_names(exponents):
         weights = coding.weights.get(name, {})
         out.append(sum(1 << table for table in weights))
         out += bytes(weight & 0xFF for weight in weights.values())
@@ -276,12 +290,12 @@ def _pack_weights(coding: EncodingPass, exponents: int) -> bytes:
 
 
 def _read_weights(reader: ByteReader, view: View) -> Weights:
-    if not view.subsets:
+    if not view.context_axes:
         return {}
-    mask = reader.take(1, "the tables of a plane")[0]
-    if mask >> len(view.subsets):
-        raise CorruptArtifactError(f"tables {mask:#b}, of {len(view.subsets)} there are")
-    tables = [table for table in range(len(view.subsets)) if mask >> table & 1]
+    mask = reader.take(1, "the contexts of a plane")[0]
+    if mask >> len(view.context_axes):
+        raise CorruptArtifactError(f"contexts {mask:#b}, the view has {len(view.context_axes)}")
+    tables = [table for table in range(len(view.context_axes)) if mask >> table & 1]
     stored = reader.take(len(tables), "the weights of a plane")
     return {
         table: weight - 256 * (weight > 127) for table, weight in zip(tables, stored, strict=True)

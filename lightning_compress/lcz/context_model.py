@@ -1,4 +1,4 @@
-"""The probability of one binary decision at each position, learnt from the waves before it."""
+"""Adaptive binary probability models, their contexts, and the scan order of a tensor."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = [
     "ONE",
     "SLAB",
     "WEIGHT_ONE",
-    "Plane",
+    "AdaptiveBitModel",
     "View",
     "Weights",
     "best_view",
     "fit_weights",
     "log2_256",
     "log2_256_of",
-    "parts",
     "priors",
     "probability",
+    "scan_slices",
 ]
 ONE = 1 << 20  # probabilities are in units of 1 / ONE
 WEIGHT_ONE = 32  # a feature's weight is in units of 1 / WEIGHT_ONE
 _LIMIT = 16 * 256  # logits beyond it are cut
-_MANY = 1 << 12  # bits that weights are first fitted to a few of
+_MANY = 1 << 12  # bits above which weights are first fitted to every eighth
 _FRACTION = 10  # bits of the mantissa that choose an entry of the logarithm's table
 Ints = NDArray[np.signedinteger[Any]]
 Bits = NDArray[np.bool_]
@@ -42,7 +42,7 @@ _PROBABILITY = np.rint(ONE / (1 + np.exp2(-np.arange(-_LIMIT, _LIMIT + 1) / 256)
 
 
 def log2_256(values: Ints) -> Ints:
-    """256 times the base-2 logarithm of whole numbers from 1 to 2^53, rounded.
+    """256 times the base-2 logarithm of integers from 1 to 2^53, rounded.
 
     The exponent, and the ten bits after the leading one by a table.
 
@@ -55,7 +55,7 @@ def log2_256(values: Ints) -> Ints:
 
 
 def log2_256_of(value: int) -> int:
-    """`log2_256` of one number, which NumPy would take twenty times as long for.
+    """`log2_256` of one integer, twenty times as fast as by NumPy.
 
     >>> [log2_256_of(value) for value in (1, 2, 3, 1 << 40)]
     [0, 256, 406, 10240]
@@ -76,15 +76,15 @@ def probability(logits: Ints) -> NDArray[np.float64]:
 def fit_weights(
     features: NDArray[Any], offset: Ints, bits: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], float]:
-    """Weights of least code length, by Newton's method, and how many bits they save.
+    """Mixing weights of minimal code length, by Newton's method, and the bits they save.
 
     Args:
-        features: (F, N) logits to be weighed.
+        features: (F, N) logits to be weighted.
         offset: (N,) logits that they are added to.
-        bits: (N,) what is coded.
+        bits: (N,) the decisions.
 
     Returns:
-        (F,) whole numbers from -128 to 127, `WEIGHT_ONE` standing for 1.
+        (F,) integers from -128 to 127, `WEIGHT_ONE` standing for 1.
     """
     unit = math.log(2) / 256
     # Half the bits of a double are plenty: the weights end in steps of 1 / WEIGHT_ONE.
@@ -95,12 +95,12 @@ def fit_weights(
         weights = _newton(weights, np.ascontiguousarray(x[:, ::step]), base[::step], y[::step])
     whole = np.clip(np.rint(weights * WEIGHT_ONE), -128, 127).astype(np.int64)
     after = base + (whole / WEIGHT_ONE).astype(np.float32) @ x
-    saved = _nats(base, bits) - _nats(after, bits)
+    saved = _code_length(base, bits) - _code_length(after, bits)
     return whole, saved / math.log(2)
 
 
 def _newton(weights: Floats, x: Floats, base: Floats, y: Floats) -> Floats:
-    """Weights of less code length, from some on."""
+    """Newton iterations from initial weights."""
     ridge = np.eye(len(x), dtype=np.float32)
     for _ in range(8):
         p = 1 / (1 + np.exp(-(base + weights @ x)))
@@ -112,8 +112,8 @@ def _newton(weights: Floats, x: Floats, base: Floats, y: Floats) -> Floats:
     return weights
 
 
-def _nats(logits: Floats, bits: NDArray[np.bool_]) -> float:
-    """What it costs to code bits with these natural logits."""
+def _code_length(logits: Floats, bits: NDArray[np.bool_]) -> float:
+    """Code length of bits in nats under these natural logits."""
     wrong = np.where(bits, -logits, logits)
     costs = np.maximum(wrong, 0) + np.log(1 + np.exp(-np.abs(wrong)))
     return float(costs.sum(dtype=np.float64))
@@ -124,16 +124,16 @@ SLAB = 1 << 22  # positions that are worked on at a time, as long as a slice alo
 # Powers 1, 2, 3 of the inverse of the root of x^4 = x + 1, times 2^32: a low-discrepancy lattice.
 _LATTICE = (0xD1B54A33, 0xABC98388, 0x8CB92BA7)
 
-# Wave w ends before this many 256ths of a slab: growing by a third, so that little is learnt late.
-_ENDS = (1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 40, 54, 73, 99, 134, 181, 256)
-_WAVE_OF = np.searchsorted(_ENDS, np.arange(256), side="right").astype(np.uint8)
+# Scan w ends before this many 256ths of a slab: growing by a third, so that little is learned late.
+_SCAN_ENDS = (1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 40, 54, 73, 99, 134, 181, 256)
+_SCAN_OF = np.searchsorted(_SCAN_ENDS, np.arange(256), side="right").astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class View:
     """A tensor as a box of A x B x C, in the order of its elements.
 
-    >>> View(2, 3, 4).shape, View(4, 4, 1).subsets
+    >>> View(2, 3, 4).shape, View(4, 4, 1).context_axes
     ((2, 3, 4), ((0,), (1,)))
     """
 
@@ -147,19 +147,19 @@ class View:
         return self.a, self.b, self.c
 
     @cached_property
-    def subsets(self) -> tuple[tuple[int, ...], ...]:
-        """The axes, and pairs of them, along which counts are kept: 4 positions or more a key."""
+    def context_axes(self) -> tuple[tuple[int, ...], ...]:
+        """The axes and pairs of axes that define contexts, with 4 positions or more a key."""
         axes = [axis for axis in range(3) if self.shape[axis] > 1]
         sets = [*itertools.combinations(axes, 1), *itertools.combinations(axes, 2)]
         return tuple(subset for subset in sets if self._keys(subset) * 4 <= self._keys((0, 1, 2)))
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many different keys each of `subsets` has."""
-        return [self._keys(subset) for subset in self.subsets]
+        """How many different keys each of `context_axes` has."""
+        return [self._keys(subset) for subset in self.context_axes]
 
     def positions(self, table: int) -> int:
-        """How many positions share a key of a table."""
+        """Number of positions that share a key of a context."""
         return self._keys((0, 1, 2)) // self.sizes[table]
 
     def _keys(self, subset: tuple[int, ...]) -> int:
@@ -172,24 +172,24 @@ class View:
         for start in range(0, self.a * row, step):
             yield start, min(start + step, self.a * row)
 
-    def waves(self, start: int, stop: int) -> tuple[Ints, Ints]:
-        """The positions of a slab in the order of their waves, and where each wave ends.
+    def scan_order(self, start: int, stop: int) -> tuple[Ints, Ints]:
+        """Scan order of a slab: its positions, scan by scan, and where each scan ends.
 
-        Position (a, b, c) is in the wave that the top byte of the lattice's value at it says.
+        The top byte of the lattice's value at (a, b, c) selects the scan of that position.
         """
         rows = np.arange(start // (self.b * self.c), stop // (self.b * self.c), dtype=np.uint32)
         along = (rows, np.arange(self.b, dtype=np.uint32), np.arange(self.c, dtype=np.uint32))
         x, y, z = (axis * np.uint32(step) for axis, step in zip(along, _LATTICE, strict=True))
         top = ((x[:, None, None] + y[:, None] + z) >> np.uint32(24)).astype(np.uint8)
-        wave = _WAVE_OF[top.reshape(-1)]
-        order = np.argsort(wave, kind="stable")
+        scan = _SCAN_OF[top.reshape(-1)]
+        order = np.argsort(scan, kind="stable")
         if stop < 1 << 31:
             order = order.astype(np.int32)  # half the memory
         order += start
-        return order, np.cumsum(np.bincount(wave, minlength=len(_ENDS)))
+        return order, np.cumsum(np.bincount(scan, minlength=len(_SCAN_ENDS)))
 
     def keys(self, positions: Ints, tables: Iterable[int]) -> Iterator[Ints]:
-        """For each table, when it is asked for: the place of each position in it."""
+        """Key of each position, for one context after the other."""
         row = self.b * self.c
         pairs = positions // self.c if self.c > 1 else positions
         first = positions // row
@@ -202,64 +202,66 @@ class View:
             (1, 2): lambda: positions - first * row,
         }
         for table in tables:
-            yield places[self.subsets[table]]()
+            yield places[self.context_axes[table]]()
 
 
-def parts(ends: Ints) -> list[slice]:
-    """The waves that are not empty, given where each ends."""
+def scan_slices(ends: Ints) -> list[slice]:
+    """Slices of the scans that are not empty, given where each ends."""
     pairs = itertools.pairwise([0, *ends.tolist()])
     return [slice(start, stop) for start, stop in pairs if start < stop]
 
 
 def best_view(symbols: NDArray[np.uint16], shape: tuple[int, ...]) -> View:
-    """The view of a tensor whose tables tell most of where its zeros are."""
+    """The view of a tensor whose contexts save most bits of its zero flags."""
     views = candidate_views(shape)
     if len(views) == 1:
         return views[0]
     some = (symbols > 0).astype(np.float32)
-    return max(views, key=lambda view: _told(_ones(some.reshape(view.shape)), view))
+    return max(
+        views, key=lambda view: _bits_saved(_ones_by_context(some.reshape(view.shape)), view)
+    )
 
 
-def _ones(some: NDArray[np.float32]) -> dict[tuple[int, ...], Ints]:
-    """By subset of the axes: how many ones each key has. Exact below 2^24 ones in a line."""
+def _ones_by_context(some: NDArray[np.float32]) -> dict[tuple[int, ...], Ints]:
+    """By axes of a context: number of ones of each key. Exact below 2^24 ones in a line."""
     pairs = {(0, 1): some.sum(2), (0, 2): some.sum(1), (1, 2): some.sum(0)}
     counts = {subset: ones.astype(np.int64) for subset, ones in pairs.items()}
     first, second = counts[0, 2], counts[1, 2]
     return counts | {(0,): first.sum(1), (1,): second.sum(1), (2,): second.sum(0)}
 
 
-def _told(ones: dict[tuple[int, ...], Ints], view: View) -> float:
-    """Bits that the tables of axes told apart tell, less what it takes to learn them."""
+def _bits_saved(ones: dict[tuple[int, ...], Ints], view: View) -> float:
+    """Estimate of the bits that contexts on disjoint axes save, less their learning cost."""
     count = math.prod(view.shape)
-    total = float(_bits(ones[0,].sum() / count) * count)
+    total = float(_binary_entropy(ones[0,].sum() / count) * count)
     gains: dict[tuple[int, ...], float] = {}
-    for table, subset in enumerate(view.subsets):
+    for table, subset in enumerate(view.context_axes):
         each = view.positions(table)
-        left = _entropies(ones[subset], each).sum() * each
+        left = _decision_entropies(ones[subset], each).sum() * each
         gains[subset] = max(total - left - 0.5 * math.log2(each) * view.sizes[table], 0.0)
     apart = (((0,), (1,), (2,)), ((0, 1), (2,)), ((0, 2), (1,)), ((1, 2), (0,)))
-    most = max(sum(gains.get(subset, 0.0) for subset in subsets) for subsets in apart)
-    return most + sum(gains.values()) / 10  # tables that tell the same again help at the start
+    most = max(sum(gains.get(subset, 0.0) for subset in context_axes) for context_axes in apart)
+    return most + sum(gains.values()) / 10  # redundant contexts help at the start
 
 
-def _entropies(ones: Ints, each: int) -> NDArray[np.float64]:
-    """Entropy of a decision, in bits, where so many of `each` were ones."""
+def _decision_entropies(ones: Ints, each: int) -> NDArray[np.float64]:
+    """Binary entropy of each key in bits, where `ones` of `each` decisions were ones."""
     if each < ones.size:
-        return _bits(np.arange(each + 1) / each).take(ones)
-    return _bits(ones / each)
+        return _binary_entropy(np.arange(each + 1) / each).take(ones)
+    return _binary_entropy(ones / each)
 
 
-def _bits(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """Entropy of a decision, in bits."""
+def _binary_entropy(share: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Binary entropy of a share of ones, in bits."""
     p = np.clip(share, 1e-9, 1 - 1e-9)
     return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
 
 
 def candidate_views(shape: tuple[int, ...]) -> list[View]:
-    """Views of a tensor that are worth a try; the first is the plain one.
+    """Candidate views of a tensor; the first is the plain one.
 
     Kernels become C. A matrix next to a convolution has rows or columns that are channels times
-    places of a square picture; which, its shape does not tell.
+    positions of a square image; its shape does not say which.
 
     >>> [view.shape for view in candidate_views((8, 4, 3, 3))]
     [(8, 4, 9)]
@@ -280,27 +282,27 @@ def candidate_views(shape: tuple[int, ...]) -> list[View]:
     return views
 
 
-_AT_ONCE = 1 << 16  # keys that are worked on in one go, rather than wave by wave, table by table
-_HALF = 1 << 15  # probabilities of counts are in units of 1 / 2^16
+_BATCH = 1 << 16  # keys computed in one call, instead of by scan and context
+_HALF_UNIT = 1 << 15  # probabilities of counts are in units of 1 / 2^16
 _PRIOR = 6  # how many observations the whole plane's probability counts for in each table
 Weights = dict[int, int]  # by table
 
 
-class Plane:
-    """Counts of zeros and ones: of the plane's nodes, and of each key of each table.
+class AdaptiveBitModel:
+    """Adaptive binary model of one bit plane: counts of its nodes and of each context's keys.
 
-    The logit of a one is its node's, plus a weighed sum of what each table says beyond the plane's.
-    All tables stand behind each other in one array, so that one call does for all of them.
+    The logit of a one is its node's, plus a weighted sum of the logit shift of each context. The
+    counts of all contexts are in one array, so that one call updates them.
 
     Args:
-        view: whose tables there are.
+        view: of the tensor; gives the contexts.
         nodes: how many values the node of a position can have.
-        tables: those that are counted, T of them; None: all.
+        tables: indices of the T contexts in use; None: all.
     """
 
     def __init__(self, view: View, nodes: int = 1, tables: Iterable[int] | None = None) -> None:
         self.view = view
-        self._tables = tuple(range(len(view.subsets)) if tables is None else tables)
+        self._tables = tuple(range(len(view.context_axes)) if tables is None else tables)
         sizes = [view.sizes[table] for table in self._tables]
         self._first = np.cumsum([0, *sizes], dtype=np.int32)[:-1, None]
         self._most = max((view.positions(table) for table in self._tables), default=0)
@@ -308,21 +310,21 @@ class Plane:
         self._counts = np.zeros((2, sum(sizes)), np.int64)
 
     def keys(self, positions: Ints) -> Ints:
-        """(T, N) where the counts of each position are, table by table."""
+        """(T, N) index of each position's counts, by context."""
         keys = np.empty((len(self._tables), len(positions)), np.int32)  # half the memory
         for row, places in zip(keys, self.view.keys(positions, self._tables), strict=True):
             row[:] = places
         keys += self._first
         return keys
 
-    def waves(self, at: Ints, ends: Ints) -> Iterator[tuple[slice, Ints]]:
-        """The waves that are not empty, with their keys: those of a few positions all at once."""
-        keys = self.keys(at) if len(at) * len(self._tables) <= _AT_ONCE else None
-        for part in parts(ends):
+    def scans(self, at: Ints, ends: Ints) -> Iterator[tuple[slice, Ints]]:
+        """The scans that are not empty, each with its keys."""
+        keys = self.keys(at) if len(at) * len(self._tables) <= _BATCH else None
+        for part in scan_slices(ends):
             yield part, self.keys(at[part]) if keys is None else keys[:, part]
 
     def base(self, nodes: Ints | None) -> Ints:
-        """(N,) what the node of each position says by itself; None: (1,), all have node 0."""
+        """(N,) logit of each position's node; (1,) for None, where all have node 0."""
         if nodes is None:
             zeros, ones = self._nodes[:, 0].tolist()
             return np.array([log2_256_of(2 * ones + 1) - log2_256_of(2 * zeros + 1)])
@@ -330,8 +332,8 @@ class Plane:
         return (logs[1] - logs[0]).take(nodes)
 
     def features(self, keys: Ints) -> Ints:
-        """(T, N) what the counts of each of (T, N) keys say beyond what the plane's do."""
-        return self._asked(keys, self._counts, self._most)
+        """(T, N) logit shift at (T, N) keys against the plane's own counts."""
+        return self._logit_shifts_at(keys, self._counts, self._most)
 
     def logits(self, weights: Weights, keys: Ints, nodes: Ints | None) -> Ints:
         """The logit of a one at each of N positions; (1,) if it is the same at all of them.
@@ -345,27 +347,27 @@ class Plane:
         if not weights:
             return base
         each = [weights[table] for table in self._tables]
-        if keys.size <= _AT_ONCE:
+        if keys.size <= _BATCH:
             total = (self.features(keys) * np.array(each)[:, None]).sum(0)
         else:  # table by table: not all features in memory at once
             total = np.zeros(keys.shape[1], np.int64)
             bounds = itertools.pairwise([*self._first[:, 0].tolist(), self._counts.shape[1]])
             for table, row, (start, stop) in zip(self._tables, keys, bounds, strict=True):
                 counts, most = self._counts[:, start:stop], self.view.positions(table)
-                total += weights[table] * self._asked(row - start, counts, most)
+                total += weights[table] * self._logit_shifts_at(row - start, counts, most)
         return base + total // WEIGHT_ONE
 
-    def _asked(self, keys: Ints, counts: Ints, most: int) -> Ints:
-        """What counts say at keys: worked out for all there are, or for those that are asked."""
+    def _logit_shifts_at(self, keys: Ints, counts: Ints, most: int) -> Ints:
+        """Logit shifts at keys, computed for all keys or for these, whichever are fewer."""
         if keys.size < counts.shape[1]:
-            return self._beyond(counts.take(keys, axis=1), most)
-        return self._beyond(counts, most).take(keys)
+            return self._logit_shifts(counts.take(keys, axis=1), most)
+        return self._logit_shifts(counts, most).take(keys)
 
-    def _beyond(self, counts: Ints, most: int) -> Ints:
-        """How far the logits of (2, ...) counts, up to `most`, lie from the plane's alone."""
+    def _logit_shifts(self, counts: Ints, most: int) -> Ints:
+        """Logit shifts of (2, ...) counts up to `most` against the plane's own counts."""
         zeros, ones = self._nodes.sum(1).tolist()
-        believed = priors(zeros, ones)
-        prior = np.array(believed).reshape(2, *[1] * (counts.ndim - 1))
+        prior_counts = priors(zeros, ones)
+        prior = np.array(prior_counts).reshape(2, *[1] * (counts.ndim - 1))
         most = min(most, zeros + ones)
         if 2 * most < counts[0].size:
             logs = log2_256((np.arange(most + 1) << 16) + prior.reshape(2, 1))
@@ -373,27 +375,27 @@ class Plane:
         else:
             logs = log2_256((counts << 16) + prior)
             found = logs[1] - logs[0]
-        found -= log2_256_of(believed[1]) - log2_256_of(believed[0])
+        found -= log2_256_of(prior_counts[1]) - log2_256_of(prior_counts[0])
         return found
 
-    def learn(self, keys: Ints, nodes: Ints | None, bits: Bits) -> None:
-        """Count a wave: in its nodes, and in the tables."""
+    def update(self, keys: Ints, nodes: Ints | None, bits: Bits) -> None:
+        """Add the bits of a scan to the counts of nodes and contexts."""
         ones = bits.astype(np.int64)
         if nodes is None:
             self._nodes += np.bincount(ones, minlength=2)[:, None]
         else:
-            _count(self._nodes, nodes, ones)
-        for rows in (keys,) if keys.size <= _AT_ONCE else keys:
-            _count(self._counts, rows, ones)
+            _add_counts(self._nodes, nodes, ones)
+        for rows in (keys,) if keys.size <= _BATCH else keys:
+            _add_counts(self._counts, rows, ones)
 
 
 def priors(zeros: int, ones: int) -> tuple[int, int]:
-    """What the counts of a plane add to those of each key, in units of 1 / 2^16."""
-    share = (2 * ones + 1) * _HALF // (ones + zeros + 1)
-    share = min(max(share, 1), 2 * _HALF - 1)
-    return _PRIOR * (2 * _HALF - share), _PRIOR * share
+    """Prior counts of each key from the plane's counts, in units of 1 / 2^16."""
+    share = (2 * ones + 1) * _HALF_UNIT // (ones + zeros + 1)
+    share = min(max(share, 1), 2 * _HALF_UNIT - 1)
+    return _PRIOR * (2 * _HALF_UNIT - share), _PRIOR * share
 
 
-def _count(counts: Ints, keys: Ints, ones: Ints) -> None:
-    """Takes as long as there are keys, however many there could be; `bincount` does not."""
+def _add_counts(counts: Ints, keys: Ints, ones: Ints) -> None:
+    """Add decisions to counts, in time linear in the keys (`bincount`: in all possible keys)."""
     np.add.at(counts.reshape(-1), (keys + counts.shape[1] * ones).reshape(-1), 1)

@@ -1,4 +1,4 @@
-"""Payloads to bit patterns, or to steps on a grid: the decoder, with NumPy alone."""
+"""Decoder of payloads into bit patterns or integer levels, with NumPy alone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_compress.lcz.header import MAX_BITS, MAX_CODEBOOK, MIN_BITS, Tens
 from lightning_compress.lcz.raw_bits import Patterns, unpack_patterns
 
 __all__ = [
-    "MASK_MINUS_ZERO", "MASK_VALUE", "MASK_ZERO", "MAX_SYMBOLS", "StoredGrid", "decode_array",
-    "decode_steps", "decode_words", "minus_zero",
+    "MASK_NEGATIVE_ZERO", "MASK_VALUE", "MASK_ZERO", "MAX_SYMBOLS", "StoredGrid", "decode_array",
+    "decode_levels", "decode_patterns", "negative_zero",
 ]  # fmt: skip
 
 # From -255 to 255: every zero point that 8 bits allow, and every index of 0 in a codebook.
 MAX_SYMBOLS = 2 * (2**MAX_BITS - 1) + 1
 # The symbols of a mask; multiplying by a mask leaves -0.0.
-MASK_ZERO, MASK_VALUE, MASK_MINUS_ZERO = 0, 1, 2
+MASK_ZERO, MASK_VALUE, MASK_NEGATIVE_ZERO = 0, 1, 2
 _NUMPY = {"float64": "f8", "float32": "f4", "float16": "f2", "complex64": "c8"}
 _NUMPY |= {"complex128": "c16", "bool": "?"}
 
@@ -48,7 +48,7 @@ class StoredGrid:
 
     @property
     def bits(self) -> int:
-        """Bits that tell the grid's values apart."""
+        """Bits of an integer level."""
         return (self.traits[0] - 1).bit_length() if self.is_codebook else self.traits[0]
 
     @property
@@ -57,7 +57,7 @@ class StoredGrid:
         return self.traits[2] if len(self.traits) == 3 else None
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
-        """Why a grid of a tensor of this shape cannot stand in the file; None: it can."""
+        """Why the file cannot hold this grid of a tensor of this shape; None: it can."""
         return _codebook_fault(self.floats) if self.is_codebook else self._affine_fault(shape)
 
     def _affine_fault(self, shape: tuple[int, ...]) -> str | None:
@@ -77,7 +77,7 @@ class StoredGrid:
         return None
 
     def limits(self, dims: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-        """The lowest and the highest step, along the grid's axis."""
+        """The lowest and the highest integer level, along the grid's axis."""
         if self.is_codebook:
             low = np.array(-self._zero_index())
             return low, low + len(self.floats) - 1
@@ -86,12 +86,12 @@ class StoredGrid:
         zero = self._along_axis(self.zero_points, dims)
         return (-most - zero, most - zero) if symmetric else (-zero, 2**bits - 1 - zero)
 
-    def values(self, steps: NDArray[np.integer]) -> NDArray[np.float32]:
-        """The float32 values of steps from zero."""
+    def values(self, levels: NDArray[np.integer]) -> NDArray[np.float32]:
+        """The float32 values of integer levels."""
         if self.is_codebook:
-            return self.floats[steps + np.int16(self._zero_index())]
+            return self.floats[levels + np.int16(self._zero_index())]
         with np.errstate(over="ignore"):
-            return steps.astype(np.float32) * self._along_axis(self.floats, steps.ndim)
+            return levels.astype(np.float32) * self._along_axis(self.floats, levels.ndim)
 
     def _zero_index(self) -> int:
         return int(np.flatnonzero(self.floats == 0)[0])
@@ -121,15 +121,15 @@ def decode_array(record: TensorRecord, payload: bytes) -> NDArray:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
     """
     if record.kind == "grid":
-        steps, grid = decode_steps(record, payload)
-        words = narrowed(grid.values(steps).reshape(-1), record.dtype)
+        levels, grid = decode_levels(record, payload)
+        words = narrowed(grid.values(levels).reshape(-1), record.dtype)
     else:
-        words = cast_words(decode_words(record, payload), record.storage, record.dtype)
+        words = cast_words(decode_patterns(record, payload), record.storage, record.dtype)
     kind = _NUMPY.get(record.dtype, record.dtype if "int" in record.dtype else None)
     return (words if kind is None else words.view(np.dtype(kind))).reshape(record.shape)
 
 
-def decode_words(record: TensorRecord, payload: bytes) -> Patterns:
+def decode_patterns(record: TensorRecord, payload: bytes) -> Patterns:
     """The (N,) patterns of a record without a grid, in the dtype that they are stored in.
 
     Raises:
@@ -145,8 +145,8 @@ def decode_words(record: TensorRecord, payload: bytes) -> Patterns:
     return bits
 
 
-def decode_steps(record: TensorRecord, payload: bytes) -> tuple[NDArray[np.int16], StoredGrid]:
-    """The steps from zero of a record with a grid, in its shape, and the grid.
+def decode_levels(record: TensorRecord, payload: bytes) -> tuple[NDArray[np.int16], StoredGrid]:
+    """The integer levels of a record with a grid, in its shape, and the grid.
 
     Raises:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
@@ -155,16 +155,16 @@ def decode_steps(record: TensorRecord, payload: bytes) -> tuple[NDArray[np.int16
     try:
         grid = _read_grid(record, aux)
         symbols = decode_symbols(record.codec, data, record.shape, limit=MAX_SYMBOLS)
-        steps = _steps(symbols).reshape(record.shape)
+        levels = _signed_levels(symbols).reshape(record.shape)
         low, high = grid.limits(len(record.shape))
-        if not ((steps >= low) & (steps <= high)).all():
+        if not ((levels >= low) & (levels <= high)).all():
             raise CorruptArtifactError(f"a symbol outside its grid of {grid.bits} bits")
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"tensor {record.name!r}: {error}") from None
-    return steps, grid
+    return levels, grid
 
 
-def _steps(symbols: NDArray[np.uint16]) -> NDArray[np.int16]:
+def _signed_levels(symbols: NDArray[np.uint16]) -> NDArray[np.int16]:
     """0, -1, 1, -2, 2 ... for symbols 0, 1, 2, 3, 4 ...; there are no more than 512."""
     half = (symbols.astype(np.int16) + 1) >> 1
     return np.where(symbols & 1, -half, half)
@@ -175,7 +175,7 @@ def _read_grid(record: TensorRecord, data: bytes) -> StoredGrid:
 
     Raises:
         CorruptArtifactError: for scales that are not finite and positive, centres that do not rise
-            or lack 0, or zero points off the grid.
+            or lack 0, or zero points outside the grid.
     """
     reader, count = ByteReader(data), record.grid_values
     signed = len(record.grid) == 1 or bool(record.grid[1])
@@ -197,7 +197,7 @@ def _decode_plain(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:  #
 def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
     book = np.frombuffer(aux[1:], f"<u{record.word}")
     symbols = decode_symbols(record.codec, data, record.code_shape, limit=2 * MAX_CODEBOOK)
-    places = _steps(symbols)
+    places = _signed_levels(symbols)
     places += aux[0]
     if len(places) and not (places.min() >= 0 and places.max() < len(book)):
         raise CorruptArtifactError(f"a symbol outside its codebook of {len(book)}")
@@ -205,15 +205,15 @@ def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
 
 
 def _decode_mask(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
-    symbols = decode_symbols(record.codec, data, record.code_shape, limit=MASK_MINUS_ZERO + 1)
+    symbols = decode_symbols(record.codec, data, record.code_shape, limit=MASK_NEGATIVE_ZERO + 1)
     bits = np.zeros(record.words, f"<u{record.word}")
-    bits[symbols == MASK_MINUS_ZERO] = minus_zero(record.word)
+    bits[symbols == MASK_NEGATIVE_ZERO] = negative_zero(record.word)
     kept = symbols == MASK_VALUE
     bits[kept] = unpack_patterns(record.packing, aux, int(kept.sum()), record.word)
     return bits
 
 
-def minus_zero(size: int) -> int:
+def negative_zero(size: int) -> int:
     """The pattern of -0.0 in a word of so many bytes."""
     return 1 << 8 * size - 1
 

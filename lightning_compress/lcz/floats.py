@@ -1,6 +1,6 @@
-"""Floats that NumPy does not have, as bit patterns: bfloat16 and the two float8 types.
+"""Casts of bfloat16 and float8 bit patterns, which NumPy lacks.
 
-The casts give what torch gives on the CPU: to nearest, ties to even, by way of float32.
+The casts equal those of torch on the CPU: to nearest, ties to even, by way of float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The runnable graph in an `.lcz` file: an ONNX model whose tensors' bytes stand in rows.
+"""Runnable graph of an `.lcz` file: an ONNX model whose tensors are stored as header rows.
 
 The model's own bytes are kept, deflated, without those of its larger tensors; a `Gap` says where
-such bytes belong and what they are made of: a row of the graph's own, or a row of the module whose
+such bytes belong and how they are decoded: a row of the graph's own, or a row of the module whose
 integers are the same numbers in another order.
 """
 
@@ -19,12 +19,20 @@ from numpy.typing import NDArray
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.bits import varint
 from lightning_compress.lcz.container import Container
-from lightning_compress.lcz.decoding import decode_array, decode_steps
+from lightning_compress.lcz.decoding import decode_array, decode_levels
 from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.protobuf import DOUBLES, FLOATS, LENGTH, RAW, onnx_tensors
 from lightning_compress.lcz.raw_bits import DTYPES, inflate
 
-__all__ = ["INTEGERS", "NIBBLES", "Gap", "GraphRecord", "arranged", "assembled", "read_graphs"]
+__all__ = [
+    "INTEGERS",
+    "NIBBLES",
+    "Gap",
+    "GraphRecord",
+    "assemble_onnx",
+    "read_graphs",
+    "reorder_axes",
+]
 
 NIBBLES = ("int4", "uint4")
 # What integers of a row may become, and the numbers that each can hold.
@@ -42,12 +50,12 @@ _MAX_INT = 1 << 53
 
 @dataclass(frozen=True)
 class Gap:
-    """Bytes that are left out of an ONNX model, and what they are made of.
+    """Tensor bytes left out of an ONNX model, and how to decode them.
 
     Args:
         skip: bytes of the model between the last gap and this one.
         source: the module's row that holds the numbers; "": the graph's next own row.
-        dtype: what the row's integers (on a grid: steps from zero) are written as; "": the row's
+        dtype: what the row's integers (on a grid: its levels) are written as; "": the row's
             elements as they are.
         box: the shape that the source's numbers are seen in; (): as they lie.
         order: of the axes of that box.
@@ -109,7 +117,7 @@ class GraphRecord:
 
     @property
     def onnx_bytes(self) -> int:
-        """Length of the ONNX file that it is."""
+        """Length of the ONNX file."""
         return self.plain + sum(gap.length(record) for gap, record in self.gaps)
 
     def row(self) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def _graph(row: object, sources: dict[str, TensorRecord], offset: int, size: int
     _check_keys(row, {"n", "l", "p", "i", "tensors"}, {"n", "l", "p", "i", "tensors"}, "graph")
     assert isinstance(row, dict)
     name, stored, plain = row["n"], row["l"], row["p"]
-    if not isinstance(name, str) or not _is_whole(stored) or not _is_whole(plain):
+    if not isinstance(name, str) or not _is_integer(stored) or not _is_integer(plain):
         raise CorruptArtifactError(f"the header holds no graph: {str(row)[:80]!r}")
     try:
         if plain > _EXPANSION * (stored + 1):
@@ -198,7 +206,7 @@ def _gaps(
         record = sources.get(gap.source) if gap.source else next(own, None)
         if record is None:
             raise CorruptArtifactError(f"no row {gap.source!r} for a gap: {str(row)[:80]!r}")
-        if (fault := _fault(gap, record)) is not None:
+        if (fault := _gap_fault(gap, record)) is not None:
             raise CorruptArtifactError(f"the gap filled from {record.name!r}: {fault}")
         found.append((gap, record))
     if (left := next(own, None)) is not None:
@@ -214,10 +222,10 @@ def _gap(row: object) -> Gap:
         if key in _TEXTS:
             fits = isinstance(value, str)
         elif key in _LISTS:
-            fits = isinstance(value, list) and all(map(_is_whole, value))
+            fits = isinstance(value, list) and all(map(_is_integer, value))
             fits = fits and (key == "s" or len(value) <= 32)
         else:
-            fits = _is_whole(abs(value) if key == "o" and type(value) is int else value)
+            fits = _is_integer(abs(value) if key == "o" and type(value) is int else value)
         if not fits:
             raise CorruptArtifactError(f"a gap's {_KEYS[key]} is {str(value)[:80]!r}")
     values: dict[str, Any] = {
@@ -226,11 +234,11 @@ def _gap(row: object) -> Gap:
     return Gap(**values)
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_INT
 
 
-def _fault(gap: Gap, record: TensorRecord) -> str | None:
+def _gap_fault(gap: Gap, record: TensorRecord) -> str | None:
     """What is wrong with a gap whose fields have the right types."""
     if gap.dtype and gap.dtype not in INTEGERS:
         return f"integers of type {gap.dtype!r}"
@@ -258,8 +266,8 @@ def _signs_fault(signs: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def arranged(values: NDArray, gap: Gap) -> NDArray:
-    """The source's numbers in the order of the gap, (N,)."""
+def reorder_axes(values: NDArray, gap: Gap) -> NDArray:
+    """(N,) the source's numbers in the axis order of the gap."""
     if not gap.box:
         return values.reshape(-1)
     view = values.reshape(gap.box).transpose(gap.order)
@@ -267,7 +275,7 @@ def arranged(values: NDArray, gap: Gap) -> NDArray:
     return view[flips].reshape(-1)
 
 
-def assembled(graph: GraphRecord, container: Container, sources: dict[str, int]) -> bytes:
+def assemble_onnx(graph: GraphRecord, container: Container, sources: dict[str, int]) -> bytes:
     """The ONNX model of a graph, to the byte as it was packed.
 
     Args:
@@ -281,8 +289,8 @@ def assembled(graph: GraphRecord, container: Container, sources: dict[str, int])
     try:
         model = inflate(container.read(graph.offset, graph.stored), graph.plain)
         out = io.BytesIO()
-        for piece in _pieces(graph, container, sources, model):
-            out.write(piece)
+        for chunk in _model_chunks(graph, container, sources, model):
+            out.write(chunk)
         data = out.getvalue()
         for _ in onnx_tensors(data):
             pass
@@ -293,7 +301,7 @@ def assembled(graph: GraphRecord, container: Container, sources: dict[str, int])
     return data
 
 
-def _pieces(
+def _model_chunks(
     graph: GraphRecord, container: Container, sources: dict[str, int], model: bytes
 ) -> Iterator[bytes]:
     at, offset = 0, graph.offset + graph.stored
@@ -306,17 +314,17 @@ def _pieces(
                 f"{length} bytes of {record.name!r} are not what the model has there"
             )
         start = sources[gap.source] if gap.source else offset
-        yield _filled(gap, record, container.read(start, record.payload_bytes))
+        yield _gap_bytes(gap, record, container.read(start, record.payload_bytes))
         offset += 0 if gap.source else record.payload_bytes
     yield model[at:]
 
 
-def _filled(gap: Gap, record: TensorRecord, payload: bytes) -> bytes:
+def _gap_bytes(gap: Gap, record: TensorRecord, payload: bytes) -> bytes:
     """The bytes of a gap."""
     if not gap.dtype:
-        return arranged(decode_array(record, payload), gap).tobytes()
+        return reorder_axes(decode_array(record, payload), gap).tobytes()
     if record.kind == "grid":
-        values, _ = decode_steps(record, payload)
+        values, _ = decode_levels(record, payload)
     else:
         values = decode_array(record, payload)
     if gap.signs or gap.times != 1 or gap.plus or values.dtype == np.uint8:
@@ -324,7 +332,7 @@ def _filled(gap: Gap, record: TensorRecord, payload: bytes) -> bytes:
     if gap.signs:
         along = np.moveaxis(values, gap.signs[0], 0)
         along[list(gap.signs[1:])] *= -1
-    flat = arranged(values, gap)
+    flat = reorder_axes(values, gap)
     if gap.times != 1 or gap.plus:
         flat = flat * gap.times + gap.plus
     low, high = INTEGERS[gap.dtype]

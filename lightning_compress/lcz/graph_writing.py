@@ -1,4 +1,4 @@
-"""ONNX models to the graph rows of an `.lcz` file: each larger tensor coded, or found again."""
+"""Encoder of ONNX models: each larger tensor is coded, or found among the module's tensors."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.lcz.graph import INTEGERS, NIBBLES, Gap, GraphRecord, arranged
-from lightning_compress.lcz.graph_inlining import SMALL
+from lightning_compress.lcz.graph import INTEGERS, NIBBLES, Gap, GraphRecord, reorder_axes
+from lightning_compress.lcz.graph_inlining import MIN_BYTES
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.protobuf import DOUBLES, FLOATS, RAW, OnnxTensor, onnx_tensors
 from lightning_compress.lcz.raw_bits import DTYPES
-from lightning_compress.lcz.tensors import encode_words
+from lightning_compress.lcz.tensors import encode_patterns
 
 __all__ = ["EncodedGraph", "Source", "encoded_graph"]
 
 # ONNX's `data_type` by number; numbers of other types are kept as their bytes.
-_KINDS = {
+_DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64",
     9: "bool", 10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 14: "complex64",
     15: "complex128", 16: "bfloat16", 17: "float8_e4m3fn", 19: "float8_e5m2", 21: "uint4",
     22: "int4",
 }  # fmt: skip
 _ROW_COST = 30  # bytes of the header that a row takes
-_GLANCE = 512  # elements that show whether an order of axes may be the right one
-_MOST_ORDERS = 2000  # of axes, that are looked at for one pair of tensors
+_PROBE = 512  # elements compared first for each order of axes
+_MAX_ORDERS = 2000  # of axes, tried for one pair of tensors
 _STRIDES = range(1, 9)  # of a transposed convolution, whose kernel is cut into phases
 
 
 @dataclass(frozen=True)
 class Source:
-    """A module's tensor, which a graph may hold as well.
+    """A tensor of the module that the graph may share.
 
     Args:
         record: its row.
-        numbers: gives its steps from zero if it is on a grid, else None; in its shape.
+        numbers: gives its integer levels if it has a grid, else None; in its shape.
         words: gives its elements' bit patterns.
     """
 
@@ -69,18 +69,18 @@ class _Tensor:
     nibbles: str = ""
 
     @property
-    def is_whole(self) -> bool:
+    def is_integer(self) -> bool:
         return bool(self.nibbles) or self.dtype in INTEGERS
 
 
 def encoded_graph(
     name: str, data: bytes, codec: str, sources: Mapping[str, Source] | None = None
 ) -> EncodedGraph:
-    """Take the larger tensors out of an ONNX model and code them.
+    """Encode the larger tensors of an ONNX model, and deflate the rest.
 
     Args:
         name: of the graph.
-        data: the model, with its tensors' values inside it (see `inlined`).
+        data: the model, with its tensors' values inside it (see `inline_tensors`).
         codec: of the symbols, as in `save_compressed`.
         sources: the module's tensors by name, whose numbers need not be stored again.
 
@@ -91,9 +91,9 @@ def encoded_graph(
     gaps: list[tuple[Gap, TensorRecord]] = []
     payloads: list[bytes] = []
     for tensor in _large_tensors(data):
-        found = _shared(tensor, sources or {})
+        found = _find_shared(tensor, sources or {})
         if found is None:
-            found, payload = _own(tensor, data[tensor.start : tensor.end], codec)
+            found, payload = _own_row(tensor, data[tensor.start : tensor.end], codec)
             if found is None:
                 continue
             payloads.append(payload)
@@ -129,11 +129,11 @@ def _span(tensor: OnnxTensor) -> tuple[int, int] | None:
     if len(fields) != 1 or fields[0][0] not in (RAW, FLOATS, DOUBLES) or len(fields[0][1]) != 1:
         return None
     start, end = fields[0][1][0]
-    return (start, end) if end - start >= SMALL else None
+    return (start, end) if end - start >= MIN_BYTES else None
 
 
 def _read(name: str, tensor: OnnxTensor, start: int, end: int, raw: bytes) -> _Tensor:
-    dtype, count = _KINDS.get(tensor.kind, ""), math.prod(tensor.shape)
+    dtype, count = _DTYPES.get(tensor.kind, ""), math.prod(tensor.shape)
     if dtype in NIBBLES and len(raw) == (count + 1) // 2:
         both = np.frombuffer(raw, np.uint8)
         halves = np.stack([both & 15, both >> 4], 1).reshape(-1)
@@ -149,36 +149,38 @@ def _read(name: str, tensor: OnnxTensor, start: int, end: int, raw: bytes) -> _T
     return _Tensor(name, start, end, dtype, tensor.shape, np.frombuffer(raw, kind))
 
 
-def _own(tensor: _Tensor, raw: bytes, codec: str) -> tuple[tuple[Gap, TensorRecord] | None, bytes]:
+def _own_row(
+    tensor: _Tensor, raw: bytes, codec: str
+) -> tuple[tuple[Gap, TensorRecord] | None, bytes]:
     """The tensor as a row; None where deflating it with the model takes less."""
     words = tensor.values.view(f"<u{tensor.values.itemsize}")
     zeros = int((words == 0).sum())
     row = TensorRecord(tensor.name, tensor.shape, tensor.dtype, zeros=zeros)
-    record, payload = encode_words(row, words, codec)
+    record, payload = encode_patterns(row, words, codec)
     if len(payload) + _ROW_COST >= len(zlib.compress(raw, 9)):
         return None, b""
     return (Gap(0, dtype=tensor.nibbles), record), payload
 
 
-def _shared(tensor: _Tensor, sources: Mapping[str, Source]) -> tuple[Gap, TensorRecord] | None:
-    """How a module's row gives the tensor; None: none does."""
+def _find_shared(tensor: _Tensor, sources: Mapping[str, Source]) -> tuple[Gap, TensorRecord] | None:
+    """The module's row with the same numbers, and how to decode the tensor from it; or None."""
     for source in sources.values():
         record = source.record
         if record.elements != math.prod(tensor.shape):
             continue
-        gap = _as_steps(tensor, source) if tensor.is_whole else None
+        gap = _as_levels(tensor, source) if tensor.is_integer else None
         if gap is None and not tensor.nibbles and record.dtype == tensor.dtype:
             words = source.words()
             mine = tensor.values.view(words.dtype)
             if len(words) == record.elements:
-                gap = _ordered(mine, tensor.shape, words, record.shape)
+                gap = _find_order(mine, tensor.shape, words, record.shape)
         if gap is not None:
             return replace(gap, source=record.name), record
     return None
 
 
-def _as_steps(tensor: _Tensor, source: Source) -> Gap | None:
-    """A tensor of integers as a source's steps, times a number, plus another."""
+def _as_levels(tensor: _Tensor, source: Source) -> Gap | None:
+    """An integer tensor as a source's levels, times a factor, plus an offset."""
     if (steps := source.numbers()) is None:
         return None
     steps, mine = steps.reshape(-1).astype(np.int32), tensor.values.astype(np.int32)
@@ -189,9 +191,9 @@ def _as_steps(tensor: _Tensor, source: Source) -> Gap | None:
         if rest.any():
             continue
         dtype = tensor.nibbles or tensor.dtype
-        gap = _ordered(wanted, tensor.shape, steps, source.record.shape)
+        gap = _find_order(wanted, tensor.shape, steps, source.record.shape)
         if gap is None:
-            gap = _with_signs(wanted, tensor.shape, steps, source.record.shape)
+            gap = _find_sign_flips(wanted, tensor.shape, steps, source.record.shape)
         if gap is not None:
             return replace(gap, dtype=dtype, times=times, plus=plus)
     return None
@@ -200,7 +202,7 @@ def _as_steps(tensor: _Tensor, source: Source) -> Gap | None:
 def _scalings(
     values: NDArray[np.int32], low: int, high: int, most: int
 ) -> Iterator[tuple[int, int]]:
-    """Numbers that steps from `low` to `high` may have been multiplied with, and raised by."""
+    """Candidate factors and offsets of levels from `low` to `high`."""
     if most == 0:
         return
     least, largest = int(values.min()), int(values.max())
@@ -215,24 +217,24 @@ def _scalings(
     yield from sorted(tried)
 
 
-def _ordered(
+def _find_order(
     wanted: NDArray, shape: tuple[int, ...], given: NDArray, box: tuple[int, ...]
 ) -> Gap | None:
-    """The order of axes that makes one flat array of the other."""
+    """The order of axes that turns `given` into `wanted`, both flat."""
     if not _same_numbers(wanted, given):
         return None
     for gap in _orders(shape, box):
-        if gap.box and not np.array_equal(_first(given, gap), wanted[:_GLANCE]):
+        if gap.box and not np.array_equal(_leading(given, gap), wanted[:_PROBE]):
             continue
-        if np.array_equal(arranged(given, gap), wanted):
+        if np.array_equal(reorder_axes(given, gap), wanted):
             return gap
     return None
 
 
-def _first(values: NDArray, gap: Gap) -> NDArray:
+def _leading(values: NDArray, gap: Gap) -> NDArray:
     view = values.reshape(gap.box).transpose(gap.order)
     flips = tuple(slice(None, None, -1 if i in gap.backwards else 1) for i in range(view.ndim))
-    return view[flips].flat[:_GLANCE]
+    return view[flips].flat[:_PROBE]
 
 
 def _same_numbers(one: NDArray, other: NDArray) -> bool:
@@ -247,7 +249,7 @@ def _same_numbers(one: NDArray, other: NDArray) -> bool:
 
 
 def _orders(shape: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Gap]:
-    """Orders that conversions make: as it lies, axes exchanged, and a kernel cut into phases.
+    """Candidate axis orders of conversions: unchanged, permuted, and kernels cut into phases.
 
     A transposed convolution becomes a convolution whose channels are the phases of its stride, and
     whose taps run backwards.
@@ -256,7 +258,7 @@ def _orders(shape: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Gap]:
     ends = set(itertools.accumulate(shape, lambda one, two: one * two))
     tried: set[tuple[object, ...]] = set()
     for seen, taps in _boxes(shape, box):
-        for order in itertools.islice(itertools.permutations(range(len(seen))), _MOST_ORDERS):
+        for order in itertools.islice(itertools.permutations(range(len(seen))), _MAX_ORDERS):
             lengths = [seen[axis] for axis in order]
             if not ends <= set(itertools.accumulate(lengths, lambda one, two: one * two)) | {1}:
                 continue
@@ -271,7 +273,7 @@ def _orders(shape: tuple[int, ...], box: tuple[int, ...]) -> Iterator[Gap]:
 def _boxes(
     shape: tuple[int, ...], box: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], set[int]]]:
-    """The shapes that a tensor may be seen in, without axes of length 1, and which are taps."""
+    """Candidate shapes of a tensor without axes of length 1, and their tap axes."""
     groups = {1}
     if len(box) > 2 and len(shape) > 1 and shape[1] and box[0] % shape[1] == 0:
         groups.add(box[0] // shape[1])
@@ -289,15 +291,15 @@ def _boxes(
             yield seen, {index for index, axis in enumerate(kept) if axis in taps}
 
 
-def _with_signs(
+def _find_sign_flips(
     wanted: NDArray, shape: tuple[int, ...], given: NDArray, box: tuple[int, ...]
 ) -> Gap | None:
-    """The same where some channels have changed their sign, as a negative scale makes them."""
+    """Axis order where some channels have changed sign, as by a negative scale."""
     sizes, mine = np.abs(given), np.abs(wanted)
-    gap = _ordered(mine, shape, sizes, box)
+    gap = _find_order(mine, shape, sizes, box)
     if gap is None:
         return None
-    places = arranged(np.arange(len(given)), gap)
+    places = reorder_axes(np.arange(len(given)), gap)
     back = np.empty_like(wanted)
     back[places] = wanted
     back, source = back.reshape(box), given.reshape(box)

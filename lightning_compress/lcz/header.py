@@ -1,4 +1,4 @@
-"""What the header says of each tensor, checked before anything is decoded."""
+"""Header rows of tensors, validated before anything is decoded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 MIN_BITS, MAX_BITS = 2, 8  # of a grid in the file
 MAX_CODEBOOK = 256
 
-# Elements per byte of file. Only runs of one value come near: they cost nothing once begun.
+# Elements per byte of file. Only long runs of one value come near.
 MAX_EXPANSION = 1 << 24
 _MAX_INT = 1 << 53
 _KEYS = {
@@ -78,7 +78,7 @@ class TensorRecord:
 
     @property
     def extent(self) -> int:
-        """Elements if no axis were empty: what an axis of 0 hides, such as scales along another.
+        """Number of elements if no axis were empty: bounds scales along the other axes.
 
         >>> TensorRecord("a", (1 << 40, 0), "float32").extent == 1 << 40
         True
@@ -107,14 +107,14 @@ class TensorRecord:
 
     @property
     def grid_values(self) -> int:
-        """How many scales, or centres, the grid has."""
+        """Number of scales, or of centres."""
         if len(self.grid) == 1:
             return self.grid[0]
         return 1 if self.axis is None else self.shape[self.axis]
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """What the symbols are laid out as: the tensor's shape, if an element is one word."""
+        """Shape of the symbols: the tensor's shape, if an element is one word."""
         return self.shape if self.words == self.elements else (self.words,)
 
     @property
@@ -127,7 +127,7 @@ _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(TensorRe
 
 
 def write_records(records: Sequence[TensorRecord]) -> list[dict[str, Any]]:
-    """The header's rows: one a tensor, without what has its usual value."""
+    """The header's rows: one a tensor, without default values."""
     return [_row(record) for record in records]
 
 
@@ -195,15 +195,15 @@ def optional(key: str) -> bool:
 
 def _typed(key: str, value: object) -> Any:
     if key in "sq":
-        whole = isinstance(value, list) and all(_is_whole(item) for item in value)
+        whole = isinstance(value, list) and all(_is_integer(item) for item in value)
         if isinstance(value, list) and whole and len(value) <= 64:
             return tuple(value)
-    elif _is_whole(value) if key in "alez" else type(value) is str:
+    elif _is_integer(value) if key in "alez" else type(value) is str:
         return value
     raise CorruptArtifactError(f"the header's {_KEYS[key]} is {str(value)[:80]!r}")
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_INT
 
 

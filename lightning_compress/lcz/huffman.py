@@ -1,8 +1,8 @@
 """Canonical, length-limited Huffman coding, vectorised in both directions.
 
 A stream is: alphabet size, code lengths, the bit length of every block of `BLOCK` symbols but the
-last, the codes. Knowing where each block starts, the decoder runs all blocks in lockstep, one table
-look-up a symbol (Huffman 1952; canonical form: Schwartz and Kallick 1964).
+last, the codes. The decoder decodes all blocks in lockstep, one table look-up a symbol (Huffman
+1952; canonical form: Schwartz and Kallick 1964).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.bits import ByteReader, append_codes, pack_fixed, tally, varint
+from lightning_compress.lcz.bits import ByteReader, append_codes, count_values, pack_fixed, varint
 
 __all__ = [
     "BLOCK",
@@ -26,8 +26,8 @@ __all__ = [
     "code_lengths",
     "decode",
     "decode_block",
-    "decode_lanes",
-    "decode_together",
+    "decode_blocks",
+    "decode_streams",
     "encode",
     "pack_lengths",
     "read_lengths",
@@ -128,20 +128,20 @@ def read_lengths(reader: ByteReader) -> NDArray[np.int64]:
 
 
 BLOCK = 1024  # symbols a block; its bit length costs 16 bits, about 0.3 % of usual streams
-_ELSEWHERE = "a block of Huffman codes does not end where it should"
-_FEW = 8  # blocks that are faster one by one in plain Python than in lockstep
+_WRONG_BLOCK_END = "a block of Huffman codes does not end where it should"
+_FEW = 8  # blocks that plain Python decodes faster than lockstep
 Ints = NDArray[np.int64]
 Symbols = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Full blocks of one stream.
+    """Full blocks of one stream, all but its last.
 
     Args:
         data: the whole code stream.
-        starts: (lanes,) the bit at which each block starts.
-        ends: (lanes,) the bit after each block.
+        starts: (blocks,) the bit at which each block starts.
+        ends: (blocks,) the bit after each block.
         table: (2^width,) of `symbol << 4 | length` by the next `width` bits, complete.
         width: the longest code, 1 to 15 bits.
     """
@@ -153,28 +153,28 @@ class Blocks:
     width: int
 
 
-def decode_lanes(streams: Sequence[Blocks]) -> list[Symbols]:
-    """Blocks of several streams, decoded side by side: step i decodes symbol i of every block.
+def decode_blocks(streams: Sequence[Blocks]) -> list[Symbols]:
+    """Decode blocks of several streams in lockstep: step i decodes symbol i of every block.
 
     Returns:
-        For each stream: (lanes, BLOCK) symbols.
+        For each stream: (blocks, BLOCK) symbols.
 
     Raises:
         CorruptArtifactError: when a block's codes do not end where the block ends.
     """
-    lanes = [len(stream.starts) for stream in streams]
-    if sum(lanes) <= _FEW:
+    counts = [len(stream.starts) for stream in streams]
+    if sum(counts) <= _FEW:
         return [_one_by_one(stream) for stream in streams]
-    windows, position, ends = _joined(streams)
+    windows, position, ends = _concatenated(streams)
     table = np.concatenate([stream.table for stream in streams])
     sizes = table.astype(np.uint64) & np.uint64(15)
     first = np.cumsum([0, *(len(stream.table) for stream in streams[:-1])], dtype=np.uint64)
-    first = first.repeat(lanes)
-    shift = np.array([64 - stream.width for stream in streams], np.uint64).repeat(lanes)
+    first = first.repeat(counts)
+    shift = np.array([64 - stream.width for stream in streams], np.uint64).repeat(counts)
     # A window holds 57 bits at least, whatever bit of a byte it starts at.
     refill = 57 // max(stream.width for stream in streams)
-    places = np.empty((BLOCK, sum(lanes)), np.int64)
-    window = size = np.empty(sum(lanes), np.uint64)
+    places = np.empty((BLOCK, sum(counts)), np.int64)
+    window = size = np.empty(sum(counts), np.uint64)
     signed_size = size.view(np.int64)
     for step, (place, index) in enumerate(zip(places.view(np.uint64), places, strict=True)):
         if step % refill == 0:
@@ -187,15 +187,15 @@ def decode_lanes(streams: Sequence[Blocks]) -> list[Symbols]:
         np.left_shift(window, size, out=window)
         position += signed_size
     if not np.array_equal(position, ends):
-        raise CorruptArtifactError(_ELSEWHERE)
+        raise CorruptArtifactError(_WRONG_BLOCK_END)
     symbols = (table >> 4).astype(np.uint16).take(places)
-    return [part.T for part in np.split(symbols, np.cumsum(lanes)[:-1], axis=1)]
+    return [part.T for part in np.split(symbols, np.cumsum(counts)[:-1], axis=1)]
 
 
-def _joined(streams: Sequence[Blocks]) -> tuple[NDArray[np.uint64], Ints, Ints]:
-    """The windows of all streams behind each other, and the bits of these that blocks lie between.
+def _concatenated(streams: Sequence[Blocks]) -> tuple[NDArray[np.uint64], Ints, Ints]:
+    """Windows of all streams concatenated, and the first and last bit of each block in them.
 
-    The last window of a stream is its own end: no lane of another stream starts in it.
+    The last window of a stream is its own end: no block of another stream starts in it.
     """
     windows, starts, ends, before = [], [], [], 0
     for stream in streams:
@@ -213,7 +213,7 @@ def _one_by_one(stream: Blocks) -> Symbols:
     for bounds in zip(stream.starts.tolist(), stream.ends.tolist(), strict=True):
         symbols, left = decode_block(stream.data, *bounds, table, stream.width, BLOCK)
         if left:
-            raise CorruptArtifactError(_ELSEWHERE)
+            raise CorruptArtifactError(_WRONG_BLOCK_END)
         blocks.append(symbols)
     return np.array(blocks, np.uint16)
 
@@ -243,18 +243,18 @@ def decode_block(
     return symbols, left
 
 
-_LANES = 1024  # blocks that are coded in one go: bounds the working memory to some 50 MB
+_BLOCKS_AT_ONCE = 1024  # blocks coded at once: bounds the working memory to some 50 MB
 
 
 def encode(symbols: Symbols) -> bytes:
-    """A Huffman stream of (N,) symbols below `MAX_ALPHABET`; nothing at all for N = 0.
+    """A Huffman stream of (N,) symbols below `MAX_ALPHABET`; empty for N = 0.
 
     >>> decode(encode(np.array([3, 3, 0], np.uint16)), 3)
     array([3, 3, 0], dtype=uint16)
     """
     if not len(symbols):
         return b""
-    counts = tally(symbols)
+    counts = count_values(symbols)
     if len(counts) > MAX_ALPHABET:
         raise ValueError(f"symbol {len(counts) - 1} is not below {MAX_ALPHABET}")
     lengths = code_lengths(counts)
@@ -273,8 +273,8 @@ def _encode_blocks(
     codes[order] = (np.cumsum(slots) - slots) >> (width - lengths[order])
     words, offset = np.zeros(bits // 64 + 2, np.int64), 0
     blocks: list[NDArray[np.int64]] = []
-    for start in range(0, len(symbols), BLOCK * _LANES):
-        part = symbols[start : start + BLOCK * _LANES]
+    for start in range(0, len(symbols), BLOCK * _BLOCKS_AT_ONCE):
+        part = symbols[start : start + BLOCK * _BLOCKS_AT_ONCE]
         sizes = lengths.take(part)
         blocks.append(np.add.reduceat(sizes, np.arange(0, len(part), BLOCK)))
         offset = append_codes(words, offset, codes.take(part), sizes)
@@ -288,32 +288,32 @@ def decode(data: bytes, count: int) -> Symbols:
         CorruptArtifactError: when the code is not complete, a block does not end where it should,
             or bytes are missing or left over.
     """
-    return decode_together([(data, count)])[0]
+    return decode_streams([(data, count)])[0]
 
 
-def decode_together(streams: Sequence[tuple[bytes, int]]) -> list[Symbols]:
-    """As `decode` of each of some streams; side by side, which is faster where they are short.
+def decode_streams(streams: Sequence[tuple[bytes, int]]) -> list[Symbols]:
+    """Decode several streams in lockstep, which is faster where they are short.
 
-    >>> decode_together([(encode(np.array([3, 3, 0], np.uint16)), 3), (b"", 0)])
+    >>> decode_streams([(encode(np.array([3, 3, 0], np.uint16)), 3), (b"", 0)])
     [array([3, 3, 0], dtype=uint16), array([], dtype=uint16)]
     """
-    opened = [_Stream(data, count) for data, count in streams]
-    group: list[tuple[_Stream, slice]] = []
-    lanes = 0
+    opened = [_OpenStream(data, count) for data, count in streams]
+    group: list[tuple[_OpenStream, slice]] = []
+    pending = 0
     for stream in opened:
-        for low in range(0, stream.full, _LANES):
-            part = slice(low, min(low + _LANES, stream.full))
-            if lanes + part.stop - low > _LANES:
+        for low in range(0, stream.full, _BLOCKS_AT_ONCE):
+            part = slice(low, min(low + _BLOCKS_AT_ONCE, stream.full))
+            if pending + part.stop - low > _BLOCKS_AT_ONCE:
                 _decode_group(group)
-                group, lanes = [], 0
+                group, pending = [], 0
             group.append((stream, part))
-            lanes += part.stop - low
+            pending += part.stop - low
     _decode_group(group)
-    return [stream.whole() for stream in opened]
+    return [stream.all_symbols() for stream in opened]
 
 
-class _Stream:
-    """A stream whose table is read.
+class _OpenStream:
+    """A Huffman stream whose code table is read.
 
     Args:
         data: of the stream.
@@ -324,13 +324,13 @@ class _Stream:
         self.full = 0  # blocks before the last one, if there is one
         self.codes = np.zeros(0, np.uint8)
         if count == 0:
-            self.out = _nothing(data)
+            self.out = _require_empty(data)
             return
         reader = ByteReader(data)
         lengths = read_lengths(reader)
         order, slots, self.width = canonical(lengths)
         if len(order) == 1:
-            _nothing(reader.rest())
+            _require_empty(reader.rest())
             self.out = np.full(count, order[0], np.uint16)
             return
         self.table = np.repeat(order << 4 | lengths[order], slots)
@@ -348,7 +348,7 @@ class _Stream:
         starts, ends = self.bounds[:-1][part], self.bounds[1:][part]
         return Blocks(self.codes, starts, ends, self.table, self.width)
 
-    def whole(self) -> Symbols:
+    def all_symbols(self) -> Symbols:
         """All symbols, given those of the full blocks."""
         if len(self.codes):
             start, end = int(self.bounds[-1]), 8 * len(self.codes)
@@ -360,14 +360,14 @@ class _Stream:
         return self.out
 
 
-def _decode_group(group: Sequence[tuple[_Stream, slice]]) -> None:
+def _decode_group(group: Sequence[tuple[_OpenStream, slice]]) -> None:
     if group:
-        found = decode_lanes([stream.blocks(part) for stream, part in group])
-        for (stream, part), lanes in zip(group, found, strict=True):
-            stream.out[part.start * BLOCK : part.stop * BLOCK] = lanes.reshape(-1)
+        found = decode_blocks([stream.blocks(part) for stream, part in group])
+        for (stream, part), symbols in zip(group, found, strict=True):
+            stream.out[part.start * BLOCK : part.stop * BLOCK] = symbols.reshape(-1)
 
 
-def _nothing(data: bytes) -> Symbols:
+def _require_empty(data: bytes) -> Symbols:
     if data:
         raise CorruptArtifactError(f"{len(data)} bytes after the end of a Huffman stream")
     return np.zeros(0, np.uint16)

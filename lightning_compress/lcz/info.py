@@ -1,4 +1,4 @@
-"""What an artifact holds and what it costs, as told by its header."""
+"""Information about an artifact: its tensors and graphs with their bytes, from the header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TensorInfo:
         kind: `"grid"`, `"codebook"`, `"mask"` (zeros apart), `"plain"`, or `"tied"`: stored under
             another name, at no cost.
         codec: of the symbols; of values without symbols `"bytes"` or `"planes"` (deflated).
-        bits: of a symbol on a grid or in a codebook, else of a stored value.
+        bits: of a symbol of a grid or in a codebook, else of a stored value.
         nonzero: values that are not 0.
         elements: values in all.
         bytes: its payload in the file.

@@ -1,4 +1,4 @@
-"""The grids of layers' inputs and outputs in the header, checked without torch."""
+"""Activation grids in the header: parsed and validated without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_layer_grids(entry: object) -> dict[str, dict[str, LayerGrid | bool]]:
     """By path of a layer, then "input", "output" or "dynamic": what the header's `activations` say.
 
     Raises:
-        CorruptArtifactError: naming the layer, when they say anything else.
+        CorruptArtifactError: naming the layer, for any other content.
     """
     if not isinstance(entry, dict):
         raise CorruptArtifactError("the header's activations are no object")

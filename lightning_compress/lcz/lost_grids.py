@@ -1,4 +1,4 @@
-"""Weights that were on a grid and are stored without it: seen by their values, and said."""
+"""Detection of quantized weights that carry no grid, by their few distinct values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FEWEST = 3  # values of a channel on a grid: of two bits
 
 @torch.no_grad()
 def quantized_by_value(module: nn.Module) -> list[str]:
-    """Weights that take few values, as on a grid, but carry none: it was lost on the way.
+    """Paths of weights that take few values, as quantized ones do, but carry no grid.
 
-    A sample of one channel tells: its non-zero weights take half as many values, or fewer.
+    A sample of one channel decides: its non-zero weights take half as many values, or fewer.
 
     >>> layer = nn.Linear(64, 1)
     >>> quantized_by_value(layer)
@@ -70,7 +70,7 @@ def is_lightning(module: nn.Module) -> bool:
 
 
 def lost_grids(module: nn.Module) -> str:
-    """What to tell a user whose module has lost its grids; empty where none is missing.
+    """Warning for a module that has lost its grids; empty where none is missing.
 
     >>> lost_grids(nn.Linear(64, 1))
     ''
@@ -81,5 +81,5 @@ def lost_grids(module: nn.Module) -> str:
     return (
         f"{', '.join(names[:2])}{more} take few values but carry no grid: a state_dict holds "
         "weights alone. If a Lightning checkpoint knows the grids, "
-        "restore_compression(module, checkpoint) brings them back"
+        "restore_compression(module, checkpoint) restores them"
     )

@@ -1,4 +1,4 @@
-"""Named tensors to the bytes of an `.lcz` file in memory, and back."""
+"""Encoding of named tensors into `.lcz` bytes in memory, and decoding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors_to_bytes(
 
     Args:
         tensors: by name.
-        grids: of those tensors that lie on one, bit for bit.
+        grids: of quantized tensors, bit for bit.
         codec: of the symbols, as in `save_compressed`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What of a module goes into a file: its tensors by name, their grids, and who shares memory."""
+"""Contents of a file from a module: tensors by name, grids, removed channels, shared memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.lcz.channel_record import (
     KEY,
     ChannelRecord,
-    unruns,
+    from_run_lengths,
 )
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.layer_grids import DYNAMIC, SIDES, LayerGrid
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contents",
-    "batchnorm_folded",
     "check_channels",
     "check_tensor",
     "fit_channels",
+    "fold_batchnorm_statistics",
+    "layers_before_norms",
     "module_contents",
     "module_tensors",
-    "norms_behind",
     "read_activations",
+    "removed_shapes",
     "shared_memory",
-    "sizes_in",
     "write_activations",
 ]
 
 
 def write_activations(grids: Mapping[str, ActivationGrids]) -> dict[str, Any]:
-    """The header's entry.
+    """The header's entry of activation grids.
 
     Raises:
         ValueError: naming the layer, for a grid that is not one finite scale a tensor.
@@ -100,12 +100,12 @@ CONVOLUTIONS = (
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def norms_behind(module: nn.Module) -> dict[str, str]:
-    """The layer right before each BatchNorm in a plain `nn.Sequential`, both by path.
+def layers_before_norms(module: nn.Module) -> dict[str, str]:
+    """The layer directly before each BatchNorm in a plain `nn.Sequential`, both by path.
 
     Only where both run once, without hooks.
 
-    >>> norms_behind(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU()))
+    >>> layers_before_norms(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU()))
     {'1': '0'}
     """
     found = {}
@@ -118,7 +118,7 @@ def norms_behind(module: nn.Module) -> dict[str, str]:
         if len(layers) != len(part) or uses[id(part)] != 1:
             continue
         for (first, layer), (second, norm) in pairwise(layers):
-            alone = _alone(layer, uses) and _alone(norm, uses)
+            alone = _runs_once(layer, uses) and _runs_once(norm, uses)
             if alone and _is_layer(layer) and isinstance(norm, NORMS):
                 found[second] = first
     return found
@@ -130,26 +130,26 @@ def _is_layer(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
-def _alone(layer: nn.Module, uses: Counter[int]) -> bool:
+def _runs_once(layer: nn.Module, uses: Counter[int]) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks)
     return uses[id(layer)] == 1 and not any(hooks) and not layer._backward_hooks
 
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
-_CUT = (nn.Linear, *_NORMS, nn.GroupNorm, nn.PReLU, nn.RNNBase, nn.RNNCellBase)
+_RESIZABLE = (nn.Linear, *_NORMS, nn.GroupNorm, nn.PReLU, nn.RNNBase, nn.RNNCellBase)
 
 
-def sizes_in(
+def removed_shapes(
     records: Sequence[TensorRecord], lost: ChannelRecord, tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes, by stored name, of tensors that are smaller in a file than in the full module.
 
-    Only those that the file says were cut from the very shape that the module has. Of tensors that
-    are tied it names one.
+    Only tensors that were resized from the shape that the module has. Of tied tensors one is
+    named.
 
     Raises:
-        CorruptArtifactError: where the file says that a tensor lost what it cannot have lost.
+        CorruptArtifactError: for a shape that no removal of channels gives.
     """
     stored = {record.name: record.shape for record in records}
     sources = {record.name: record.tied or record.name for record in records}
@@ -176,7 +176,7 @@ def check_channels(
     lost: ChannelRecord,
     paths: Mapping[str, str],
 ) -> None:
-    """Compare what a file says of removed channels with a module, before anything is cut.
+    """Check the removed channels of a file against a module, before it is resized.
 
     Args:
         module: in full size, or small already.
@@ -213,7 +213,7 @@ def check_channels(
 def _cut_fault(
     layers: Mapping[str, nn.Module], key: str, full: tuple[int, ...], shape: tuple[int, ...]
 ) -> str | None:
-    """Why a tensor of a layer cannot have lost what makes its shape another one."""
+    """Why removed channels cannot have changed a tensor's shape like this; None: they can."""
     path, _, _ = key.rpartition(".")
     layer = layers[path.partition(".parametrizations.")[0]]
     where = {dim for dim, (one, other) in enumerate(zip(full, shape, strict=True)) if one != other}
@@ -223,7 +223,7 @@ def _cut_fault(
     if isinstance(layer, nn.modules.conv._ConvNd) and where - {0, 1}:
         return f"axes {sorted(where - {0, 1})} of a {kind} are no channels"
     own = type(layer).__module__.startswith("torch.nn.modules.") and not isinstance(layer, _LISTS)
-    if own and not isinstance(layer, (*_CUT, nn.modules.conv._ConvNd)):
+    if own and not isinstance(layer, (*_RESIZABLE, nn.modules.conv._ConvNd)):
         return f"a {kind} loses no channels"
     return None
 
@@ -234,10 +234,10 @@ def fit_channels(
     lost: ChannelRecord,
     paths: Mapping[str, str],
 ) -> None:
-    """Give a full module the sizes of a file, and let it remember what it lost.
+    """Resize a full module to the sizes of a file, and record the removed channels on it.
 
     Args:
-        module: changed in place; as it was where an error is raised.
+        module: changed in place; unchanged where an error is raised.
         shapes: by stored name.
         lost: as the file has it, checked by `check_channels`.
         paths: the module's own paths, of tensors and layers, by stored name.
@@ -245,7 +245,7 @@ def fit_channels(
     Raises:
         CorruptArtifactError: when the sizes do not fit together.
     """
-    undo = _sizes_before(module, [paths[name] for name in shapes])
+    undo = _save_sizes(module, [paths[name] for name in shapes])
     try:
         match_channels(module, {paths[name]: shape for name, shape in shapes.items()})
     except Exception as error:
@@ -257,13 +257,13 @@ def fit_channels(
     own = RemovedChannels(
         {paths.get(path, path): shape for path, shape in lost.shapes.items()},
         {paths.get(path, path): size for path, size in lost.sizes.items()},
-        {paths.get(path, path): unruns(kept) for path, kept in lost.kept.items()},
+        {paths.get(path, path): from_run_lengths(kept) for path, kept in lost.kept.items()},
     )
     note_removed(module, own)
 
 
-def _sizes_before(module: nn.Module, keys: Sequence[str]) -> Callable[[], None]:
-    """What gives the tensors of some keys, and all layers, the sizes back that they have now."""
+def _save_sizes(module: nn.Module, keys: Sequence[str]) -> Callable[[], None]:
+    """Save point of tensor and layer sizes: returns the function that restores them."""
     tensors = dict(module.named_parameters(remove_duplicate=False))
     tensors |= dict(module.named_buffers(remove_duplicate=False))
     before = [(tensors[key], tensors[key].detach(), tensors[key].grad) for key in keys]
@@ -287,11 +287,11 @@ def _sizes_before(module: nn.Module, keys: Sequence[str]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file is to hold.
+    """Contents of a file.
 
     Args:
         tensors: by stored name, in the order of the file.
-        grids: of those tensors that lie on one.
+        grids: of quantized tensors.
         activations: grids of inputs and outputs, by the stored path of the layer.
         channels: what was removed, by stored paths.
     """
@@ -325,12 +325,12 @@ def module_contents(module: nn.Module, state: Mapping[str, Tensor] | None = None
     grids: dict[str, Grid] = {}
     for path, grid in known.grids.items():
         if (name := stored_name(path)) in tensors:
-            grids[name] = _from_the_front(grid, tensors[name].dim())
+            grids[name] = _with_positive_axis(grid, tensors[name].dim())
     activations = {stored_name(path): pair for path, pair in known.rounding.items()}
-    return Contents(tensors, grids, activations, _lost(known.channels, tensors))
+    return Contents(tensors, grids, activations, _stored_channels(known.channels, tensors))
 
 
-def _lost(channels: RemovedChannels, tensors: Mapping[str, Tensor]) -> RemovedChannels:
+def _stored_channels(channels: RemovedChannels, tensors: Mapping[str, Tensor]) -> RemovedChannels:
     shapes = {stored_name(path): shape for path, shape in channels.shapes.items()}
     return RemovedChannels(
         {path: shape for path, shape in shapes.items() if path in tensors},
@@ -339,7 +339,7 @@ def _lost(channels: RemovedChannels, tensors: Mapping[str, Tensor]) -> RemovedCh
     )
 
 
-def _from_the_front(grid: Grid, dims: int) -> Grid:
+def _with_positive_axis(grid: Grid, dims: int) -> Grid:
     if isinstance(grid, CodebookGrid) or grid.axis is None:
         return grid
     return replace(grid, axis=grid.axis % dims)
@@ -365,7 +365,7 @@ def module_tensors(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
 
 
 def check_tensor(key: str, tensor: object) -> None:
-    """Refuse what the format cannot hold.
+    """Check that the format can hold a tensor.
 
     Raises:
         TypeError: naming the entry, for anything but a dense tensor of a known dtype.
@@ -382,7 +382,7 @@ def check_tensor(key: str, tensor: object) -> None:
 
 
 def stored_name(key: str) -> str:
-    """`torch.compile` wraps modules in one named `_orig_mod`; the weights are the same.
+    """Key without the `_orig_mod` of modules that `torch.compile` wraps.
 
     >>> stored_name("net._orig_mod.weight")
     'net.weight'
@@ -391,7 +391,7 @@ def stored_name(key: str) -> str:
 
 
 def shared_memory(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, str]:
-    """By name: the earlier tensor that it is the same memory as.
+    """By name: the earlier tensor that shares its memory.
 
     Args:
         tensors: by name.
@@ -414,25 +414,25 @@ def shared_memory(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> d
     return shared
 
 
-def batchnorm_folded(module: nn.Module, contents: Contents) -> Contents:
-    """Contents in which each BatchNorm is one scale and one shift, its statistics 0 and 1.
+def fold_batchnorm_statistics(module: nn.Module, contents: Contents) -> Contents:
+    """Contents with each BatchNorm folded into one scale and one shift, its statistics 0 and 1.
 
     `y = (x - mean) / sqrt(var + eps) * weight + bias` is `scale * x + shift`. A bias right before
     it goes into the shift. BatchNorms without weights, or with weights on grids, stay as they are.
     """
     tensors = dict(contents.tensors)
-    twice = _shared(tensors)
-    before = norms_behind(module)
+    twice = _shared_names(tensors)
+    before = layers_before_norms(module)
     for path, layer in module.named_modules():
-        names = {key: _name(path, key) for key in ("weight", "bias", "running_mean", "running_var")}
+        names = {key: _key(path, key) for key in ("weight", "bias", "running_mean", "running_var")}
         own = set(names.values())
         if not isinstance(layer, _BatchNorm) or not own <= set(tensors):
             continue
         if own & set(contents.grids) or own & twice:
             continue
-        bias = _name(before[path], "bias") if path in before else ""
+        bias = _key(before[path], "bias") if path in before else ""
         tensors |= _folded(names, tensors, layer.eps, "" if bias in twice else bias)
-        if (count := _name(path, "num_batches_tracked")) in tensors:
+        if (count := _key(path, "num_batches_tracked")) in tensors:
             tensors[count] = torch.zeros_like(tensors[count])
     return replace(contents, tensors=tensors)
 
@@ -455,10 +455,10 @@ def _folded(
     return found | {names[key]: value.to(tensors[names[key]].dtype) for key, value in new.items()}
 
 
-def _name(path: str, key: str) -> str:
+def _key(path: str, key: str) -> str:
     return stored_name(f"{path}.{key}" if path else key)
 
 
-def _shared(tensors: dict[str, Tensor]) -> set[str]:
+def _shared_names(tensors: dict[str, Tensor]) -> set[str]:
     pairs: Iterator[tuple[str, str]] = iter(shared_memory(tensors).items())
     return {name for pair in pairs for name in pair}

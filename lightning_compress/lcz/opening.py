@@ -1,4 +1,4 @@
-"""An `.lcz` file opened and its header checked, without torch."""
+"""Opening of `.lcz` files and validation of their headers, without torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.layer_grids import LayerGrid, read_layer_grids
 from lightning_compress.lcz.raw_bits import DTYPES
 
-__all__ = ["MAX_BYTES", "OpenFile", "check_size", "checked_header", "opened_file"]
+__all__ = ["MAX_BYTES", "OpenFile", "check_header", "check_size", "open_file"]
 
-_MOST_LAYERS = 1 << 15
-_FREE_WORK = 1 << 26  # bytes to decode with that any process has
+_MAX_LAYERS = 1 << 15
+_FREE_MEMORY = 1 << 26  # bytes to decode with that any process has
 MAX_BYTES = 1 << 34  # of the tensors of a file that is read without a module to compare with
 
 
@@ -31,7 +31,7 @@ class OpenFile:
         container: prefix, header and payloads.
         records: one a tensor of the module, in the order of their payloads.
         activations: grids of layers' inputs and outputs, by path and side.
-        channels: what the module lost.
+        channels: removed from the module.
         graphs: ONNX models, whose payloads follow.
     """
 
@@ -59,8 +59,8 @@ class OpenFile:
 
 
 @contextlib.contextmanager
-def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
-    """Opens a file and checks its header, and its checksum if `verify` is set.
+def open_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
+    """Open a file and checks its header, and its checksum if `verify` is set.
 
     Raises:
         CorruptArtifactError: naming the file, here and for what is raised while it is open.
@@ -68,13 +68,13 @@ def opened_file(path: Path, *, verify: bool) -> Iterator[OpenFile]:
     """
     try:
         with read_container(path, verify=verify) as container:
-            yield checked_header(container)
+            yield check_header(container)
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"{path}: {error}") from error
 
 
-def checked_header(container: Container) -> OpenFile:
-    """What a container's header says, checked.
+def check_header(container: Container) -> OpenFile:
+    """Parse and validate a container's header.
 
     Raises:
         CorruptArtifactError: when something in it is wrong.
@@ -96,21 +96,21 @@ def checked_header(container: Container) -> OpenFile:
 
 
 def _bounded(entry: object) -> object:
-    """Grids become tensors: those of very many layers would cost seconds before any check."""
-    if isinstance(entry, dict) and len(entry) > _MOST_LAYERS:
-        raise CorruptArtifactError(f"activations of {len(entry)} layers, above {_MOST_LAYERS}")
+    """Limit the number of layers with activation grids, which are decoded before other checks."""
+    if isinstance(entry, dict) and len(entry) > _MAX_LAYERS:
+        raise CorruptArtifactError(f"activations of {len(entry)} layers, above {_MAX_LAYERS}")
     return entry
 
 
-def _work(record: TensorRecord) -> int:
-    """Bytes to decode a tensor, beside its own: the most an element took in measurements."""
+def _decode_memory(record: TensorRecord) -> int:
+    """Upper bound of the working memory to decode a tensor, beside its own, in bytes."""
     if "coded" in record.packing or record.codec == "context":
         return 160 * record.extent
     return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
 
 
 def check_size(records: list[TensorRecord], most: int, workers: int = 1) -> None:
-    """Refuse a file whose tensors, and the memory to decode them, would take over `most` bytes.
+    """Reject a file whose tensors, and the memory to decode them, would take over `most` bytes.
 
     Args:
         records: of the file.
@@ -121,11 +121,13 @@ def check_size(records: list[TensorRecord], most: int, workers: int = 1) -> None
         CorruptArtifactError: when they would.
     """
     plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
-    works = sorted((_work(record) for record in records if record.kind != "tied"), reverse=True)
+    works = sorted(
+        (_decode_memory(record) for record in records if record.kind != "tied"), reverse=True
+    )
     work = sum(works[:workers])
     if plain > most:
         raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
-    if plain + max(work - _FREE_WORK, 0) > most:
+    if plain + max(work - _FREE_MEMORY, 0) > most:
         raise CorruptArtifactError(
             f"{plain} bytes of tensors and {work} bytes to decode them, above max_bytes={most}"
         )

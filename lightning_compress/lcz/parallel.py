@@ -1,4 +1,4 @@
-"""Work on tensors side by side, in threads, with no more of them in memory than asked for."""
+"""Parallel map over tensors in threads with bounded memory, and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rich.progress import Progress
 
 __all__ = [
     "check_workers",
-    "mapped",
-    "shown",
+    "parallel_map",
+    "with_progress",
 ]
-PATIENCE = 1.0  # seconds without a bar
+PROGRESS_DELAY = 1.0  # seconds before the bar appears
 Item = TypeVar("Item")
 
 
-def shown(
+def with_progress(
     items: Iterable[Item], sizes: Iterable[int], what: str, console: Console | None = None
 ) -> Iterator[Item]:
-    """The items, with a bar on a terminal's stderr from the second second on.
+    """The items, with a progress bar on a terminal's stderr after `PROGRESS_DELAY` seconds.
 
     Args:
-        items: to go through.
-        sizes: what each of them counts for.
-        what: is being done.
+        items: to iterate over.
+        sizes: weight of each item in the bar.
+        what: label of the bar.
         console: to draw on; None: stderr.
 
-    >>> list(shown([1, 2], [10, 20], "counting"))
+    >>> list(with_progress([1, 2], [10, 20], "counting"))
     [1, 2]
     """
     sizes = list(sizes)
@@ -44,7 +44,7 @@ def shown(
         for item, size in zip(items, sizes, strict=True):
             yield item
             bar.advance(task, size)
-            if not bar.live.is_started and time.monotonic() - start > PATIENCE:
+            if not bar.live.is_started and time.monotonic() - start > PROGRESS_DELAY:
                 bar.start()
     finally:
         bar.stop()
@@ -54,27 +54,27 @@ Result = TypeVar("Result")
 
 
 def check_workers(workers: int) -> None:
-    """Refuses a number of threads that is none.
+    """Check the number of threads.
 
     Raises:
         ValueError: naming the valid ones.
     """
     if workers < 1:
-        raise ValueError(f"workers={workers!r}: valid are whole numbers from 1")
+        raise ValueError(f"workers={workers!r}: valid are integers from 1")
 
 
-def mapped(
+def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """The results in the order of the items, `workers` of them being worked on at a time.
+    """Results of `function` in the order of the items, computed by `workers` threads.
 
-    No more than twice as many are taken ahead of the result that is asked for, so that a large one
-    does not hold up all threads; `ThreadPoolExecutor.map` takes all, which may be a whole file.
+    At most `2 * workers` items are read ahead, so that a large one does not block all threads;
+    `ThreadPoolExecutor.map` reads all items, which may be a whole file.
 
     Raises:
         ValueError: for no worker.
 
-    >>> list(mapped(abs, [-1, 2, -3], workers=2))
+    >>> list(parallel_map(abs, [-1, 2, -3], workers=2))
     [1, 2, 3]
     """
     check_workers(workers)

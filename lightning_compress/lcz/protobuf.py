@@ -1,4 +1,4 @@
-"""Just enough of protobuf to find the tensors and options of an ONNX model, without onnx.
+"""Protobuf reader for the tensors and metadata of an ONNX model, without onnx.
 
 The fields are those of onnx.proto (IR version 3 to 13); a message is a run of `tag value`, where
 the tag holds the field's number and how its value is written.
@@ -16,7 +16,7 @@ __all__ = ["Field", "OnnxTensor", "fields", "message", "model_options", "onnx_te
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
-_DEEPEST = 100  # of messages in each other; protobuf's own limit
+_MAX_DEPTH = 100  # of messages in each other; protobuf's own limit
 
 # Which fields of a message hold messages that may hold tensors.
 NESTED = {
@@ -126,8 +126,8 @@ def _tensors(data: bytes, kind: str, start: int, end: int, depth: int) -> Iterat
     if kind == "tensor":
         yield read_tensor(data, start, end)
         return
-    if depth > _DEEPEST:
-        raise ValueError("messages lie too deep in each other")
+    if depth > _MAX_DEPTH:
+        raise ValueError("messages are nested too deep")
     for one in fields(data, start, end):
         inner = NESTED[kind].get(one.number)
         if inner is not None and one.wire == LENGTH:

@@ -1,4 +1,4 @@
-"""Range coding through `constriction`: bits with a probability each, symbols with one table.
+"""Range coder on `constriction`: bits with a probability each, symbols with one table.
 
 A stream is 32-bit words, least significant byte first, without the zero bytes at its end.
 """
@@ -18,11 +18,11 @@ __all__ = ["BitDecoder", "BitEncoder", "decode_static", "encode_static"]
 _STREAM: Any = vars(constriction)["stream"]  # a module that its stubs do not name
 RangeEncoder: Any = _STREAM.queue.RangeEncoder
 RangeDecoder: Any = _STREAM.queue.RangeDecoder
-_EACH_ITS_OWN: Any = _STREAM.model.Bernoulli(perfect=False)
+_BERNOULLI: Any = _STREAM.model.Bernoulli(perfect=False)
 
 
 class BitEncoder:
-    """Bits to bytes."""
+    """Range encoder of bits."""
 
     def __init__(self) -> None:
         self._coder = RangeEncoder()
@@ -38,7 +38,7 @@ class BitEncoder:
 
 
 class BitDecoder:
-    """Bytes to bits."""
+    """Range decoder of bits."""
 
     def __init__(self, data: bytes) -> None:
         self._coder = _from_bytes(data)
@@ -52,8 +52,8 @@ class BitDecoder:
         if not count:
             return np.zeros(0, np.bool_)
         model = _bernoulli(probabilities)
-        how = model if len(probabilities) > 1 else (*model, count)
-        return _decoded(self._coder, *how).astype(np.bool_)
+        arguments = model if len(probabilities) > 1 else (*model, count)
+        return _decode_with(self._coder, *arguments).astype(np.bool_)
 
     def finish(self) -> None:
         """Check that nothing is left.
@@ -68,7 +68,7 @@ class BitDecoder:
 def _bernoulli(probabilities: NDArray[np.float64]) -> tuple[object, ...]:
     """One model for all bits is ten times faster than one each, and gives the same stream."""
     if len(probabilities) > 1:
-        return _EACH_ITS_OWN, probabilities
+        return _BERNOULLI, probabilities
     return (_STREAM.model.Bernoulli(float(probabilities[0]), perfect=False),)
 
 
@@ -83,10 +83,10 @@ def decode_static(data: bytes, frequencies: NDArray[np.int64], count: int) -> ND
     """The opposite of `encode_static`.
 
     Raises:
-        CorruptArtifactError: when no encoder made the stream, or bytes are left over.
+        CorruptArtifactError: when no encoder made the stream, or bytes are left.
     """
     coder = _from_bytes(data)
-    symbols = _decoded(coder, _categorical(frequencies), count)
+    symbols = _decode_with(coder, _categorical(frequencies), count)
     if not coder.maybe_exhausted():
         raise CorruptArtifactError("bytes after the end of a range-coded stream")
     return symbols.astype(np.uint16)
@@ -96,7 +96,7 @@ def _categorical(frequencies: NDArray[np.int64]) -> Any:
     return _STREAM.model.Categorical(frequencies / frequencies.sum(), perfect=False)
 
 
-def _decoded(coder: Any, *model: object) -> NDArray[np.int32]:
+def _decode_with(coder: Any, *model: object) -> NDArray[np.int32]:
     try:
         return coder.decode(*model)
     except AssertionError:

@@ -1,6 +1,6 @@
-"""Tensors as bit patterns, and the packing of patterns that are not coded as symbols.
+"""Bit patterns of tensors, and the packing of patterns that are not coded as symbols.
 
-Nothing here needs torch but the way from tensors to patterns and back.
+Only the conversion between tensors and patterns needs torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context
-from lightning_compress.lcz.bits import ByteReader, tally, varint
+from lightning_compress.lcz.bits import ByteReader, count_values, varint
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES", "PACKINGS", "Dtype", "dtype_name", "from_patterns", "inflate", "pack_patterns",
-    "patterns", "unpack_patterns", "without_minus_zeros", "word_size",
+    "patterns", "unpack_patterns", "without_negative_zeros", "word_size",
 ]  # fmt: skip
 
 
 class Dtype(NamedTuple):
-    """What the format knows of a dtype: bytes of an element, and which kind of number it is."""
+    """Dtype as the format knows it: bytes of an element, and the kind of number."""
 
     itemsize: int
     is_floating_point: bool = False
@@ -76,7 +76,7 @@ def word_size(dtype: Dtype | torch.dtype) -> int:
 
 
 def patterns(tensor: Tensor) -> Patterns:
-    """(N,) the bits of a tensor's elements as unsigned numbers: -0.0 and NaNs stay apart.
+    """(N,) the bits of a tensor's elements as unsigned numbers: -0.0 and NaNs are kept.
 
     >>> import torch
     >>> patterns(torch.tensor([0.0, -0.0, 1.0]))
@@ -88,19 +88,19 @@ def patterns(tensor: Tensor) -> Patterns:
     return flat.view(torch.uint8).numpy().view(f"<u{word_size(tensor.dtype)}")
 
 
-def without_minus_zeros(tensor: Tensor) -> Tensor:
+def without_negative_zeros(tensor: Tensor) -> Tensor:
     """The same values with 0.0 in place of -0.0, which `weight * mask` leaves; equal to them.
 
     >>> import torch
-    >>> without_minus_zeros(torch.tensor([-0.0, -1.0])).signbit().tolist()
+    >>> without_negative_zeros(torch.tensor([-0.0, -1.0])).signbit().tolist()
     [False, True]
     """
     import torch
 
     if tensor.is_complex():
-        import torch
-
-        return torch.view_as_complex(without_minus_zeros(torch.view_as_real(tensor.resolve_conj())))
+        return torch.view_as_complex(
+            without_negative_zeros(torch.view_as_real(tensor.resolve_conj()))
+        )
     if not tensor.is_floating_point():
         return tensor
     bits = patterns(tensor)
@@ -130,14 +130,14 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
 def pack_patterns(
     bits: Patterns, *, coded: bool = True, most: int | None = None
 ) -> tuple[str, bytes]:
-    """The smallest of plain bytes, deflated byte planes and coded byte planes, and which it is.
+    """The smallest of plain bytes, deflated byte planes and coded byte planes, and its name.
 
     A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
 
     Args:
         bits: (N,) patterns.
         coded: try coded planes too, which are slower.
-        most: bytes from which on the result is of no use to the caller; None: of any size.
+        most: bytes above which the caller does not use the result; None: any size.
     """
     planes = bits.view(np.uint8).reshape(-1, bits.itemsize).T
     forms = {"bytes": bits.tobytes(), "planes": zlib.compress(planes.tobytes(), 6)}
@@ -154,8 +154,8 @@ def pack_patterns(
 
 
 def _entropy(plane: NDArray[np.uint8]) -> float:
-    """Bits of a plane when each byte takes as many as it is rare; all, if learning costs more."""
-    counts = tally(plane)
+    """Zero-order entropy of a plane in bits; 8 a byte where learning would cost more."""
+    counts = count_values(plane)
     counts = counts[counts > 0]
     entropy = float(counts @ np.log2(len(plane) / counts))
     learnt = entropy + 0.5 * len(counts) * math.log2(len(plane) + 1)
@@ -208,7 +208,7 @@ def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Pattern
 
 
 def inflate(data: bytes, length: int) -> bytes:
-    """Undoes `zlib.compress`, and never allocates more than the `length` bytes expected.
+    """Inverse of `zlib.compress` that never allocates more than the `length` bytes expected.
 
     Raises:
         CorruptArtifactError: when the data are damaged or of another length.

@@ -1,4 +1,4 @@
-"""Files to tensors: opened, checked against a module or a limit, decoded."""
+"""Decoder of `.lcz` files into tensors, checked against a module or a limit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_compress.lcz.channel_record import ChannelRecord
 from lightning_compress.lcz.container import Container
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.module_state import read_activations, shared_memory
-from lightning_compress.lcz.opening import OpenFile, check_size, checked_header, opened_file
-from lightning_compress.lcz.parallel import mapped, shown
+from lightning_compress.lcz.opening import OpenFile, check_header, check_size, open_file
+from lightning_compress.lcz.parallel import parallel_map, with_progress
 from lightning_compress.lcz.raw_bits import dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
 from lightning_compress.state import ActivationGrids, Grid
 
-__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "opened", "read_artifact"]
+__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "open_artifact", "read_artifact"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Artifact:
 
     @property
     def channels(self) -> ChannelRecord:
-        """What the module lost."""
+        """Channels removed from the module."""
         return self.file.channels
 
     def decoded(self, workers: int = 1) -> Iterator[tuple[str, Tensor, Grid | None]]:
-        """Names, tensors and grids in the order of the file, each decoded when it is asked for.
+        """Names, tensors and grids in the order of the file, decoded lazily.
 
-        A tied tensor is the very one that it is tied to.
+        A tied tensor is the same object as its source.
 
         Raises:
             ValueError: for no worker.
@@ -53,8 +53,8 @@ class Artifact:
         kept: dict[str, tuple[Tensor, Grid | None]] = {}
         sources = {record.tied for record in self.records if record.kind == "tied"}
         sizes = [record.elements for record in self.records if record.kind != "tied"]
-        decoded = mapped(_decode, self.file.payloads(), workers)
-        for name, tensor, grid in shown(decoded, sizes, "decoding"):
+        decoded = parallel_map(_decode, self.file.payloads(), workers)
+        for name, tensor, grid in with_progress(decoded, sizes, "decoding"):
             if name in sources:
                 kept[name] = tensor, grid
             yield name, tensor, grid
@@ -69,30 +69,30 @@ def _decode(job: tuple[TensorRecord, bytes]) -> tuple[str, Tensor, Grid | None]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, verify: bool) -> Iterator[Artifact]:
-    """Opens a file and checks its header, and its checksum if `verify` is set.
+def open_artifact(path: Path, *, verify: bool) -> Iterator[Artifact]:
+    """Open a file and checks its header, and its checksum if `verify` is set.
 
     Raises:
         CorruptArtifactError: naming the file, here and for what is raised while it is open.
         OSError: when it cannot be read.
     """
-    with opened_file(path, verify=verify) as file:
+    with open_file(path, verify=verify) as file:
         yield _artifact(file)
 
 
 def read_artifact(container: Container) -> Artifact:
-    """What a container's header says, checked.
+    """Parse and validate a container's header.
 
     Raises:
         CorruptArtifactError: when something in it is wrong.
     """
-    return _artifact(checked_header(container))
+    return _artifact(check_header(container))
 
 
 def _artifact(file: OpenFile) -> Artifact:
     if file.graphs and not file.records:
         raise CorruptArtifactError(
-            "holds a graph and no tensors of a module: run it with `onnx_session`, or get "
+            "holds a graph and no tensors of a module: run it with `onnx_session`, or write "
             "the ONNX file with `onnx_model`"
         )
     return Artifact(file, read_activations(file.activations))
@@ -103,12 +103,12 @@ def check_fit(
     tensors: Mapping[str, Tensor],
     smaller: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Names, shapes and dtypes must be the same in the file and in the module.
+    """Check that names, shapes and dtypes are equal in the file and in the module.
 
     Args:
         records: of the file.
         tensors: of the module.
-        smaller: shapes that tensors of the module will be cut to.
+        smaller: shapes that tensors of the module will be resized to.
 
     Raises:
         CorruptArtifactError: naming those that are not.
@@ -136,10 +136,10 @@ def _listed(names: list[str], most: int = 10) -> str:
 
 
 def check_shared(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Tensors that share memory in the module cannot take two different values.
+    """Check that tensors that share memory in the module have equal values in the file.
 
     Raises:
-        CorruptArtifactError: when they would have to.
+        CorruptArtifactError: when their values differ.
     """
     for name, source in shared_memory(tensors).items():
         one, other = values[name], values[source]

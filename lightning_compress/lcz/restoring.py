@@ -1,4 +1,4 @@
-"""The compression state of a Lightning checkpoint: written by callbacks, restored by one call.
+"""Compression state of a Lightning checkpoint: written by callbacks, restored by one call.
 
 A checkpoint keeps it under the key `compression_state`, in tensors and plain types alone, so that
 `torch.load(..., weights_only=True)` reads it.
@@ -61,10 +61,12 @@ def pack_state(state: CompressionState) -> dict[str, Any]:
             stored_name(path): (pack_mask(mask), tuple(mask.shape))
             for path, mask in state.masks.items()
         },
-        "grids": {stored_name(path): _packed(grid) for path, grid in state.grids.items()},
+        "grids": {stored_name(path): _pack_grid(grid) for path, grid in state.grids.items()},
         "activations": {
             stored_name(path): {
-                side: _packed(grid) for side in _SIDES if (grid := getattr(pair, side)) is not None
+                side: _pack_grid(grid)
+                for side in _SIDES
+                if (grid := getattr(pair, side)) is not None
             }
             | ({"dynamic": True} if pair.dynamic else {})
             for path, pair in state.rounding.items()
@@ -72,24 +74,24 @@ def pack_state(state: CompressionState) -> dict[str, Any]:
     }
 
 
-def _packed(grid: Grid) -> dict[str, Any]:
+def _pack_grid(grid: Grid) -> dict[str, Any]:
     entry = {one.name: getattr(grid, one.name) for one in fields(grid)}
     return {name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
-def _unpacked(entry: Mapping[str, Any]) -> Grid:
+def _unpack_grid(entry: Mapping[str, Any]) -> Grid:
     if "centres" in entry:
         return CodebookGrid(**entry)
     return DeadZoneGrid(**entry) if "dead_zone" in entry else AffineGrid(**entry)
 
 
 def has_state(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds masks, grids or channel shapes, even if of nothing yet."""
+    """Whether a checkpoint holds masks, grids or channel shapes, even if empty."""
     return STATE in checkpoint or CHANNELS in checkpoint or any(True for _ in _masks(checkpoint))
 
 
 def _masks(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Masks of the callbacks that make them, and of those weights that have one of before."""
+    """Masks in the states of pruning callbacks, and masks that weights carried already."""
     callbacks = checkpoint.get("callbacks") or {}
     for state in (*callbacks.values(), checkpoint.get(STATE, {})):
         if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping):
@@ -106,9 +108,9 @@ def read_state(checkpoint: Mapping[str, Any]) -> CompressionState:
     lost, rows = checkpoint.get(CHANNELS), entry.get("activations", {})
     return CompressionState(
         {path: unpack_mask(packed, shape) for path, (packed, shape) in _masks(checkpoint)},
-        {path: _unpacked(one) for path, one in entry.get("grids", {}).items()},
+        {path: _unpack_grid(one) for path, one in entry.get("grids", {}).items()},
         {
-            path: ActivationGrids(**{side: _unpacked(pair[side]) for side in grids})  # type: ignore[arg-type]
+            path: ActivationGrids(**{side: _unpack_grid(pair[side]) for side in grids})  # type: ignore[arg-type]
             for path, pair in rows.items()
             if (grids := [side for side in _SIDES if side in pair])
         },
@@ -120,11 +122,11 @@ def read_state(checkpoint: Mapping[str, Any]) -> CompressionState:
 def restore_compression(
     module: Module, checkpoint: str | os.PathLike[str] | Mapping[str, Any]
 ) -> Module:
-    """Bring back what a Lightning checkpoint knows of a compressed model, in place.
+    """Restore the compression state of a Lightning checkpoint in a module, in place.
 
-    `load_from_checkpoint` and `load_state_dict` load weights alone: what they lie on is state of
-    the callbacks. This call loads the weights, cuts layers that lost channels, and lets the module
-    carry its masks, weight grids and activation grids again: for `save_compressed`, `export_onnx`,
+    `load_from_checkpoint` and `load_state_dict` load weights alone: masks and grids are state of
+    the callbacks. This call loads the weights, resizes layers that lost channels, and attaches
+    masks, weight grids and activation grids to the module: for `save_compressed`, `export_onnx`,
     `fake_quantized`, `trainer.test` with the callback listed, and the next `fit`.
 
     Args:
@@ -150,28 +152,28 @@ def restore_compression(
     >>> has_grid(fresh, "weight"), torch.equal(fresh.weight, trained.weight)
     (True, True)
     """
-    content = checkpoint if isinstance(checkpoint, Mapping) else _loaded(Path(checkpoint))
+    content = checkpoint if isinstance(checkpoint, Mapping) else _load_checkpoint(Path(checkpoint))
     where = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     if not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{where} is no Lightning checkpoint: it has no 'state_dict'")
     if not has_state(content):
         raise ValueError(
             f"{where} holds no compression state: it was saved with save_weights_only=True, or in "
-            "a run without compression callbacks. Give one that was saved whole"
+            "a run without compression callbacks. Give a full checkpoint"
         )
-    inside = _below(content, _prefix(module, content["state_dict"], where))
+    inside = _submodule_part(content, _prefix(module, content["state_dict"], where))
     rebuild_channels(module, inside)
     _load_weights(module, inside["state_dict"], where)
     attach_state(module, inside)
     return module
 
 
-def _loaded(path: Path) -> Mapping[str, Any]:
+def _load_checkpoint(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # on junk, the unpickler stumbles over anything
+    except Exception as error:  # on garbage, the unpickler raises anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} cannot be read without running code of its own ({why}): if you trust it, give "
@@ -194,7 +196,7 @@ def _prefix(module: nn.Module, state: Mapping[str, Any], where: str) -> str:
         for one in found
         if all(stored[one + key].shape == value.shape for key, value in own.items())
     ]
-    found = fits or found  # without channels that were removed the shapes tell
+    found = fits or found  # without removed channels the shapes decide
     if len(found) > 1:
         raise TargetError(
             f"{where} has the module's entries in {[one.rstrip('.') for one in found]}: restore "
@@ -203,8 +205,8 @@ def _prefix(module: nn.Module, state: Mapping[str, Any], where: str) -> str:
     return found[0] if found else ""
 
 
-def _below(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What a checkpoint says of one submodule, under the submodule's own paths."""
+def _submodule_part(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a checkpoint of one submodule, under the submodule's own paths."""
     if not prefix:
         return dict(checkpoint)
 
@@ -234,7 +236,7 @@ def _load_weights(module: nn.Module, state: Mapping[str, Any], where: str) -> No
 
 
 def attach_state(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Let a module carry the masks and grids of a checkpoint whose weights it holds, and no other.
+    """Attach the masks and grids of a checkpoint to a module that holds its weights.
 
     Raises:
         TargetError: for a grid or a mask of a weight that the module does not have.

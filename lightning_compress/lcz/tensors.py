@@ -1,4 +1,4 @@
-"""One tensor to a record and a payload, in the smallest of a few lossless forms, and back."""
+"""Encoder and decoder of one tensor: record and payload in the smallest lossless form."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_compress.grids import AffineGrid, CodebookGrid
-from lightning_compress.lcz.bits import by_piece, tally
+from lightning_compress.lcz.bits import count_values, map_in_chunks
 from lightning_compress.lcz.codecs import encode_symbols, entropy_bits
 from lightning_compress.lcz.decoding import (
-    MASK_MINUS_ZERO,
+    MASK_NEGATIVE_ZERO,
     MASK_VALUE,
     MASK_ZERO,
     StoredGrid,
-    decode_steps,
-    decode_words,
-    minus_zero,
+    decode_levels,
+    decode_patterns,
+    negative_zero,
 )
 from lightning_compress.lcz.header import MAX_CODEBOOK, TensorRecord
 from lightning_compress.lcz.raw_bits import (
@@ -38,8 +38,8 @@ from lightning_compress.state import Grid
 __all__ = [
     "decode_tensor",
     "encode_on_grid",
+    "encode_patterns",
     "encode_values",
-    "encode_words",
     "from_stored",
     "grid_fault",
     "grid_symbols",
@@ -50,10 +50,10 @@ __all__ = [
 
 
 def grid_symbols(tensor: Tensor, grid: Grid) -> NDArray[np.uint16] | None:
-    """(N,) symbols 0, 1, 2, 3, 4 ... for -0-, -1, +1, -2, +2 ... steps from zero.
+    """(N,) symbols 0, 1, 2, 3, 4 ... for the levels 0, -1, +1, -2, +2 ...
 
     Returns:
-        None where the grid cannot be stored or does not give back the tensor bit for bit.
+        None where the grid cannot be stored or does not reproduce the tensor bit for bit.
     """
     if not tensor.is_floating_point() or grid_fault(grid, tuple(tensor.shape)):
         return None
@@ -66,7 +66,7 @@ def grid_symbols(tensor: Tensor, grid: Grid) -> NDArray[np.uint16] | None:
 
 
 def grid_traits(grid: Grid) -> tuple[int, ...]:
-    """What the header says of a grid: (centres,), (bits, symmetric) or (bits, symmetric, axis)."""
+    """Header fields of a grid: (centres,), (bits, symmetric) or (bits, symmetric, axis)."""
     if isinstance(grid, CodebookGrid):
         return (grid.centres.numel(),)
     return grid.bits, int(grid.symmetric), *(() if grid.axis is None else (grid.axis,))
@@ -99,7 +99,7 @@ def same_grid(one: Grid | None, other: Grid | None) -> bool:
 
 
 def grid_fault(grid: Grid, shape: tuple[int, ...]) -> str | None:
-    """Why a grid of a tensor of this shape cannot stand in the file; None: it can."""
+    """Why the file cannot hold this grid of a tensor of this shape; None: it can."""
     if isinstance(grid, CodebookGrid):
         floats, zeros = grid.centres, torch.zeros(0, dtype=torch.int32)
     else:
@@ -111,8 +111,8 @@ def grid_fault(grid: Grid, shape: tuple[int, ...]) -> str | None:
 
 
 Shape = tuple[int, ...]
-_SLOW = ("auto", "context")  # who asks for these gets slowly coded values too
-_DENSE = 0.99  # with more values than this, a mask gains too little for the time it takes
+_CODES_VALUES = ("auto", "context")  # codecs that also code plain values, slowly
+_MAX_DENSITY = 0.99  # with more values than this, a mask gains too little for the time it takes
 _SAMPLE = 4096  # with more distinct values than a codebook holds here, no need to look further
 
 
@@ -144,7 +144,7 @@ class _Form:
         return filled, self.aux + self.symbols
 
 
-def _coded(
+def _symbol_form(
     kind: str,
     aux: bytes,
     symbols: NDArray[np.integer],
@@ -162,21 +162,21 @@ def encode_on_grid(
     """A tensor as symbols on its grid.
 
     Returns:
-        The record filled in, and the payload; None where the grid does not give back the tensor.
+        The record filled in, and the payload; None where the grid does not reproduce the tensor.
     """
     if (symbols := grid_symbols(tensor, grid)) is None:
         return None
     record = replace(record, grid=grid_traits(grid))
     packing, values = pack_grid(grid)
-    return _coded("grid", values, symbols, codec, record.shape, packing).finish(record)
+    return _symbol_form("grid", values, symbols, codec, record.shape, packing).finish(record)
 
 
 def encode_values(record: TensorRecord, tensor: Tensor, codec: str) -> tuple[TensorRecord, bytes]:
     """A tensor bit by bit: the smallest of its plain values, a codebook, or a mask of zeros."""
-    return encode_words(record, patterns(tensor), codec)
+    return encode_patterns(record, patterns(tensor), codec)
 
 
-def encode_words(record: TensorRecord, bits: Patterns, codec: str) -> tuple[TensorRecord, bytes]:
+def encode_patterns(record: TensorRecord, bits: Patterns, codec: str) -> tuple[TensorRecord, bytes]:
     """The same for the patterns of a tensor's elements, in the record's storage dtype."""
     shape = record.code_shape
     dtype = DTYPES[record.storage]
@@ -186,15 +186,15 @@ def encode_words(record: TensorRecord, bits: Patterns, codec: str) -> tuple[Tens
 
 
 def _plain(bits: Patterns, codec: str, most: int | None) -> _Form:
-    packing, data = pack_patterns(bits, coded=codec in _SLOW, most=most)
+    packing, data = pack_patterns(bits, coded=codec in _CODES_VALUES, most=most)
     return _Form("plain", data, packing=packing)
 
 
-def _order(book: Patterns, dtype: Dtype) -> NDArray[np.intp]:
-    """Which of rising patterns comes when, from the lowest value to the highest."""
+def _value_order(book: Patterns, dtype: Dtype) -> NDArray[np.intp]:
+    """Order of increasing patterns by value."""
     if not dtype.is_signed:
         return np.arange(len(book))
-    negative = book >= minus_zero(book.itemsize)
+    negative = book >= negative_zero(book.itemsize)
     downwards = dtype.is_floating_point or dtype.is_complex  # else two's complement
     below = np.flatnonzero(negative)
     return np.concatenate([below[::-1] if downwards else below, np.flatnonzero(~negative)])
@@ -206,25 +206,29 @@ def _codebook(bits: Patterns, codec: str, shape: Shape, dtype: Dtype) -> Iterato
     book = np.unique(bits)
     if len(book) > MAX_CODEBOOK:
         return
-    places = by_piece(partial(np.searchsorted, book), bits, np.uint8)
-    order = _order(book, dtype)
-    middle = int(np.argmax(((book == 0) * len(bits) + tally(places, len(book)))[order]))
+    places = map_in_chunks(partial(np.searchsorted, book), bits, np.uint8)
+    order = _value_order(book, dtype)
+    middle = int(np.argmax(((book == 0) * len(bits) + count_values(places, len(book)))[order]))
     steps = np.argsort(order) - middle
     symbols = (2 * np.abs(steps) - (steps < 0)).astype(np.uint16)
     aux = bytes([middle]) + book[order].tobytes()
-    yield _coded(
-        "codebook", aux, by_piece(lambda piece: symbols[piece], places, np.uint16), codec, shape
+    yield _symbol_form(
+        "codebook",
+        aux,
+        map_in_chunks(lambda chunk: symbols[chunk], places, np.uint16),
+        codec,
+        shape,
     )
 
 
 def _mask(bits: Patterns, codec: str, shape: Shape) -> Iterator[_Form]:
     symbols = np.full(len(bits), MASK_VALUE, np.uint16)
     symbols[bits == 0] = MASK_ZERO
-    symbols[bits == minus_zero(bits.itemsize)] = MASK_MINUS_ZERO
+    symbols[bits == negative_zero(bits.itemsize)] = MASK_NEGATIVE_ZERO
     kept = symbols == MASK_VALUE
-    if len(bits) and kept.mean() < _DENSE:
-        packing, values = pack_patterns(bits[kept], coded=codec in _SLOW)
-        yield _coded("mask", values, symbols, codec, shape, packing)
+    if len(bits) and kept.mean() < _MAX_DENSITY:
+        packing, values = pack_patterns(bits[kept], coded=codec in _CODES_VALUES)
+        yield _symbol_form("mask", values, symbols, codec, shape, packing)
 
 
 def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | None]:
@@ -235,8 +239,8 @@ def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | 
     """
     dtype = getattr(torch, record.dtype)
     if record.kind == "grid":
-        steps, stored = decode_steps(record, payload)
+        steps, stored = decode_levels(record, payload)
         grid = from_stored(stored)
         return grid.dequantize(torch.from_numpy(steps), dtype), grid
-    bits = decode_words(record, payload)
+    bits = decode_patterns(record, payload)
     return from_patterns(bits, getattr(torch, record.storage), record.shape).to(dtype), None

@@ -1,1 +1,1 @@
-"""Pruning as pure functions: scores say what matters, masks say what stays."""
+"""Pruning as pure functions: criteria, statistics, granularities and masks."""

@@ -166,7 +166,7 @@ class Movement(GradientStatistics):
         super().end()
 
     def reset(self) -> None:
-        """Remove the taps and forget the run."""
+        """Remove the taps and reset the sums of the run."""
         super().end()
         self._loaded = None
 
@@ -191,7 +191,7 @@ class Hutchinson:
         seed: of the signs, apart from the global random state.
 
     Raises:
-        ValueError: when samples is not a whole number of 1 or more.
+        ValueError: when samples is not an integer of 1 or more.
 
     >>> from torch import nn
     >>> from lightning_compress.targets import Target
@@ -210,7 +210,7 @@ class Hutchinson:
         if not callable(loss_fn):
             raise ValueError(f"loss_fn={loss_fn!r} must be a callable that returns a loss tensor")
         if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples={samples!r} must be a whole number, 1 or more")
+            raise ValueError(f"samples={samples!r} must be an integer, 1 or more")
         self.loss_fn, self.samples, self.seed = loss_fn, samples, seed
         self._slots: list[ProjectedWeight] = []
         self._diagonals: dict[str, Tensor] = {}
@@ -292,7 +292,7 @@ class Stateless:
         self.function = function
 
     def begin(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Nothing to gather."""
+        """Do nothing: no statistics are needed."""
 
     def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores of the weight's latent values.
@@ -311,7 +311,7 @@ class Stateless:
         return scores.detach()
 
     def end(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there are no statistics."""
 
 
 class Random:
@@ -330,7 +330,7 @@ class Random:
         self.seed = seed
 
     def begin(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Nothing to gather."""
+        """Do nothing: no statistics are needed."""
 
     def scores(self, slot: ProjectedWeight) -> Tensor:
         """Scores in [0, 1)."""
@@ -340,7 +340,7 @@ class Random:
         return torch.rand(values.shape, generator=generator).to(values.device)
 
     def end(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there are no statistics."""
 
 
 def magnitude(weight: Tensor) -> Tensor:

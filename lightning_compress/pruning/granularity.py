@@ -79,7 +79,7 @@ def layout_of(module: nn.Module, path: str) -> Layout:
 
 @dataclass(frozen=True)
 class Units:
-    """Units of one weight: what is pruned together, with a score each, and the way back to weights.
+    """Units of one weight that are pruned together: a score each, and their map to weights.
 
     Args:
         scores: one a unit, of any shape; infinite where a unit must stay.
@@ -121,7 +121,7 @@ def largest(size: int | Tensor) -> int:
 
 
 class Granularity(Protocol):
-    """Pools scores of weights into scores of units."""
+    """Granularity: pools scores of weights into scores of units."""
 
     @property
     def limit(self) -> float:
@@ -151,7 +151,7 @@ class Granularity(Protocol):
         ...
 
     def rest(self, shapes: Mapping[str, torch.Size], layouts: Mapping[str, Layout]) -> list[str]:
-        """What of the weights stays dense whatever is asked, in words."""
+        """The weights that the granularity always keeps dense, in words."""
         ...
 
 

@@ -190,7 +190,7 @@ def from_matrix(
 
 
 def windows(layer: nn.Module, x: Tensor, size: Sequence[int] = ()) -> Tensor:
-    """What each output position of a convolution reads: (N, *output, C, *kernel), a view.
+    """Input windows of each output position of a convolution: (N, *output, C, *kernel), a view.
 
     Args:
         layer: a convolution, transposed or not, of any dimension.
@@ -264,7 +264,7 @@ def weight_name(slot: ProjectedWeight) -> str:
 
 
 def find_owner(slot: ProjectedWeight) -> nn.Module | None:
-    """The layer whose forward uses the weight; None when it cannot be told.
+    """The layer whose forward uses the weight; None when it is unknown.
 
     A parametrization list does not know its layer: that is looked up in the module whose
     projector holds the slot.
@@ -343,7 +343,7 @@ class LayerCall:
         self.first = next(iter(self.given.values()), None)
 
     def inputs(self, name: str) -> Inputs | None:
-        """What the weight of this name was multiplied with; None where that is not visible."""
+        """Inputs that the weight of this name was multiplied with; None where unknown."""
         owner = self.owner
         if isinstance(owner, nn.RNNBase):
             pair = self._states.get(name)

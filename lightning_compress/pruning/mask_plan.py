@@ -70,7 +70,7 @@ def largest_in_rows(values: Tensor, axis: int, closed: Tensor | None) -> Tensor:
 
 @dataclass
 class MaskPlan:
-    """Mask plan: how scores become masks.
+    """Mask plan: granularity, scope and floors that turn scores into masks.
 
     Args:
         granularity: what is pruned together.
@@ -121,7 +121,7 @@ class MaskPlan:
         return magnitude.spread(exchange(active, magnitude.scores, grown.scores, fraction))
 
     def check(self, slots: Sequence[ProjectedWeight]) -> None:
-        """Check that the granularity fits the targets, and tell them the size of its units.
+        """Check that the granularity fits the targets, and set the size of its units.
 
         Raises:
             TargetError: where it would take whole rows of a weight_norm.
@@ -137,7 +137,7 @@ class MaskPlan:
             slot.unit = largest(size)
 
     def notes(self, slots: Sequence[ProjectedWeight]) -> list[str]:
-        """What of the targets the granularity cannot take."""
+        """Targets that the granularity cannot prune, in words."""
         return self.granularity.rest({one.path: one.parameter.shape for one in slots}, self.layouts)
 
     def _units(self, slot: ProjectedWeight, scores: Tensor, *, signed: bool) -> Units:

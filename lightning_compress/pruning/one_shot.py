@@ -1,4 +1,4 @@
-"""Prune a trained module in place: score, remove what is low, save. No Lightning, no training."""
+"""One-shot pruning of a trained module in place, without Lightning and without training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prune_weights(
     include: Sequence[Pattern] | Pattern | None = None,
     exclude: Sequence[Pattern] | Pattern = (),
 ) -> nn.Module:
-    """Set the weights of a trained module that are worth least to 0, in place.
+    """Set the weights with the lowest scores of a trained module to 0, in place.
 
     Sparsity is the absolute fraction of zeros in the targets, exact to the weight; zeros that are
     there already count first, and each target keeps 1 % where the sparsity leaves room for it, so
@@ -158,7 +158,7 @@ def _named(out: object) -> str:
 def _watched(
     module: nn.Module, slots: Sequence[ProjectedWeight], *, gradients: bool
 ) -> Iterator[None]:
-    """Eval mode, but for the layers that are looked at; what training would need, for a while."""
+    """Eval mode with gradients for the scored layers, within a block."""
     modes = {layer: layer.training for layer in module.modules()}
     trained = {slot.parameter: slot.parameter.requires_grad for slot in slots}
     before = {slot.parameter: slot.parameter.grad for slot in slots}

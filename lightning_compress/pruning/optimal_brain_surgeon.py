@@ -57,7 +57,7 @@ def saliency(weights: Tensor, hessian: Tensor) -> Tensor:
 def compensate(
     weights: Tensor, keep: Tensor, hessian: Tensor, *, solver: str = "auto", block_size: int = 128
 ) -> Tensor:
-    """The kept weights after those of the mask are gone, by the least added output error.
+    """Updated kept weights after pruning to the mask, of least added output error.
 
     Args:
         weights: (R, C) before pruning; weights that are zero already may be in the mask.
@@ -150,7 +150,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 class OptimalBrainSurgeon(ForwardStatistics):
-    """w^2 / [H^-1]_qq, and the kept weights of a row make up for those that went.
+    """w^2 / [H^-1]_qq, with a Hessian-based update of the kept weights of each row.
 
     H = 2 X X^T + damping * mean(diagonal) * I, over the inputs X of the window, for each layer
     and each group of a grouped convolution (Hassibi & Stork 1993; Optimal Brain Compression,
@@ -196,7 +196,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         sizes = {"max_columns": max_columns, "max_samples": max_samples, "block_size": block_size}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a whole number, 1 or more")
+                raise ValueError(f"{name}={size!r} must be an integer, 1 or more")
         self.damping, self.solver, self.block_size = damping, solver, block_size
         self.max_columns, self.max_samples = max_columns, max_samples
         self._before: dict[str, Tensor | None] = {}  # masks at the time of the scores

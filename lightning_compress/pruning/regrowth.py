@@ -46,7 +46,7 @@ def check_regrowth(regrow: str | None, fraction: float, scope: str, *, fixed: bo
 
 
 class DenseGradients:
-    """The gradient of the last step at every position, pruned or not: what RigL grows by."""
+    """The gradient of the last step at every position, pruned or not: RigL's criterion."""
 
     window = 1
 
@@ -76,11 +76,11 @@ class DenseGradients:
         self._gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the gradients of a step are read within it."""
+        """Nothing to save: gradients are read within a step."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
+        """Nothing to load."""
 
     def _tap(self, slot: ProjectedWeight) -> Callable[[Tensor], None]:
         def read(gradient: Tensor) -> None:
@@ -109,7 +109,7 @@ def exchanged_fraction(fraction: float, done: float) -> float:
 
 
 def exchange(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float) -> Tensor:
-    """A mask in which a fraction of what stays has moved, its number unchanged.
+    """A mask with a fraction of its active weights exchanged, their number unchanged.
 
     Evci et al. 2020, arXiv:1911.11134, section 3: the smallest magnitudes leave, and of what is
     then not active the largest gradients come in; what has just left may come back.

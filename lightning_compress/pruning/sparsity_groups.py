@@ -82,7 +82,7 @@ class SparsityGroup:
         return steered_sparsity(steered, self.target(math.inf), max(finals))
 
     def miss(self, end: float, *, late: str = "") -> str:
-        """What is missing at the end of a run, in words; empty when nothing is.
+        """Shortfall of sparsity at the end of a run, in words; empty if there is none.
 
         Args:
             end: of the window.
@@ -154,7 +154,7 @@ def by_pattern(
     exclude: Sequence[Pattern] | Pattern,
     slots: Sequence[ProjectedWeight],
 ) -> list[list[ProjectedWeight]]:
-    """Slots by the first pattern that matches each.
+    """Projected weights by the first pattern that matches each.
 
     Raises:
         TargetError: for a pattern that matches no target, or none that no earlier one has.
@@ -210,7 +210,7 @@ def split_groups(parts: Sequence[SparsityGroup]) -> list[SparsityGroup]:
 def check_min_keep(
     min_keep: float | Mapping[Pattern, float], parts: Sequence[SparsityGroup]
 ) -> None:
-    """Check what can be checked before the targets are known.
+    """Check `min_keep` before the targets are known.
 
     Raises:
         ValueError: for a fraction that is none, or leaves no room for a schedule's final value.
@@ -250,7 +250,7 @@ def floors_by_path(
 def check_floors(
     slots: Sequence[ProjectedWeight], floors: Mapping[str, float], final: float, *, each: bool
 ) -> None:
-    """Check that what must stay leaves room for the final sparsity.
+    """Check that the floors leave room for the final sparsity.
 
     Args:
         slots: of one group.

@@ -48,12 +48,12 @@ class StatisticsCriterion:
         window: steps of the owning optimizer, before an event, in which sums gather.
 
     Raises:
-        ValueError: when the window is not a whole number of 1 or more.
+        ValueError: when the window is not an integer of 1 or more.
     """
 
     def __init__(self, *, window: int) -> None:
         if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window={window!r} must be a whole number of steps, 1 or more")
+            raise ValueError(f"window={window!r} must be an integer number of steps, 1 or more")
         self.window = window
         self._slots: dict[str, ProjectedWeight] = {}
         self._sums: dict[str, Tensor] = {}
@@ -196,7 +196,7 @@ def _reacting(react: Callable[[LayerCall], None]) -> Hook:
 
 
 class ForwardStatistics(StatisticsCriterion):
-    """Base of the criteria that look at what goes into or comes out of layers.
+    """Base of the criteria that read inputs or outputs of layers.
 
     Making one lets `torch.compile` notice hooks (`skip_nnmodule_hook_guards`): a graph compiled
     before that keeps no hooks, and its weights are scored by magnitude, with a warning. The
@@ -258,7 +258,7 @@ class ForwardStatistics(StatisticsCriterion):
 
 @runtime_checkable
 class Criterion(Protocol):
-    """What scores weights; any object of this shape will do.
+    """Protocol of a pruning criterion.
 
     Two more methods are optional: `update(slot, mask) -> Tensor | None` gives new latent values
     after pruning (None: unchanged), and `state_dict` / `load_state_dict` carry statistics
@@ -358,7 +358,7 @@ class StatisticsWindow:
         return None if update is None or slot.pruned is None else update(slot, ~slot.pruned)
 
     def after_event(self, ahead: float) -> None:
-        """Free what was gathered, unless the next window has begun already."""
+        """Free the statistics, unless the next window has begun already."""
         if self.since is not None and ahead >= self.criterion.window:
             self.stop()
 
@@ -368,19 +368,19 @@ class StatisticsWindow:
         self.since = None
 
     def reset(self) -> None:
-        """End gathering and forget what a criterion keeps of the whole run."""
+        """End the window and reset the sums of the whole run."""
         self.stop()
         forget = getattr(self.criterion, "reset", None)
         if forget is not None:
             forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Since when, and the criterion's own state if it has one."""
+        """Begin of the window, and the criterion's own state if it has one."""
         own = getattr(self.criterion, "state_dict", None)
         return {"since": self.since, "criterion": None if own is None else own()}
 
     def restore(self, slots: Sequence[ProjectedWeight], step: int, state: dict[str, Any]) -> None:
-        """Go on gathering; a criterion that saves nothing begins anew at this step."""
+        """Resume the window; a criterion without a saved state begins anew at this step."""
         load = getattr(self.criterion, "load_state_dict", None)
         if state["since"] is not None:
             self.criterion.begin(slots)
@@ -390,7 +390,7 @@ class StatisticsWindow:
 
 
 class StatisticsWindows(list[StatisticsWindow]):
-    """Several at once: the criterion, and what weights grow by."""
+    """Several windows at once: of the pruning criterion and of the growth criterion."""
 
     def look_ahead(
         self,
@@ -401,12 +401,12 @@ class StatisticsWindows(list[StatisticsWindow]):
         pending: bool,
         needed: Callable[[float], bool],
     ) -> None:
-        """As `Gathering.look_ahead`."""
+        """As `StatisticsWindow.look_ahead`."""
         for one in self:
             one.look_ahead(slots, events, step, pending=pending, needed=needed)
 
     def after_event(self, ahead: float) -> None:
-        """As `Gathering.after_event`."""
+        """As `StatisticsWindow.after_event`."""
         for one in self:
             one.after_event(ahead)
 

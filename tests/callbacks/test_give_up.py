@@ -1,4 +1,4 @@
-"""GiveUp ends what is beyond hope, and nothing else."""
+"""GiveUp prunes runs below the limit, and no others."""
 
 import pytest
 from tiny import TinyAutoencoder, batches, quiet_trainer

@@ -90,7 +90,7 @@ def make_results(*, place=0, ratio=31.2, within=True, **changes):
                 "decoder": {
                     "int8_ops": {"QLinearConv": 3, "QGemm": 1},
                     "float_ops": {"Sigmoid": 1},
-                    "reasons": {"Sigmoid": "no kernel for whole numbers " + "_" * 60},
+                    "reasons": {"Sigmoid": "no kernel for integers " + "_" * 60},
                     "parity": {"onnxruntime": {"max_abs_error": 0.0039}},
                 }
             },

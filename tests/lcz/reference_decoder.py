@@ -306,7 +306,7 @@ def log(value):
 
 
 class Context:
-    """One stream: positions wave by wave, and counts of each plane."""
+    """One stream: positions scan by scan, and counts of each plane."""
 
     def __init__(self, data, count):
         reader = Reader(data)
@@ -334,25 +334,25 @@ class Context:
         return {axes: struct.unpack("b", reader.take(1))[0] for axes in used}
 
     def slabs(self):
-        """Lists of waves of positions."""
+        """Lists of scans of positions."""
         step = max((1 << 22) // (self.b * self.c), 1)
         for start in range(0, self.a, step):
-            waves = [[] for _ in ENDS]
+            scans = [[] for _ in ENDS]
             box = (range(start, min(start + step, self.a)), range(self.b), range(self.c))
             for a, b, c in itertools.product(*box):
                 u = a * 0xD1B54A33 + b * 0xABC98388 + c * 0x8CB92BA7 & 0xFFFFFFFF
-                waves[next(w for w, end in enumerate(ENDS) if end > u >> 24)].append((a, b, c))
-            yield waves
+                scans[next(w for w, end in enumerate(ENDS) if end > u >> 24)].append((a, b, c))
+            yield scans
 
-    def plane(self, name, waves, node=lambda place: 0):
+    def plane(self, name, scans, node=lambda place: 0):
         """The decision at each position."""
         found, counts = {}, self.counts[name]
-        for wave in waves:
-            for place in wave:
+        for scan in scans:
+            for place in scan:
                 chance = self.chance(name, place, node(place))
                 left = ((1 << 20) - chance) * ((1 << 24) - 2) >> 20
                 found[place] = self.coder.decode([0, left + 1, 1 << 24])
-            for place in wave:
+            for place in scan:
                 counts["all"][found[place]] += 1
                 counts["node", node(place)][found[place]] += 1
                 for axes in self.weights[name]:
@@ -375,26 +375,26 @@ class Context:
         return round(2**20 / (1 + 2 ** (-logit / 256)))
 
 
-def kept(waves, keep):
-    return [[place for place in wave if keep(place)] for wave in waves]
+def kept(scans, keep):
+    return [[place for place in scan if keep(place)] for scan in scans]
 
 
 def context(data, shape):
     count = math.prod(shape)
     stream, out = Context(data, count), [0] * count
-    for waves in stream.slabs():
-        some = stream.plane("zero", waves)
-        waves = kept(waves, lambda place, some=some: some[place])
-        sign = stream.plane("sign", waves)
+    for scans in stream.slabs():
+        some = stream.plane("zero", scans)
+        scans = kept(scans, lambda place, some=some: some[place])
+        sign = stream.plane("sign", scans)
         exponent = dict.fromkeys(sign, 0)
-        alive = waves
+        alive = scans
         for e in range(stream.exponents):
             above = stream.plane(f"e{e}", alive)
             alive = kept(alive, lambda place, above=above: above[place])
-            exponent |= {place: e + 1 for wave in alive for place in wave}
+            exponent |= {place: e + 1 for scan in alive for place in scan}
         size = dict.fromkeys(sign, 1)
         for i in range(1, stream.exponents + 1):
-            deep = kept(waves, lambda place, i=i, x=exponent: x[place] >= i)
+            deep = kept(scans, lambda place, i=i, x=exponent: x[place] >= i)
             node = lambda place, x=exponent, m=size: (x[place], m[place])  # noqa: E731
             for place, bit in stream.plane(f"b{i}", deep, node).items():
                 size[place] = 2 * size[place] + bit

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from lightning_compress.lcz import context, context_fitting, context_model
-from lightning_compress.lcz.context_fitting import Foresight
-from lightning_compress.lcz.context_model import WEIGHT_ONE, Plane, fit_weights
+from lightning_compress.lcz.context_fitting import TwoPassModel
+from lightning_compress.lcz.context_model import WEIGHT_ONE, AdaptiveBitModel, fit_weights
 
 
 def sparse(shape, seed=0):
@@ -51,16 +51,16 @@ def test_a_sample_has_the_logits_that_all_positions_have(with_nodes):
     shape = (20, 30, 9)
     bits = sparse(shape) > 0
     view = context_model.View(*shape)
-    at, ends = view.waves(0, len(bits))
+    at, ends = view.scan_order(0, len(bits))
     nodes = at % 3 if with_nodes else None
 
     def plane():
-        return Plane(view, 3 if with_nodes else 1)
+        return AdaptiveBitModel(view, 3 if with_nodes else 1)
 
-    whole = context_fitting._sampled(plane(), at, ends, bits[at], nodes, 1)
+    whole = context_fitting._sampled_features(plane(), at, ends, bits[at], nodes, 1)
     assert whole[1].any(axis=1).all()
     for step in (2, 7, 1000):
-        some = context_fitting._sampled(plane(), at, ends, bits[at], nodes, step)
+        some = context_fitting._sampled_features(plane(), at, ends, bits[at], nodes, step)
         assert (some[0] == whole[0][::step]).all()
         assert (some[1] == whole[1][:, ::step]).all()
 
@@ -69,9 +69,9 @@ def test_keys_are_indices_along_the_axes():
     view = context_model.View(8, 6, 4)
     positions = np.random.default_rng(0).permutation(8 * 6 * 4)
     index = np.unravel_index(positions, view.shape)
-    assert view.subsets == ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+    assert view.context_axes == ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
     keys = list(view.keys(positions, range(6)))
-    for table, subset in enumerate(view.subsets):
+    for table, subset in enumerate(view.context_axes):
         lengths = [view.shape[axis] for axis in subset]
         expected = np.ravel_multi_index([index[axis] for axis in subset], lengths)
         assert (keys[table] == expected).all()
@@ -84,11 +84,11 @@ def test_a_view_is_chosen_by_what_its_tables_tell(shape):
     some = symbols > 0
     for lengths in told:
         view = context_model.View(*lengths)
-        ones = context_model._ones(some.reshape(lengths).astype(np.float32))
-        for subset in view.subsets:
+        ones = context_model._ones_by_context(some.reshape(lengths).astype(np.float32))
+        for subset in view.context_axes:
             others = tuple(axis for axis in range(3) if axis not in subset)
             assert (ones[subset] == some.reshape(lengths).sum(others)).all()
-        told[lengths] = context_model._told(ones, view)
+        told[lengths] = context_model._bits_saved(ones, view)
     assert context_model.best_view(symbols, shape).shape == max(told, key=told.get)
 
 
@@ -103,9 +103,9 @@ def test_tables_at_once_and_one_by_one_give_one_stream(monkeypatch):
     shape = (30, 40, 9)
     symbols = sparse(shape)
     streams = []
-    monkeypatch.setattr(context, "AT_ONCE", 0)
+    monkeypatch.setattr(context, "TWO_PASS_LIMIT", 0)
     for at_once in (0, 1000, 1 << 30):
-        monkeypatch.setattr(context_model, "_AT_ONCE", at_once)
+        monkeypatch.setattr(context_model, "_BATCH", at_once)
         streams.append(context.encode(symbols, shape))
         assert np.array_equal(context.decode(streams[-1], shape), symbols)
     assert len(set(streams)) == 1
@@ -118,43 +118,45 @@ def test_tables_at_once_and_one_by_one_give_one_stream(monkeypatch):
     kinds=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_what_is_foreseen_is_what_the_waves_say(shape, share, kinds, seed):
+def test_the_two_pass_model_equals_the_adaptive_model(shape, share, kinds, seed):
     rng = np.random.default_rng(seed)
     view = context_model.View(*shape)
-    at, ends = view.waves(0, int(np.prod(shape)))
-    kept, ends = context._kept(rng.random(len(at)) < rng.random(), ends)
+    at, ends = view.scan_order(0, int(np.prod(shape)))
+    kept, ends = context._set_positions(rng.random(len(at)) < rng.random(), ends)
     at = at[kept]
     if not len(at):
         return
     bits = rng.random(len(at)) < share * rng.random(shape[0])[at // (shape[1] * shape[2])]
     nodes = rng.integers(0, kinds, len(at)) if kinds > 1 else None
-    ahead = Foresight(view, at, ends, bits, nodes, kinds)
-    base, features = context_fitting._sampled(Plane(view, kinds), at, ends, bits, nodes, 1)
-    assert (ahead.base == base).all()
-    assert (ahead.features() == features).all()
+    two_pass = TwoPassModel(view, at, ends, bits, nodes, kinds)
+    base, features = context_fitting._sampled_features(
+        AdaptiveBitModel(view, kinds), at, ends, bits, nodes, 1
+    )
+    assert (two_pass.base == base).all()
+    assert (two_pass.features() == features).all()
 
 
 @pytest.mark.parametrize("shape", [(30, 40, 9), (7, 5, 4), (200, 300)])
-def test_foresight_and_waves_give_one_stream(shape, monkeypatch):
+def test_two_passes_and_scans_give_one_stream(shape, monkeypatch):
     symbols = sparse(shape)
     streams = []
-    foreseen = mock.Mock(side_effect=Foresight)
-    monkeypatch.setattr(context, "Foresight", foreseen)
+    two_pass = mock.Mock(side_effect=TwoPassModel)
+    monkeypatch.setattr(context, "TwoPassModel", two_pass)
     monkeypatch.setattr(context_fitting, "_SHORT", 0)
     for most in (0, 1 << 18):
-        monkeypatch.setattr(context, "AT_ONCE", most)
+        monkeypatch.setattr(context, "TWO_PASS_LIMIT", most)
         streams.append(context.encode(symbols, shape))
-        assert foreseen.called == (most > 0)
+        assert two_pass.called == (most > 0)
         assert np.array_equal(context.decode(streams[-1], shape), symbols)
     assert streams[0] == streams[1]
 
 
-def test_sums_of_foreseen_features_are_exact():
+def test_sums_of_two_pass_features_are_exact():
     rng = np.random.default_rng(0)
     features = rng.integers(-(1 << 14), 1 << 14, (6, 5000))
     weights = dict(enumerate(rng.integers(-128, 128, 6).tolist()))
     exact = (features * np.array(list(weights.values()))[:, None]).sum(0) // WEIGHT_ONE
-    assert (context_fitting._mixed(features.astype(np.float32), weights) == exact).all()
+    assert (context_fitting._weighted_sum(features.astype(np.float32), weights) == exact).all()
 
 
 def test_memory_grows_with_the_tensor_and_not_faster():

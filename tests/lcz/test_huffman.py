@@ -123,7 +123,7 @@ def test_streams_come_back(count, alphabet):
 def test_more_lanes_than_one_group(monkeypatch):
     symbols = np.random.default_rng(0).geometric(0.3, 20 * BLOCK + 5).astype(np.uint16)
     whole = huffman.encode(symbols)
-    monkeypatch.setattr(huffman, "_LANES", 3)
+    monkeypatch.setattr(huffman, "_BLOCKS_AT_ONCE", 3)
     assert huffman.encode(symbols) == whole
     assert (huffman.decode(whole, len(symbols)) == symbols).all()
 
@@ -132,17 +132,17 @@ def test_more_lanes_than_one_group(monkeypatch):
 def test_streams_side_by_side_are_as_each_by_itself(monkeypatch, few):
     """In lockstep and one by one, over groups that end within a stream."""
     monkeypatch.setattr(huffman, "_FEW", few)
-    monkeypatch.setattr(huffman, "_LANES", 5)
+    monkeypatch.setattr(huffman, "_BLOCKS_AT_ONCE", 5)
     rng = np.random.default_rng(2)
     counts = (7 * BLOCK + 3, 0, 40, 2 * BLOCK, 4 * BLOCK + 1)
     parts = [rng.geometric(0.1 + i / 6, n).astype(np.uint16) for i, n in enumerate(counts)]
     parts.append(np.full(3 * BLOCK, 6, np.uint16))
     streams = [(huffman.encode(part), len(part)) for part in parts]
-    for found, part in zip(huffman.decode_together(streams), parts, strict=True):
+    for found, part in zip(huffman.decode_streams(streams), parts, strict=True):
         assert np.array_equal(found, part)
     short = streams[4][0][:-3]
     with pytest.raises(CorruptArtifactError):
-        huffman.decode_together([*streams[:4], (short, counts[4])])
+        huffman.decode_streams([*streams[:4], (short, counts[4])])
 
 
 def test_a_small_stream_has_no_block_table():

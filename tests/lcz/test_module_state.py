@@ -242,10 +242,10 @@ def test_large_tensors_are_coded_slab_by_slab(tmp_path, monkeypatch):
 
 def test_a_bar_shows_only_past_a_second(monkeypatch):
     for patience, drawn in ((1.0, False), (0.0, True)):
-        monkeypatch.setattr(parallel, "PATIENCE", patience)
+        monkeypatch.setattr(parallel, "PROGRESS_DELAY", patience)
         stream = io.StringIO()
         screen = Console(file=stream, force_terminal=True, width=60)
-        assert list(parallel.shown("abc", [1, 2, 3], "encoding", screen)) == ["a", "b", "c"]
+        assert list(parallel.with_progress("abc", [1, 2, 3], "encoding", screen)) == ["a", "b", "c"]
         assert ("encoding" in stream.getvalue()) is drawn
 
 

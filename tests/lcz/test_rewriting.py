@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_compress import load_compressed, save_compressed
-from lightning_compress.lcz.module_state import norms_behind
+from lightning_compress.lcz.module_state import layers_before_norms
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import compression_state, set_grid
 
@@ -104,7 +104,7 @@ def hooked():
     ids=["shared", "own forward", "hook", "activation between"],
 )
 def test_a_bias_stays_where_it_may_not_go_into_the_norm(tmp_path, model):
-    assert norms_behind(model) == {}
+    assert layers_before_norms(model) == {}
     model.eval()
     x = torch.randn(3, 4)
     expected, before = model(x), {n: v.clone() for n, v in model.state_dict().items()}

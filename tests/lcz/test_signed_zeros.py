@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress import load_compressed, save_compressed
-from lightning_compress.lcz.raw_bits import DTYPES, without_minus_zeros
+from lightning_compress.lcz.raw_bits import DTYPES, without_negative_zeros
 from lightning_compress.quantization.post_training import quantize_weights
 
 
@@ -47,11 +47,10 @@ def test_signed_zeros_stay_where_they_are_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", [one for one in DTYPES if DTYPES[one].is_signed])
 def test_nothing_but_the_sign_of_zeros_changes(name):
-    dtype = getattr(torch, name)
-    values = torch.tensor([0.0, -1.0, 2.0, -3.0]).to(dtype)
+    values = torch.tensor([0.0, -1.0, 2.0, -3.0]).to(getattr(torch, name))
     if values.is_floating_point() or values.is_complex():
-        values = torch.cat([values, (-torch.zeros(2)).to(dtype)])
-    found = without_minus_zeros(values)
+        values = torch.cat([values, (-torch.zeros(2)).to(getattr(torch, name))])
+    found = without_negative_zeros(values)
     assert found.dtype == values.dtype
     wide = torch.complex128 if values.is_complex() else torch.float64
     assert torch.equal(found.to(wide), values.to(wide))

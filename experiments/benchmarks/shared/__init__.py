@@ -1,1 +1,1 @@
-"""What several benchmarks share: rows, dense starts, peers, times and table cells."""
+"""Shared parts of the benchmarks: rows, dense starts, peers, times and table cells."""

@@ -67,12 +67,12 @@ class Start:
 
     Args:
         name: in `MODELS`.
-        seed: of weights and noise; splits, order and the network whose features judge pictures are
+        seed: of weights and noise; splits, order and the network whose features judge images are
             the same for all seeds.
         folder: where the dense weights are kept.
         models: overrides, epochs and small layers by name.
         data: overrides that choose the data.
-        pictures: whether the pictures of a VAE are measured too, which takes a minute.
+        images: whether the images of a VAE are measured too, which takes a minute.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Start:
         models: Mapping[str, tuple[list[str], int, list[str]]] = MODELS,
         *,
         data: Sequence[str] = ("data=fashion_mnist",),
-        pictures: bool = False,
+        images: bool = False,
     ) -> None:
         overrides, self.epochs, self.spared = models[name]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             self.cfg = compose("train", [*overrides, *data, f"seed={seed}", "data.seed=0"])
-        self.name, self.seed, self.pictures = name, seed, pictures
+        self.name, self.seed, self.images = name, seed, images
         self.data_name = data[0].partition("=")[2]
         self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")
         self.data.prepare_data()
@@ -131,7 +131,7 @@ class Start:
         trainer.fit(model, datamodule=self.data)
 
     def quality(self, model: Any) -> dict[str, float]:
-        """As an experiment measures it; of a VAE the likelihood alone unless `pictures`."""
+        """As an experiment measures it; of a VAE the likelihood alone unless `images`."""
         return self.evaluator(model).quality(model.eval())
 
     def evaluator(self, model: Any) -> Evaluator:
@@ -139,6 +139,6 @@ class Start:
         if self._evaluator is None:
             kind = str(model.kind)
             self._evaluator = Evaluator(self.cfg.evaluate, self.data, kind, self.data_name)
-            if kind == "vae" and not self.pictures:
+            if kind == "vae" and not self.images:
                 self._evaluator.extractor = None
         return self._evaluator

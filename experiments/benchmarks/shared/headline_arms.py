@@ -1,4 +1,4 @@
-"""What each row of the headline table trains: ours, and what a user would take instead."""
+"""Arms of the headline table: this package's methods, and peers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
 
 
 def taught(runs: Runs) -> KnowledgeDistillation:
-    """The dense model of the same steps teaches: its start is younger than its pupils become.
+    """Distillation from the dense model of the same steps.
 
     A VAE's leaves: taught to the end it comes out worse, see `docs/channels.md`.
     """
@@ -93,7 +93,7 @@ def together(sparsity: float, step: float) -> Arm:
 
 
 def channels(runs: Runs, left: float, end: float = 0.4) -> ChannelPruning:
-    """Smaller layers, in the way that the model bears best."""
+    """Smaller layers, in the way that the model tolerates best."""
     return ChannelPruning(budget={"macs": left}, **{"end": end, **runs.model.channels})
 
 

@@ -1,4 +1,4 @@
-"""What a row of the headline table ships: its file, and what it costs beside the dense one."""
+"""Files of the headline table's rows: written, measured and timed beside the dense ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 Row = dict[str, Any]
 BOUND = 64  # samples of the importance-weighted bound
-PICTURES = 1000  # of the test split that it is measured on
+IMAGES = 1000  # of the test split that it is measured on
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Shipped:
 def lcz(
     model: Any, home: Path, *, codec: str = "auto", int8: SplitDataModule | None = None
 ) -> Shipped:
-    """A model as an `.lcz` file; with `int8` also as ONNX files of whole numbers."""
+    """A model as an `.lcz` file; with `int8` also as ONNX files of integers."""
     info = save_compressed(model.deployed_module(), home / "model.lcz", codec=codec)
     whole = None if int8 is None else int8_bytes(write_int8_files(model, home, int8))
     return Shipped(model, ".lcz", info.bytes, home, whole)
@@ -123,14 +123,14 @@ def measured(runs: Runs, shipped: Shipped, dense: Path, rounds: int) -> Row:
 def controls(runs: Runs, arm: str, model: Any) -> Row:
     """Of a dense row the real data's own noise; of a VAE's main rows a tighter bound.
 
-    `neg_iwae` has 64 samples, on the first 1,000 pictures: the same ones, and the same noise, for
+    `neg_iwae` has 64 samples, on the first 1,000 images: the same ones, and the same noise, for
     all rows.
     """
     found: Row = {}
     if arm == "dense":
         found["measure"] = runs.start.evaluator(model).describe()
     if runs.kind in ("vae", "recurrent_vae") and arm in runs.model.main:
-        x = rows(runs.start.data.test_dataset)[0][:PICTURES]
+        x = rows(runs.start.data.test_dataset)[0][:IMAGES]
         with fake_quantized(model):
             found["neg_iwae"] = likelihood(model, x, importance_samples=BOUND)["neg_iwae"]
     return found
@@ -150,7 +150,7 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
 
     Args:
         runs: of the model.
-        home: folder of a row's files; where there is no fp32 file its int8 file is what it ships.
+        home: folder of a row's files; where there is no fp32 file its int8 file is timed.
         dense: folder of the dense row's.
         rounds: calls of each.
     """
@@ -174,7 +174,7 @@ def speeds_of(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
 
 
 def speeds_of_all(runs: Runs, home: Path, dense: Path, rounds: int) -> Row:
-    """The same of all parts that ship, one after the other: medians of each, added up.
+    """The same of all deployed parts, one after the other: medians of each, added up.
 
     A VAE's encoder and decoder; a generator alone has nothing to add.
 

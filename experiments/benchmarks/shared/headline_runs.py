@@ -1,4 +1,4 @@
-"""The runs of the headline table: one dense start a model, and equal steps for all that follow."""
+"""Runs of the headline table: one dense start a model, and equal steps for each arm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SETS", "Model", "Runs"]
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained.
+    """Model of the table and its arms.
 
     Args:
         title: of its table.
@@ -249,7 +249,7 @@ class Runs:
     def _start(self, overrides: Sequence[str]) -> Start:
         model = self.model
         start = {self.name: ([*overrides], model.epochs[0], [*model.spared])}
-        return Start(self.name, self.seed, self.folder, start, data=model.data, pictures=True)
+        return Start(self.name, self.seed, self.folder, start, data=model.data, images=True)
 
     def fresh(self) -> Any:
         """A copy of the dense start."""

@@ -1,4 +1,4 @@
-"""Tables put into the pages of the documentation."""
+"""Insertion of tables into the pages of the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark sets beside this package's own: other pruners, and the usual teacher."""
+"""Peers of the benchmarks: other pruners, nncodec, and the usual teacher."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def nncodec_python() -> str | None:
 
 
 def teacher(dense: Any, *, leaves: float | None = None) -> KnowledgeDistillation:
-    """A dense twin that teaches as `docs/distillation.md` found it best for its kind.
+    """A dense baseline that teaches as `docs/distillation.md` found it best for its kind.
 
     Args:
-        dense: the twin.
+        dense: the model.
         leaves: fraction of the run after which a VAE's no longer teaches, growing weaker all the
             time; None: it stays.
     """

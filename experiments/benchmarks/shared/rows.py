@@ -1,4 +1,4 @@
-"""Rows of a long benchmark in a file of JSON lines: a row that is there is not made again."""
+"""Resumable rows of a long benchmark in a file of JSON lines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Training steps of several set-ups measured side by side: one process, turns batch by batch.
+"""Interleaved timing of training steps: several set-ups in one process, batch by batch.
 
 A busy moment of the machine so meets all of them. Where a run's memory happens to lie makes its
-steps up to a tenth slower or faster than its twin's: so each set-up runs in several copies, mixed
-with the others', and the spread of the copies stands beside the result as the noise.
+steps up to a tenth slower or faster than the baseline's: so each set-up runs in several copies,
+mixed with the others', and the spread of the copies stands beside the result as the noise.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Turns(Callback):
 def measure_steps(setups: dict[str, SetUp], *, steps: int, copies: int, rows: int = 64) -> None:
     """Print the time of a step of each set-up against the first one's.
 
-    Two epochs of random pictures (rows, 1, 28, 28) are trained on one thread, and the second one is
+    Two epochs of random images (rows, 1, 28, 28) are trained on one thread, and the second one is
     measured: some tools begin their work when the first one ends.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every DataModule of this package shares: three fixed splits and their loaders."""
+"""Base of the DataModules: three fixed splits and their loaders."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ __all__ = [
     "as_is",
     "check_choice",
     "check_fractions",
-    "check_whole",
+    "check_integer",
     "fraction_split",
     "seeded_permutation",
     "stratified_split",
 ]
 
 
-def check_whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """Return `value` when it is a whole number in `[minimum, maximum]`.
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Return `value` when it is an integer in `[minimum, maximum]`.
 
     Raises:
         ValueError: naming the argument, the value and the range.
 
-    >>> check_whole("batch_size", 0, 1)
+    >>> check_integer("batch_size", 0, 1)
     Traceback (most recent call last):
-    ValueError: batch_size must be a whole number >= 1, got 0
+    ValueError: batch_size must be an integer >= 1, got 0
     """
     highest = float("inf") if maximum is None else maximum
     if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= highest:
         return value
     valid = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-    raise ValueError(f"{name} must be a whole number {valid}, got {value!r}")
+    raise ValueError(f"{name} must be an integer {valid}, got {value!r}")
 
 
 def check_choice(name: str, value: str, valid: Collection[str]) -> str:
@@ -331,9 +331,9 @@ class SplitDataModule(LightningDataModule, ABC):
 
     def __init__(self, *, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.batch_size = check_whole("batch_size", batch_size, 1)
-        self.num_workers = check_whole("num_workers", num_workers, 0)
-        self.seed = check_whole("seed", seed, 0, MAX_SEED)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.num_workers = check_integer("num_workers", num_workers, 0)
+        self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self._splits: Splits | None = None
         self._fingerprint: str | None = None
 
@@ -380,7 +380,7 @@ class SplitDataModule(LightningDataModule, ABC):
         else:
             chosen = SplitRows(train, rows)
         part = copy.copy(self)
-        part.seed = check_whole("seed", seed, 0, MAX_SEED)
+        part.seed = check_integer("seed", seed, 0, MAX_SEED)
         part._splits, part._fingerprint = self.splits._replace(train=chosen), None
         return part
 

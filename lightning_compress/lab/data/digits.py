@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn ships, as images and as sequences of rows."""
+"""The 1,797 handwritten digits of scikit-learn, as images and as sequences of rows."""
 
 from __future__ import annotations
 

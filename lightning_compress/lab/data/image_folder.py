@@ -19,7 +19,7 @@ from lightning_compress.lab.data.base import (
     SplitDataModule,
     Splits,
     check_fractions,
-    check_whole,
+    check_integer,
     fraction_split,
 )
 
@@ -125,7 +125,7 @@ class ImageFolder(SplitDataModule):
         super().__init__(**common)
         check_fractions(val_fraction, test_fraction)
         self.folder = None if folder is None else Path(folder).expanduser()
-        self.image_size, self.grey = check_whole("image_size", image_size, 1), grey
+        self.image_size, self.grey = check_integer("image_size", image_size, 1), grey
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes: list[str] = []
 

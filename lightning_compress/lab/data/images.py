@@ -23,7 +23,7 @@ from lightning_compress.lab.data.base import (
     Splits,
     TensorSplit,
     check_choice,
-    check_whole,
+    check_integer,
     seeded_permutation,
 )
 
@@ -55,7 +55,7 @@ def check_frame(image_size: int, fit: str, *, content: int) -> None:
     fit='resize' scales images down
     """
     check_choice("fit", fit, FITS)
-    check_whole("image_size", image_size, 1)
+    check_integer("image_size", image_size, 1)
     if fit == "pad" and image_size < content:
         raise ValueError(
             f"image_size must be >= {content} (the images' own size) with fit='pad',"
@@ -132,8 +132,8 @@ class CIFAR10(SplitDataModule):
         check_frame(image_size, fit, content=SIDE)
         self.folder = Path(folder).expanduser()
         self.image_size, self.fit, self.download = image_size, fit, download
-        self.limit = None if limit is None else check_whole("limit", limit, 1)
-        self.val_size = check_whole("val_size", val_size, 1)
+        self.limit = None if limit is None else check_integer("limit", limit, 1)
+        self.val_size = check_integer("val_size", val_size, 1)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -330,9 +330,9 @@ class IdxImages(SplitDataModule):
         self._name = check_choice("name", name, SOURCES)  # `name` is Lightning's own
         self.folder = None if folder is None else Path(folder).expanduser()
         self.image_size, self.fit, self.download = image_size, fit, download
-        self.limit = None if limit is None else check_whole("limit", limit, 1)
-        self.val_size = check_whole("val_size", val_size, 1)
-        self.num_classes = check_whole("num_classes", num_classes, 1, 256)
+        self.limit = None if limit is None else check_integer("limit", limit, 1)
+        self.val_size = check_integer("val_size", val_size, 1)
+        self.num_classes = check_integer("num_classes", num_classes, 1, 256)
 
     @property
     def dims(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from lightning_compress.lab.data.base import (
     TensorSplit,
     check_choice,
     check_fractions,
-    check_whole,
+    check_integer,
     fraction_split,
 )
 
@@ -161,7 +161,7 @@ class TextLines(SplitDataModule):
         super().__init__(**common)
         check_fractions(val_fraction, test_fraction)
         self.file = None if file is None else Path(file).expanduser()
-        self.max_length = check_whole("max_length", max_length, 1)
+        self.max_length = check_integer("max_length", max_length, 1)
         self.overlong = check_choice("overlong", overlong, OVERLONG)
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.left_out = self.cropped = 0

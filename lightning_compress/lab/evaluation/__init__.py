@@ -1,1 +1,1 @@
-"""What a model is worth and what it costs: fidelity, likelihood, bytes, operations, latency."""
+"""Evaluation of models: fidelity, likelihood, bytes, operations, latency, sensitivity."""

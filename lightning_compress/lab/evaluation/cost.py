@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, bytes on disk."""
+"""Cost of a model: parameters, multiply-accumulates, bytes on disk."""
 
 from __future__ import annotations
 

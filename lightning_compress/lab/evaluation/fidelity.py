@@ -1,4 +1,4 @@
-"""Distances between generated and real images in a feature space."""
+"""Fidelity metrics: distances between generated and real images in a feature space."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fidelity(
     k: int = 3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How far generated images are from real ones, in the feature space of `feature`.
+    """Distances of generated images from real ones, in the feature space of `feature`.
 
     Args:
         generated: images (N, C, H, W) in the range that `feature` takes.

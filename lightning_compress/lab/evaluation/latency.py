@@ -1,4 +1,4 @@
-"""Latency of models that are run alternately in one process."""
+"""Latency of several models, measured in alternation in one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def latency(
 
     In turn, so that a busy moment of the machine meets all of them; in an order drawn anew each
     round, so that each follows each, and never itself: it would find its own memory in the caches.
-    PyTorch's thread count is put back.
+    PyTorch's thread count is restored.
 
     Raises:
         ValueError: without candidates, or when `repeats` < 1 or `warmup` < 0.

@@ -46,9 +46,9 @@ def scan_sensitivity(
         better: "lower" or "higher".
         sparsities: by magnitude, in [0, 1), rising.
         bits: of one symmetric grid a tensor, 2 to 8.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
-        progress: is told each layer's path.
+        progress: called with each layer's path.
 
     Raises:
         ValueError: for values out of range.

@@ -1,4 +1,4 @@
-"""What every model here promises to callbacks, conversion and evaluation, and the shared checks."""
+"""Base classes of the models, their protocol for conversion and evaluation, argument checks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompressibleModel(Protocol):
     Models with an encoder also have `posterior`, `elbo_terms` and `log_weights`.
 
     Attributes:
-        deployed: paths of the child modules that ship.
+        deployed: paths of the deployed child modules.
         kind: the family of the model.
     """
 
@@ -45,16 +45,16 @@ class CompressibleModel(Protocol):
     kind: ClassVar[Kind]
 
     def parts(self) -> Parts:
-        """What is exported: name -> (module, CPU sample inputs of batch 2), the sampler first."""
+        """Parts for export: name -> (module, CPU sample inputs of batch 2), the sampler first."""
         ...
 
     def deployed_module(self) -> nn.Module:
-        """The single module whose `state_dict` is shipped."""
+        """The single module whose `state_dict` is deployed."""
         ...
 
 
 class BaseModel(LightningModule):
-    """A LightningModule that knows which of its children ship."""
+    """A LightningModule that knows which of its children are deployed."""
 
     deployed: ClassVar[tuple[str, ...]]
     kind: ClassVar[Kind]
@@ -64,7 +64,7 @@ class BaseModel(LightningModule):
         rebuild_channels(self, checkpoint)
 
     def deployed_module(self) -> nn.Module:
-        """The single module whose `state_dict` is shipped: shared with this model, never copied.
+        """The single module whose `state_dict` is deployed: shared with this model, never copied.
 
         One deployed path gives that child itself, several an `nn.ModuleDict` that refers to them.
         """

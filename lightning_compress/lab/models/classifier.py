@@ -40,7 +40,7 @@ class _Classifier(BaseModel):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Picture (N, C, H, W) in [0, 1] -> logits (N, num_classes)."""
+        """Image (N, C, H, W) in [0, 1] -> logits (N, num_classes)."""
         return self.net(x)
 
     def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:  # noqa: ARG002
@@ -62,7 +62,7 @@ class _Classifier(BaseModel):
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
     def parts(self) -> Parts:
-        """The network, pictures -> logits."""
+        """The network, images -> logits."""
         shape = (SAMPLE_BATCH, self.channels, self.image_size, self.image_size)
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
         return {"net": (self.net, (x.to(self.dtype),))}
@@ -73,7 +73,7 @@ class SimpleNet(_Classifier):
 
     Args:
         image_size: at least 4; from the data when the app builds the model.
-        channels: channels of the picture.
+        channels: channels of the image.
         num_classes: number of classes.
         width: channels of the first convolution.
         lr: Adam's learning rate.
@@ -103,11 +103,11 @@ class SimpleNet(_Classifier):
 
 
 class ResNet18(_Classifier):
-    """torchvision's ResNet-18; pictures under 64 pixels get a 3x3 stem without max-pool.
+    """torchvision's ResNet-18; images under 64 pixels get a 3x3 stem without max-pool.
 
     Args:
         image_size: at least 4; from the data when the app builds the model.
-        channels: channels of the picture.
+        channels: channels of the image.
         num_classes: number of classes.
         width: channels of the first of the four layers.
         lr: Adam's learning rate.

@@ -1,4 +1,4 @@
-"""Adversarial models: the generator ships, the discriminator is training equipment."""
+"""Adversarial models: a deployed generator and a discriminator that only trains it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 class BaseGAN(LatentModel):
-    """A generator that ships, a discriminator that trains it, and manual optimization.
+    """A deployed generator, a discriminator that trains it, and manual optimization.
 
     Args:
         image_size: base * 2^k with base 4 to 7.
-        channels: channels of the picture.
+        channels: channels of the image.
         latent_dim: size of z.
         widths: widths of the generator and of the discriminator.
         spectral_norm: normalize the discriminator's weights.
@@ -77,16 +77,16 @@ class BaseGAN(LatentModel):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (N, latent_dim) -> pictures (N, C, H, W) in [-1, 1]."""
+        """Latents (N, latent_dim) -> images (N, C, H, W) in [-1, 1]."""
         return self.generator(z)
 
     @torch.no_grad()
     def images(self, z: Tensor) -> Tensor:
-        """Latents (N, latent_dim) -> pictures (N, C, H, W) in [0, 1]; call in eval mode."""
+        """Latents (N, latent_dim) -> images (N, C, H, W) in [0, 1]; call in eval mode."""
         return (self.generator(z).float() + 1) / 2
 
     def parts(self) -> Parts:
-        """The generator, z -> pictures in [-1, 1]."""
+        """The generator, z -> images in [-1, 1]."""
         return {"generator": (self.generator, (self.sample_latents(),))}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -96,15 +96,15 @@ class BaseGAN(LatentModel):
         return [torch.optim.Adam(network.parameters(), **arguments) for network in networks]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log how the discriminator judges held-out pictures and as many generated ones."""
+        """Log how the discriminator judges held-out images and as many generated ones."""
         real = batch[0] * 2 - 1
         fake = self.generator(self.latents(len(real), seed=batch_idx))
-        judged = {"val/d_real": self._judge(real), "val/d_fake": self._judge(fake)}
+        judged = {"val/d_real": self._mean_score(real), "val/d_fake": self._mean_score(fake)}
         self.log_dict(judged, batch_size=len(real), prog_bar=True)
 
-    def _judge(self, pictures: Tensor) -> Tensor:
-        """How real pictures look to the discriminator, from 0 to 1."""
-        return self.discriminator(pictures).float().sigmoid().mean()
+    def _mean_score(self, images: Tensor) -> Tensor:
+        """Mean probability that the discriminator gives to images being real."""
+        return self.discriminator(images).float().sigmoid().mean()
 
     def _draw(self, real: Tensor) -> Tensor:
         z = torch.randn(len(real), self.latent_dim, device=real.device, dtype=real.dtype)
@@ -136,7 +136,7 @@ LOSSES = ("non_saturating", "hinge")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, loss: str) -> Tensor:
-    """Loss of the discriminator from its scores (N,) of real and fake pictures.
+    """Loss of the discriminator from its scores (N,) of real and fake images.
 
     `"non_saturating"`: Goodfellow et al. 2014; `"hinge"`: Lim and Ye 2017.
 
@@ -149,7 +149,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, loss: str) -> Tensor:
 
 
 def generator_loss(fake: Tensor, *, loss: str) -> Tensor:
-    """Loss of the generator from the discriminator's scores (N,) of its pictures."""
+    """Loss of the generator from the discriminator's scores (N,) of its images."""
     return -fake.mean() if loss == "hinge" else functional.softplus(-fake).mean()
 
 
@@ -159,9 +159,9 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, *, mix: Tens
     Gulrajani et al. 2017, equation 3, https://arxiv.org/abs/1704.00028.
 
     Args:
-        critic: pictures (N, C, H, W) -> scores (N,); no layer of it may mix examples.
-        real: pictures (N, C, H, W).
-        fake: pictures (N, C, H, W).
+        critic: images (N, C, H, W) -> scores (N,); no layer of it may mix examples.
+        real: images (N, C, H, W).
+        fake: images (N, C, H, W).
         mix: weights in [0, 1], (N, 1, 1, 1).
     """
     # Autocast off: half-precision gradients of gradients lose what the square needs.
@@ -178,11 +178,11 @@ class DCGAN(BaseGAN):
 
     Radford et al. 2016, https://arxiv.org/abs/1511.06434, with a discriminator without BatchNorm.
     Logs `train/d_loss`, `train/g_loss`, and the discriminator's mean sigmoid on real and fake
-    pictures as `train/d_real`, `train/d_fake`, `val/d_real`, `val/d_fake`.
+    images as `train/d_real`, `train/d_fake`, `val/d_real`, `val/d_fake`.
 
     Args:
         image_size: base * 2^k with base 4 to 7; from the data when the app builds the model.
-        channels: channels of the picture.
+        channels: channels of the image.
         latent_dim: size of z.
         width: channels that a full-resolution layer of the generator would have, doubled at each
             halving.
@@ -192,7 +192,7 @@ class DCGAN(BaseGAN):
         betas: Adam's momenta.
         spectral_norm: normalize the discriminator's weights.
         width_multiplier: scales `width`, to a multiple of 8; the discriminator, which does not
-            ship, keeps its own.
+            deployed, keeps its own.
 
     Raises:
         ValueError: for a bad argument, with the valid ones.
@@ -261,7 +261,7 @@ class WGANGP(BaseGAN):
 
     Args:
         image_size: base * 2^k with base 4 to 7; from the data when the app builds the model.
-        channels: channels of the picture.
+        channels: channels of the image.
         latent_dim: size of z.
         width: channels that a full-resolution layer of the generator would have, doubled at each
             halving.
@@ -271,7 +271,7 @@ class WGANGP(BaseGAN):
         lr: learning rate of both optimizers.
         betas: Adam's momenta.
         width_multiplier: scales `width`, to a multiple of 8; the discriminator, which does not
-            ship, keeps its own.
+            deployed, keeps its own.
 
     Raises:
         ValueError: for a bad argument, with the valid ones.
@@ -317,8 +317,8 @@ class WGANGP(BaseGAN):
             self._update(generator, loss)
         self.log_dict({**logs, "train/g_loss": loss.detach()}, batch_size=len(real), prog_bar=True)
 
-    def _judge(self, pictures: Tensor) -> Tensor:
-        return self.discriminator(pictures).float().mean()
+    def _mean_score(self, images: Tensor) -> Tensor:
+        return self.discriminator(images).float().mean()
 
     def _critic_step(self, real: Tensor, optimizer: LightningOptimizer) -> dict[str, Any]:
         with torch.no_grad():

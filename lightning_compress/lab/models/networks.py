@@ -64,7 +64,7 @@ def _channels(width: int, stages: int) -> list[int]:
 def conv_generator(
     image_size: int, channels: int, *, latent_dim: int, width: int, final: nn.Module
 ) -> nn.Sequential:
-    """Latents (N, latent_dim) -> picture (N, channels, image_size, image_size), as in DCGAN.
+    """Latents (N, latent_dim) -> image (N, channels, image_size, image_size), as in DCGAN.
 
     Radford et al. 2016, https://arxiv.org/abs/1511.06434. `final` is the last activation.
 
@@ -90,10 +90,10 @@ def conv_generator(
 def conv_discriminator(
     image_size: int, channels: int, *, width: int, spectral_norm: bool = False
 ) -> nn.Sequential:
-    """Picture (N, C, H, W) in [-1, 1] -> score (N,), the generator's mirror without BatchNorm.
+    """Image (N, C, H, W) in [-1, 1] -> score (N,), the generator's mirror without BatchNorm.
 
-    No layer mixes examples, so the score of a picture does not depend on its batch: a gradient
-    penalty needs that, and scores on held-out pictures can be compared. `spectral_norm` is
+    No layer mixes examples, so the score of an image does not depend on its batch: a gradient
+    penalty needs that, and scores on held-out images can be compared. `spectral_norm` is
     Miyato et al. 2018, https://arxiv.org/abs/1802.05957.
     """
     base, stages = split_image_size(image_size)
@@ -125,7 +125,7 @@ def _identity(layer: nn.Module) -> nn.Module:
 
 
 class ConvEncoder(nn.Module):
-    """Picture (N, C, H, W) -> (mu, logvar) of a diagonal normal, each (N, latent_dim)."""
+    """Image (N, C, H, W) -> (mu, logvar) of a diagonal normal, each (N, latent_dim)."""
 
     def __init__(self, image_size: int, channels: int, *, latent_dim: int, width: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class ConvEncoder(nn.Module):
 
 
 def simple_network(image_size: int, channels: int, *, num_classes: int, width: int) -> nn.Module:
-    """Picture (N, C, H, W) -> logits (N, num_classes): two convolutions and two linear layers."""
+    """Image (N, C, H, W) -> logits (N, num_classes): two convolutions and two linear layers."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     layers["conv1"] = nn.Conv2d(channels, width, 3, padding=1)
     layers["relu1"] = nn.ReLU()
@@ -172,10 +172,10 @@ class ResNet18Network(nn.Module):
     stem a torchvision `state_dict` loads. He et al. 2016, https://arxiv.org/abs/1512.03385.
 
     Args:
-        channels: channels of the picture.
+        channels: channels of the image.
         num_classes: number of logits.
         width: channels of the first of the four layers; the last has eight times as many.
-        small: a 3x3 stem without max-pool, for pictures under 64 pixels.
+        small: a 3x3 stem without max-pool, for images under 64 pixels.
     """
 
     def __init__(self, channels: int, num_classes: int, *, width: int, small: bool) -> None:
@@ -198,7 +198,7 @@ class ResNet18Network(nn.Module):
                 module.inplace = False  # in place it exports a slow ScatterND
 
     def forward(self, x: Tensor) -> Tensor:
-        """Picture (N, C, H, W) -> logits (N, num_classes)."""
+        """Image (N, C, H, W) -> logits (N, num_classes)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.avgpool(x).flatten(1))

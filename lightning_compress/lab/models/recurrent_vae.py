@@ -302,10 +302,10 @@ class RecurrentVAE(BaseVAE):
 
     @torch.no_grad()
     def images(self, z: Tensor) -> Tensor:
-        """Latents (N, latent_dim) -> mean sequences as pictures (N, 1, T, F); in eval mode.
+        """Latents (N, latent_dim) -> mean sequences as images (N, 1, T, F); in eval mode.
 
         Raises:
-            ValueError: with tokens, which make no picture.
+            ValueError: with tokens, which make no image.
         """
         if self.discrete:
             raise ValueError("this model has tokens, not features: use sequences(z), not images(z)")

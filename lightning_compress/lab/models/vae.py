@@ -1,4 +1,4 @@
-"""The variational autoencoder and what every VAE here shares: ELBO, importance weights, steps."""
+"""Variational autoencoder, and the base of all VAEs: ELBO, importance weights, steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def normal_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 def bernoulli_nll(x: Tensor, logits: Tensor) -> Tensor:
     """-log p(x) in nats, (N,), summed over all but the first axis; x in [0, 1].
 
-    Grey values count as probabilities: the expected value over black-and-white pictures drawn
+    Grey values count as probabilities: the expected value over black-and-white images drawn
     from them.
     """
     loss = functional.binary_cross_entropy_with_logits(logits.float(), x.float(), reduction="none")
@@ -149,14 +149,14 @@ def _noise_like(mu: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class VAE(BaseVAE):
-    """Convolutional VAE for pictures.
+    """Convolutional VAE for images.
 
     The decoder gives logits under the Bernoulli likelihood and the mean, in [0, 1], under the
     Gaussian one. Logs `train/` loss, recon, kl and kl_factor, and `val/` elbo, recon and kl.
 
     Args:
         image_size: base * 2^k with base 4 to 7; from the data when the app builds the model.
-        channels: channels of the picture.
+        channels: channels of the image.
         latent_dim: size of z.
         width: channels that a full-resolution layer would have, doubled at each halving.
         likelihood: `"bernoulli"` or `"gaussian"`.
@@ -217,7 +217,7 @@ class VAE(BaseVAE):
 
     @torch.no_grad()
     def images(self, z: Tensor) -> Tensor:
-        """Latents (N, latent_dim) -> mean pictures (N, C, H, W) in [0, 1]; call in eval mode."""
+        """Latents (N, latent_dim) -> mean images (N, C, H, W) in [0, 1]; call in eval mode."""
         output = self.decoder(z).float()
         return output.sigmoid() if self.likelihood == "bernoulli" else output
 

@@ -1,4 +1,4 @@
-"""A federated run's figures: quality over the bytes that were sent, and bytes a round."""
+"""Figures of a federated run: quality over the bytes sent, and bytes a round."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _bytes(row: Mapping[str, Any], way: str) -> float:
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """The sums above the fold: (value, what it is); none for other runs."""
+    """Key figures at the top of the page: (value, description); none for other runs."""
     known = section(results, "federated")
     if not known:
         return []
@@ -52,20 +52,20 @@ def _quality(results: Results, rows: list[Mapping[str, Any]]) -> Plot | None:
     ]
     if not points:
         return None
-    twin = scalar(section(results["dense"], "quality").get(name))
+    baseline = scalar(section(results["dense"], "quality").get(name))
     shown = wording.metric(results, name)
     with draw(4.8, 2.5) as figure:
         axes = figure.subplots()
         x, y = zip(*points, strict=True)
         axes.plot(x, y, c=COMPRESSED, marker="o" if len(x) <= 40 else "", ms=3, label="federated")
-        if twin is not None:
-            axes.axhline(twin, c=DENSE, ls="--", label="centralised twin")
+        if baseline is not None:
+            axes.axhline(baseline, c=DENSE, ls="--", label="centralised baseline")
         axes.set_title(f"{shorten(shown.label, 36)} {shown.arrow}".rstrip())
         axes.set_xlabel("MB sent, up and down")
         grid(axes, "y")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1)
         svg = to_svg(figure)
-    beside = "" if twin is None else f"; the centralised twin has {twin:.4g}"
+    beside = "" if baseline is None else f"; the centralised baseline has {baseline:.4g}"
     alt = f"{shown.label} ends at {y[-1]:.4g} after {x[-1]:.3g} MB{beside}."
     return Plot("federated_quality", "Quality over the bytes sent", alt, svg)
 

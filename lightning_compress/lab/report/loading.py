@@ -1,4 +1,4 @@
-"""Finding and reading run folders: `results.json`, `curves.csv`, Hydra's record of the call."""
+"""Loader of run folders: `results.json`, `curves.csv`, Hydra's record of the call."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def load_runs(folders: Sequence[str | Path]) -> tuple[list[Run], list[Unreadable
 def _try_run(path: Path) -> Run | Unreadable:
     try:
         return load_run(path.parent)
-    except Exception as error:  # whatever a stranger's files do to a parser: the others are shown
+    except Exception as error:  # untrusted files may raise anything: the other runs are shown
         return Unreadable(path, str(error) or type(error).__name__)
 
 

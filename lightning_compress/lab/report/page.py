@@ -1,4 +1,4 @@
-"""One HTML file that carries everything: text, tables, pictures, data; nothing is fetched."""
+"""HTML page of the report: one self-contained file of text, tables, images and data."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-MOST_BYTES = 1 << 25  # of a picture
+MOST_BYTES = 1 << 25  # of an image
 
 
 def data_uri(content: str | bytes, media_type: str) -> str:
@@ -64,20 +64,20 @@ def data_uri(content: str | bytes, media_type: str) -> str:
 
 
 def image_uri(folder: Path, name: str) -> str:
-    """Inline a picture that lies inside a run folder.
+    """Inline an image that lies inside a run folder.
 
     Raises:
         ValueError: when the name leaves the folder, is no raster image, or does not exist.
     """
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"picture {name!r} lies outside the run folder")
+        raise ValueError(f"image {name!r} lies outside the run folder")
     if path.suffix.lower() not in MEDIA_TYPES:
-        raise ValueError(f"picture {name!r} is none of {', '.join(sorted(MEDIA_TYPES))}")
+        raise ValueError(f"image {name!r} is none of {', '.join(sorted(MEDIA_TYPES))}")
     if not path.is_file():
-        raise ValueError(f"picture {name!r} is named in results.json but not in the folder")
+        raise ValueError(f"image {name!r} is named in results.json but not in the folder")
     if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"picture {name!r} takes {size} bytes, above {MOST_BYTES}")
+        raise ValueError(f"image {name!r} takes {size} bytes, above {MOST_BYTES}")
     return data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix.lower()])
 
 
@@ -85,7 +85,7 @@ FILE_NAME, PLOT_FOLDER = "report.html", "plots"
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportImage:
     """A figure of the page: either an inline SVG or the address of a raster image."""
 
     caption: str
@@ -151,7 +151,7 @@ def _render(
 def _views(
     loaded: Sequence[Run], root: Path
 ) -> tuple[list[Run], list[str], list[dict[str, Any]], list[Unreadable]]:
-    """The runs that can be shown, their names, what the page shows, and those that cannot be."""
+    """The readable runs, their names and views, and the runs that cannot be shown."""
     runs: list[Run] = []
     names: list[str] = []
     views: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ def _views(
 
 
 def _check_alone(run: Run, name: str) -> None:
-    """What the page shows of several runs, tried with one, so that its fault is its own."""
+    """Try the views over several runs with one run, so that a fault is attributed to it."""
     tables.overview_rows([run], [name])
     scatter.scatter_plots([run])
     tables.csv_table([run.results])
@@ -198,13 +198,13 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> dict[str, Any]:
-    pictures, notes = scatter.scatter_plots(runs)
+    images, notes = scatter.scatter_plots(runs)
     place, unsaved = _plot_folder(folder / PLOT_FOLDER)
     return {
         "header": tables.OVERVIEW_HEADER,
         "rows": tables.overview_rows(runs, names),
         "states": [wording.verdict_of(run.results).state for run in runs],
-        "plots": _inlined(pictures, place, "all"),
+        "plots": _inlined(images, place, "all"),
         "notes": [*notes, *unsaved],
         "pooled": pooled_verdicts(runs),
     }
@@ -214,7 +214,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
     """Return everything the template shows about one run."""
     results = run.results
     prefix, folder = f"run{place}", run.folder / PLOT_FOLDER
-    pictures, picture_notes = _samples(run)
+    images, image_notes = _samples(run)
     details = [plots.layer_plot(results), plots.bytes_plot(results), plots.files_plot(results)]
     folder, unsaved = _plot_folder(folder)
     curves = [*federated.round_plots(results), *plots.curve_plots(run.curves, results)]
@@ -226,14 +226,14 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
         "verdict": wording.verdict_of(results),
         "meta": _meta(results),
         "facts": _facts(run),
-        "samples": pictures,
+        "samples": images,
         "groups": tables.main_groups(results),
         "curves": _inlined(curves, folder, prefix),
         "details": _inlined([plot for plot in details if plot is not None], folder, prefix),
         "layers": tables.layer_rows(results),
         "int8": tables.int8_rows(results),
         "notes": notes(results),
-        "missing": [*run.notes, *unsaved, *picture_notes, *_missing(run)],
+        "missing": [*run.notes, *unsaved, *image_notes, *_missing(run)],
         "command": run.command,
         "config": run.config or _compression(results),
         "json_uri": data_uri(json.dumps(results, indent=1), "application/json"),
@@ -252,18 +252,18 @@ def _plot_folder(folder: Path) -> tuple[Path | None, list[str]]:
     return folder, []
 
 
-def _inlined(figures: Sequence[plots.Plot], folder: Path | None, prefix: str) -> list[Picture]:
-    pictures = []
+def _inlined(figures: Sequence[plots.Plot], folder: Path | None, prefix: str) -> list[ReportImage]:
+    images = []
     for figure in figures:
         if folder is not None:
             figure.save(folder)
         svg = plots.inline(figure, f"{prefix}-{figure.name}")
         # matplotlib escapes every text it draws; nothing else in the SVG comes from the run.
-        pictures.append(Picture(figure.caption, figure.alt, svg=Markup(svg)))
-    return pictures
+        images.append(ReportImage(figure.caption, figure.alt, svg=Markup(svg)))
+    return images
 
 
-def _samples(run: Run) -> tuple[list[Picture], list[str]]:
+def _samples(run: Run) -> tuple[list[ReportImage], list[str]]:
     """Return the comparison where there is one, else both sides, and notes on what is missing."""
     names = section(run.results, "samples")
     wanted = {
@@ -271,7 +271,7 @@ def _samples(run: Run) -> tuple[list[Picture], list[str]]:
         "dense": ("Dense samples",),
         "compressed": ("Compressed samples",),
     }
-    pictures: list[Picture] = []
+    images: list[ReportImage] = []
     notes: list[str] = []
     for key, (caption,) in wanted.items():
         if not names.get(key):
@@ -281,12 +281,12 @@ def _samples(run: Run) -> tuple[list[Picture], list[str]]:
         except (ValueError, OSError) as error:
             notes.append(f"Samples: {error}.")
             continue
-        pictures.append(
-            Picture(caption, f"{caption} of {wording.model_name(run.results)}", uri=uri)
+        images.append(
+            ReportImage(caption, f"{caption} of {wording.model_name(run.results)}", uri=uri)
         )
         if key == "grid":
             break  # the comparison shows both sides already
-    return pictures, notes
+    return images, notes
 
 
 def _missing(run: Run) -> list[str]:
@@ -306,7 +306,7 @@ def _missing(run: Run) -> list[str]:
         texts.append(f"curves.csv holds {curves} metrics: the first {plots.MAX_CURVES} are drawn.")
     if not run.curves and not any(note.startswith("curves.csv") for note in run.notes):
         texts.append("curves.csv holds no rows: no training curves.")
-    for key, what in (("layers", "per-layer list"), ("samples", "sample pictures")):
+    for key, what in (("layers", "per-layer list"), ("samples", "sample images")):
         if not run.results.get(key):
             texts.append(f"No {what} in results.json.")
     return texts
@@ -331,7 +331,7 @@ def _meta(results: wording.Results) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """Return the figures above the fold: (value, what it is)."""
+    """Return the key figures at the top: (value, description)."""
     results = run.results
     dense = scalar(section(results["dense"], "bytes").get("torch"))
     size = scalar(section(results["compressed"], "bytes").get("lcz"))

@@ -1,4 +1,4 @@
-"""Figures about one run: its training curves, its stored tensors, its files."""
+"""SVG figures of one run: training curves, stored tensors, files."""
 
 from __future__ import annotations
 

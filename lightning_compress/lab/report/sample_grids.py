@@ -1,4 +1,4 @@
-"""Sample images as PNG: one grid, or dense against compressed from the same latents."""
+"""Grids of sample images as PNG: one model, or dense beside compressed from equal latents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPRESSED_COLOUR = (213, 94, 0, 255)
 
 
 def _tiles(images: Tensor, name: str) -> list[Image.Image]:
-    """Turn (N, C, H, W) in [0, 1] into enlarged pictures, every pixel one square block."""
+    """Turn (N, C, H, W) in [0, 1] into enlarged images, every pixel one square block."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
         raise ValueError(
             f"{name} must have the shape (N, C, H, W) with C 1 or 3 and N, H, W at least 1, "
@@ -42,10 +42,10 @@ def _tiles(images: Tensor, name: str) -> list[Image.Image]:
     return [Image.fromarray(array, "RGB").resize(size, nearest) for array in arrays]
 
 
-def _save(picture: Image.Image, path: str | Path) -> Path:
+def _save(image: Image.Image, path: str | Path) -> Path:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return write_atomically(Path(path), buffer.getvalue(), what="the picture", parents=True)
+    image.save(buffer, format="PNG", optimize=True)
+    return write_atomically(Path(path), buffer.getvalue(), what="the image", parents=True)
 
 
 def _paste_row(canvas: Image.Image, tiles: list[Image.Image], left: int, top: int) -> None:
@@ -65,8 +65,8 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Path:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save_grid(torch.rand(5, 1, 16, 16), f"{folder}/a.png", columns=3)
-    ...     with Image.open(path) as picture:
-    ...         picture.size
+    ...     with Image.open(path) as image:
+    ...         image.size
     (148, 98)
     """
     if columns < 1:

@@ -1,4 +1,4 @@
-"""Size and latency against quality over several runs, each with its Pareto front."""
+"""Scatter plots of size and latency against quality over several runs, with Pareto fronts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LARGEST = 1e100  # beyond it matplotlib's own arithmetic overflows
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a picture with its spread to both sides: x in bytes or ms, y a quality."""
+    """A mark of a figure with its spread to both sides: x in bytes or ms, y a quality."""
 
     x: float
     y: float
@@ -81,7 +81,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: the numbers of its runs, the model, its mark and that of its dense twin."""
+    """One setting: the numbers of its runs, the model, its mark and that of its dense baseline."""
 
     places: tuple[int, ...]
     model: str
@@ -123,7 +123,7 @@ def latency_axis(results: Results, side: str) -> Cost:
 
 
 def point_of(runs: Sequence[tuple[int, Run]], axis: Axis) -> Point | None:
-    """The point of runs with the same settings; None where one lacks what the picture shows."""
+    """The point of runs with the same settings; None where one lacks a value."""
     marks = [_mark(run.results, axis) for _, run in runs]
     known = [mark for mark in marks if mark is not None]
     if len(known) < len(marks):
@@ -161,7 +161,7 @@ def _dense(results: Results, axis: Axis) -> Mark | None:
 
 
 def comparable(results: Results) -> tuple[str, ...]:
-    """What must agree before two quality values may stand in one picture."""
+    """The settings that two runs must share for their quality to be comparable."""
     evaluator = section(results, "evaluator")
     return (
         results["data"],
@@ -186,7 +186,7 @@ MAX_LABELS = 12
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of picture: its file name, caption, x axis and the axis' label and unit."""
+    """One kind of figure: its file name, caption, x axis and the axis' label and unit."""
 
     name: str
     title: str
@@ -212,24 +212,24 @@ def scatter_plots(runs: Sequence[Run]) -> tuple[list[Plot], list[str]]:
     notes: list[str] = []
     for place, run in enumerate(runs, 1):
         if point_of([(place, run)], size_axis) is None:
-            notes.append(f"Run {place} has no .lcz size or no judged quality: not in the picture.")
+            notes.append(f"Run {place} has no .lcz size or no judged quality: not in the figure.")
             continue
         alike = groups.setdefault(comparable(run.results), {})
         alike.setdefault(settings(run.results), []).append((place, run))
     if len(groups) > 1:
         notes.append(
             "Runs on other data, with another measure, feature network or sample count "
-            "are not comparable and stand in pictures of their own."
+            "are not comparable and have figures of their own."
         )
-    pictures = []
+    figures = []
     for number_, alike in enumerate(groups.values(), 1):
         first = next(iter(alike.values()))[0][1].results
         for kind in KINDS:
             points = [point_of(same, kind.axis) for same in alike.values()]
             known = [point for point in points if point is not None]
             if known:
-                pictures.append(_scatter(kind, number_, first, known))
-    return pictures, notes
+                figures.append(_scatter(kind, number_, first, known))
+    return figures, notes
 
 
 def _scatter(kind: Kind, place: int, results: Results, points: Sequence[Point]) -> Plot:
@@ -303,7 +303,7 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], marker: str, colour: str, lab
 
 
 def _draw_floor(axes: Axes, results: Results, metric: str) -> None:
-    """Draw the measure between two halves of real data, below which nothing is told apart."""
+    """Draw the measure between two halves of real data, the resolution of the metric."""
     floor = scalar(section(section(results, "evaluator"), "floor").get(metric))
     if floor is not None and abs(floor) <= LARGEST:
         label = f"floor: real against real, {number(floor, 3)}"

@@ -1,4 +1,4 @@
-"""The numbers of runs in the terminal, as Markdown and as CSV."""
+"""Tables of runs: for the terminal, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ __all__ = [
     "write_export",
     "zeros",
 ]
-INT8_HEADER = ("Part", "Model", "On whole numbers", "In floating point", "Why not", "Largest error")
+INT8_HEADER = ("Part", "Model", "On integers", "In floating point", "Why not", "Largest error")
 
 
 def int8_rows(results: Results) -> list[tuple[str, ...]]:
@@ -197,7 +197,7 @@ def _quality_row(
 
 
 def _value(value: float | None) -> str:
-    """Format a quality: JSON's whole numbers are counts, such as active units."""
+    """Format a quality: JSON's integers are counts, such as active units."""
     form = wording.count if isinstance(value, int) else number
     return form(scalar(value))
 
@@ -514,13 +514,13 @@ def _markdown(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _one(place: int, run: Run, name: str) -> list[str]:
-    """One run: what it says, its tables, and what one must know to judge them."""
+    """Markdown of one run: headline, verdict, tables and notes."""
     results = run.results
     layers, engines = layer_rows(results), int8_rows(results)
     parts = [f"## {place}. {name}", "", f"**{wording.headline(results)}**", ""]
     parts += [wording.verdict_of(results).sentence, "", markdown_table(results)]
     if engines:
-        parts += ["### What runs on whole numbers", "", *markdown_lines(INT8_HEADER, engines), ""]
+        parts += ["### What runs on integers", "", *markdown_lines(INT8_HEADER, engines), ""]
     if layers:
         parts += ["### Stored tensors", "", *markdown_lines(LAYER_HEADER, layers), ""]
     return [*parts, *(f"- {note}" for note in notes(results)), ""]

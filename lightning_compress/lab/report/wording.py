@@ -1,4 +1,4 @@
-"""Sentences of the report: the headline and the verdict, each with its numbers."""
+"""Sentences and number formats of the report: headline, verdict, notes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def scalar(value: object) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             return float(value)
-        except OverflowError:  # JSON allows whole numbers of any length
+        except OverflowError:  # JSON allows integers of any length
             return math.inf if value > 0 else -math.inf
     return None
 
@@ -64,7 +64,7 @@ def _special(value: float | None) -> str | None:
 
 
 def count(value: float | None) -> str:
-    """Format a whole number with thousands separators.
+    """Format an integer with thousands separators.
 
     >>> count(1234567), count(None)
     ('1,234,567', '–')
@@ -348,9 +348,9 @@ def reference(verdict: Mapping[str, Any]) -> float | None:
 
 def _limit(results: Results, verdict: Mapping[str, Any]) -> str:
     if section(results, "baseline_spread").get(str(verdict.get("metric"))):
-        return "the dense twin's seed spread"
+        return "the dense baseline's seed spread"
     if scalar(verdict.get("allowed_two_percent")) is not None:
-        return "2 % of the dense twin (one seed)"
+        return "2 % of the dense baseline (one seed)"
     return "the allowed difference"
 
 
@@ -406,7 +406,7 @@ def headline(results: Results) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Return what a reader must know to judge the numbers, one sentence or two each."""
+    """Return the notes on how the numbers were measured, one or two sentences each."""
     return [
         *_evaluator_notes(section(results, "evaluator")),
         *_fairness_notes(results),
@@ -470,11 +470,11 @@ def _coding_notes(results: Results) -> list[str]:
 
 
 def _one_file_notes(results: Results) -> list[str]:
-    """The file that ships and runs: its bytes, and its speed."""
+    """Note on the file that runs by itself: its bytes, and its speed."""
     size = scalar(section(results["compressed"], "bytes").get("lcz_graph"))
     if not size:
         return []
-    text = f"One file, {kilobytes(size)}, is all that has to ship: the int8 graph and its weights"
+    text = f"One file, {kilobytes(size)}, is all that is deployed: the int8 graph and its weights"
     text += " in one .lcz file, which onnx_session runs without PyTorch"
     dense, compressed = (section(results[side], "latency_ms") for side in ("dense", "compressed"))
     for key, values in compressed.items():

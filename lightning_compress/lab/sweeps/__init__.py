@@ -1,7 +1,7 @@
-"""Many runs from one command: each in a process of its own, each resumable, all accounted for.
+"""Sweeps: many resumable runs from one command, each in a process of its own.
 
-`folders` says where a sweep lies, `jobs` runs one of its jobs, `summary` tells at the end how
-they went. Nothing here imports PyTorch: whoever launches the jobs starts quickly.
+`jobs` runs one job, `study` is the Optuna search, `summary` names the folder and sums up the
+results. Nothing here imports PyTorch, so that launching is fast.
 """
 
 from lightning_compress.lab.sweeps.jobs import Outcome, run_sweep_job

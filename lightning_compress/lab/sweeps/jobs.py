@@ -1,4 +1,4 @@
-"""Run one job of a sweep: in a process of its own, unless it is done already."""
+"""Jobs of a sweep: each runs in a process of its own, unless it is done already."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lightning_compress.files import write_atomically
 from lightning_compress.lab.workflow.run_identity import config_hash
 
 __all__ = [
-    "HOPELESS",
     "JOB_RECORD",
+    "PRUNED_EXIT_CODE",
     "RESULTS",
     "WATCH",
     "Outcome",
@@ -33,13 +33,13 @@ __all__ = [
     "stop_with_launcher",
 ]
 JOB_RECORD, RESULTS = "job.json", "results.json"
-HOPELESS = 3  # the exit code of a run that was given up
+PRUNED_EXIT_CODE = 3  # of a run that was pruned
 FINAL = ("done", "pruned")  # states that another try would not change
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One job's fate.
+    """Outcome of one job.
 
     Attributes:
         number: of the job in its sweep.
@@ -48,8 +48,8 @@ class Outcome:
         config_hash: of what it ran.
         state: "running", "done", "pruned", "failed", "killed" or "interrupted".
         seconds: that it took, all tries together.
-        message: what it said last, if it was not done.
-        again: whether it was found done, not run.
+        message: the reason, if it was not done.
+        again: whether it was done before and not run.
     """
 
     number: int
@@ -87,7 +87,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """What is recorded in a folder; None where nothing readable is."""
+    """The recorded outcome of a folder; None without a readable one."""
     try:
         return Outcome(**json.loads((folder / JOB_RECORD).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
@@ -95,14 +95,14 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def state_of(code: int) -> tuple[str, str]:
-    """The state that an exit code stands for, and what is to be said of it.
+    """State and message of an exit code.
 
     >>> state_of(0), state_of(-9), state_of(1)
     (('done', ''), ('killed', 'killed by SIGKILL'), ('failed', 'exit code 1'))
     """
     if code < 0:
         return "killed", f"killed by {_name(-code)}"
-    known = {0: ("done", ""), HOPELESS: ("pruned", ""), 130: ("interrupted", "interrupted")}
+    known = {0: ("done", ""), PRUNED_EXIT_CODE: ("pruned", ""), 130: ("interrupted", "interrupted")}
     return known.get(code, ("failed", f"exit code {code}"))
 
 
@@ -121,8 +121,8 @@ PATIENCE = 30.0  # seconds to save and end in, before the next interrupt
 def stop_with_launcher() -> None:
     """Interrupt this process, as Ctrl-C would, once the one that launched it is gone.
 
-    Does nothing in a process that no sweep launched. The job's own children are not told to
-    watch: they belong to the job.
+    Does nothing in a process that no sweep launched. The job's own children do not watch
+    the launcher: they belong to the job.
     """
     launcher = os.environ.pop(WATCH, None)
     if launcher is not None and os.name == "posix":
@@ -140,11 +140,11 @@ def _watch(launcher: int) -> None:
 
 LOG = "job.log"
 DENSE_CACHE = ".cache/dense"
-TAIL = 4096  # bytes at a log's end among which the reason is looked for
+TAIL = 4096  # bytes at a log's end that are searched for the reason
 
 
 def run_sweep_job(cfg: DictConfig, hydra: Any) -> Outcome:
-    """Run a job, or find that it is done; whatever becomes of it, the sweep goes on.
+    """Run a job unless it is done; a failure does not end the sweep.
 
     The process is that of the same command without `-m`, so that a crash, a kill or a job of
     several devices, whose processes repeat the command line, concerns no other job.
@@ -154,7 +154,7 @@ def run_sweep_job(cfg: DictConfig, hydra: Any) -> Outcome:
         hydra: Hydra's own config of the job.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, which the job is told too.
+        KeyboardInterrupt: after Ctrl-C, which is forwarded to the job.
     """
     folder = Path(hydra.runtime.output_dir)
     fresh = Outcome(
@@ -164,14 +164,14 @@ def run_sweep_job(cfg: DictConfig, hydra: Any) -> Outcome:
         config_hash=config_hash(cfg),
     )
     with FileLock(folder / "job.lock"):  # of another launch of the same sweep
-        before = _before(folder, fresh)
+        before = _earlier_outcome(folder, fresh)
         outcome = before if before.final else _run(before, _command(cfg, hydra, before))
     print(_line(outcome), flush=True)
     return outcome
 
 
-def _before(folder: Path, fresh: Outcome) -> Outcome:
-    """What an earlier try of the same job left, which is done or goes on, else a fresh start."""
+def _earlier_outcome(folder: Path, fresh: Outcome) -> Outcome:
+    """The outcome of an earlier try of the same job, else a fresh one."""
     known = read_outcome(folder)
     if known is not None and known.config_hash == fresh.config_hash:
         if known.final and (known.state != "done" or (folder / RESULTS).is_file()):
@@ -257,6 +257,6 @@ def _reason(path: Path, begin: int) -> str:
 
 
 def _line(job: Outcome) -> str:
-    """One line on a job, for the terminal; what it runs, Hydra has said."""
+    """One line on a job, for the terminal."""
     how = f"{job.state} before, not run again" if job.again else f"{job.state}, {job.seconds:.0f} s"
     return f"#{job.number}: {how}" + (f": {job.message}" if job.message else "")

@@ -1,4 +1,4 @@
-"""A study of several goals by Optuna's ask and tell; what was asked is never forgotten."""
+"""Multi-objective Optuna study by ask and tell, resumable from its storage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 def search_space(
     params: Mapping[str, Any], arguments: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What is searched, key -> Optuna distribution, and the words that every trial shares.
+    """Search space, key -> Optuna distribution, and the overrides that every trial shares.
 
     Args:
         params: the sweeper's own, key -> value in Hydra's grammar.
@@ -124,7 +124,7 @@ Launch = Callable[[Sequence[Sequence[str]], int], list[Outcome]]
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What a study is told; see `conf/hydra/sweeper/pareto.yaml`.
+    """Options of a study; see `conf/hydra/sweeper/pareto.yaml`.
 
     Raises:
         ValueError: for a value out of its range.
@@ -159,7 +159,7 @@ class StudyOptions:
 def run_study(
     options: StudyOptions, arguments: Sequence[str], folder: str | Path, launch: Launch
 ) -> list[Outcome]:
-    """Ask, launch and tell until the study has its trials; `pareto.json` follows every batch.
+    """Run a study until it has its trials; `pareto.json` is written after every batch.
 
     Trials that an earlier launch left unfinished come first, in their own folders.
 
@@ -196,7 +196,7 @@ def _open(options: StudyOptions, home: Path) -> Any:
         directions=[direction for _, direction in options.objectives],
         load_if_exists=True,
     )
-    # With the same seed as before, a study that goes on would draw its first trials again.
+    # With the same seed as before, a resumed study would draw its first trials again.
     seed = options.seed + len(study.trials)
     study.sampler = _sampler(options.sampler, seed) or optuna.samplers.TPESampler(seed=seed)
     return study
@@ -234,7 +234,7 @@ def _run(
 
 
 def _tell(study: Any, options: StudyOptions, trial: Any, outcome: Outcome) -> None:
-    """Tell what became of a trial; one that was killed stays open, to be tried again."""
+    """Tell Optuna the outcome of a trial; a killed one stays open and is tried again."""
     states = require("optuna", extra="sweep").trial.TrialState
     if outcome.state == "done":
         values = [_value(outcome.results(), path) for path, _ in options.objectives]

@@ -1,4 +1,4 @@
-"""What is said when a sweep ends, and its exit code."""
+"""Summary of a sweep: its folder, a line for each job that was not done, the exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SWEPT = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(|,(?![^\[{(]
 def sweep_folder(words: Sequence[str], root: str = "multirun") -> Path:
     """The folder of a command's sweep: what it sweeps, and a hash of all its settings.
 
-    What only says how jobs are run (`hydra...`) does not count.
+    Settings of the launcher (`hydra...`) do not count.
 
     >>> sweep_folder(["model=dcgan", "compression.prune.final_sparsity=0.5,0.8"])
     PosixPath('multirun/final_sparsity-320fdac1')
@@ -41,7 +41,7 @@ def sweep_folder(words: Sequence[str], root: str = "multirun") -> Path:
 
 
 def _swept(settings: Sequence[str]) -> list[str]:
-    """What a reader would call the sweep: the keys with several values, else the sweep's file."""
+    """Short names of a sweep: the keys with several values, and the sweep's file."""
     pairs = [word.lstrip("+~").split("=", 1) for word in settings if "=" in word]
     keys = [key.split(".")[-1] for key, value in pairs if SWEPT.search(value)]
     files = [value for key, value in pairs if key == "sweep"]
@@ -49,7 +49,7 @@ def _swept(settings: Sequence[str]) -> list[str]:
 
 
 class SweepSummary(Callback):
-    """Hydra's callback that counts a sweep's jobs and names those that went wrong."""
+    """Hydra's callback that counts a sweep's jobs and names those that failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
         """Print the sums.

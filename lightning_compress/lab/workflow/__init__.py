@@ -1,1 +1,1 @@
-"""One experiment from config to files: train twice, measure both, write everything down."""
+"""Workflow of an experiment: train a dense and a compressed model, measure both, write files."""

@@ -1,4 +1,4 @@
-"""`lightning-compress advise`: from a profile and a scan to a recipe with reasons."""
+"""Command `advise`: a recipe with reasons, from a layer profile and a sensitivity scan."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _GROUPS = ("model", "data")
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of a dense model.
+    """Profile, sensitivities and recipe of a dense model.
 
     Args:
         kind: of the model, such as "vae".
         overrides: that lead to it.
         source: where its weights are from.
-        metric: what quality was measured by, as it is called in print.
+        metric: name of the quality metric in print.
         dense_bytes: of the `torch.save` file.
-        ratio: how much smaller it is to be.
+        ratio: target compression ratio.
         rest_bytes: of what is not compressed: biases, norms.
         layers: the profile.
         scan: the sensitivities.
@@ -104,7 +104,7 @@ def _choices(found: Findings) -> list[str]:
     if found.kind == "gan":
         lines += [
             "  # A pruned generator alone loses to a discriminator at full strength: the dense one",
-            "  # teaches it, as the discriminator sees their pictures.",
+            "  # teaches it, as the discriminator sees their images.",
         ]
         names = ["distill_gan", *names]
     return [*lines, f"  - override /compression: [{', '.join(names)}]", ""]
@@ -260,7 +260,7 @@ def _findings(
 
 
 def print_profile(layers: Sequence[LayerProfile], console: Console | None = None) -> None:
-    """A row a layer: where the bytes, the operations and the time are."""
+    """Print a row a layer: bytes, operations and time."""
     table = Table(title="Where the bytes and the time are")
     for head in ("layer", "kind", "bytes", "share", "MACs", "ms", "share"):
         table.add_column(head, justify="left" if head in ("layer", "kind") else "right")

@@ -1,4 +1,4 @@
-"""What a model costs: bytes of its files, operations, and time beside its dense twin."""
+"""Costs of a run: bytes of its files, operations, and latency beside the dense baseline."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ BATCHES = 4
 
 
 def int8_path(folder: Path, part: str) -> Path:
-    """Where a part's int8 file lies."""
+    """Path of a part's int8 file."""
     return folder / f"{part}.int8.onnx"
 
 
 def graph_path(folder: Path) -> Path:
-    """Where the one file lies that runs by itself: `onnx_session` opens it."""
+    """Path of the `.lcz` file that holds the runnable graph, for `onnx_session`."""
     return folder / "model.graph.lcz"
 
 
 def graph_name(part: str, parts: int) -> str | None:
-    """What a part's graph is called in a file of so many graphs; None: it is the only one."""
+    """Name of a part's graph in a file of so many graphs; None: it is the only one."""
     return part if parts > 1 else None
 
 
@@ -75,7 +75,7 @@ def write_int8_files(
     """One int8 ONNX file for each part of a model, or why its check refused the file.
 
     A part whose activations were quantized in training keeps those grids. Otherwise training data
-    and latents from the prior show their ranges: what the part is given when the model is used.
+    and latents from the prior show their ranges: the inputs of the part in use.
     A recurrent part is left without ranges: beside its float recurrence, rounding what one small
     layer reads costs more time than that layer's int8 product saves.
     """
@@ -105,7 +105,7 @@ def int8_bytes(infos: dict[str, OnnxInfo | OnnxMismatchError]) -> int | None:
 
 
 def int8_rows(infos: dict[str, OnnxInfo | OnnxMismatchError]) -> dict[str, Any]:
-    """What `results.json` says of the files: operators, reasons, differences."""
+    """Entry of the int8 files in `results.json`: operators, reasons, differences."""
     return {name: _row(info) for name, info in infos.items()}
 
 
@@ -122,7 +122,7 @@ def _row(info: OnnxInfo | OnnxMismatchError) -> dict[str, Any]:
 
 
 def inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tuple[Tensor, ...]]:
-    """What a part is given while the model draws, and encodes or classifies training data."""
+    """Inputs of a part while the model samples, and encodes or classifies training data."""
     seen: list[tuple[Tensor, ...]] = []
     model = model.cpu().eval()
     handle = part.register_forward_pre_hook(
@@ -150,7 +150,7 @@ def _uses(model: Any, data: SplitDataModule) -> Iterable[Callable[[], Any]]:
 
 
 def deployed_cost(model: Any) -> dict[str, Any]:
-    """Parameters, non-zero ones and multiply-accumulates of the part that ships."""
+    """Parameters, non-zero ones and multiply-accumulates of the deployed part."""
     counts = parameter_counts(model.deployed_module())
     return {**counts, "macs": sum(macs(part, inputs) for part, inputs in model.parts().values())}
 
@@ -187,7 +187,7 @@ def write_files(
 
 
 def onnx_path(folder: Path, part: str) -> Path:
-    """Where a part's ONNX file lies."""
+    """Path of a part's ONNX file."""
     return folder / f"{part}.onnx"
 
 

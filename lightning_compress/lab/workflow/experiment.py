@@ -1,4 +1,4 @@
-"""The main job: train a dense model and its compressed twin, measure both, report."""
+"""Experiment: train a dense and a compressed model, measure both, write the results."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from lightning_compress.quantization.fake_quantize import fake_quantized
 
 __all__ = ["Second", "run_experiment"]
 
-# Trains what is set beside the dense model; returns it and what `results.json` holds of it besides.
+# Trains the second model; returns it and additional entries of `results.json`.
 Second = Callable[
     [DictConfig, SplitDataModule, Path, Evaluator, Earlier], tuple[Trained, dict[str, Any]]
 ]
 
 SHOWN_SAMPLES = 32
-WATCHED = {  # metric, better direction, and the loss of it that is beyond hope
+WATCHED = {  # metric, better direction, and the loss at which a run is pruned
     "gan": ("val/kid", "min", 4.0),
     "vae": ("val/elbo", "max", 0.25),
     "recurrent_vae": ("val/elbo", "max", 0.25),
@@ -66,12 +66,12 @@ def run_experiment(
     begun: Callable[[], None] = lambda: None,
     second: Second | None = None,
 ) -> dict[str, Any]:
-    """Run one experiment and write its files; returns what `results.json` holds.
+    """Run one experiment and write its files; returns the content of `results.json`.
 
     Args:
         cfg: the composed config.
         folder: where everything goes; made if it does not exist.
-        names: what "model" and "data" are called in print; their classes if not given.
+        names: names of "model" and "data" in print; None: their classes.
         begun: called when the folder is this run's, before anything is written there.
         second: trains the model beside the dense one; None: compressed, as `compression` says.
 
@@ -116,7 +116,7 @@ def _run(
         compressed, more = second(cfg, data, folder, evaluator, earlier)
     else:
         more: dict[str, Any] = {}
-        callbacks = [*compressors, *_give_up(cfg, evaluator, dense), CompressionSummary()]
+        callbacks = [*compressors, *_run_pruner(cfg, evaluator, dense), CompressionSummary()]
         home, student = folder / "compressed", _of_student(cfg)
         compressed = _train(student, data, home, callbacks, evaluator, earlier)
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
@@ -129,25 +129,25 @@ def _run(
 
 
 def _of_student(cfg: DictConfig) -> DictConfig:
-    """The config of the compressed run: the model with the changes that `student` asks for."""
+    """The config of the compressed run: the model with the changes of `student`."""
     changes = {key: value for key, value in cfg.student.items() if value is not None}
     student = cfg.copy()
     OmegaConf.update(student, "model", changes, merge=True)
     return student
 
 
-def _give_up(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[Callback]:
-    """The callback that ends a hopeless run, if the config asks for it."""
+def _run_pruner(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[Callback]:
+    """The callback that prunes the run, if the config sets it."""
     most = cfg.hopeless.max_loss
     if most is None:
         return []
     name, mode, usual = WATCHED[evaluator.kind]
     most = usual if most == "auto" else float(most)
     after, patience = cfg.hopeless.after, cfg.hopeless.patience
-    give_up = GiveUp(
+    pruner = GiveUp(
         dense.rows, monitor=name, mode=mode, max_loss=most, after=after, patience=patience
     )
-    return [give_up]
+    return [pruner]
 
 
 def _train(
@@ -267,11 +267,11 @@ def _write_samples(
     if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
         return {}
     with fake_quantized(compressed):
-        pictures = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+        grids = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
     names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
-    for images, name in zip(pictures, names.values(), strict=True):
+    for images, name in zip(grids, names.values(), strict=True):
         save_grid(images, folder / name)
-    save_comparison(pictures[0], pictures[1], folder / "samples.png")
+    save_comparison(grids[0], grids[1], folder / "samples.png")
     return {**names, "grid": "samples.png"}
 
 

@@ -1,6 +1,6 @@
-"""`lightning-compress federated`: clients in Flower's simulation, beside a centralised twin.
+"""Command `federated`: clients in Flower's simulation, beside a centralised baseline.
 
-The twin is the experiment's dense model: the same model on all rows in one place. What the clients
+The baseline is the experiment's dense model, trained on all rows in one place. What the clients
 train together takes the place of the compressed one.
 """
 
@@ -122,9 +122,9 @@ def _check(settings: DictConfig) -> None:
 
 
 def _codec(settings: DictConfig, way: str, model: Any) -> Any:
-    """The codec of a direction; what does not ship is sent as `equipment` says."""
-    ships = tuple(getattr(model, "deployed", ()))
-    others = [name for name, _ in model.named_children() if ships and name not in ships]
+    """The codec of a direction; what is not deployed is sent as `equipment` says."""
+    deployed = tuple(getattr(model, "deployed", ()))
+    others = [name for name, _ in model.named_children() if deployed and name not in deployed]
     rules = {f"{name}.*": settings.equipment for name in others}
     given = OmegaConf.to_container(settings[way].rules, resolve=True)
     return instantiate(settings[way], rules={**given, **rules}, _convert_="all")  # pyright: ignore
@@ -161,7 +161,7 @@ def _distilled(
 
 
 def _carry_states(cfg: DictConfig, folder: Path) -> None:
-    """The clients' states of the run that this one goes on with."""
+    """Copy the clients' states of the run that is resumed."""
     if cfg.ckpt_path is None:
         return
     source = run_folder(cfg.ckpt_path) / CLIENTS
@@ -193,7 +193,7 @@ def _strategy(cfg: DictConfig, up: Any, down: Any, checkpoint: Path, progress: A
 
 
 def _trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    """What of the trainer's config a client's rounds take over."""
+    """Settings of the trainer's config that apply to a client's rounds."""
     names = ("accelerator", "precision", "accumulate_grad_batches", "gradient_clip_val",
              "limit_train_batches")  # fmt: skip
     return {name: cfg.trainer[name] for name in names if cfg.trainer.get(name) is not None}
@@ -215,7 +215,7 @@ def _data_of(text: str) -> tuple[DictConfig, SplitDataModule, list[torch.Tensor]
 
 @dataclass(frozen=True)
 class _ClientModel:
-    """Makes the configured model, from the config alone: it travels to other processes."""
+    """Factory of the configured model, from the config alone: it is pickled to other processes."""
 
     text: str
 
@@ -286,7 +286,7 @@ class _Progress:
 
 
 def _local_steps(cfg: DictConfig, data: SplitDataModule) -> int:
-    """Optimizer steps of all clients together in a round, each as long as the twin's."""
+    """Optimizer steps of all clients together in a round, each as long as the baseline's."""
     share = cfg.federated.fraction * cfg.federated.local_epochs
     return max(1, round(share * len(data.train_dataset) / data.batch_size))
 

@@ -1,4 +1,4 @@
-"""The quality of a model on a data set: distributions for generators, likelihood for VAEs."""
+"""Quality of a model on a data set: fidelity of generators, likelihood of VAEs, accuracy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MONITOR_SAMPLES = 500
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called in print, and which way is better."""
+    """Label of a metric in print, and its better direction."""
 
     label: str
     better: str
@@ -115,8 +115,8 @@ class Evaluator:
     def quality(self, model: Any) -> dict[str, float]:
         """All metrics that apply to a model, on the test split.
 
-        A model whose layers remember grids of activations computes with them, as an integer
-        engine would.
+        A model with activation grids computes with quantized activations, as an integer engine
+        does.
         """
         with fake_quantized(model):
             return self._quality(model)

@@ -1,4 +1,4 @@
-"""Going on with an interrupted run: what is finished is reused, what is not goes on."""
+"""Resuming of interrupted runs: finished phases are reused, unfinished ones are continued."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class FolderInUseError(OSError):
 def sole_run(folder: Path) -> Iterator[None]:
     """Hold a run folder while the block runs.
 
-    The lock is the operating system's: it goes when its holder is killed, and the file that stays
-    behind means nothing. The other processes of a DDP run belong to the first's.
+    The lock is the operating system's: it goes when its holder is killed, and a file that is left
+    over is ignored. The other processes of a DDP run belong to the first's.
 
     Raises:
         FolderInUseError: when another run holds the folder.
@@ -77,14 +77,14 @@ class Earlier:
     """
 
     folder: Path | None
-    midway: str | None = None  # the phase that goes on from the middle of an epoch
+    midway: str | None = None  # the phase that resumes in the middle of an epoch
 
     @classmethod
     def at(cls, ckpt_path: str | None) -> Earlier:
         """The run that a folder or one of its checkpoints belongs to.
 
         Its phases go on from their last whole epoch, so that they end as if nothing had happened.
-        An `interrupted.ckpt` that is named is gone on from as it is: nothing is lost, but the data
+        A named `interrupted.ckpt` is resumed as it is: nothing is lost, but the data
         of the rest of its epoch come in another order.
 
         Raises:
@@ -104,9 +104,9 @@ class Earlier:
         return cls(folder, path.parent.name if path.name == INTERRUPTED else None)
 
     def carried_to(self, folder: Path) -> Earlier:
-        """The same state in another folder, so that what is interrupted there goes on from there.
+        """Copy the checkpoints into another folder, so that the run can be resumed there.
 
-        Files are copied, as what writes to the new folder need not leave a linked one alone.
+        Links would let writers to the new folder change the old files.
         """
         if self.folder is None or self.folder.resolve() == folder.resolve():
             return self
@@ -138,7 +138,7 @@ class Earlier:
 
 
 def resume_command(folder: Path, words: Sequence[str]) -> str:
-    """The command line that goes on with an interrupted run.
+    """The command line that resumes an interrupted run.
 
     Args:
         folder: of the run.
@@ -152,7 +152,7 @@ def resume_command(folder: Path, words: Sequence[str]) -> str:
 
 
 def _value(text: str) -> str:
-    r"""A text as Hydra's grammar takes it; only plain ones go without quotes.
+    r"""A text in Hydra's grammar, quoted unless it is plain.
 
     >>> print(_value("outputs/a b"), _value("it's (a)"))
     outputs/a b 'it\'s (a)'
@@ -163,7 +163,7 @@ def _value(text: str) -> str:
 
 
 PHASE = "dense"
-BASELINE_RECORD = "baseline.json"  # written last: what stands beside it is whole
+BASELINE_RECORD = "baseline.json"  # written last: marks a complete folder
 
 
 def shared_checkpoint(
@@ -172,7 +172,7 @@ def shared_checkpoint(
     """The final checkpoint of a recipe's model and its seconds of training; trained if need be.
 
     Jobs that ask at the same time wait for the one that trains. The lock is the operating
-    system's: it goes when its holder is killed, and the next one goes on from the last epoch.
+    system's: it goes when its holder is killed, and the next one resumes from the last epoch.
 
     Args:
         store: the folder of all shared models; a recipe has a folder of its own in there.
@@ -182,7 +182,7 @@ def shared_checkpoint(
     """
     home = store / recipe_hash(recipe)
     home.mkdir(parents=True, exist_ok=True)
-    with _turn(store / f"{home.name}.lock"):
+    with _locked(store / f"{home.name}.lock"):
         if not (home / BASELINE_RECORD).is_file():
             start = time.monotonic()
             train(home / PHASE, Earlier(home).unfinished(PHASE))
@@ -194,8 +194,8 @@ def shared_checkpoint(
 
 
 @contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Wait for one's turn and say so; the other processes of a DDP run belong to the first's."""
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for the lock with a message; the other processes of a DDP run belong to the first's."""
     if getattr(rank_zero_only, "rank", 0):
         yield
         return

@@ -1,4 +1,4 @@
-"""What a result depends on, as a content hash: equal hashes may share one result."""
+"""Identity of a run: hashes of its config, and the recorded overrides of its folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
     "config_hash",
     "dense_recipe",
     "recipe_hash",
+    "recorded_overrides",
     "run_folder",
-    "told_to",
     "with_recorded",
     "write_records",
 ]
 DIGITS = 16
-PASSING = ("ckpt_path", "dense_cache")  # how a result is come by, not what it is
+PASSING = ("ckpt_path", "dense_cache")  # these do not change the result
 OWN_CODE = ("models", "data", "workflow/training.py")  # of this package, behind a dense model
 
 
@@ -48,7 +48,7 @@ def recipe_hash(recipe: Any) -> str:
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """The hash of all that a config says of its results.
+    """Hash of the settings of a config that determine its results.
 
     >>> one, other = (OmegaConf.create({"seed": 0, "ckpt_path": path}) for path in (None, "a"))
     >>> config_hash(one) == config_hash(other)
@@ -109,7 +109,7 @@ def _sources(path: Path) -> list[Path]:
 RECORDS = ".hydra"
 CKPT_PATH = "ckpt_path="
 
-# What does not change what a run trains: where things lie, and what is measured afterwards.
+# Keys that do not change training: paths, and later measurements.
 _FREE = re.compile(
     r"(threads|ckpt_path|baseline|dense_cache|baseline_seeds|hopeless|callbacks|logger|evaluate"
     r"|export)\b|data\.(folder|file|download|num_workers)$"
@@ -119,27 +119,27 @@ _FREE = re.compile(
 
 
 def with_recorded(words: Sequence[str]) -> list[str]:
-    """A command line that goes on with a run: what that run was told, then what is said now.
+    """Command line that resumes a run: its recorded overrides, then the present words.
 
     Args:
         words: overrides and flags; without a `ckpt_path=` they stay as they are.
     """
     paths = [word for word in words if word.startswith(CKPT_PATH)]
     folder = run_folder(_text(paths[-1])) if paths else None
-    told = told_to(folder) if folder is not None else []
-    if fault := recorded_fault(told):
-        raise ValueError(f"{folder}: its record of the call cannot be gone on with: {fault}")
+    recorded = recorded_overrides(folder) if folder is not None else []
+    if fault := recorded_fault(recorded):
+        raise ValueError(f"{folder}: its recorded overrides cannot be used: {fault}")
     keys = {override_key(word) for word in words}
-    return [*(one for one in told if override_key(one) not in {*keys, "ckpt_path"}), *words]
+    return [*(one for one in recorded if override_key(one) not in {*keys, "ckpt_path"}), *words]
 
 
 def check_record(cfg: DictConfig, folder: Path, said: Sequence[str] = ()) -> None:
-    """Check that what a run goes on with names nothing but known classes.
+    """Check that the config of a resumed run names allowed targets only.
 
     Args:
-        cfg: composed of what the earlier run's folder records, and of what is said now.
+        cfg: composed of the recorded overrides and the present ones.
         folder: of the earlier run.
-        said: the words of this very command: what they name is allowed.
+        said: the words of the present command; the targets they name are allowed.
 
     Raises:
         ValueError: naming the target and how to allow it.
@@ -154,8 +154,8 @@ def run_folder(ckpt_path: str) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
-def told_to(folder: Path) -> list[str]:
-    """The overrides that a run's command had; none where nothing is recorded."""
+def recorded_overrides(folder: Path) -> list[str]:
+    """The recorded overrides of a run's command; empty without a record."""
     try:
         return read_words(folder, f"{RECORDS}/overrides.yaml")
     except FileNotFoundError:
@@ -167,7 +167,7 @@ def _text(word: str) -> str:
 
 
 def check_same_run(cfg: DictConfig, folder: Path) -> None:
-    """Check that a run that goes on is told what it was told before.
+    """Check that a resumed run has the settings that it had before.
 
     Args:
         cfg: of now.
@@ -205,7 +205,7 @@ def _leaves(cfg: Any) -> Iterator[tuple[str, object]]:
 
 
 def write_records(cfg: DictConfig, folder: Path) -> None:
-    """Write the overrides, the config and Hydra's own, as Hydra does before any program begins.
+    """Write the overrides, the config and Hydra's config, as Hydra itself does at the start.
 
     Hydra's would be there before the folder is locked, so that a second run, which is then refused,
     leaves its own in place of the first one's: `hydra.output_subdir` is null in our configs.

@@ -1,4 +1,4 @@
-"""`lightning-compress sensitivity`: a scan of a dense model as a table, a file and a picture."""
+"""Command `sensitivity`: a scan of a dense model as a table, a file and a figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_compress.lab.evaluation.sensitivity import check_scan, scan_sensi
 from lightning_compress.lab.report.plots import draw, grid, shorten
 from lightning_compress.lab.trust import check_targets
 from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, rows
-from lightning_compress.lab.workflow.run_identity import told_to
+from lightning_compress.lab.workflow.run_identity import recorded_overrides
 from lightning_compress.lab.workflow.training import build_model, load_trained, train
 
 __all__ = [
@@ -41,7 +41,7 @@ _METRIC = {"gan": "fid", "classifier": "cross_entropy"}  # all others: neg_elbo
 
 @dataclass(frozen=True)
 class Subject:
-    """A dense model, its data, and how its quality is measured.
+    """Subject of a scan: a dense model, its data, and its quality metric.
 
     Args:
         cfg: the whole config.
@@ -64,12 +64,12 @@ class Subject:
 
     @property
     def metric(self) -> str:
-        """What is measured."""
+        """Name of the metric."""
         return _METRIC.get(self.kind, "neg_elbo")
 
     @property
     def better(self) -> str:
-        """Which way it is better."""
+        """Better direction of the metric."""
         return METRICS[self.metric].better
 
     def score(self, count: int) -> Callable[[Any], float]:
@@ -98,7 +98,7 @@ class Subject:
 
 
 def find_subject(words: Sequence[str], folder: Path, allowed: Sequence[str] = ()) -> Subject:
-    """The dense model that some words mean.
+    """The dense model that the words select.
 
     Args:
         words: a run's folder, or a checkpoint in one, or the name of a model config, or overrides
@@ -108,7 +108,7 @@ def find_subject(words: Sequence[str], folder: Path, allowed: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: for a folder without a run.
-        ValueError: for words that mean nothing, naming the model configs there are.
+        ValueError: for words that select nothing, naming the model configs.
     """
     first = Path(words[0]) if words else Path()
     if words and (first.is_dir() or first.suffix == ".ckpt"):
@@ -150,7 +150,7 @@ def _of_run(path: Path, words: Sequence[str], allowed: Sequence[str]) -> Subject
     if path.is_dir() and not weights.is_file() and cfg.baseline is not None:
         weights = Path(cfg.baseline)
     model = load_trained(cfg, data, weights).model
-    return Subject(cfg, tuple(told_to(home)), data, model, str(weights))
+    return Subject(cfg, tuple(recorded_overrides(home)), data, model, str(weights))
 
 
 def _data(cfg: DictConfig) -> SplitDataModule:
@@ -206,7 +206,7 @@ def scan_subject(
 
 
 def print_sensitivity(found: Sensitivity, console: Console | None = None) -> None:
-    """A row a layer: what the metric loses at each sparsity and number of bits."""
+    """Print a row a layer: loss of the metric at each sparsity and number of bits."""
     label = METRICS[found.metric].label if found.metric in METRICS else found.metric
     table = Table(title=f"Loss of {label} (dense: {found.dense:.5g}), one layer at a time")
     first = found.layers[0]

@@ -125,8 +125,8 @@ def test_failed_download_says_why_and_what_else(tmp_path, monkeypatch):
     ("kwargs", "message"),
     [
         ({"image_size": 31}, "image_size must be >= 32 .* got 31"),
-        ({"limit": -1}, "limit must be a whole number >= 1, got -1"),
-        ({"val_size": 0}, "val_size must be a whole number >= 1, got 0"),
+        ({"limit": -1}, "limit must be an integer >= 1, got -1"),
+        ({"val_size": 0}, "val_size must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):

@@ -93,13 +93,13 @@ def test_seed_decides_splits_and_order():
     ("kwargs", "message"),
     [
         ({"image_size": 7}, "image_size must be >= 8 .* got 7"),
-        ({"image_size": 0, "fit": "resize"}, "image_size must be a whole number >= 1, got 0"),
+        ({"image_size": 0, "fit": "resize"}, "image_size must be an integer >= 1, got 0"),
         ({"fit": "stretch"}, "fit must be one of pad, resize; got 'stretch'"),
-        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
-        ({"batch_size": "many"}, "batch_size must be a whole number >= 1, got 'many'"),
-        ({"batch_size": True}, "batch_size must be a whole number >= 1, got True"),
-        ({"num_workers": -1}, "num_workers must be a whole number >= 0, got -1"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"batch_size": "many"}, "batch_size must be an integer >= 1, got 'many'"),
+        ({"batch_size": True}, "batch_size must be an integer >= 1, got True"),
+        ({"num_workers": -1}, "num_workers must be an integer >= 0, got -1"),
+        ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):

@@ -151,7 +151,7 @@ def test_dims_wait_for_setup():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"image_size": 0}, "image_size must be a whole number >= 1, got 0"),
+        ({"image_size": 0}, "image_size must be an integer >= 1, got 0"),
         ({"val_fraction": 0}, "val_fraction must be above 0 and below 1, got 0"),
         ({"test_fraction": 1.0}, "test_fraction must be above 0 and below 1, got 1.0"),
         ({"test_fraction": "x"}, "test_fraction must be above 0 and below 1, got 'x'"),

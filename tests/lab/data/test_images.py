@@ -177,9 +177,9 @@ def test_damaged_sets_are_refused(tmp_path):
     ("kwargs", "message"),
     [
         ({"name": "kmnist"}, "name must be one of fashion_mnist, mnist; got 'kmnist'"),
-        ({"limit": 0}, "limit must be a whole number >= 1, got 0"),
-        ({"val_size": 0}, "val_size must be a whole number >= 1, got 0"),
-        ({"num_classes": 300}, "num_classes must be a whole number from 1 to 256, got 300"),
+        ({"limit": 0}, "limit must be an integer >= 1, got 0"),
+        ({"val_size": 0}, "val_size must be an integer >= 1, got 0"),
+        ({"num_classes": 300}, "num_classes must be an integer from 1 to 256, got 300"),
         ({"fit": "crop"}, "fit must be one of pad, resize; got 'crop'"),
     ],
 )

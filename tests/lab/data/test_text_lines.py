@@ -184,7 +184,7 @@ def test_before_setup_there_is_no_vocabulary(file):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"max_length": 0}, "max_length must be a whole number >= 1, got 0"),
+        ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
         ({"overlong": "wrap"}, "overlong must be one of drop, crop; got 'wrap'"),
         ({"val_fraction": -0.1}, "val_fraction must be above 0 and below 1, got -0.1"),
     ],

@@ -110,7 +110,7 @@ def test_every_number_of_the_results_is_on_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("within", "words"),
     [
-        (True, "31.2× smaller, quality within the dense twin's seed spread"),
+        (True, "31.2× smaller, quality within the dense baseline's seed spread"),
         (False, "quality not within the allowed difference (−ELBO (nats) worse by 0.280)"),
         (None, "31.2× smaller, quality not judged"),
     ],

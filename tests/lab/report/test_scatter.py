@@ -1,4 +1,4 @@
-"""Points of the pictures: seeds become one, and every bar is a spread that was measured."""
+"""Points of the figures: seeds become one, and every bar is a spread that was measured."""
 
 import math
 from pathlib import Path

@@ -29,11 +29,11 @@ def test_difference_is_taken_from_the_mean_over_seeds():
 @pytest.mark.parametrize(
     ("changes", "spread", "clause"),
     [
-        ({"within": True}, {"recall": {"n": 3}}, "quality within the dense twin's seed spread"),
+        ({"within": True}, {"recall": {"n": 3}}, "quality within the dense baseline's seed spread"),
         (
             {"within": True, "allowed_two_percent": 0.016},
             {},
-            "quality within 2 % of the dense twin (one seed)",
+            "quality within 2 % of the dense baseline (one seed)",
         ),
         ({"within": True}, {}, "quality within the allowed difference"),
         ({"within": None}, {}, "quality not judged"),

@@ -299,7 +299,7 @@ def test_the_dense_run_teaches_a_narrower_student_that_is_pruned_and_quantized(t
 
 
 def test_fewer_channels_masks_and_grids_ship_together(tmp_path, cache):
-    """The dense twin teaches; what comes out is smaller in every file, and in MACs."""
+    """The dense baseline teaches; what comes out is smaller in every file, and in MACs."""
     _, results = run(
         tmp_path,
         cache,

@@ -74,10 +74,10 @@ def test_a_run_has_a_ledger_its_twin_and_the_page(cli, local, tmp_path):
     )
     assert found["federated"]["up"] == sum(row["up"] for row in rounds)
     assert found["federated"]["ratio_up"] > 10
-    assert found["dense"]["quality"]["neg_elbo"] > 0  # the centralised twin
+    assert found["dense"]["quality"]["neg_elbo"] > 0  # the centralised baseline
     assert "round 3/3: 3 clients, up " in out
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "centralised twin" in page
+    assert "centralised baseline" in page
     assert "MB sent, up and down" in page
     assert (tmp_path / "run" / "compressed" / "model.lcz").is_file()
 
