@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CompressedCheckpoint,
         CompressedEarlyStopping,
         CompressionSummary,
+        Fading,
         GradualPruning,
         Guard,
         KnowledgeDistillation,
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
         QualityBudget,
         QuantizationAwareTraining,
         RandomState,
+        Regrowth,
         Rewinding,
         ScoreMonitor,
+        SearchRules,
         StopOnNonFinite,
         ThresholdPruning,
     )
@@ -82,6 +85,7 @@ __all__ = [
     "CorruptArtifactError",
     "Cosine",
     "EMATeacher",
+    "Fading",
     "GradualPruning",
     "GraphInfo",
     "Guard",
@@ -102,8 +106,10 @@ __all__ = [
     "QuantizationAwareTraining",
     "Ramp",
     "RandomState",
+    "Regrowth",
     "Rewinding",
     "ScoreMonitor",
+    "SearchRules",
     "Staircase",
     "StepKL",
     "StopOnNonFinite",
@@ -138,10 +144,10 @@ __all__ = [
 _HOMES = {
     "callbacks": (
         "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
-        "CompressedEarlyStopping CompressionSummary GradualPruning Guard KnowledgeDistillation "
-        "OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
-        "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
-        "ThresholdPruning"
+        "CompressedEarlyStopping CompressionSummary Fading GradualPruning Guard "
+        "KnowledgeDistillation OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA "
+        "QualityBudget QuantizationAwareTraining RandomState Regrowth Rewinding ScoreMonitor "
+        "SearchRules StopOnNonFinite ThresholdPruning"
     ),
     "channels.following": "apply_compression",
     "channels.resize": "match_channels rebuild_channels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,37 @@ from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
 from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
+
+_SCOPES = ("global", "layer")
+_EVENTS = 20
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fading:
+    """How weights shrink before `ChannelPruning` removes channels: `ChannelPruning(fade=...)`.
+
+    Args:
+        steps: in which chosen channels fade before they are removed.
+        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
+            criterion="batchnorm" (Network Slimming, Liu et al. 2017, arXiv:1708.06519), else 0.
+
+    Raises:
+        ValueError: for negative steps.
+
+    >>> Fading(steps=5).push is None
+    True
+    """
+
+    steps: int = 10
+    push: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("fade", self.steps, 0)
 
 
 def claim_run(owner: Any, trainer: Trainer) -> None:
@@ -99,10 +130,6 @@ def report_table(owner: Any) -> None:
     Console(soft_wrap=False).print(table)
 
 
-_SCOPES = ("global", "layer")
-_EVENTS = 20
-
-
 class ChannelPruning(WeightCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
@@ -128,9 +155,8 @@ class ChannelPruning(WeightCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit.
         frequency: steps between events; None: about 20 from begin to end.
-        fade: steps in which chosen channels fade before they are removed.
-        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
-            "batchnorm", else 0.
+        fade: steps in which chosen channels fade before they are removed; or a `Fading`, which
+            sets how scales of norms shrink too.
         include: path globs or layer classes; None: the weights of the part that ships.
         exclude: the same, taken away again.
         channelwise: functions and layer classes that are not known here and treat each channel
@@ -161,15 +187,15 @@ class ChannelPruning(WeightCallback):
         begin: float = 0.0,
         end: float = 0.7,
         frequency: int | None = None,
-        fade: int = 10,
-        push: float | None = None,
+        fade: int | Fading = 10,
         include: Sequence[Pattern] | Pattern | None = None,
         exclude: Sequence[Pattern] | Pattern = (),
         channelwise: Sequence[Any] = (),
         on_miss: str = "warn",
         name: str = "channels",
     ) -> None:
-        _check(round_to=round_to, fade=fade)
+        _check_count("round_to", round_to, 1)
+        fading = fade if isinstance(fade, Fading) else Fading(steps=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
@@ -193,8 +219,8 @@ class ChannelPruning(WeightCallback):
         self.channel_budget, self.criterion, self.scope = channel_budget, criterion, scope
         self.channelwise = tuple(channelwise)
         self.events = GuardedClock(begin, end, frequency, count=_EVENTS)
-        self.fade, self.on_miss = fade, on_miss
-        self.push = (1e-4 if by_norms else 0.0) if push is None else push
+        self.fade, self.on_miss = fading.steps, on_miss
+        self.push = (1e-4 if by_norms else 0.0) if fading.push is None else fading.push
         self.sparsity = 0.0  # fraction of the channels that is gone
         self.plan: ChannelPlan | None = None
         self.remover: ChannelRemover | None = None
@@ -617,10 +643,3 @@ def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
     """Before a checkpoint is loaded: the sizes of its layers."""
     own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
     match_channels(module, own)
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        least = 1 if name == "round_to" else 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")

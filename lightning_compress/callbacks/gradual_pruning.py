@@ -27,8 +27,9 @@ from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
 from lightning_compress.pruning.masks import SCOPES
 from lightning_compress.pruning.regrowth import (
     DenseGradients,
-    check_regrowth,
+    Regrowth,
     exchanged_fraction,
+    make_regrowth,
     reset_momenta,
 )
 from lightning_compress.pruning.sparsity_groups import (
@@ -199,8 +200,8 @@ class GradualPruning(MaskCallback):
             "erk" by Erdos-Renyi-Kernel densities.
         regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
             by dense gradients and may return at an event. "gradient": RigL, at each event some
-            of the smallest weights make room for the largest gradients (arXiv:1911.11134).
-        regrow_fraction: of the active weights, exchanged at `begin`; by a cosine to 0 at `end`.
+            of the smallest weights make room for the largest gradients (arXiv:1911.11134); a
+            `Regrowth` sets how many.
         min_keep: fraction of each target that stays, so that no layer dies by accident; or one
             for each of several patterns (0.01 elsewhere).
         keep_zeros: begin with the zeros that the weights have, those of a loaded file say, and go
@@ -229,8 +230,7 @@ class GradualPruning(MaskCallback):
         criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
         granularity: str | Sequence[object] = "unstructured",
         scope: str = "global",
-        regrow: str | None = None,
-        regrow_fraction: float = 0.3,
+        regrow: str | Regrowth | None = None,
         min_keep: float | Mapping[Pattern, float] = 0.01,
         keep_zeros: bool = False,
         rewind: Rewinding | float | None = None,
@@ -240,7 +240,8 @@ class GradualPruning(MaskCallback):
         _choice("scope", scope, SCOPES)
         _choice("on_miss", on_miss, ("warn", "raise"))
         units = make_granularity(granularity)
-        check_regrowth(regrow, regrow_fraction, scope, fixed=units.limit < 1)
+        self.regrowth = make_regrowth(regrow, scope, fixed=units.limit < 1)
+        self.regrow = None if self.regrowth is None else self.regrowth.kind
         self.parts = make_schedules(final_sparsity, schedule, begin, end, units.limit)
         self.schedule = self.parts[0].curve
         if isinstance(self.schedule, Schedule):
@@ -255,16 +256,16 @@ class GradualPruning(MaskCallback):
             frequency=frequency,
             include=include,
             exclude=exclude,
-            dense_gradient=regrow == "straight_through",
+            dense_gradient=self.regrow == "straight_through",
             name=name,
         )
         check_min_keep(min_keep, self.parts)
         self.min_keep, self.on_miss, self.keep_zeros = min_keep, on_miss, keep_zeros
-        self.scope, self.regrow, self.regrow_fraction = scope, regrow, regrow_fraction
+        self.scope = scope
         self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
         self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
         self._gatherings = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
-        if regrow == "gradient":
+        if self.regrow == "gradient":
             self._gatherings.append(StatisticsWindow(DenseGradients()))
         self._rewinder: Rewinder | None = None
         self._events = 0
@@ -443,8 +444,8 @@ class GradualPruning(MaskCallback):
             with naming_divergence(part.slots):
                 found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
             masks.update(zip(part.paths(), found, strict=True))
-        if self._exchanges():
-            share = exchanged_fraction(self.regrow_fraction, self.events.done)
+        if self.regrowth is not None and self._exchanges():
+            share = exchanged_fraction(self.regrowth.fraction, self.events.done)
             for slot in self.slots:
                 growth = self._gatherings[1].criterion.scores(slot)
                 mask = self.plan.exchanged(slot, masks[slot.path], growth, share)

@@ -17,7 +17,6 @@ from lightning_compress.budget.reference import (
     DENSE,
     Reference,
     check_goal,
-    check_search,
     check_window_of_run,
     trial_table,
 )
@@ -26,6 +25,7 @@ from lightning_compress.budget.search import (
     QualitySearch,
     Reading,
     Rules,
+    SearchRules,
     SizeSearch,
     Trial,
     recent,
@@ -84,10 +84,7 @@ class BudgetCallback(Callback):
     steers = True  # others leave it to this one how far they go
     begin: float
     end: float
-    patience: int
-    confidence: float
-    stride: tuple[float, ...]
-    undo: str
+    search_rules: SearchRules
     on_miss: str
 
     def __init__(
@@ -173,14 +170,15 @@ class BudgetCallback(Callback):
         return self.levers
 
     def _begin(self) -> QualitySearch | SizeSearch:
-        self.reference.fix(self.readings, patience=self.patience)
+        given = self.search_rules
+        self.reference.fix(self.readings, patience=given.patience)
         rules = Rules(
             limit=self.max_degradation or 0.0,
             spread=self.reference.spread / self.reference.scale,
-            patience=self.patience,
-            confidence=self.confidence,
-            stride=self.stride[0],
-            least=self.stride[1],
+            patience=given.patience,
+            confidence=given.confidence,
+            stride=given.stride[0],
+            least=given.stride[1],
         )
         rank_zero_info(
             f"{self.state_key}: {self.monitor} of the dense model is "
@@ -189,7 +187,7 @@ class BudgetCallback(Callback):
         )
         if self.max_bytes is not None:
             return SizeSearch(self.max_bytes, rules, len(self.levers))
-        soft = self.undo == "projection"
+        soft = given.undo == "projection"
         return QualitySearch(rules, [lever.step for lever in self.levers], soft)
 
     def _finish(self) -> bool:
@@ -280,14 +278,9 @@ class QualityBudget(BudgetCallback):
         spread: standard deviation of one reading; None: from the readings before `begin`.
         begin: fraction of the run when compression begins.
         end: fraction of the run after which nothing is tried any more: what was found trains on.
-        patience: readings after which a trial must be decided; clear ones are decided earlier.
-        confidence: standard errors by which a case is clear.
-        stride: of a level (see `Limits`) at first, and the smallest that is tried.
-        undo: what goes back when a trial fails. "all": weights, channels, masks, grids, optimizer
-            states. "projection": channels, masks and grids, and weights train on from where they
-            are; all goes back only if that is no good either. It loses no steps, and fits a model
-            that still learns.
-        limits: how far the levers go.
+        search: `SearchRules` or their fields: patience, confidence, strides, and what a trial
+            that fails rolls back.
+        limits: `Limits` of the levers or their fields.
         on_miss: "warn" or "raise" when no model was within the budget.
         name: prefix of what is logged, and the key of the state.
 
@@ -313,21 +306,15 @@ class QualityBudget(BudgetCallback):
         spread: float | None = None,
         begin: float = 0.2,
         end: float = 0.85,
-        patience: int = 4,
-        confidence: float = 1.0,
-        stride: tuple[float, float] = (0.2, 0.025),
-        undo: str = "all",
+        search: SearchRules | Mapping[str, Any] | None = None,
         limits: Limits | Mapping[str, Any] | None = None,
         on_miss: str = "warn",
         name: str = "budget",
     ) -> None:
         check_goal(max_degradation, max_bytes)
         check_window_of_run(begin, end)
-        check_search(patience, stride, spread, confidence)
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        if undo not in ("all", "projection"):
-            raise ValueError(f"undo={undo!r}: valid are ['all', 'projection']")
         super().__init__(
             monitor,
             max_degradation,
@@ -336,8 +323,8 @@ class QualityBudget(BudgetCallback):
             limits=limits if isinstance(limits, Limits) else Limits(**dict(limits or {})),
             name=name,
         )
-        self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
-        self.stride, self.on_miss, self.undo = tuple(stride), on_miss, undo
+        given = search if isinstance(search, SearchRules) else SearchRules(**dict(search or {}))
+        self.begin, self.end, self.search_rules, self.on_miss = begin, end, given, on_miss
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes before anything trains."""

@@ -222,7 +222,6 @@ def test_a_criterion_of_the_wrong_shape_is_named(tmp_path):
         ({"granularity": "2:4", "scope": "erk"}, "fixes the sparsity of each layer"),
         ({"granularity": "2:4", "regrow": "gradient"}, "fixes the sparsity of each layer"),
         ({"regrow": "hope"}, "regrow='hope': valid are"),
-        ({"regrow_fraction": 0}, "regrow_fraction=0"),
         ({"min_keep": 0.2}, r"min_keep=0\.2 must lie between 0 and"),
         ({"min_keep": {"a": 2.0}}, r"min_keep=2\.0 must lie"),
         ({"final_sparsity": {}}, "names no pattern"),

@@ -63,7 +63,9 @@ def channels(**arguments):
 
 
 def exact(limit=0.1, **arguments):
-    return QualityBudget("val/loss", limit, **{"spread": 0.0, "patience": 1, **arguments})
+    names = ("undo", "stride")
+    search = {"patience": 1, **{one: arguments.pop(one) for one in names if one in arguments}}
+    return QualityBudget("val/loss", limit, **{"spread": 0.0, "search": search, **arguments})
 
 
 class Sizes(Callback):
@@ -401,7 +403,9 @@ def test_models_that_ship(tmp_path, name):
     model, left = make(), Left()
     left.dense = size(model)
     twin = copy.deepcopy(model)
-    budget = QualityBudget("val/gone", 0.5, spread=0.0, patience=1, stride=(0.3, 0.05), begin=0.1)
+    budget = QualityBudget(
+        "val/gone", 0.5, spread=0.0, search={"patience": 1, "stride": (0.3, 0.05)}, begin=0.1
+    )
     callbacks = [left, budget, channels(), RandomState()]
     trainer = quiet_trainer(
         tmp_path, *callbacks, max_epochs=14, limit_train_batches=6, limit_val_batches=1,
