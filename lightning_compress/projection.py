@@ -36,9 +36,9 @@ from lightning_compress.targets import Target, clean_path
 __all__ = [
     "ProjectedWeight",
     "Projector",
+    "divergence_message",
     "naming_divergence",
     "parameter_ids",
-    "said_of_divergence",
     "select_entries",
 ]
 
@@ -331,11 +331,11 @@ def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
     except (ValueError, RuntimeError, OverflowError) as error:
         for slot in slots:
             if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())):
-                raise FloatingPointError(said_of_divergence(slot)) from error
+                raise FloatingPointError(divergence_message(slot)) from error
         raise
 
 
-def said_of_divergence(slot: ProjectedWeight) -> str:
+def divergence_message(slot: ProjectedWeight) -> str:
     """The message for a weight that is no longer finite."""
     half = slot.parameter.dtype == torch.float16
     return (

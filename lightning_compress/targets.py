@@ -22,7 +22,7 @@ __all__ = [
     "Target",
     "clean_path",
     "deployed_part",
-    "left_out",
+    "low_coverage",
     "select",
     "sparsity",
     "split_path",
@@ -217,14 +217,14 @@ def _places(module: nn.Module) -> list[list[_Place]]:
     return list(found.values())
 
 
-def left_out(module: nn.Module, coverage: Sequence[Coverage]) -> str:
+def low_coverage(module: nn.Module, coverage: Sequence[Coverage]) -> str:
     """What to tell where less than half of the deployed part's weights are targets; else empty.
 
     Weights are matrices and kernels; those that `exclude` names are no one's surprise, and those
     of a frozen copy (an average kept by hand) follow their original.
 
     >>> net = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 2))
-    >>> left_out(net, select(net).coverage)[:52]
+    >>> low_coverage(net, select(net).coverage)[:52]
     'only 2 % of the weights of the deployed part are com'
     """
     parts = deployed_part(module)

@@ -98,7 +98,7 @@ class Steerable(Protocol):
         """What of its state belongs to the weights of now."""
         ...
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """Make a snapshot's state that of now; weights are not touched."""
 
 
@@ -291,7 +291,7 @@ KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
     ),
     "channels": lambda one, limits: ChannelLever(one, limits.min_channels),
     "step": lambda one, limits: StepLever(one, *limits.steps),
-    "bits": lambda one, limits: BitsLever(one, dict(one.asked_bits), limits.min_bits),
+    "bits": lambda one, limits: BitsLever(one, dict(one.requested_bits), limits.min_bits),
 }
 
 

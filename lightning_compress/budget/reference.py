@@ -85,7 +85,7 @@ class Reference:
         self.dense = self.spread = 0.0
 
     @property
-    def waits(self) -> bool:
+    def awaits_curve(self) -> bool:
         """Whether a curve was announced that has not come."""
         return self.given == DENSE and not self.curve
 

@@ -17,7 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
+from lightning_compress.callbacks.deferral import (
+    DEFERRED_HOOKS,
+    deferred,
+    load_deployed,
+    save_deployed,
+)
 from lightning_compress.callbacks.spawned import bring_results_back, results_come_back
 from lightning_compress.channels.following import FollowedCopies
 from lightning_compress.channels.resize import rebuild_channels
@@ -43,7 +48,7 @@ from lightning_compress.targets import (
     Pattern,
     Selection,
     clean_path,
-    left_out,
+    low_coverage,
     select,
     unselected,
 )
@@ -54,7 +59,7 @@ __all__ = [
     "check_run_ends",
     "is_trial_run",
     "run_progress",
-    "tell_of_overlooked",
+    "warn_of_unselected",
 ]
 
 _ENDLESS = (
@@ -88,7 +93,7 @@ def builds_layers_later(module: LightningModule) -> bool:
     return any(is_overridden(hook, module) for hook in ("setup", "configure_model"))
 
 
-def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
+def warn_of_unselected(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
     """Warn of weights that are left alone since their network's name says nothing.
 
     Networks of an optimizer that trains nothing of the deployed part are not named: they judge it.
@@ -102,9 +107,9 @@ def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] 
         )
 
 
-def tell_of_left_out(module: LightningModule, coverage: Sequence[Coverage]) -> None:
+def warn_of_low_coverage(module: LightningModule, coverage: Sequence[Coverage]) -> None:
     """Warn where less than half of the deployed part's weights are targets."""
-    if message := left_out(module, coverage):
+    if message := low_coverage(module, coverage):
         rank_zero_warn(message)
 
 
@@ -174,9 +179,9 @@ class WeightCallback(Callback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let the hooks of every callback wait until it is known what ships."""
         super().__init_subclass__(**kwargs)
-        for name in HELD:
+        for name in DEFERRED_HOOKS:
             if name in cls.__dict__:
-                setattr(cls, name, held(cls.__dict__[name]))
+                setattr(cls, name, deferred(cls.__dict__[name]))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         bring_results_back()  # in the processes of a spawned fit too, which unpickle it
@@ -198,8 +203,8 @@ class WeightCallback(Callback):
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
         self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
-        self._told_idle = False
-        self._told_orphans: set[str] = set()
+        self._warned_idle = False
+        self._warned_unowned: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -238,7 +243,7 @@ class WeightCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters by name and hook their optimizers."""
-        _tell_of_spawned(trainer)
+        _warn_of_spawned(trainer)
         to_shards(pl_module)
         self._projector = Projector.of(pl_module)
         self.projector.asleep = True
@@ -246,12 +251,12 @@ class WeightCallback(Callback):
         selection = self._select(pl_module)
         self.coverage = selection.coverage
         if self.include is None:
-            tell_of_overlooked(pl_module, trainer.optimizers)
-            tell_of_left_out(pl_module, self.coverage)
+            warn_of_unselected(pl_module, trainer.optimizers)
+            warn_of_low_coverage(pl_module, self.coverage)
         masks = {slot.path: slot.pruned for slot in self.slots}
         self.slots = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)
-        self._groups, self._told_idle, self._told_orphans = [], False, set()
+        self._groups, self._warned_idle, self._warned_unowned = [], False, set()
         self.projector.on_step(lambda: self.on_weight_step(trainer), order=self.order)
         for slot in self.slots:  # a second fit goes on with the masks of the first
             pruned = masks.get(slot.path)
@@ -305,7 +310,7 @@ class WeightCallback(Callback):
         if self._projector is not None and self._projector.copies is not None:
             self._projector.copies.settle(self._projector)
 
-    @held
+    @deferred
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -323,11 +328,11 @@ class WeightCallback(Callback):
             self.restore_state(self._loaded)
             self._loaded = None
         else:
-            self._tell_of_lost_masks()
+            self._warn_of_lost_masks()
         self.projector.asleep = False
         self.projector.project()
 
-    @held
+    @deferred
     def on_train_batch_start(
         self,
         trainer: Trainer,
@@ -345,8 +350,8 @@ class WeightCallback(Callback):
     def _look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Take what has appeared since, and let go of what is no longer the module's."""
         to_shards(module)
-        held = {clean_path(path): one for path, one in module.named_parameters()}
-        kept = [slot for slot in self.slots if held.get(slot.path) is slot.parameter]
+        own = {clean_path(path): one for path, one in module.named_parameters()}
+        kept = [slot for slot in self.slots if own.get(slot.path) is slot.parameter]
         known = {slot.path for slot in kept}
         gone = [slot for slot in self.slots if slot not in kept]
         try:
@@ -361,17 +366,17 @@ class WeightCallback(Callback):
                 self.projector.drop(slot.path)
         added = [self.projector.add(target) for target in fresh]
         self.slots = [*kept, *added]
-        self._tell_of_orphans(self.projector.attach(trainer.optimizers, strict=False))
+        self._warn_of_unowned(self.projector.attach(trainer.optimizers, strict=False))
         if not added and not gone:
             return
         self.coverage = coverage
         for slot in added:
             _adopt_known_mask(slot)
-        _tell_of_change(self.state_key, added, gone)
+        _report_target_changes(self.state_key, added, gone)
         if self.slots:
             self.on_targets_changed(trainer, module, added)
 
-    @held
+    @deferred
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:  # noqa: ARG002
         """Hook optimizers that user code has made since the batch began.
 
@@ -386,29 +391,29 @@ class WeightCallback(Callback):
     ) -> None:
         """React to targets that have appeared in mid-run, or gone; `slots` are those of now."""
 
-    def _tell_of_orphans(self, paths: Sequence[str]) -> None:
+    def _warn_of_unowned(self, paths: Sequence[str]) -> None:
         own = set(self.paths())
-        if fresh := [one for one in paths if one in own and one not in self._told_orphans]:
-            self._told_orphans.update(fresh)
+        if fresh := [one for one in paths if one in own and one not in self._warned_unowned]:
+            self._warned_unowned.update(fresh)
             rank_zero_warn(
                 f"{self.state_key}: no optimizer owns {fresh}, so that they do not train. "
                 "Give them to one, by add_param_group or by trainer.strategy.setup_optimizers"
             )
 
-    @held
+    @deferred
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Name an optimizer that has made no step, in the first epoch; project what was written."""
         self.projector.settle()
-        if not self._told_idle and (why := self.why_no_steps()):
+        if not self._warned_idle and (why := self.why_no_steps()):
             rank_zero_warn(f"{self.state_key}: {why}")
-        self._told_idle = True
+        self._warned_idle = True
 
     def why_no_steps(self) -> str:
         """Why the clock stands still; empty when every optimizer of the targets makes steps."""
         idle = self.projector.idle(self.paths())
         return "; ".join(_why_idle(optimizer, moved=moved) for optimizer, moved in idle)
 
-    def _tell_of_lost_masks(self) -> None:
+    def _warn_of_lost_masks(self) -> None:
         """Warn where zeros of an earlier run have no mask any more; a grid makes zeros too."""
         lost = []
         for slot in self.slots:
@@ -540,7 +545,7 @@ def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
                 set_grid(slot.target.layer, slot.target.name, grid)
 
 
-def _tell_of_spawned(trainer: Trainer) -> None:
+def _warn_of_spawned(trainer: Trainer) -> None:
     spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
     if spawned and not results_come_back():
         rank_zero_warn(
@@ -549,7 +554,7 @@ def _tell_of_spawned(trainer: Trainer) -> None:
         )
 
 
-def _tell_of_change(
+def _report_target_changes(
     key: str, added: Sequence[ProjectedWeight], gone: Sequence[ProjectedWeight]
 ) -> None:
     fresh, left = {slot.path for slot in added}, {slot.path for slot in gone}

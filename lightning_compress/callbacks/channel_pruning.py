@@ -101,7 +101,7 @@ def tapped_features(trainer: Trainer) -> dict[str, str]:
     return found
 
 
-def tell_others(
+def notify_channels_removed(
     owner: Any,
     trainer: Trainer,
     module: LightningModule,
@@ -226,7 +226,7 @@ class ChannelPruning(WeightCallback):
         self.remover: ChannelRemover | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.refused: dict[str, str] = {}
-        self._gatherings = StatisticsWindows(
+        self._statistics = StatisticsWindows(
             [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
         )
         self._tapped: dict[str, str] = {}
@@ -388,14 +388,14 @@ class ChannelPruning(WeightCallback):
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the channels of now."""
         return {
-            "asked": self.channel_budget.part.asked,
+            "asked": self.channel_budget.part.requested,
             "kept": {name: list(one) for name, one in self.kept.items()},
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.channel_budget.part.asked = snapshot["asked"]
+        self.channel_budget.part.requested = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
@@ -403,7 +403,7 @@ class ChannelPruning(WeightCallback):
 
     def on_channels_restored(self, module: nn.Module) -> None:
         """Look at the module that has its channels again."""
-        self._gatherings.reset()
+        self._statistics.reset()
         assert self.plan is not None
         inputs = place_inputs(module, self._inputs or self.plan.inputs)
         self._make_plan(module, inputs, tell=False)
@@ -441,7 +441,7 @@ class ChannelPruning(WeightCallback):
         assert self.remover is not None
         if self.criterion in ("magnitude", "batchnorm"):
             return self.remover.own_scores(str(self.criterion))
-        wanted = self._gatherings[0].scores(self.slots, self.slots)
+        wanted = self._statistics[0].scores(self.slots, self.slots)
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
         return self.remover.given_scores(self.criterion, given)
 
@@ -477,11 +477,11 @@ class ChannelPruning(WeightCallback):
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
         late = self.events.over and not self.is_steered
-        return self._leaving is None and self._gatherings[0].ready(step, late=late)
+        return self._leaving is None and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
         """Let statistics be gathered when the next event is near."""
-        self._gatherings.look_ahead(
+        self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
@@ -500,12 +500,12 @@ class ChannelPruning(WeightCallback):
     def on_event(self, trainer: Trainer) -> None:  # noqa: ARG002
         """Choose the channels that go next."""
         assert self.remover is not None
-        target = self.channel_budget.ask(self.events.position)
+        target = self.channel_budget.request(self.events.position)
         over = self.events.over or self.is_steered
         gone = self.remover.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
-        self._gatherings.after_event(self.events.ahead())
+        self._statistics.after_event(self.events.ahead())
 
     def on_train_batch_end(
         self,
@@ -545,7 +545,7 @@ class ChannelPruning(WeightCallback):
         """
         assert self.remover is not None
         assert self._leaving is not None
-        others = partial(tell_others, self, trainer, pl_module)
+        others = partial(notify_channels_removed, self, trainer, pl_module)
 
         def tell(kept: Kept, sized: Mapping[str, int]) -> None:
             others(kept, sized)
@@ -555,7 +555,7 @@ class ChannelPruning(WeightCallback):
         for note in self.remover.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0
-        self._gatherings.reset()  # what is known of larger weights is of no use
+        self._statistics.reset()  # what is known of larger weights is of no use
         self.sparsity = self._count()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -609,12 +609,12 @@ class ChannelPruning(WeightCallback):
         return {
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
-            "waits": self.events.waits,
+            "waits": self.events.wait_state,
             **self.channel_budget.state_dict(),
             "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
-            "gathering": self._gatherings.state_dict(),
+            "gathering": self._statistics.state_dict(),
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
@@ -622,19 +622,19 @@ class ChannelPruning(WeightCallback):
         """Put everything back; the channels are found when the module is in its place."""
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
-        self.events.waits = state["waits"]
+        self.events.wait_state = state["waits"]
         self.channel_budget.load_state_dict(state)
         self.refused = dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]
         self._given = state.get("inputs")  # without them a resumed run looks at batches again
         step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.slots, step, state["gathering"])
         self.sparsity = self._count()
 
     def stop(self) -> None:
         """Free statistics and hooks."""
-        self._gatherings.stop()
+        self._statistics.stop()
         if self._samples is not None:
             self._samples.stop()
 

@@ -50,7 +50,7 @@ class CompressedCheckpoint(ModelCheckpoint):
     'val/loss'
     """
 
-    _told = False
+    _warned = False
 
     def _save_topk_checkpoint(
         self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
@@ -62,9 +62,9 @@ class CompressedCheckpoint(ModelCheckpoint):
         if waiting := unfinished_schedules(trainer):
             if self.save_last:  # the caller saves it beside whatever was saved at this step
                 self._last_global_step_saved = trainer.global_step
-            if not self._told:
+            if not self._warned:
                 rank_zero_info(f"{type(self).__name__} waits for {', '.join(waiting)} to end")
-            self._told = True
+            self._warned = True
             return
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.deployment import deployed_part, is_judge, known_by_name, note_deployed
 from lightning_compress.structure import StructureReader
 
-__all__ = ["HELD", "held", "load_deployed", "save_deployed", "wait_for_structure"]
+__all__ = ["DEFERRED_HOOKS", "deferred", "load_deployed", "save_deployed", "wait_for_structure"]
 
 _KEY = "lightning_compress_deployed"  # of a checkpoint
 _READERS: weakref.WeakKeyDictionary[LightningModule, StructureReader] = weakref.WeakKeyDictionary()
 # Hooks of a callback that waits: they do nothing before the structure is known.
-HELD = (
+DEFERRED_HOOKS = (
     "on_fit_start",
     "on_train_start",
     "on_train_batch_start",
@@ -73,7 +73,7 @@ def settle(reader: StructureReader, module: LightningModule) -> bool:
     return True
 
 
-def held(method: Callable[..., Any]) -> Callable[..., Any]:
+def deferred(method: Callable[..., Any]) -> Callable[..., Any]:
     """A hook of a callback with `include` and `waiting`, that waits for the structure.
 
     When that is known the callback begins as a fit begins, behind the batch that told it.

@@ -264,9 +264,9 @@ class GradualPruning(MaskCallback):
         self.scope = scope
         self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
         self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
-        self._gatherings = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
+        self._statistics = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
         if self.regrow == "gradient":
-            self._gatherings.append(StatisticsWindow(DenseGradients()))
+            self._statistics.append(StatisticsWindow(DenseGradients()))
         self._rewinder: Rewinder | None = None
         self._events = 0
         self.steered: float | dict[str, float] | None = None
@@ -303,18 +303,18 @@ class GradualPruning(MaskCallback):
 
     def snapshot(self) -> dict[str, Any]:
         """What of the state belongs to the masks of now."""
-        return {"asked": {part.slots[0].path: part.asked for part in self.parts}}
+        return {"asked": {part.slots[0].path: part.requested for part in self.parts}}
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """The masks of a snapshot are to be those of now."""
         for part in self.parts:
-            part.asked = snapshot["asked"].get(part.slots[0].path, 0.0)
+            part.requested = snapshot["asked"].get(part.slots[0].path, 0.0)
         self.events.pending = False
 
     @property
     def arrived(self) -> bool:
         """Whether masks prune all that is asked for at this position."""
-        return not any(self._wanted(part) > part.asked for part in self.parts)
+        return not any(self._wanted(part) > part.requested for part in self.parts)
 
     def _wanted(self, part: SparsityGroup, position: float | None = None) -> float:
         at = self.events.position if position is None else position
@@ -355,9 +355,9 @@ class GradualPruning(MaskCallback):
             if slot.path not in shared:
                 before[slot.path].slots.append(slot)
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
-        self._gatherings.reset()
+        self._statistics.reset()
         for part in self.parts:
-            part.asked = min(part.asked, part.sparsity)
+            part.requested = min(part.requested, part.sparsity)
         super().on_targets_changed(trainer, module, added)
 
     def check_sharded(self) -> None:
@@ -367,7 +367,7 @@ class GradualPruning(MaskCallback):
             TargetError: for what needs whole rows or whole activations.
         """
         check_sharded(
-            criterion=self._gatherings[0].criterion,
+            criterion=self._statistics[0].criterion,
             pooled=self.plan.granularity.pools or self.plan.granularity.limit < 1,
             regrow=self.regrow,
             rewind=self.rewind is not None,
@@ -391,7 +391,7 @@ class GradualPruning(MaskCallback):
             ):
                 slot.set_mask(kept)
         for part in self.parts:
-            part.asked = max(part.asked, part.sparsity)
+            part.requested = max(part.requested, part.sparsity)
         self.project()
 
     def before_event(self, trainer: Trainer, step: int) -> None:
@@ -403,7 +403,7 @@ class GradualPruning(MaskCallback):
         """Whether the sparsity rises or weights are exchanged at a position."""
         if self.regrow is not None and position < self.events.end:
             return True
-        return any(self._wanted(part, position) > part.asked for part in self.parts)
+        return any(self._wanted(part, position) > part.requested for part in self.parts)
 
     @property
     def is_steered(self) -> bool:
@@ -422,12 +422,12 @@ class GradualPruning(MaskCallback):
     def ready(self, step: int) -> bool:
         """Whether the criterion, and the growth where weights are exchanged, know enough."""
         late = self.events.over and self._events > 0
-        grown = not self._exchanges() or all(one.ready(step) for one in self._gatherings[1:])
-        return grown and self._gatherings[0].ready(step, late=late)
+        grown = not self._exchanges() or all(one.ready(step) for one in self._statistics[1:])
+        return grown and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
         """Let statistics be gathered when the next event is near."""
-        self._gatherings.look_ahead(
+        self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
@@ -440,14 +440,14 @@ class GradualPruning(MaskCallback):
         """Make new masks, let weights change places, rewind."""
         before, masks = self.sparsity, {}
         for part in self.parts:
-            scores = self._gatherings[0].scores(self.slots, part.slots)
+            scores = self._statistics[0].scores(self.slots, part.slots)
             with naming_divergence(part.slots):
-                found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
+                found = self.plan.masks(part.slots, scores, part.request(self._wanted(part)))
             masks.update(zip(part.paths(), found, strict=True))
         if self.regrowth is not None and self._exchanges():
             share = exchanged_fraction(self.regrowth.fraction, self.events.done)
             for slot in self.slots:
-                growth = self._gatherings[1].criterion.scores(slot)
+                growth = self._statistics[1].criterion.scores(slot)
                 mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
                 reset_momenta(trainer.optimizers, slot, mask)
                 masks[slot.path] = mask
@@ -457,25 +457,25 @@ class GradualPruning(MaskCallback):
         if self._rewinder is not None and self.sparsity > before:
             self._rewinder.rewind()
         self._events += 1
-        self._gatherings.after_event(self.events.ahead())
+        self._statistics.after_event(self.events.ahead())
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Look at the smaller weights anew; statistics of the larger ones are of no use."""
         self.on_channels_restored(module)
         for part in self.parts if self.is_steered else ():
             # Zeros went with the channels: what is left is less sparse than was asked.
-            part.asked = min(part.asked, part.sparsity)
+            part.requested = min(part.requested, part.sparsity)
 
     def on_channels_restored(self, module: nn.Module) -> None:
         """Look at weights of another size anew."""
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
-        self._gatherings.reset()
+        self._statistics.reset()
         self.sparsity = self._count()
 
     def _correct(self, trainer: Trainer) -> None:
         for slot in self.slots:
-            values = self._gatherings[0].updated_values(slot)
+            values = self._statistics[0].updated_values(slot)
             if values is not None:
                 shared = trainer.world_size > 1
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)
@@ -498,16 +498,16 @@ class GradualPruning(MaskCallback):
 
     def stop(self) -> None:
         """Free all statistics."""
-        self._gatherings.stop()
+        self._statistics.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, clock, how far the schedule went, statistics and the weights to rewind to."""
         return {
             **super().state_dict(),
-            "asked": [part.asked for part in self.parts],
+            "asked": [part.requested for part in self.parts],
             "steered": self.steered,
             "count": self._events,
-            "gathering": self._gatherings.state_dict(),
+            "gathering": self._statistics.state_dict(),
             "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
         }
 
@@ -519,10 +519,10 @@ class GradualPruning(MaskCallback):
             self._split()
         self.steered = steered
         for part, asked in zip(self.parts, state["asked"], strict=True):
-            part.asked = asked
+            part.requested = asked
         self._events = state["count"]
         step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.slots, step, state["gathering"])
         if self._rewinder is not None and state["rewinder"] is not None:
             self._rewinder.load_state_dict(state["rewinder"])
 

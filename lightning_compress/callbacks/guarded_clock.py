@@ -126,10 +126,10 @@ class GuardedClock(EventClock):
         return math.floor(raw / run_progress(trainer) + 1e-6)
 
     @property
-    def waits(self) -> tuple[bool, bool, bool]:
-        """What waits, to be saved beside the clock: an event, for a guard, or for none any more."""
+    def wait_state(self) -> tuple[bool, bool, bool]:
+        """State of a checkpoint: whether an event waits, a guard holds, a guard was overruled."""
         return self.pending, self._waiting, self._overruled
 
-    @waits.setter
-    def waits(self, saved: tuple[bool, bool, bool]) -> None:
+    @wait_state.setter
+    def wait_state(self, saved: tuple[bool, bool, bool]) -> None:
         self.pending, self._waiting, self._overruled = saved

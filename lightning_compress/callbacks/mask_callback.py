@@ -225,7 +225,7 @@ class MaskCallback(WeightCallback):
             },
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
-            "waits": self.events.waits,
+            "waits": self.events.wait_state,
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ class MaskCallback(WeightCallback):
                 by_path[path].set_values(by_path[path].partition.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
-        self.events.waits = state["waits"]
+        self.events.wait_state = state["waits"]
         self.sparsity = self._count()
 
 

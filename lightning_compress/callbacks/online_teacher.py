@@ -18,7 +18,7 @@ from lightning_compress.modes import own_random_stream
 __all__ = ["OnlineTeacher"]
 
 
-class _TwinFabric(Fabric):
+class _TeacherFabric(Fabric):
     """What a LightningModule asks its trainer for, for one that trains outside of a Trainer."""
 
     def __init__(self, device: torch.device) -> None:
@@ -59,8 +59,8 @@ class OnlineTeacher(LiveTeacher):
             raise TargetError("changes are to the student's hyperparameters: give no teacher then")
         self.teacher, self.seed = teacher, seed
         self.changes = dict(changes or {"width_multiplier": 1.0})
-        self._twin: LightningModule | None = None
-        self._fabric: _TwinFabric | None = None
+        self._model: LightningModule | None = None
+        self._fabric: _TeacherFabric | None = None
         self._free: list[nn.Parameter] = []
 
     def start(self, student: nn.Module) -> nn.Module:
@@ -78,7 +78,7 @@ class OnlineTeacher(LiveTeacher):
             raise TargetError(
                 f"{type(twin).__name__} is no LightningModule: it cannot train itself"
             )
-        self._twin, self._fabric = twin, None
+        self._model, self._fabric = twin, None
         self._free = [one for one in twin.parameters() if one.requires_grad]
         return twin
 
@@ -108,7 +108,7 @@ class OnlineTeacher(LiveTeacher):
         twin.eval().requires_grad_(False)
 
     @staticmethod
-    def _step(fabric: _TwinFabric, loss: Any) -> None:
+    def _step(fabric: _TeacherFabric, loss: Any) -> None:
         value = loss["loss"] if isinstance(loss, Mapping) else loss
         assert isinstance(value, Tensor)
         for optimizer in fabric.optimizers:
@@ -117,15 +117,15 @@ class OnlineTeacher(LiveTeacher):
         for optimizer in fabric.optimizers:
             optimizer.step()
 
-    def _ready(self) -> tuple[LightningModule, _TwinFabric]:
-        if self._twin is None:
+    def _ready(self) -> tuple[LightningModule, _TeacherFabric]:
+        if self._model is None:
             raise RuntimeError("OnlineTeacher has no twin yet: training has not begun")
         if self._fabric is None:
-            fabric = _TwinFabric(self._twin.device)
-            optimizers = _optimizers(self._twin)
-            _, *fabric.optimizers = fabric.setup(self._twin, *optimizers, move_to_device=False)
+            fabric = _TeacherFabric(self._model.device)
+            optimizers = _optimizers(self._model)
+            _, *fabric.optimizers = fabric.setup(self._model, *optimizers, move_to_device=False)
             self._fabric = fabric
-        return self._twin, self._fabric
+        return self._model, self._fabric
 
     def state_dict(self) -> dict[str, Any]:
         """The twin's optimizers and its clock."""

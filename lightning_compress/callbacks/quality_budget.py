@@ -32,12 +32,12 @@ from lightning_compress.budget.search import (
 )
 from lightning_compress.callbacks.base import check_run_ends, is_trial_run, run_progress
 from lightning_compress.callbacks.rollback import (
-    Memory,
+    SavePoint,
     bytes_now,
-    go_back,
-    lose,
-    remember,
-    steered,
+    follow_removal,
+    make_save_point,
+    roll_back,
+    steerable_callbacks,
 )
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
 from lightning_compress.channels.graph import Kept
@@ -107,7 +107,7 @@ class BudgetCallback(Callback):
         self.search: QualitySearch | SizeSearch | None = None
         self.readings: list[float] = []  # costs of the dense model, before the search
         self.lately: list[float] = []  # costs since the model was last changed
-        self._memory: Memory | None = None
+        self._save_point: SavePoint | None = None
         self._kept = inf  # cost of the model that is remembered
         self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
         self._pending = Decision()
@@ -158,7 +158,7 @@ class BudgetCallback(Callback):
                 f"{self.state_key} must know before training what ships: name it in an attribute "
                 "of the model, deployed = (...)"
             )
-        for one in steered(trainer):
+        for one in steerable_callbacks(trainer):
             if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
                 raise TargetError(
                     f"{self.state_key} cannot go back with sharded weights: {sharded}"
@@ -228,7 +228,7 @@ class BudgetCallback(Callback):
             "search": None if self.search is None else self.search.state_dict(),
             "readings": list(self.readings),
             "pending": astuple(self._pending),
-            "memory": self._memory,
+            "memory": self._save_point,
             "seen": self._seen,
             "lately": list(self.lately),
             "kept": (self._kept, self._kept_at, self._undone),
@@ -242,7 +242,7 @@ class BudgetCallback(Callback):
         self.readings, self._seen = list(state["readings"]), state["seen"]
         keep, restore, levels, soft = state["pending"]
         self._pending = Decision(keep, restore, None if levels is None else tuple(levels), soft)
-        self._memory = state["memory"]
+        self._save_point = state["memory"]
         self._kept, self._kept_at, self._undone = state["kept"]
         self.lately = list(state["lately"])
         if state["search"] is not None:
@@ -332,7 +332,7 @@ class QualityBudget(BudgetCallback):
         if stage != "fit":
             return
         check_run_ends(trainer)
-        if self.reference.waits and self.max_bytes is None:
+        if self.reference.awaits_curve and self.max_bytes is None:
             raise ValueError(
                 f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
                 "dense model first: give a number, or None to measure it before begin"
@@ -358,8 +358,8 @@ class QualityBudget(BudgetCallback):
     ) -> None:
         """Do what the last reading decided."""
         pending, self._pending = self._pending, Decision()
-        if pending.restore and self._memory is not None:
-            go_back(trainer, pl_module, self._memory, soft=pending.soft)
+        if pending.restore and self._save_point is not None:
+            roll_back(trainer, pl_module, self._save_point, soft=pending.soft)
         if pending.levels is not None:
             for lever, level in zip(self.levers, pending.levels, strict=True):
                 lever.move(level)
@@ -430,7 +430,7 @@ class QualityBudget(BudgetCallback):
         elif self.search is not None:
             self._pending = self.search.read(reading)
         if self._pending.keep:
-            self._memory, self._kept = remember(trainer, pl_module), recent(self.lately)
+            self._save_point, self._kept = make_save_point(trainer, pl_module), recent(self.lately)
             self._kept_at = batches - self._undone
         if self._pending.restore and not self._pending.soft:
             self._undone = batches - self._kept_at
@@ -454,8 +454,8 @@ class QualityBudget(BudgetCallback):
             )
             return
         back = self._finish()
-        if back and self._memory is not None:
-            go_back(trainer, pl_module, self._memory)
+        if back and self._save_point is not None:
+            roll_back(trainer, pl_module, self._save_point)
             rank_zero_info(f"{self.state_key}: back to the last model within the budget")
         self._print()
         if self.search.good is None:
@@ -475,5 +475,5 @@ class QualityBudget(BudgetCallback):
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Follow what is still there of the last good model."""
-        if self._memory is not None:
-            lose(self._memory, kept)
+        if self._save_point is not None:
+            follow_removal(self._save_point, kept)

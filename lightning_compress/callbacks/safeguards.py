@@ -96,8 +96,8 @@ class StopOnNonFinite(Callback):
         new = broken & (at < 0)
         self._first[name] = at.masked_fill(new, step), torch.where(new, value, before)
 
-    def ask(self) -> None:
-        """Ask the devices for what was found there.
+    def check_steps(self) -> None:
+        """Read the flags of the last steps from their devices.
 
         Raises:
             FloatingPointError: as `check`, with the first step at which a value was not finite.
@@ -126,7 +126,7 @@ class StopOnNonFinite(Callback):
             found["loss"] = outputs["loss"]
         self.check(found, step=trainer.global_step)
         if (batch_idx + 1) % EVERY == 0:
-            self.ask()
+            self.check_steps()
 
     def on_save_checkpoint(
         self,
@@ -135,7 +135,7 @@ class StopOnNonFinite(Callback):
         checkpoint: dict[str, Any],  # noqa: ARG002
     ) -> None:
         """Let no checkpoint hold a run that has diverged."""
-        self.ask()
+        self.check_steps()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the weights: the last loss does not know its own step, and some models log none.
@@ -143,7 +143,7 @@ class StopOnNonFinite(Callback):
         Raises:
             FloatingPointError: naming the weights that are not finite.
         """
-        self.ask()
+        self.check_steps()
         broken = _broken_weights(pl_module)
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             shown = ", ".join(broken[:SHOWN]) or "those of another process"

@@ -226,9 +226,9 @@ class CodebookGrids:
         lr: change of a centre at an update, in units of the centres' rms.
         partition: over which processes: each clusters the whole weight, at events.
 
-    >>> maker = CodebookGrids(bits=2, lr=0.001)
-    >>> maker.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
-    >>> maker.grid(torch.zeros(1)).centres
+    >>> quantizer = CodebookGrids(bits=2, lr=0.001)
+    >>> quantizer.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
+    >>> quantizer.grid(torch.zeros(1)).centres
     tensor([-1.,  0.,  3.,  5.])
     """
 

@@ -142,8 +142,8 @@ class EntropyGrids:
             give `r / N`.
         partition: over which processes the weight's rows are.
 
-    >>> maker = EntropyGrids(bits=8, relative_step=0.5)
-    >>> maker.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
+    >>> quantizer = EntropyGrids(bits=8, relative_step=0.5)
+    >>> quantizer.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
     tensor([1.5000])
     """
 
@@ -233,18 +233,18 @@ class EntropyGrids:
         self.raised = state["raised"]
 
 
-def predicted_bits(maker: EntropyGrids, values: Tensor) -> float:
+def predicted_bits(quantizer: EntropyGrids, values: Tensor) -> float:
     """Bits of a weight's symbols on the grid that it would get now.
 
-    >>> maker = EntropyGrids(bits=8, relative_step=1.0)
-    >>> predicted_bits(maker, torch.tensor([0.0, 0.0, 1.0, -1.0]))
+    >>> quantizer = EntropyGrids(bits=8, relative_step=1.0)
+    >>> predicted_bits(quantizer, torch.tensor([0.0, 0.0, 1.0, -1.0]))
     6.0
     """
-    return entropy_bits(maker.grid(values).quantize(values), partition=maker.partition)
+    return entropy_bits(quantizer.grid(values).quantize(values), partition=quantizer.partition)
 
 
-def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:
-    """Give all makers the relative step at which their weights together cost so many bits.
+def steer(quantizers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:
+    """Give all quantizers the relative step at which their weights together cost so many bits.
 
     Bisection in the logarithm of the step, from 0.01 to 8 times the rms.
 
@@ -252,15 +252,15 @@ def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float)
         The bits at the step that was found; far from `bits` when those are out of reach.
 
     >>> values = torch.linspace(-1, 1, 1001)
-    >>> maker = EntropyGrids(bits=8, relative_step=0.1)
-    >>> round(steer([maker], [values], 3 * 1001) / 1001, 1)
+    >>> quantizer = EntropyGrids(bits=8, relative_step=0.1)
+    >>> round(steer([quantizer], [values], 3 * 1001) / 1001, 1)
     3.0
     """
 
     def cost(log_step: float) -> float:
-        for maker in makers:
-            maker.relative_step = math.exp(log_step)
-        return sum(map(predicted_bits, makers, values))
+        for quantizer in quantizers:
+            quantizer.relative_step = math.exp(log_step)
+        return sum(map(predicted_bits, quantizers, values))
 
     low, high = math.log(FINEST), math.log(COARSEST)
     for _ in range(_HALVINGS):

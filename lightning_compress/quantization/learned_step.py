@@ -196,9 +196,9 @@ class LearnedStepGrids:
         lr: relative change of the step at an update.
         partition: over which processes.
 
-    >>> maker = LearnedStepGrids(bits=4, axis=None, lr=0.001)
-    >>> maker.start(torch.tensor([0.5, -0.5]))
-    >>> maker.grid(torch.zeros(2)).scale
+    >>> quantizer = LearnedStepGrids(bits=4, axis=None, lr=0.001)
+    >>> quantizer.start(torch.tensor([0.5, -0.5]))
+    >>> quantizer.grid(torch.zeros(2)).scale
     tensor([0.3780])
     """
 

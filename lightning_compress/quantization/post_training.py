@@ -23,7 +23,7 @@ from lightning_compress.quantization.corrections import (
 from lightning_compress.quantization.fake_quantize import activation_layers, batch_norms
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
-from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
+from lightning_compress.quantization.weight_quantizers import RangeGrids, make_quantizer
 from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids, set_dynamic
@@ -130,7 +130,7 @@ def _put_on_grids(
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
         slot = ProjectedWeight(target)
-        maker = make_maker(
+        quantizer = make_quantizer(
             scheme,
             bits=bits,
             axis=axis,
@@ -139,12 +139,12 @@ def _put_on_grids(
             entropy={"relative_step": step},
             partition=slot.partition,
         )
-        if isinstance(maker, RangeGrids) and enlarged:
-            maker.enlarged = enlarged.get(target.path, 1)
+        if isinstance(quantizer, RangeGrids) and enlarged:
+            quantizer.enlarged = enlarged.get(target.path, 1)
         if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
-        maker.start(slot.data)
-        slot.set_quantizer(maker.grid)
+        quantizer.start(slot.data)
+        slot.set_quantizer(quantizer.grid)
         slot.project()
     return selection
 

@@ -17,13 +17,13 @@ from lightning_compress.quantization.upsampled_conv import LARGEST, step_for_sum
 from lightning_compress.sharding import UNSHARDED, Partition
 from lightning_compress.state import Grid
 
-__all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "begin_from", "make_maker"]
+__all__ = ["WEIGHT_SCHEMES", "RangeGrids", "TensorQuantizer", "begin_from", "make_quantizer"]
 
 WEIGHT_SCHEMES = ("symmetric", "affine", "learned_step", "codebook", "entropy")
 _FOLLOWING = ("minmax", "moving_average")  # look at every step; the others search at events
 
 
-class GridMaker(Protocol):
+class TensorQuantizer(Protocol):
     """The life of one weight's grid.
 
     `values` are always the masked latent values of the weight. `grid` changes nothing, so that
@@ -77,9 +77,9 @@ class RangeGrids:
         partition: over which processes.
 
     >>> import torch
-    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
-    >>> maker.start(torch.tensor([0.7, -0.2]))
-    >>> maker.grid(torch.tensor([0.7, -0.2])).scale
+    >>> quantizer = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> quantizer.start(torch.tensor([0.7, -0.2]))
+    >>> quantizer.grid(torch.tensor([0.7, -0.2])).scale
     tensor([0.1000])
     """
 
@@ -161,31 +161,37 @@ class RangeGrids:
         self.enlarged = max(self.enlarged, state.get("enlarged", 1))
 
 
-def begin_from(maker: GridMaker, grid: Grid) -> None:
-    """Let a new maker begin with a grid that an earlier fit has left, where it can make it.
+def begin_from(quantizer: TensorQuantizer, grid: Grid) -> None:
+    """Let a new quantizer begin with a grid that an earlier fit has left, where it can make it.
 
     >>> import torch
-    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> quantizer = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
     >>> zero = torch.zeros(1, dtype=torch.int32)
-    >>> begin_from(maker, AffineGrid(torch.tensor([0.5]), zero, 4, True, None))
-    >>> maker.grid(torch.zeros(1)).scale
+    >>> begin_from(quantizer, AffineGrid(torch.tensor([0.5]), zero, 4, True, None))
+    >>> quantizer.grid(torch.zeros(1)).scale
     tensor([0.5000])
     """
-    if isinstance(maker, CodebookGrids) and isinstance(grid, CodebookGrid):
-        if maker.centres is None and grid.centres.numel() == 2**maker.bits:
-            maker.centres = grid.centres.clone()
+    if isinstance(quantizer, CodebookGrids) and isinstance(grid, CodebookGrid):
+        if quantizer.centres is None and grid.centres.numel() == 2**quantizer.bits:
+            quantizer.centres = grid.centres.clone()
         return
-    if not isinstance(grid, AffineGrid) or not isinstance(maker, (RangeGrids, LearnedStepGrids)):
+    if not isinstance(grid, AffineGrid) or not isinstance(
+        quantizer, (RangeGrids, LearnedStepGrids)
+    ):
         return
-    if (grid.bits, grid.axis) != (maker.bits, maker.axis):
+    if (grid.bits, grid.axis) != (quantizer.bits, quantizer.axis):
         return
-    if isinstance(maker, RangeGrids) and grid.symmetric == maker.symmetric and maker.range is None:
-        maker.range = range_of_grid(grid)
-    elif isinstance(maker, LearnedStepGrids) and grid.symmetric and maker.learned is None:
-        maker.learned = LearnedPositive(grid.scale.clone(), maker.lr)
+    if (
+        isinstance(quantizer, RangeGrids)
+        and grid.symmetric == quantizer.symmetric
+        and quantizer.range is None
+    ):
+        quantizer.range = range_of_grid(grid)
+    elif isinstance(quantizer, LearnedStepGrids) and grid.symmetric and quantizer.learned is None:
+        quantizer.learned = LearnedPositive(grid.scale.clone(), quantizer.lr)
 
 
-def make_maker(
+def make_quantizer(
     scheme: str,
     *,
     bits: int,
@@ -194,8 +200,8 @@ def make_maker(
     lr: float,
     entropy: dict[str, float],
     partition: Partition = UNSHARDED,
-) -> GridMaker:
-    """The maker of a scheme.
+) -> TensorQuantizer:
+    """The quantizer of a scheme.
 
     Args:
         scheme: a name in `SCHEMES`.

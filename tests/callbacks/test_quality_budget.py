@@ -70,13 +70,13 @@ def test_it_ends_with_a_compressed_model_within_the_budget(tmp_path, capsys):
     assert final <= 1.1 * budget.reference.dense * 1.02
     assert 0.05 < sparsity(model) == pytest.approx(prune.sparsity)
     assert budget.search.good.levels[0] == pytest.approx(
-        math.log1p(-prune.parts[0].asked) / math.log(0.01)
+        math.log1p(-prune.parts[0].requested) / math.log(0.01)
     )
     verdicts = {trial.verdict for trial in budget.history}
     assert {"good", "too costly"} <= verdicts
     printed = capsys.readouterr().out
     assert "Budget: what was tried" in printed
-    assert f"sparsity {prune.parts[0].asked:.4f}" in printed
+    assert f"sparsity {prune.parts[0].requested:.4f}" in printed
 
 
 def test_what_fails_is_undone_to_the_last_bit(tmp_path):
@@ -223,7 +223,7 @@ def test_parts_keep_the_relation_of_their_densities(tmp_path):
     torch.manual_seed(0)
     prune = GradualPruning(final_sparsity={"encoder.*": 0.5, "decoder.*": 0.75})
     fit(tmp_path, Measured(), QualityBudget("val/loss", 1.0, spread=0.0), prune, epochs=20)
-    encoder, decoder = (part.asked for part in prune.parts)
+    encoder, decoder = (part.requested for part in prune.parts)
     assert decoder > 0.3
     assert 1 - encoder == pytest.approx(math.sqrt(1 - decoder))
 

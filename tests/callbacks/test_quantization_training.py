@@ -245,7 +245,7 @@ def test_averages_are_handed_out_on_the_learned_grids(tmp_path, scheme):
     quiet_trainer(tmp_path, callback, average).fit(model, batches(), batches(count=1))
     grids = on_grid(model)
     if scheme == "learned_step":
-        learned = callback.weights.makers["decoder.weight"].learned.value
+        learned = callback.weights.quantizers["decoder.weight"].learned.value
         assert torch.equal(grids["decoder.weight"].scale, learned)
 
 
@@ -299,7 +299,7 @@ def test_ranges_and_steps_stand_still_from_freeze_on(tmp_path):
     class Look(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             side = callback.activations
-            step = callback.weights.makers["decoder.weight"].learned.value.tolist()
+            step = callback.weights.quantizers["decoder.weight"].learned.value.tolist()
             seen.append((step, side.inputs["decoder"].clip.value.tolist(),
                          side.inputs["encoder.0"].observer.range))  # fmt: skip
 

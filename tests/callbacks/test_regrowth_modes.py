@@ -94,7 +94,7 @@ class Recorded(GradualPruning):
     def event(self, trainer):
         before = [None if slot.pruned is None else ~slot.pruned for slot in self.slots]
         values = [slot.values().clone() for slot in self.slots]
-        growth = [self._gatherings[-1].criterion.scores(slot).clone() for slot in self.slots]
+        growth = [self._statistics[-1].criterion.scores(slot).clone() for slot in self.slots]
         super().event(trainer)
         after = [~slot.pruned for slot in self.slots]
         shown = [slot.parameter.detach().clone() for slot in self.slots]
