@@ -172,7 +172,7 @@ _HOMES = {
     "state": "compression_state CompressionState",
     "targets": "sparsity",
 }
-__version__: str  # found when it is asked for
+__version__: str  # found on first access
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 

@@ -1,4 +1,4 @@
-"""Untrained weights that belong to trained ones: averages kept by hand, bases under adapters."""
+"""Untrained copies of trained weights: averages kept by hand, bases under adapters."""
 
 from __future__ import annotations
 

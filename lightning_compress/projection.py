@@ -86,7 +86,7 @@ class ProjectedWeight:
         self.latent: Tensor | None = None
         self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
-        self._rewritten: Tensor | None = None  # whether somebody else wrote into it before
+        self._rewritten: Tensor | None = None  # whether user code wrote into it before
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
         # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
         self.gradient_rule: Callable[[Tensor], None] | None = None
@@ -183,7 +183,7 @@ class ProjectedWeight:
     def restore(self) -> None:
         """Put the latent values into the parameter, so that the optimizer updates them.
 
-        What somebody else wrote into the parameter since counts: there it is the new latent value.
+        What user code wrote into the parameter since counts: there it is the new latent value.
         Where that happens again (clamping or normalisation at each step), the latent value keeps
         its distance to its grid point, up to a step: otherwise no update smaller than half a step
         would ever show.
@@ -204,7 +204,7 @@ class ProjectedWeight:
         self._holds_latent = True
 
     def _expected(self, latent: Tensor) -> Tensor:
-        """What the parameter holds, unless somebody else wrote into it."""
+        """What the parameter holds, unless user code wrote into it."""
         masked = self._masked_latent(latent)
         return masked if self.grid is None else self.grid.project(masked)
 
@@ -217,7 +217,7 @@ class ProjectedWeight:
 
     @property
     def overwritten(self) -> bool:
-        """Whether somebody else wrote into the parameter since it was projected."""
+        """Whether user code wrote into the parameter since it was projected."""
         if self._holds_latent:
             return False
         if self.latent is None:
@@ -225,7 +225,7 @@ class ProjectedWeight:
         return not torch.equal(self.data, self._expected(self.latent))
 
     def settle(self) -> None:
-        """Project what somebody else wrote since the last step."""
+        """Project what user code wrote since the last step."""
         if self.overwritten:
             self.project(same_grid=self.shards is not None)
 
@@ -366,7 +366,7 @@ class Projector:
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
         self.asleep = False
-        self.copies: Any = None  # of the weights, which somebody else keeps and which follow
+        self.copies: Any = None  # of the weights, which user code keeps and which follow
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._owners: dict[str, list[int]] = {}
         self._handlers: list[tuple[int, Callable[[], None]]] = []

@@ -1,4 +1,4 @@
-"""What ships, by structure: who receives whose outputs while a batch is trained on."""
+"""Dataflow between the networks of a module in a training batch, to find the deployed part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ArtifactCallback: the `.lcz` file is there when training ends, and beside each checkpoint."""
+"""ArtifactCallback: writes the `.lcz` file when training ends, and beside each checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ArtifactCallback(Callback):
         beside_checkpoints: also write `<checkpoint>.lcz` beside each checkpoint file, with the
             weights that are in it, and remove it with the checkpoint. Strategies that write
             checkpoints as folders have none.
-        submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
+        submodule: path of the module to save; None: the deployed part (`deployed_module()`), or
             the whole LightningModule where it does not say. A sharded one (FSDP2) is gathered
             tensor by tensor, and the first process writes.
         graph: the file also holds the ONNX model of the module, which is exported when `fit` ends
@@ -106,7 +106,7 @@ class ArtifactCallback(Callback):
         if is_trial_run(trainer):  # find errors, and leave the file of a real run alone
             with tempfile.TemporaryDirectory() as folder:
                 self._write(pl_module, shipped, Path(folder) / target.name)
-            rank_zero_info(f"fast_dev_run: {target} could be written, and was left as it is")
+            rank_zero_info(f"fast_dev_run: {target} is writable; nothing was written")
             return
         self._write(pl_module, shipped, target)
 

@@ -1,4 +1,4 @@
-"""What the callbacks that project weights share: targets, hooks on and off, state on resume."""
+"""WeightCallback: base of callbacks that project weights; targets, optimizer hooks, resuming."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _SOME_ZEROS = 0.05  # of a weight, which no training makes by itself
 
 
 def check_run_ends(trainer: Trainer) -> None:
-    """Check that fractions of the run mean something.
+    """Check that the run has an end, which fractions of it need.
 
     Raises:
         ValueError: for an endless run.
@@ -94,15 +94,15 @@ def builds_layers_later(module: LightningModule) -> bool:
 
 
 def warn_of_unselected(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Warn of weights that are left alone since their network's name says nothing.
+    """Warn of weights that are skipped since their network's name is unknown.
 
     Networks of an optimizer that trains nothing of the deployed part are not named: they judge it.
     """
     if names := [one for one in unselected(module) if not _elsewhere(module, one, optimizers)]:
         parts = deployed_part(module)
         rank_zero_warn(
-            f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
-            f"known to ship. Name all that ships in an attribute of the model, "
+            f"weights of {', '.join(names)} are skipped: only {' and '.join(parts)} are known to "
+            f"be deployed. Name all deployed networks in an attribute of the model, "
             f"deployed = {(*parts, *names)}, or give include=[...]"
         )
 
@@ -167,17 +167,17 @@ class WeightCallback(Callback):
     """Base of the callbacks that project weights while they train.
 
     Args:
-        include: path globs or layer classes; None: the part of the model that ships.
+        include: path globs or layer classes; None: the deployed part of the model.
         exclude: the same, taken away again.
         name: prefix of what is logged, and the key of the state in a checkpoint.
     """
 
     order = 0  # of several callbacks on one weight: masks go before grids
 
-    waiting: StructureReader | None = None  # while nobody knows what of the module ships
+    waiting: StructureReader | None = None  # until the deployed part is known
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let the hooks of every callback wait until it is known what ships."""
+        """Defer the hooks of every callback until the deployed part is known."""
         super().__init_subclass__(**kwargs)
         for name in DEFERRED_HOOKS:
             if name in cls.__dict__:
@@ -213,11 +213,11 @@ class WeightCallback(Callback):
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all that the schedule asks for is done; `CompressedCheckpoint` waits for it."""
+        """Whether the schedule has ended; `CompressedCheckpoint` waits for it."""
         return True
 
     def fit_results(self) -> dict[str, Any]:
-        """What is read of this callback after a fit, for when that ran in another process."""
+        """Attributes that are read after a fit, for fits that run in another process."""
         return {"coverage": self.coverage}
 
     @property
@@ -228,13 +228,13 @@ class WeightCallback(Callback):
         return self._projector
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes before anything is built or trained; begin anew with another module."""
+        """Check the arguments before anything is built or trained; reset for another module."""
         self._loaded = self.waiting = None  # what validate, test or a broken fit may have left
         if stage != "fit":
             return
         layers = {id(layer) for layer in pl_module.modules()}
         if self.slots and not any(id(slot.target.layer) in layers for slot in self.slots):
-            rank_zero_info(f"{self.state_key} begins anew: its last fit was of another module")
+            rank_zero_info(f"{self.state_key} is reset: its last fit was of another module")
             args, kwargs = self._made_with
             type(self).__init__(self, *args, **kwargs)
         _refuse_plain_averaging(trainer)
@@ -265,12 +265,12 @@ class WeightCallback(Callback):
             _adopt_known_mask(slot)
 
     def _select(self, module: LightningModule) -> Selection:
-        """The targets of now; copies of what trains follow it and are none."""
+        """Select the current targets; copies of trained weights follow these and are no targets."""
         apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
         return select(module, self.include, self.exclude, apart=apart)
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies of what trains, such as an average that the user keeps, follow it."""
+        """Find copies of trained weights, such as an average that the user keeps."""
         if self.projector.copies is None:
             owned = {
                 id(one)
@@ -292,7 +292,7 @@ class WeightCallback(Callback):
         return [] if followed is None else followed.copies
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Show averages on their masks and grids, and what user code wrote since the last step."""
+        """Project averages, and what user code wrote since the last step, for validation."""
         if self._projector is None or self.waiting is not None:
             return
         if trainer.state.fn == TrainerFn.FITTING and not self._projector.asleep:
@@ -301,12 +301,12 @@ class WeightCallback(Callback):
             self._projector.copies.show(self._projector)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Let averages go on as they were."""
+        """Restore the unprojected averages."""
         if self._projector is not None and self._projector.copies is not None:
             self._projector.copies.hide()
 
     def settle_copies(self) -> None:
-        """Leave averages on their masks and grids, when training has ended."""
+        """Project averages onto their masks and grids, when training has ended."""
         if self._projector is not None and self._projector.copies is not None:
             self._projector.copies.settle(self._projector)
 
@@ -340,7 +340,7 @@ class WeightCallback(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Look again at targets and optimizers: each epoch, and when optimizers are others."""
+        """Update targets and optimizers: each epoch, and when optimizers have changed."""
         groups = [len(one.param_groups) for one in trainer.optimizers]
         same = groups == self._groups and self.projector.is_attached_to(trainer.optimizers)
         if batch_idx == 0 or not same:
@@ -348,7 +348,7 @@ class WeightCallback(Callback):
             self._look_again(trainer, pl_module)
 
     def _look_again(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take what has appeared since, and let go of what is no longer the module's."""
+        """Add new targets, and drop those that are no longer the module's."""
         to_shards(module)
         own = {clean_path(path): one for path, one in module.named_parameters()}
         kept = [slot for slot in self.slots if own.get(slot.path) is slot.parameter]
@@ -389,7 +389,7 @@ class WeightCallback(Callback):
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
-        """React to targets that have appeared in mid-run, or gone; `slots` are those of now."""
+        """React to targets that were added or removed in mid-run; `slots` are the current ones."""
 
     def _warn_of_unowned(self, paths: Sequence[str]) -> None:
         own = set(self.paths())
@@ -402,14 +402,14 @@ class WeightCallback(Callback):
 
     @deferred
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Name an optimizer that has made no step, in the first epoch; project what was written."""
+        """Warn of an optimizer without a step in the first epoch; project what user code wrote."""
         self.projector.settle()
         if not self._warned_idle and (why := self.why_no_steps()):
             rank_zero_warn(f"{self.state_key}: {why}")
         self._warned_idle = True
 
     def why_no_steps(self) -> str:
-        """Why the clock stands still; empty when every optimizer of the targets makes steps."""
+        """Why the clock does not advance; empty when every optimizer of the targets makes steps."""
         idle = self.projector.idle(self.paths())
         return "; ".join(_why_idle(optimizer, moved=moved) for optimizer, moved in idle)
 
@@ -436,7 +436,7 @@ class WeightCallback(Callback):
             )
 
     def claim(self, what: str, done: str) -> None:
-        """Have the targets' masks, say, for itself.
+        """Claim one kind of state of the targets, such as their masks, for this callback.
 
         Args:
             what: no other callback may make: `mask`, `grid` or `activations`.
@@ -468,15 +468,15 @@ class WeightCallback(Callback):
         self._loaded = state_dict if state_dict.get("steps") else None
 
     def activation_grids_now(self) -> dict[str, ActivationGrids]:
-        """Grids of activations as things are in this fit, by path of the layer."""
+        """Current grids of activations in this fit, by path of the layer."""
         return {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave what ships, and what `restore_compression` needs; one callback does it for all.
+        """Save the deployed part and the compression state; one callback does it for all.
 
-        What another one has left, such as the grids of an average, counts.
+        What another callback has saved, such as the grids of an average, counts.
         """
         save_deployed(pl_module, checkpoint)
         if STATE in checkpoint and "version" in checkpoint[STATE]:
@@ -492,7 +492,7 @@ class WeightCallback(Callback):
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Let the module carry the grids and masks of the checkpoint whose weights it holds now."""
+        """Attach the grids and masks of the loaded checkpoint to the module."""
         load_deployed(pl_module, checkpoint)
         if not has_state(checkpoint):
             return
@@ -520,7 +520,7 @@ class WeightCallback(Callback):
         pl_module: LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Leave visible weights and no hooks, whatever happened inside a step."""
+        """Project the weights and remove the hooks."""
         if self.waiting is not None:
             self.waiting.stop()
         if self._projector is not None:
@@ -533,7 +533,7 @@ class WeightCallback(Callback):
 
 @contextmanager
 def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
-    """Leave weights and grids as a checkpoint has them, whatever a state is restored into."""
+    """Keep the weights and grids of a checkpoint while a state is restored."""
     layers = [(slot.target.layer, slot.target.name) for slot in slots]
     grids = [known_grid(layer, name) for layer, name in layers]
     values = [slot.data.clone() for slot in slots]

@@ -1,4 +1,4 @@
-"""ChannelPruning: when channels are removed. Which ones is decided in `channels/`."""
+"""ChannelPruning: removes channels at events while a model trains."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ class Fading:
 
 
 def claim_run(owner: Any, trainer: Trainer) -> None:
-    """Refuse what cannot follow when layers get smaller.
+    """Check that everything in the Trainer can follow a removal of channels.
 
     Raises:
-        TargetError: naming it.
+        TargetError: naming what cannot.
     """
     key = owner.state_key
     if trainer.world_size > 1:
         raise TargetError(
-            f"{key} works in one process: the wrapper of several (DDP, FSDP) keeps the sizes of "
-            "the first step. Prune with one process, and train the smaller model on with several"
+            f"{key} works in one process: DDP and FSDP keep the sizes of the first step. "
+            "Prune with one process, and continue to train the smaller model with several"
         )
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, type(owner)) and one is not owner:
@@ -84,7 +84,7 @@ def claim_run(owner: Any, trainer: Trainer) -> None:
             )
         if getattr(one, "rewind", None) is not None:
             raise TargetError(
-                f"{key} and {one.state_key}: weights cannot go back to what they were before "
+                f"{key} and {one.state_key}: weights cannot be rewound to a step before "
                 "channels were removed; leave rewind out"
             )
 
@@ -108,7 +108,7 @@ def notify_channels_removed(
     kept: Kept,
     sized: Mapping[str, int],
 ) -> None:
-    """Let all callbacks follow that hold something of the sizes of the module."""
+    """Notify all callbacks that depend on the sizes of the module."""
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, FollowsRemoval) and one is not owner:
             one.on_channels_removed(module, kept, sized)
@@ -116,9 +116,9 @@ def notify_channels_removed(
 
 @rank_zero_only
 def report_table(owner: Any) -> None:
-    """Print what was asked for, and what each layer got."""
+    """Print the requested reduction and the channels of each layer."""
     graph, dense = owner.plan.graph, owner.channel_budget.dense
-    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} were to stay"
+    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} requested"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
@@ -133,17 +133,18 @@ def report_table(owner: Any) -> None:
 class ChannelPruning(WeightCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
-    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
-    steps; then they are removed from all layers, from the optimizer's state and from averages.
-    Each time the smaller model is compared with the one whose channels are 0: they are the same
-    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
-    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
-    go, and when; where it goes back, they come back.
+    At events the channels with the lowest scores are chosen; the weights that read them fade to 0
+    within a few steps; then they are removed from all layers, from the optimizer's state and from
+    averages. Each time the smaller model is compared with the masked one: both compute the same
+    function, or the run stops. Inputs and outputs of the deployed part keep their sizes: latent
+    size, image channels, mu and logvar, logits. A `QualityBudget` beside it sets how many are
+    removed, and when; a roll back restores them.
 
     Args:
-        final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
-        budget: in its place, what is left of a cost: `{"macs": 0.25}`, `{"params": 0.25}` or
-            `{"latency": 0.5}`, the last measured on this machine when training begins.
+        final_sparsity: fraction of the channels that is removed at `end`, in [0, 1).
+        budget: in its place, the remaining fraction of a cost: `{"macs": 0.25}`,
+            `{"params": 0.25}` or `{"latency": 0.5}`, the last measured on this machine when
+            training begins.
         round_to: channels that a layer keeps are a multiple of it: others are slow.
         min_keep: fraction of its channels that each layer keeps in any case.
         protect: path globs or layer classes that keep their channels, beside `exclude`.
@@ -151,13 +152,13 @@ class ChannelPruning(WeightCallback):
             each, the worst of its own.
         criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
             `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
-        schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
+        schedule: as in `GradualPruning`, of the fraction that is removed; None: `Polynomial`.
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit.
         frequency: steps between events; None: about 20 from begin to end.
         fade: steps in which chosen channels fade before they are removed; or a `Fading`, which
             sets how scales of norms shrink too.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         channelwise: functions and layer classes that are not known here and treat each channel
             by itself.
@@ -221,7 +222,7 @@ class ChannelPruning(WeightCallback):
         self.events = GuardedClock(begin, end, frequency, count=_EVENTS)
         self.fade, self.on_miss = fading.steps, on_miss
         self.push = (1e-4 if by_norms else 0.0) if fading.push is None else fading.push
-        self.sparsity = 0.0  # fraction of the channels that is gone
+        self.sparsity = 0.0  # fraction of the channels that is removed
         self.plan: ChannelPlan | None = None
         self.remover: ChannelRemover | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
@@ -241,7 +242,7 @@ class ChannelPruning(WeightCallback):
         self._handle: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes, and let a checkpoint's smaller layers be loaded."""
+        """Check the setup, and let a checkpoint's smaller layers be loaded."""
         super().setup(trainer, pl_module, stage)
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         leaders = [one.state_key for one in others if isinstance(one, Steers) and one.steers]
@@ -255,7 +256,7 @@ class ChannelPruning(WeightCallback):
             self._handle = pl_module.register_load_state_dict_pre_hook(_match)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening to what is loaded."""
+        """Remove the hook that resizes layers before a checkpoint is loaded."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -276,7 +277,7 @@ class ChannelPruning(WeightCallback):
         weights = sum(slot.target.numel for slot in self.slots)
         rank_zero_info(
             f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
-            f"{len(self.coverage) - len(self.slots)} parameters left as they are"
+            f"{len(self.coverage) - len(self.slots)} parameters skipped"
         )
         targets = [slot.target for slot in self.slots]
         self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
@@ -305,7 +306,7 @@ class ChannelPruning(WeightCallback):
         self.events.advance(trainer, self.projector.clock(self.paths()), self)
 
     def due(self) -> bool:
-        """Whether an event is due, or still waits."""
+        """Whether an event is due or pending."""
         needed = self.needed(self.events.position)
         return self.events.is_due(needed=needed, steered=self.is_steered)
 
@@ -349,7 +350,7 @@ class ChannelPruning(WeightCallback):
         self.sparsity = self._count()
 
     def _embeddings(self) -> list[str]:
-        """They are no matrix products, so that masks leave them alone; channels they have."""
+        """Paths of embeddings: no mask prunes them, but they have channels."""
         return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
 
     @property
@@ -359,18 +360,18 @@ class ChannelPruning(WeightCallback):
 
     @property
     def left(self) -> float:
-        """The part of it that is left."""
+        """Remaining fraction of that cost."""
         return self.channel_budget.left(self.remover)
 
     @property
     def least(self) -> float:
-        """The part of it that no rounding can avoid."""
+        """Smallest fraction of that cost that the rounding allows."""
         return self.channel_budget.least
 
     def steer(self, left: float) -> None:
-        """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
+        """Set the remaining fraction of the cost from now on, instead of the schedule.
 
-        Whole blocks of channels go until no more than that is left; none comes back.
+        Whole blocks of channels are removed until no more than that is left.
 
         Args:
             left: in (0, 1]; of the channels, or of what `budget` counts.
@@ -382,11 +383,11 @@ class ChannelPruning(WeightCallback):
 
     @property
     def steered_by(self) -> str:
-        """What a `QualityBudget` moves."""
+        """Kind of lever by which a `QualityBudget` steers it."""
         return "channels"
 
     def snapshot(self) -> dict[str, Any]:
-        """What of the state belongs to the channels of now."""
+        """State that belongs to the current channels, for a save point."""
         return {
             "asked": self.channel_budget.part.requested,
             "kept": {name: list(one) for name, one in self.kept.items()},
@@ -394,7 +395,7 @@ class ChannelPruning(WeightCallback):
         }
 
     def roll_back_to(self, snapshot: dict[str, Any]) -> None:
-        """The channels of a snapshot are to be those of now: nothing fades any more."""
+        """Restore the state of a snapshot; no channels are fading then."""
         self.channel_budget.part.requested = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
@@ -402,7 +403,7 @@ class ChannelPruning(WeightCallback):
         self._leaving, self._fading, self.events.pending = None, 0, False
 
     def on_channels_restored(self, module: nn.Module) -> None:
-        """Look at the module that has its channels again."""
+        """Rebuild the plan of a module whose channels were restored."""
         self._statistics.reset()
         assert self.plan is not None
         inputs = place_inputs(module, self._inputs or self.plan.inputs)
@@ -410,26 +411,26 @@ class ChannelPruning(WeightCallback):
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         return self.channel_budget.steered is not None
 
     @property
     def arrived(self) -> bool:
-        """Whether all is gone that is to go at this position."""
+        """Whether all channels due at this position are removed."""
         return self._leaving is None and not self.needed(self.events.position)
 
     def needed(self, position: float) -> bool:
-        """Whether more is to go at a position."""
+        """Whether more channels have to be removed at a position."""
         return self.plan is not None and self.channel_budget.needs(position)
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all channels are gone that are to go."""
+        """Whether the schedule has ended and its channels are removed."""
         over = self.events.over and not self.needed(self.events.position)
         return self._leaving is None and (self.is_steered or over)
 
     def fit_results(self) -> dict[str, Any]:
-        """The channels that stayed too."""
+        """The remaining channels too."""
         return {
             **super().fit_results(),
             "sparsity": self.sparsity,
@@ -446,7 +447,7 @@ class ChannelPruning(WeightCallback):
         return self.remover.given_scores(self.criterion, given)
 
     def _count(self) -> float:
-        """Fraction of the channels that is gone."""
+        """Fraction of the channels that is removed."""
         return 0.0 if self.plan is None else self.channel_budget.gone_units(self.plan.graph)
 
     def on_save_checkpoint(
@@ -455,7 +456,7 @@ class ChannelPruning(WeightCallback):
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Say which entries stay, so that the full model can be cut before it is loaded."""
+        """Save which channels remain, so that a full model can be resized before loading."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
@@ -466,7 +467,7 @@ class ChannelPruning(WeightCallback):
         module: LightningModule,  # noqa: ARG002
         added: Sequence[ProjectedWeight],
     ) -> None:
-        """Go on with the channels that were found: what came since keeps its width."""
+        """Warn of layers that were added after the channels were found: they keep their width."""
         self.sparsity = self._count()
         if added:
             rank_zero_warn(
@@ -480,7 +481,7 @@ class ChannelPruning(WeightCallback):
         return self._leaving is None and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
-        """Let statistics be gathered when the next event is near."""
+        """Start the statistics window when the next event is near."""
         self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
@@ -498,7 +499,7 @@ class ChannelPruning(WeightCallback):
 
     @torch.no_grad()
     def on_event(self, trainer: Trainer) -> None:  # noqa: ARG002
-        """Choose the channels that go next."""
+        """Choose the channels to remove next."""
         assert self.remover is not None
         target = self.channel_budget.request(self.events.position)
         over = self.events.over or self.is_steered
@@ -515,7 +516,7 @@ class ChannelPruning(WeightCallback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Remove what has faded: no graph of this batch is alive any more."""
+        """Remove faded channels: no autograd graph of this batch is alive any more."""
         if self.plan is None:
             self._plan_from_calls(pl_module)
         if self._leaving is not None and self._fading >= self.fade:
@@ -528,7 +529,7 @@ class ChannelPruning(WeightCallback):
         assert self._samples is not None
         if self.events.last_step > self._began and (missed := self._samples.settle()):
             rank_zero_warn(
-                f"{self.state_key}: no batch called what holds {missed}: all of it stays"
+                f"{self.state_key}: no batch called the network of {missed}: its channels stay"
             )
         if not self._samples.complete:
             return
@@ -538,7 +539,7 @@ class ChannelPruning(WeightCallback):
             raise (self._samples.explain(error) if self._samples.watched else error) from None
 
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the chosen channels from everything that has them.
+        """Remove the chosen channels from the module, the optimizers and averages.
 
         Raises:
             RuntimeError: when the smaller model is not the masked one.
@@ -559,7 +560,7 @@ class ChannelPruning(WeightCallback):
         self.sparsity = self._count()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what still fades, and check that enough is gone."""
+        """Remove channels that still fade, and check the final cost."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
         waits = self.events.over and not self.is_steered and self.needed(self.events.position)
@@ -590,7 +591,7 @@ class ChannelPruning(WeightCallback):
         rank_zero_warn(message)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what each layer got, when nobody changes it any more."""
+        """Print the channels of each layer, which are final now."""
         if self.plan is not None:
             report_table(self)
         self.stop()
@@ -599,12 +600,12 @@ class ChannelPruning(WeightCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no hooks, whatever happened inside a step."""
+        """Remove all hooks."""
         self.stop()
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock, what stays, what fades, what the first model cost, statistics, sample inputs."""
+        """Clock, kept and fading channels, cost of the dense model, statistics, sample inputs."""
         leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
         return {
             "steps": [] if self._projector is None else list(self._projector.steps),
@@ -619,7 +620,7 @@ class ChannelPruning(WeightCallback):
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back; the channels are found when the module is in its place."""
+        """Restore everything; the channels are found when training starts."""
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
         self.events.wait_state = state["waits"]
@@ -640,6 +641,6 @@ class ChannelPruning(WeightCallback):
 
 
 def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a checkpoint is loaded: the sizes of its layers."""
+    """Resize layers to those of a checkpoint, before it is loaded."""
     own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
     match_channels(module, own)

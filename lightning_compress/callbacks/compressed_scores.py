@@ -1,4 +1,4 @@
-"""CompressedCheckpoint and CompressedEarlyStopping: blind to scores while a schedule still runs.
+"""CompressedCheckpoint and CompressedEarlyStopping: ignore scores until every schedule has ended.
 
 The score of an early epoch is that of a nearly dense model: by it, 'best' would be a model that
 was never compressed, and a run would stop before it is.
@@ -25,12 +25,12 @@ class Scheduled(Protocol):
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all that the schedule asks for is done."""
+        """Whether the schedule has ended."""
         ...
 
 
 def unfinished_schedules(trainer: Trainer) -> list[str]:
-    """Keys of the callbacks whose schedule has not come to its end."""
+    """Keys of the callbacks whose schedule has not ended."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [
         one.state_key for one in callbacks if isinstance(one, Scheduled) and not one.schedule_over

@@ -1,4 +1,4 @@
-"""GradualPruning: when to prune. What to prune is decided in `pruning/`, how in `projection`."""
+"""GradualPruning: ramps up the sparsity of masks by a schedule while a model trains."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Rewinding:
-    """Where weights go back to when `GradualPruning` has raised the sparsity.
+    """Step to which weights are rewound when `GradualPruning` has raised the sparsity.
 
     The lottery ticket of Frankle & Carbin 2019, arXiv:1803.03635 (`to=0`), and the late rewinding
     of Frankle et al. 2020, arXiv:1912.05671. All parameters of the optimizers that own the targets
-    go back, and the buffers of their layers, under the masks of now. Learning-rate schedules do
-    not: keep the rate constant, or let it repeat in each round.
+    are rewound, and the buffers of their layers, under the current masks. Learning-rate schedules
+    are not: keep the rate constant, or let it repeat in each round.
 
     Args:
         to: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
@@ -87,7 +87,7 @@ class Rewinding:
 
 
 class Rewinder:
-    """Keeps the weights of one step and puts them back.
+    """Rewinds weights to those of one step.
 
     Args:
         plan: where to, and what else is reset.
@@ -122,26 +122,26 @@ class Rewinder:
         self.saved: dict[str, Tensor] | None = None
 
     def watch(self, trainer: Trainer, step: int) -> None:
-        """Keep the weights of the position to go back to, when the run is there."""
+        """Save the weights when the run reaches the position to rewind to."""
         self.keep_once(run_progress(trainer) if self.plan.in_fractions else step)
 
     def keep_once(self, position: float) -> None:
-        """Keep the weights of now, if the position to go back to is reached and none are kept."""
+        """Save the current weights once, if the position to rewind to is reached."""
         if self.saved is None and position >= self.plan.to:
             self.save()
 
     @torch.no_grad()
     def save(self) -> None:
-        """Keep the values of now."""
+        """Save the current values."""
         self.saved = {name: self._values(one).clone() for name, one in self._parameters.items()}
         self.saved |= {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Put the kept values back, under the masks of now.
+        """Restore the saved values, under the current masks.
 
         Raises:
-            RuntimeError: when nothing was kept yet.
+            RuntimeError: when nothing was saved yet.
         """
         if self.saved is None:
             raise RuntimeError(
@@ -161,18 +161,18 @@ class Rewinder:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
         self._projector.project()
-        rank_zero_info(f"pruned weights go back to those of to={self.plan.to!r}")
+        rank_zero_info(f"weights are rewound to those of to={self.plan.to!r}")
 
     def _values(self, parameter: nn.Parameter) -> Tensor:
         slot = self._slots.get(id(parameter))
         return parameter.detach() if slot is None else slot.values()
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept values."""
+        """The saved values."""
         return {"saved": self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the kept values of a checkpoint in place."""
+        """Load the saved values of a checkpoint."""
         self.saved = state["saved"]
 
 
@@ -190,10 +190,10 @@ class GradualPruning(MaskCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
         frequency: steps between events; None: about 100 from begin to end.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
-            Low scores go first. An event waits until its statistics are gathered.
+            Low scores go first. An event waits until its statistics window is complete.
         granularity: "unstructured", "n:m", ("block", (r, c)), "row", "column", "channel" or
             "filter": see `make_granularity`. Zeros are exact to a unit; n:m ends at 1 - n/m.
         scope: "global" compares all targets together, "layer" prunes each by the same fraction,
@@ -206,7 +206,7 @@ class GradualPruning(MaskCallback):
             for each of several patterns (0.01 elsewhere).
         keep_zeros: begin with the zeros that the weights have, those of a loaded file say, and go
             on from there; a tensor of nothing but zeros is taken as not pruned.
-        rewind: a `Rewinding`, or its `to`: when the sparsity has risen, weights go back to that.
+        rewind: a `Rewinding`, or its `to`: rewinds weights when the sparsity has risen.
         on_miss: "warn" or "raise" when training ends below the final sparsity.
         name: prefix of what is logged, and the key of the state; two callbacks need two names.
 
@@ -272,7 +272,7 @@ class GradualPruning(MaskCallback):
         self.steered: float | dict[str, float] | None = None
 
     def steer(self, sparsity: float | Mapping[str, float]) -> None:
-        """Take the schedule's place, in a fit: what to reach from the next step on.
+        """Set the sparsity to reach from the next step on, instead of the schedule.
 
         Sparsity still never falls, criteria still gather their statistics first, and guards may
         hold an event as long as they like.
@@ -298,22 +298,22 @@ class GradualPruning(MaskCallback):
 
     @property
     def steered_by(self) -> str:
-        """What a `QualityBudget` moves."""
+        """Kind of lever by which a `QualityBudget` steers it."""
         return "sparsity"
 
     def snapshot(self) -> dict[str, Any]:
-        """What of the state belongs to the masks of now."""
+        """State that belongs to the current masks, for a save point."""
         return {"asked": {part.slots[0].path: part.requested for part in self.parts}}
 
     def roll_back_to(self, snapshot: dict[str, Any]) -> None:
-        """The masks of a snapshot are to be those of now."""
+        """Restore the state of a snapshot."""
         for part in self.parts:
             part.requested = snapshot["asked"].get(part.slots[0].path, 0.0)
         self.events.pending = False
 
     @property
     def arrived(self) -> bool:
-        """Whether masks prune all that is asked for at this position."""
+        """Whether masks have the sparsity of this position."""
         return not any(self._wanted(part) > part.requested for part in self.parts)
 
     def _wanted(self, part: SparsityGroup, position: float | None = None) -> float:
@@ -325,7 +325,7 @@ class GradualPruning(MaskCallback):
             self.parts = split_groups(self.parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the targets of each part, and check that bounds leave room for what is asked."""
+        """Find the targets of each group, and check bounds against the final sparsity."""
         super().on_fit_start(trainer, pl_module)
         self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
@@ -345,7 +345,7 @@ class GradualPruning(MaskCallback):
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
-        """Share new targets out, and let the next event bring them to what was asked so far."""
+        """Assign new targets to groups; the next event prunes them to the sparsity so far."""
         before = {slot.path: part for part in self.parts for slot in part.slots}
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
@@ -382,7 +382,7 @@ class GradualPruning(MaskCallback):
             self._rewinder.keep_once(0)
 
     def _mask_zeros(self) -> None:
-        """Masks of the zeros that are there; sparsity goes on from theirs."""
+        """Make masks of the zeros that the weights have; the sparsity continues from theirs."""
         for slot in self.slots:
             kept = slot.data != 0
             if (
@@ -395,7 +395,7 @@ class GradualPruning(MaskCallback):
         self.project()
 
     def before_event(self, trainer: Trainer, step: int) -> None:
-        """Keep the weights to rewind to, when the run is there."""
+        """Save the weights to rewind to, when the run reaches them."""
         if self._rewinder is not None:
             self._rewinder.watch(trainer, step)
 
@@ -407,11 +407,11 @@ class GradualPruning(MaskCallback):
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         return self.steered is not None
 
     def due(self) -> bool:
-        """Whether an event is due; where a budget steers, exchanges keep to the schedule's."""
+        """Whether an event is due; steered by a budget, exchanges keep to the schedule."""
         if not self.is_steered:
             return super().due()
         events, exchange = self.events, self.regrow is not None and not self.events.over
@@ -420,13 +420,13 @@ class GradualPruning(MaskCallback):
         return events.pending
 
     def ready(self, step: int) -> bool:
-        """Whether the criterion, and the growth where weights are exchanged, know enough."""
+        """Whether the statistics of the criterion, and of regrowth, are complete."""
         late = self.events.over and self._events > 0
         grown = not self._exchanges() or all(one.ready(step) for one in self._statistics[1:])
         return grown and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
-        """Let statistics be gathered when the next event is near."""
+        """Start the statistics window when the next event is near."""
         self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
@@ -437,7 +437,7 @@ class GradualPruning(MaskCallback):
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:
-        """Make new masks, let weights change places, rewind."""
+        """Make new masks, exchange weights, rewind."""
         before, masks = self.sparsity, {}
         for part in self.parts:
             scores = self._statistics[0].scores(self.slots, part.slots)
@@ -460,14 +460,14 @@ class GradualPruning(MaskCallback):
         self._statistics.after_event(self.events.ahead())
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
-        """Look at the smaller weights anew; statistics of the larger ones are of no use."""
+        """Update layouts for the smaller weights, and drop the statistics of the larger ones."""
         self.on_channels_restored(module)
         for part in self.parts if self.is_steered else ():
-            # Zeros went with the channels: what is left is less sparse than was asked.
+            # Zeros went with the channels: what is left is less sparse than was reached.
             part.requested = min(part.requested, part.sparsity)
 
     def on_channels_restored(self, module: nn.Module) -> None:
-        """Look at weights of another size anew."""
+        """Update layouts and drop statistics after weights changed their sizes."""
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
         self._statistics.reset()
@@ -481,7 +481,7 @@ class GradualPruning(MaskCallback):
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Check that the final sparsity was reached, unless somebody else said what it is.
+        """Check that the final sparsity was reached, unless a budget sets it.
 
         A `fast_dev_run` reaches nothing.
         """
@@ -501,7 +501,7 @@ class GradualPruning(MaskCallback):
         self._statistics.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, clock, how far the schedule went, statistics and the weights to rewind to."""
+        """Masks, clock, position of the schedule, statistics and the weights to rewind to."""
         return {
             **super().state_dict(),
             "asked": [part.requested for part in self.parts],
@@ -512,7 +512,7 @@ class GradualPruning(MaskCallback):
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
+        """Restore everything; a checkpoint of other targets or patterns is a ValueError."""
         super().restore_state(state)
         steered = state.get("steered")
         if isinstance(steered, dict):

@@ -1,4 +1,4 @@
-"""OnlineTeacher: a dense twin that trains beside the student, in the same run."""
+"""OnlineTeacher: a dense teacher that trains beside the student, in the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["OnlineTeacher"]
 
 
 class _TeacherFabric(Fabric):
-    """What a LightningModule asks its trainer for, for one that trains outside of a Trainer."""
+    """Trainer interface of a LightningModule that trains outside of a Trainer."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(accelerator=device.type, devices=1)
@@ -32,14 +32,14 @@ class OnlineTeacher(LiveTeacher):
     """A teacher that trains by its own training step on each batch, before the student does.
 
     Ren et al. 2021 (OMGD), https://arxiv.org/abs/2108.06908: a student that follows a growing
-    teacher meets an easier sequence of targets. The twin sees the batches and the noise of the
-    student, has optimizers of its own, and one process.
+    teacher meets an easier sequence of targets. The teacher receives the batches and the noise of
+    the student, has optimizers of its own, and one process.
 
     Args:
         teacher: a LightningModule, a config or a callable that builds one; None: the student's
             own class with its hyperparameters and `changes`.
         changes: to the student's hyperparameters; None: `{"width_multiplier": 1.0}`.
-        seed: of the twin's weights.
+        seed: of the teacher's weights.
 
     Raises:
         TargetError: for a teacher together with changes.
@@ -64,7 +64,7 @@ class OnlineTeacher(LiveTeacher):
         self._free: list[nn.Parameter] = []
 
     def start(self, student: nn.Module) -> nn.Module:
-        """Build the twin.
+        """Build the teacher.
 
         Raises:
             TargetError: for several processes, or what is no LightningModule.
@@ -95,7 +95,7 @@ class OnlineTeacher(LiveTeacher):
         return type(student)(**{**arguments, **self.changes})
 
     def on_batch(self, batch: Any, index: int) -> None:
-        """Train the twin on the batch."""
+        """Train the teacher on the batch."""
         twin, fabric = self._ready()
         for parameter in self._free:
             parameter.requires_grad_(True)
@@ -119,7 +119,7 @@ class OnlineTeacher(LiveTeacher):
 
     def _ready(self) -> tuple[LightningModule, _TeacherFabric]:
         if self._model is None:
-            raise RuntimeError("OnlineTeacher has no twin yet: training has not begun")
+            raise RuntimeError("OnlineTeacher has no model yet: training has not begun")
         if self._fabric is None:
             fabric = _TeacherFabric(self._model.device)
             optimizers = _optimizers(self._model)
@@ -128,13 +128,13 @@ class OnlineTeacher(LiveTeacher):
         return self._model, self._fabric
 
     def state_dict(self) -> dict[str, Any]:
-        """The twin's optimizers and its clock."""
+        """The teacher's optimizers and its clock."""
         _, fabric = self._ready()
         states = [one.optimizer.state_dict() for one in fabric.optimizers]
         return {"optimizers": states, "steps": fabric.global_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         _, fabric = self._ready()
         for optimizer, one in zip(fabric.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(one)
@@ -147,6 +147,6 @@ def _optimizers(twin: LightningModule) -> list[Optimizer]:
     if not all(isinstance(one, Optimizer) for one in listed):
         raise TargetError(
             f"{type(twin).__name__}.configure_optimizers gives schedulers too, which an online "
-            "twin has no trainer for: give optimizers only"
+            "teacher has no trainer for: give optimizers only"
         )
     return listed  # type: ignore[return-value]

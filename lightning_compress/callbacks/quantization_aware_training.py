@@ -69,7 +69,7 @@ class PostTrainingQuantization(Callback):
         weight_bits: 2 to 8.
         scheme: "symmetric" or "affine".
         per_channel: one scale an output channel, else one a tensor.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -164,10 +164,10 @@ class QuantizationAwareTraining(WeightCallback):
     2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
     linear layer and convolution, and at the output of the last ones and of those that an addition,
     a norm (but BatchNorm, which is folded) or another activation than ReLU follows, so that an
-    int8 file multiplies there in whole numbers; when training has ended the layers remember these
+    int8 file multiplies there in integers; when training has ended the layers remember these
     grids (`fake_quantized` computes with them, an export writes them).
     Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
-    weights fit int8, for an export that multiplies before the picture is enlarged.
+    weights fit int8, for an export that multiplies before the image is enlarged.
     Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
 
     Args:
@@ -185,7 +185,7 @@ class QuantizationAwareTraining(WeightCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         freeze: in the same unit: ranges, steps, clip values and clusters stay as they are.
         frequency: steps between events (clustering, searched ranges, steering); None: about 100.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         step: of "entropy", in units of the rms of the non-zero weights.
         dead_zone: of "entropy": half-width of what becomes 0, in steps, from 0.5 (rounding) to 1.

@@ -1,4 +1,4 @@
-"""A model in a Trainer as it is at a moment, with the callbacks that made it so, to go back to."""
+"""Save points of a model in training: weights, optimizers, averages and callbacks; roll back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SavePoint = dict[str, Any]
 
 
 def steerable_callbacks(trainer: Trainer) -> list[Any]:
-    """Callbacks whose state belongs to the weights of a moment."""
+    """Callbacks whose state belongs to the weights of one step, and that a budget steers."""
     others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [one for one in others if isinstance(one, WeightCallback) and isinstance(one, Steerable)]
 
@@ -52,7 +52,7 @@ def bytes_now(trainer: Trainer, module: LightningModule) -> float:
 
 
 def make_save_point(trainer: Trainer, module: LightningModule) -> SavePoint:
-    """Weights, masks, optimizers, averages, and what callbacks know of them."""
+    """Save point of a run: weights, masks, optimizers, averages and state of callbacks."""
     return {
         "model": take_snapshot(module, trainer.optimizers),
         "callbacks": {one.state_key: one.snapshot() for one in steerable_callbacks(trainer)},
@@ -68,17 +68,17 @@ def make_save_point(trainer: Trainer, module: LightningModule) -> SavePoint:
 
 
 def follow_removal(save_point: SavePoint, kept: Kept) -> None:
-    """Follow a removal of channels: which entries of the remembered model are still there."""
+    """Record in a save point which of its channels were removed since."""
     save_point["lost"] = compose(save_point["lost"], kept)
 
 
 def roll_back(
     trainer: Trainer, module: LightningModule, save_point: SavePoint, *, soft: bool = False
 ) -> None:
-    """Put everything back, between two steps; `soft`: masks, grids and channels alone.
+    """Roll back to a save point, between two steps; `soft`: masks, grids and channels alone.
 
-    Channels that were removed since come back physically, from the copy in save_point: a model on
-    trial is then the very model that would ship, in size, speed and statistics, and no second way
+    Channels that were removed since are restored physically, from the save point: a model on trial
+    is then the very model that would be deployed, in size, speed and statistics, and no second way
     of masking is needed that would have to agree with masks, grids, averages and norms.
     """
     for one in steerable_callbacks(trainer):
@@ -107,7 +107,7 @@ def _show(trainer: Trainer) -> None:
 def _take_back_averages(
     trainer: Trainer, save_points: Sequence[SavePoint], lost: Kept | None, *, soft: bool
 ) -> None:
-    """Averages as they were; `soft`: in the sizes that they had, where `lost` says what is left."""
+    """Restore averages; `soft`: their sizes alone, where `lost` has the remaining channels."""
     for (average, prefix), then in zip(_averages(trainer), save_points, strict=True):
         if lost is not None:
             own = {prefix + path: dims for path, dims in lost.items()}

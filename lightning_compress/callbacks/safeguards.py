@@ -1,4 +1,4 @@
-"""Callbacks for runs that break: where they broke, what is saved, and that resuming is exact."""
+"""Safeguards of a run: scores, stop on NaN or infinite values, random state in checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class ScoreMonitor(Callback):
-    """Log what a function says of the model after every few validation epochs.
+    """Log the scores that a function computes of the model, after every few validation epochs.
 
     The function sees the model in eval mode, without gradients, and with a random stream of its
     own, so that watching a run does not change it.
@@ -65,7 +65,7 @@ class StopOnNonFinite(Callback):
     """Raise when a logged value or a weight is NaN or infinite, before a checkpoint holds it.
 
     Values are checked after each batch, weights after each epoch. Values in another device's memory
-    are looked at there, and asked for every 50 batches, after each epoch and before a checkpoint:
+    are checked there, and read every 50 batches, after each epoch and before a checkpoint:
     no step waits for them.
 
     >>> StopOnNonFinite().check({"train/loss": torch.tensor(1.0)}, step=3)

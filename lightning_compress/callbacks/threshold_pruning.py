@@ -1,4 +1,4 @@
-"""ThresholdPruning: `W' = W * M`, where M keeps what is as large as a threshold."""
+"""ThresholdPruning: masks of the weights that are as large as a threshold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ThresholdPruning(MaskCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
         frequency: steps between events; None: about 100 events from begin to end.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         min_keep: fraction of each target that stays, the largest weights.
         regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
@@ -108,7 +108,7 @@ class ThresholdPruning(MaskCallback):
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:
-        """Compare all weights with the threshold of now."""
+        """Compare all weights with the current threshold."""
         self._requested = self.threshold_at(self.events.position)
         rules = {"relative": self.relative == "std", "min_keep": self.min_keep}
         masks = []
@@ -145,6 +145,6 @@ class ThresholdPruning(MaskCallback):
         return {**super().state_dict(), "asked": self._requested}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         super().restore_state(state)
         self._requested = state["asked"]

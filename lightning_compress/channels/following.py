@@ -1,4 +1,4 @@
-"""Masks, grids and removed channels on copies of a compressed module: averages, merged models."""
+"""Compression state on copies of a compressed module: averages, merged models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_compress.targets import clean_path
 
 __all__ = ["FollowedCopies", "apply_compression"]
 
-_PRINT = 64  # values of a tensor that tell whether somebody has written to it
+_PRINT = 64  # values of a tensor that tell whether user code has written to it
 
 
 class FollowedCopies:
-    """Copies inside a module that somebody else writes to, such as an average kept by hand.
+    """Copies inside a module that user code writes to, such as an average kept by hand.
 
     A copy follows from the moment its values are first seen to change: one that stays as it is, a
     frozen teacher, is left alone. Masks are applied as they are made: the average of zeros is

@@ -1,4 +1,4 @@
-"""Which activations need a grid before products can multiply whole numbers."""
+"""Activation grids that products need before they can multiply integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an ONNX file computes what its module computes."""
+"""Parity checks of an ONNX file against its PyTorch module."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def _way_out(built: Int8Model) -> str:
         return ""
     return (
         f". {', '.join(sorted(names))}: a norm by the spread of its own input can magnify a step "
-        "in front of it. Export without calibration: weights alone are whole numbers then"
+        "in front of it. Export without calibration: weights alone are integers then"
     )
 
 

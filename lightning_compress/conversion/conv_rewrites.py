@@ -1,4 +1,4 @@
-"""Convolutions in an exported graph, replaced by those that make blocks of pixels in int8."""
+"""Graph rewrites of convolutions into ones that output blocks of pixels in int8."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 def channels_last_moves(model: Any) -> None:
     """Rewrite DepthToSpace and nearest Resize between DequantizeLinear and QuantizeLinear, exactly.
 
-    Nodes whose pictures have sizes that the graph does not know stay as they are.
+    Nodes whose images have sizes that the graph does not know stay as they are.
 
     Args:
         model: an `onnx_ir` model whose moves are rounded before and after on one grid.
@@ -73,7 +73,7 @@ def _on_one_grid(before: Any, after: Any) -> bool:
 
 
 def _sizes(value: Any) -> tuple[int, int, int] | None:
-    """Channels, height and width of pictures, where they are known."""
+    """Channels, height and width of images, where they are known."""
     if value.shape is None or len(value.shape) != 4:
         return None
     sizes = tuple(value.shape[axis] for axis in (1, 2, 3))
@@ -144,7 +144,7 @@ class Chain:
 
 
 def _put_in_place(graph: Any, node: Any, after: Any, nodes: list[Any]) -> None:
-    """Whole numbers go through `nodes` in place of rounding, `node` and rounding again."""
+    """Integers go through `nodes` in place of rounding, `node` and rounding again."""
     graph.insert_before(node, nodes)
     old, new = after.outputs[0], nodes[-1].outputs[0]
     new.dtype, new.shape = old.dtype, old.shape
@@ -482,7 +482,7 @@ MANY_OUTPUTS, FEW_INPUTS = 1024, 128  # from where on it is the faster one at ba
 def rewrite_linear_as_conv(graph: Any, weighted: WeightedNode) -> Any:
     """Let a Gemm of many outputs and few inputs run as a 1 x 1 convolution, exactly.
 
-    The batch becomes the rows of one picture, so that the product stays one of two matrices; with
+    The batch becomes the rows of one image, so that the product stays one of two matrices; with
     channels last, the moves around it cost nothing. Returns the value that now holds what the Gemm
     gave, None where it stays.
     """

@@ -1,4 +1,4 @@
-"""Products that round what they read as they run, each call over its own range."""
+"""Dynamic quantization: products that quantize their inputs by each call's range."""
 
 from __future__ import annotations
 

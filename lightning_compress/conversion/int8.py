@@ -1,4 +1,4 @@
-"""An ONNX model on whole numbers: QuantizeLinear and DequantizeLinear around exact rewrites."""
+"""An ONNX model on integers: QuantizeLinear and DequantizeLinear around exact rewrites."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OLDEST = 18  # that the exporter makes by itself
 RUNTIMES = ("onnxruntime", "openvino")
 FUSED = ("Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus")
 FUSED += ("Softsign", "Tanh", "ThresholdedRelu")
-NO_GRID = "its input has no grid: weights alone are whole numbers (give calibration inputs)"
+NO_GRID = "its input has no grid: weights alone are integers (give calibration inputs)"
 
 Calibration = Iterable[Tensor | tuple[Tensor, ...]]
 
@@ -69,7 +69,7 @@ class Int8Model:
         weights: parameter name -> what grid it is stored on.
         reasons: layer, parameter or operator -> why it stays float.
         rounds: whether any activation is rounded.
-        products: how many products multiply whole numbers.
+        products: how many products multiply integers.
         roundings: how many values are rounded on the way.
         coarsest: a step of 8 bits goes into one of the coarsest activation this often.
         axes: of the inputs.
@@ -168,7 +168,7 @@ def _count_roundings(weighted_nodes: list[WeightedNode], points: dict[Any, Affin
 def _warning(result: Int8Model, weighted_nodes: list[WeightedNode], *, calibrated: bool) -> str:
     """How many products run as floats, where activations are rounded and not all need to."""
     floats = [weighted for weighted in weighted_nodes if not weighted.whole]
-    told = {weighted.path: result.reasons.get(weighted.path, "") for weighted in floats}
+    why_float = {weighted.path: result.reasons.get(weighted.path, "") for weighted in floats}
     free = [
         weighted
         for weighted in floats
@@ -178,12 +178,12 @@ def _warning(result: Int8Model, weighted_nodes: list[WeightedNode], *, calibrate
         return ""
     first = free[0].path
     hint = ""
-    if not calibrated and any("calibration" in why for why in told.values()):
+    if not calibrated and any("calibration" in why for why in why_float.values()):
         hint = "; calibration= gives those their grids that lack one"
     return (
         f"{len(floats)} of {len(weighted_nodes)} products run as float, such as "
         f"{first or 'the module'}: "
-        f"{told[first]}{hint} (all reasons: OnnxInfo.reasons)"
+        f"{why_float[first]}{hint} (all reasons: OnnxInfo.reasons)"
     )
 
 
@@ -282,7 +282,7 @@ def _can_run(result: Int8Model, weighted: WeightedNode, rounded: bool) -> bool:
 def _gives_floats(weighted: WeightedNode) -> bool:
     """Whether there are int8 kernels whose output is float.
 
-    ONNX Runtime fuses a Gemm with an activation behind it before it sees the whole numbers.
+    ONNX Runtime fuses a Gemm with an activation behind it before it sees the integers.
     """
     following = only_use(weighted.output)
     fused = following is not None and following.op_type in FUSED

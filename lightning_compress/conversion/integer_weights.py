@@ -1,4 +1,4 @@
-"""Weights as whole numbers and their steps, ready to be stored in an ONNX file."""
+"""Integer weights with their scales, in the form that an ONNX file stores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Summed:
         return ((place >= 0) & (place < self.factor)).astype(np.float32)
 
     def expand(self, weight: NDArray) -> NDArray[np.int32]:
-        """The kernel, (out * factor^2, in / groups, taps, taps), of a weight of whole numbers."""
+        """The kernel, (out * factor^2, in / groups, taps, taps), of a weight of integers."""
         sums = self.matrix(0) @ weight.astype(np.float32) @ self.matrix(1).T
         split = sums.reshape(self.split(weight.shape[0], weight.shape[1]))
         shape = (-1, weight.shape[1], *self.taps)

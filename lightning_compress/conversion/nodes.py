@@ -1,4 +1,4 @@
-"""Where an exported graph multiplies by a module's weights."""
+"""Weighted nodes: products of an exported graph with a module's weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class WeightedNode:
         input_grid: of what the layer reads.
         output_grid: of `output`, when the layer rounds it itself.
         why_float: why calibration gives its layer no grids; empty where it does.
-        whole: whether it multiplies whole numbers, in a runtime that has the kernels.
+        whole: whether it multiplies integers, in a runtime that has the kernels.
         dynamic: whether it rounds what it reads over each call's own range.
     """
 

@@ -1,4 +1,4 @@
-"""Where an exported graph rounds its activations: QuantizeLinear and DequantizeLinear pairs."""
+"""QuantizeLinear and DequantizeLinear pairs on the activations of an exported graph."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def norm_behind(weighted: WeightedNode) -> tuple[Any, int] | None:
 def fold_batch_norm(graph: Any, weighted: WeightedNode) -> Any:
     """Fold the BatchNormalization behind a product into its steps and bias.
 
-    `gamma / sigma` multiplies the steps of a channel; where gamma is negative the whole numbers
+    `gamma / sigma` multiplies the steps of a channel; where gamma is negative the integers
     change their sign. Returns the value that now holds what the norm gave, None without a norm.
     """
     found = norm_behind(weighted)

@@ -1,4 +1,4 @@
-"""Convolutions that read an enlarged picture: they multiply before it is enlarged.
+"""Convolutions behind an upsampling, rewritten to multiply before it.
 
 A kernel of 3 x 3 taps that reads each pixel twice along both axes needs 4 of 9 multiplications,
 with sums of weights in the place of weights. Sums are weights of int8 only where they fit.
@@ -102,13 +102,13 @@ def let_sums_fit(
         width = INT8[1] * step_for_sums(weight, factor, 0, slack=0.0)
         grid = grid_of_range(-width, width, bits=8, symmetric=True, axis=0)
         found = stored_weight(plain.get_submodule(weighted.path), weight, grid)
-        source = "range of sums for enlarged pictures, symmetric, per channel, 8 bits"
+        source = "range of sums for enlarged images, symmetric, per channel, 8 bits"
         weighted.weight = stored[weighted.parameter] = replace(found, source=source)
         parameter.data.copy_(torch.from_numpy(weighted.weight.values))
 
 
 def rewrite_enlarged(graph: Any, weighted: WeightedNode) -> bool:
-    """Let a Conv read a picture before its enlargement, where that saves and its sums fit."""
+    """Let a Conv read an image before its enlargement, where that saves and its sums fit."""
     factor, padding = _gain(weighted), plain_padding(weighted.node)
     if factor is None or padding is None or not isinstance(weighted.weight, IntegerWeight):
         return False

@@ -1,4 +1,4 @@
-"""How stored weights and biases stand in an ONNX file."""
+"""Storage of weights and biases as initializers of an ONNX file."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ FEW = 24  # numbers that take no more room than an operator that repeats one
 def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
     """A DequantizeLinear in front of everything that gives a weight; returns its value.
 
-    The optimizer that runs next never evaluates a DequantizeLinear: the weight stays whole numbers.
+    The optimizer that runs next never evaluates a DequantizeLinear: the weight stays integers.
     """
     ir = require("onnx_ir", extra="onnx")
     if isinstance(weight, CodebookWeight):
@@ -205,7 +205,7 @@ def _add_bias(graph: Any, weighted: WeightedNode) -> None:
 def repeated(graph: Any, before: Any, name: str, vector: NDArray) -> Any:
     """A long vector whose entries come in runs of equal length, stored once a run.
 
-    A Linear layer that feeds pictures has one step and bias a pixel, equal within a channel.
+    A Linear layer that feeds images has one step and bias a pixel, equal within a channel.
     """
     run = _run_length(vector)
     if vector.size < LONG or run == 1:
@@ -241,7 +241,7 @@ def rewrite_storage(
     Args:
         graph: holds the nodes that `place_weight` made.
         weights: by the name they were placed under.
-        whole: those that multiply as whole numbers -> whether as uint8 around 128.
+        whole: those that multiply as integers -> whether as uint8 around 128.
         four_bits: whether there are 4-bit numbers to store in; else a byte holds each.
     """
     for node in list(graph):
@@ -574,11 +574,11 @@ def _is_alive(node: Any) -> bool:
 
 def _why_alone(nodes: Sequence[Any]) -> str:
     if any(node.op_type == "Gather" for node in nodes):
-        return "a lookup does not multiply: its weights alone are whole numbers"
+        return "a lookup does not multiply: its weights alone are integers"
     if any(node.op_type in RECURRENT for node in nodes):
-        return "recurrent layers have no int8 kernel: their weights alone are whole numbers"
+        return "recurrent layers have no int8 kernel: their weights alone are integers"
     scopes = sorted({part for node in nodes for part in modules_of(node)})
-    return f"no product of a layer in {scopes}: its weights alone are whole numbers"
+    return f"no product of a layer in {scopes}: its weights alone are integers"
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Prune a trained module in place: score, remove what is low, save. No Lightning, no training."""
+"""One-shot pruning of a trained module, in place: no Lightning, no training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations on grids as a module trains or is calibrated: ranges, clip values, hooks."""
+"""Activation quantization in training and calibration: ranges, clip values, hooks."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ class Activation:
         return {"observer": self.observer.state_dict(), "clip": clip, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.observer.load_state_dict(state["observer"])
         self.frozen = state["frozen"]
         if state["clip"] is not None:
@@ -513,7 +513,7 @@ class ActivationQuantizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back.
+        """Restore them.
 
         Raises:
             ValueError: when the state is of other layers.

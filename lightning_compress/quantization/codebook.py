@@ -1,4 +1,4 @@
-"""Shared values of a weight: clustered while it trains, then trained themselves."""
+"""Codebook quantization: shared values of a weight, clustered and then trained."""
 
 from __future__ import annotations
 
@@ -311,6 +311,6 @@ class CodebookGrids:
         return {"centres": self.centres, "frozen": self.frozen, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.centres, self.frozen = state["centres"], state["frozen"]
         self._adam.load_state_dict(state["adam"])

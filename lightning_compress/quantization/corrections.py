@@ -1,4 +1,4 @@
-"""Cross-layer equalization: factors move between two layers, the function stays."""
+"""Cross-layer equalization: moves scale factors between two layers, keeps the function."""
 
 from __future__ import annotations
 

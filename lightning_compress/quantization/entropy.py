@@ -1,4 +1,4 @@
-"""Uniform grids for the entropy coder: the step follows the rms of the non-zero weights."""
+"""Uniform quantization for the entropy coder: the step follows the rms of the non-zero weights."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class EntropyGrids:
         return {"relative_step": self.relative_step, "held": self.held, "raised": self.raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.relative_step, self.held = state["relative_step"], state["held"]
         self.raised = state["raised"]
 

@@ -1,4 +1,4 @@
-"""Fake quantization of activations: values of the grid in floating point, straight through."""
+"""Fake quantization of activations with a straight-through gradient."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Adam:
         return {"count": self.count, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self._count = float(state["count"])
         self.mean, self.square = state["mean"], state["square"]
 
@@ -118,7 +118,7 @@ class LearnedPositive:
         return {"value": self.value, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.value = state["value"]
         self._adam.load_state_dict(state["adam"])
 
@@ -257,7 +257,7 @@ class LearnedStepGrids:
         return {"learned": learned, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.frozen = state["frozen"]
         if state["learned"] is not None:
             self.learned = LearnedPositive(state["learned"]["value"], self.lr)

@@ -1,4 +1,4 @@
-"""Post-training quantization: put trained weights onto grids, with no further training."""
+"""Post-training quantization: quantizes trained weights and activations without training."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def quantize_weights(
         per_channel: one scale an output channel, else one a tensor.
         observer: "minmax", "percentile" or "mse": of "symmetric" and "affine".
         step: of "entropy", in units of the rms of the non-zero weights.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -124,7 +124,7 @@ def _put_on_grids(
     step: float = 0.5,
     enlarged: Mapping[str, int] | None = None,
 ) -> Selection:
-    """`enlarged`: weight -> factor of the picture that it reads, for sums that fit int8."""
+    """`enlarged`: weight -> factor of the image that it reads, for sums that fit int8."""
     to_shards(module)
     selection = select(module, include, exclude, frozen=True)
     for target in selection.targets:
@@ -167,7 +167,7 @@ def quantize_dynamic(
         scheme: as for `quantize_weights`.
         per_channel: one scale an output channel, else one a tensor.
         equalize: first let layers share their ranges (`equalize_layers`).
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -225,7 +225,7 @@ def quantize_static(
         equalize: first let layers share their ranges (`equalize_layers`).
         batch_to_args: from a batch to what the module is called with, where it holds more: of a
             loader of (x, label) pairs `lambda batch: batch[0]`.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -276,7 +276,7 @@ def quantize_static(
 
 @torch.enable_grad()
 def _enlarged(module: nn.Module, selection: Selection, batch: object) -> dict[str, int]:
-    """Weights that read an enlarged picture -> how often it repeats a pixel."""
+    """Weights that read an enlarged image -> how often it repeats a pixel."""
     found: dict[str, int] = {}
     layers = {target.path: target.layer for target in selection.targets}
     finder = EnlargedReaders(layers, found.__setitem__)

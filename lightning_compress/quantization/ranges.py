@@ -1,4 +1,4 @@
-"""Observers: the range of values that a grid has to cover, of one tensor or over many batches."""
+"""Range observers: the range that a grid covers, of one tensor or over many batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions that read an enlarged picture, and grids on which sums of their weights fit int8.
+"""Convolutions behind an upsampling, and grids on which sums of their weights fit int8.
 
 Behind nearest-neighbour upsampling several weights of a kernel meet the same pixel: their sum can
 multiply it once, before it is repeated. An int8 file does so where all sums fit.
@@ -22,7 +22,7 @@ SLACK = 0.05  # weights that train on may have larger sums when their grids are 
 
 
 def summed_taps(weight: Tensor, factor: int) -> Tensor:
-    """What a convolution's kernel becomes on a picture whose pixels stand for `factor` each.
+    """What a convolution's kernel becomes on an image whose pixels stand for `factor` each.
 
     Args:
         weight: (out, in / groups, kh, kw), of any dtype.

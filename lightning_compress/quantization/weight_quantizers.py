@@ -1,4 +1,4 @@
-"""Makers of grids: what decides, as a weight trains, on which grid it lies."""
+"""Weight quantizers: choose the grid of one weight while it trains."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TensorQuantizer(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
 
 
 class RangeGrids:
@@ -155,7 +155,7 @@ class RangeGrids:
         return {"range": self.range, "frozen": self.frozen, "enlarged": self.enlarged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
         self.range, self.frozen = state["range"], state["frozen"]
         # What the layer reads does not change: a state of before it was seen takes nothing away.
         self.enlarged = max(self.enlarged, state.get("enlarged", 1))

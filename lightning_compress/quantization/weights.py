@@ -163,7 +163,7 @@ class WeightQuantizer:
             self.pairs[index] = (slot, quantizer)
 
     def make_room(self, path: str, factor: int) -> None:
-        """From its next range on, sums of a weight that reads an enlarged picture fit int8."""
+        """From its next range on, sums of a weight that reads an enlarged image fit int8."""
         for slot, quantizer in self.pairs:
             if slot.path == path and isinstance(quantizer, RangeGrids):
                 quantizer.enlarged = factor
@@ -269,7 +269,7 @@ class WeightQuantizer:
         return {"latents": latents, "makers": quantizers, "predicted_bytes": self.predicted_bytes}
 
     def load_state_dict(self, state: dict[str, Any], *, started: bool) -> None:
-        """Put them back.
+        """Restore them.
 
         Raises:
             ValueError: when the state is of other weights.

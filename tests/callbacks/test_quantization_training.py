@@ -451,7 +451,7 @@ def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight_bits": 9}, "weight_bits=9: valid are whole numbers 2 to 8"),
+        ({"weight_bits": 9}, "weight_bits=9: valid are integers 2 to 8"),
         ({"weight_bits": 1}, "weight_bits=1"),
         ({"activation_bits": 16}, "activation_bits=16"),
         ({"weight_bits": None, "activation_bits": None}, "nothing is quantized"),
