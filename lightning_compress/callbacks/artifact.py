@@ -115,11 +115,11 @@ class ArtifactCallback(Callback):
         self.info = self._save(shipped, target, **({"graph": graphs} if graphs else {}))
 
     def fit_results(self) -> dict[str, Any]:
-        """What the file holds, for when the fit ran in another process."""
+        """The file's `ArtifactInfo`, for fits that run in another process."""
         return {"info": self.info}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening."""
+        """Remove the checkpoint hook."""
         self._stop(trainer)
 
     def on_exception(
@@ -128,7 +128,7 @@ class ArtifactCallback(Callback):
         pl_module: LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Stop listening: there is no teardown then."""
+        """Remove the checkpoint hook: there is no teardown then."""
         self._stop(trainer)
 
     def _watch(self, shipped: nn.Module) -> None:
@@ -190,7 +190,7 @@ class ArtifactCallback(Callback):
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """What only the very same tensor has; scalars and empty ones have places of their own."""
+    """Identity of a tensor's storage; scalars and empty tensors have their own."""
     return local_part(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 

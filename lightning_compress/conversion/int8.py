@@ -60,7 +60,7 @@ Calibration = Iterable[Tensor | tuple[Tensor, ...]]
 
 @dataclass
 class Int8Model:
-    """What is to be written, and what it must agree with.
+    """Int8 model to be written, with the reference that it must agree with.
 
     Args:
         models: the `onnx_ir` model, and a more careful one if there is one.

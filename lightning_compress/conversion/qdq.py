@@ -96,7 +96,7 @@ def fold_batch_norm(graph: Any, weighted: WeightedNode) -> Any:
 
 
 def norm_factors(norm: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What a BatchNormalization multiplies each channel with, and what it adds then."""
+    """Factor and offset of each channel of a BatchNormalization."""
     gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     return factor, beta - mean * factor
@@ -179,7 +179,7 @@ def grid_key(grid: AffineGrid) -> tuple[float, int, int]:
 def is_rounded(
     weighted: WeightedNode, weighted_nodes: Sequence[WeightedNode], points: Mapping[Any, AffineGrid]
 ) -> bool:
-    """Whether what a product gives is rounded before anything but moves and a ReLU reads it.
+    """Whether the output of a product is quantized before anything but moves and a ReLU reads it.
 
     A LeakyReLU in between needs a rounding of its own in front: int8 kernels have no other way,
     and a rounding that the module does not have would not be the module's result.
@@ -243,7 +243,7 @@ def round_output(graph: Any, value: Any, grid: AffineGrid) -> None:
 
 
 def round_inputs(graph: Any, weighted_nodes: Sequence[WeightedNode]) -> None:
-    """Round what products read, as early as the same rounding serves all readers."""
+    """Quantize inputs of products, as early as the same rounding serves all readers."""
     groups: dict[tuple[Any, Any], Uses] = defaultdict(list)
     grids: dict[Any, AffineGrid] = {}
     for weighted in weighted_nodes:

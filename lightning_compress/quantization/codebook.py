@@ -215,7 +215,7 @@ def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Te
 
 
 class CodebookGrids:
-    """A codebook by k-means, made anew at events; when frozen, its centres learn.
+    """Weight quantizer of a k-means codebook, clustered again at events; frozen centres train.
 
     Until `freeze` the latent weights train straight through and events go on with Lloyd's rounds
     from the centres of before. Then each weight keeps its centre, and the centres follow their
@@ -249,7 +249,7 @@ class CodebookGrids:
         return cluster(self.partition.whole(values), 2**self.bits).to(values.device)
 
     def grid(self, values: Tensor) -> CodebookGrid:
-        """The codebook of now."""
+        """Current codebook."""
         centres = self._clustered(values) if self.centres is None else self.centres
         return CodebookGrid(centres.to(values.device))
 
@@ -295,7 +295,7 @@ class CodebookGrids:
         self.centres = torch.where(finite, moved, centres)
 
     def freeze(self, values: Tensor) -> None:  # noqa: ARG002
-        """Let each weight keep its centre."""
+        """Freeze the assignment of weights to centres."""
         self.frozen = True
 
     def thaw(self) -> None:

@@ -88,7 +88,7 @@ _HALVINGS = 10
 
 @dataclass(frozen=True)
 class DeadZoneGrid(AffineGrid):
-    """A uniform grid that sends more to 0 than lies nearest to it.
+    """Uniform grid with a dead zone: values within it are quantized to 0.
 
     Args:
         dead_zone: half-width of what becomes 0, in steps: 0.5 rounds, 0.5 to under 1.
@@ -132,7 +132,7 @@ class EntropyGrids:
     """A uniform grid of step `relative_step * rms(non-zero weights)` that clips nothing.
 
     Its number of symbols does not matter for size, their entropy does. Where the range would need
-    more than `bits`, the step is raised until it does not, and `raised` tells so.
+    more than `bits`, the step is raised until it does not, and `raised` is True.
 
     Args:
         bits: most bits of a symbol, 2 to 8.
@@ -162,11 +162,11 @@ class EntropyGrids:
         self.held: float | None = None  # the step when frozen
 
     def start(self, values: Tensor) -> None:
-        """Tell whether the step is raised."""
+        """Update whether the step is raised."""
         self.raised = bool(self._step(values)[1])
 
     def _step(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step, whether the range asked for a larger one, and the largest size of a value.
+        """Step, whether the range needs a larger one, and the largest magnitude of a value.
 
         All are tensors where the values are: a number of Python would wait for the device.
         """
@@ -177,7 +177,7 @@ class EntropyGrids:
         return torch.where(least > step, least, step), least > step, largest
 
     def _looked_at(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The rms of what is not 0, and the largest size, over all processes: one message."""
+        """Rms of the non-zero values, and largest magnitude, by one all-reduce."""
         zero = values.new_zeros((), dtype=double_of(values))
         count, norm, largest = zero, zero, zero
         if self.held is None:
@@ -208,7 +208,7 @@ class EntropyGrids:
             gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
 
     def step(self, values: Tensor, *, event: bool) -> None:
-        """Tell at an event whether the step is raised; the step itself follows the weights."""
+        """Update at an event whether the step is raised; the step itself follows the weights."""
         if event:
             self.raised = bool(self._step(values)[1])
 

@@ -44,7 +44,7 @@ class Adam:
         return int(self._count)
 
     def direction(self, gradient: Tensor, taken: Tensor | None = None) -> Tensor:
-        """Take in a gradient; what to go against, of size about 1.
+        """Update the moments with a gradient; return the step direction, of size about 1.
 
         Args:
             gradient: of the shape of all others.
@@ -211,7 +211,7 @@ class LearnedStepGrids:
         self._gradient: Tensor | None = None
 
     def start(self, values: Tensor) -> None:
-        """Take the first step size, unless an earlier fit learned one."""
+        """Initialize the step size, unless an earlier fit learned one."""
         if self.learned is None:
             self.learned = LearnedPositive(self._first(values), self.lr)
 
@@ -219,7 +219,7 @@ class LearnedStepGrids:
         return initial_step(values, bits=self.bits, axis=self.axis, partition=self.partition)
 
     def grid(self, values: Tensor) -> AffineGrid:
-        """The grid of the step of now."""
+        """Grid of the current step size."""
         learned = self.learned
         step = self._first(values) if learned is None else learned.value.to(values.device)
         zero = torch.zeros_like(step, dtype=torch.int32)
@@ -246,7 +246,7 @@ class LearnedStepGrids:
         self.frozen = False
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Keep the steps of what stays."""
+        """Keep the step sizes of the remaining channels."""
         index = None if self.axis is None else kept.get(self.axis)
         if index is not None and self.learned is not None:
             self.learned.select(index)

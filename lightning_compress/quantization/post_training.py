@@ -42,7 +42,7 @@ POST_TRAINING_SCHEMES = ("symmetric", "affine", "codebook", "entropy")
 
 @dataclass(frozen=True)
 class PostTrainingReport:
-    """What post-training quantization did to which part, and why it left the rest.
+    """Report of post-training quantization: quantized layers, and why others were skipped.
 
     Args:
         weights: a row a parameter.
@@ -71,7 +71,7 @@ def quantize_weights(
 ) -> Selection:
     """Round weights in place to a grid over their range; zeros stay zero.
 
-    The grids are remembered in the module (`compression_state`), so that a saved file holds whole
+    The grids are attached to the module (`compression_state`), so that a saved file holds whole
     numbers. Activations are left alone. Of a sharded module (FSDP2) all processes must call.
     Jacob et al. 2018, arXiv:1712.05877.
 
@@ -210,7 +210,7 @@ def quantize_static(
 ) -> PostTrainingReport:
     """Round weights in place, and find the ranges of activations on calibration data.
 
-    The layers remember the grids of their activations: `fake_quantized` computes with them. Behind
+    The grids of activations are attached to the layers: `fake_quantized` computes with them. Behind
     nearest-neighbour upsampling, steps leave room for sums of weights: see `export_onnx`.
 
     Args:

@@ -24,7 +24,7 @@ _FOLLOWING = ("minmax", "moving_average")  # look at every step; the others sear
 
 
 class TensorQuantizer(Protocol):
-    """The life of one weight's grid.
+    """Protocol of a weight quantizer: chooses the grid of one weight while it trains.
 
     `values` are always the masked latent values of the weight. `grid` changes nothing, so that
     projecting twice is projecting once, and an average of weights may be projected too. Of a
@@ -33,10 +33,10 @@ class TensorQuantizer(Protocol):
     """
 
     def start(self, values: Tensor) -> None:
-        """Look at the weight when quantization begins."""
+        """Initialize from the weight when quantization begins."""
 
     def grid(self, values: Tensor) -> Grid:
-        """The grid for these values as things are."""
+        """Current grid for these values."""
         ...
 
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
@@ -47,13 +47,13 @@ class TensorQuantizer(Protocol):
         ...
 
     def freeze(self, values: Tensor) -> None:
-        """Keep what was found."""
+        """Freeze the grid."""
 
     def thaw(self) -> None:
-        """Go on finding, in a new fit."""
+        """Unfreeze the grid, in a new fit."""
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Go on with a weight that keeps some entries along axes."""
+        """Follow a removal of channels: keep some entries along axes."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
@@ -117,7 +117,7 @@ class RangeGrids:
             self.range = self._found(values)
 
     def grid(self, values: Tensor) -> AffineGrid:
-        """The grid over the range of now."""
+        """Grid over the current range."""
         low, high = self._found(values) if self.range is None else self.range
         low, high = low.to(values.device), high.to(values.device)
         return grid_of_range(low, high, bits=self.bits, symmetric=self.symmetric, axis=self.axis)
@@ -144,7 +144,7 @@ class RangeGrids:
         self.frozen = False
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Keep the ranges of what stays."""
+        """Keep the ranges of the remaining channels."""
         index = None if self.axis is None else kept.get(self.axis)
         if index is not None and self.range is not None:
             low, high = (one[index.to(one.device)] for one in self.range)
@@ -162,7 +162,7 @@ class RangeGrids:
 
 
 def begin_from(quantizer: TensorQuantizer, grid: Grid) -> None:
-    """Let a new quantizer begin with a grid that an earlier fit has left, where it can make it.
+    """Initialize a new quantizer from the grid of an earlier fit, where its scheme has such grids.
 
     >>> import torch
     >>> quantizer = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
@@ -201,7 +201,7 @@ def make_quantizer(
     entropy: dict[str, float],
     partition: Partition = UNSHARDED,
 ) -> TensorQuantizer:
-    """The quantizer of a scheme.
+    """Make the weight quantizer of a scheme.
 
     Args:
         scheme: a name in `SCHEMES`.

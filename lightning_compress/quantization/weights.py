@@ -66,7 +66,7 @@ def check_entropy(
     target_bits: float | None,
     target_bytes: float | None,
 ) -> None:
-    """Check what belongs to entropy grids.
+    """Check the arguments of entropy grids.
 
     Raises:
         ValueError: for a value out of range, or given with another scheme.
@@ -123,7 +123,7 @@ class WeightQuantizer:
         *,
         started: bool,
     ) -> None:
-        """Go on with other weights; those that are new begin, if the others have.
+        """Continue with other weights; new ones start, if the others have.
 
         Args:
             slots: the weights of now.
@@ -192,14 +192,14 @@ class WeightQuantizer:
         self.install()
 
     def install(self) -> None:
-        """Let the slots use the quantizers."""
+        """Attach the quantizers to the projected weights."""
         for slot, quantizer in self.pairs:
             if slot.gradient_rule is None:
                 slot.set_quantizer(quantizer.grid)
                 slot.gradient_rule = partial(_rule, slot, quantizer)
 
     def follow(self, stepped: Collection[str], *, event: bool) -> None:
-        """Let the grids of stepped weights follow; at an event those of all.
+        """Update the grids of stepped weights; at an event those of all.
 
         Raises:
             FloatingPointError: naming the parameter whose weights are no longer finite.
@@ -221,22 +221,22 @@ class WeightQuantizer:
             What the user should know, by what it is about.
         """
         pairs = [(slot, one) for slot, one in self.pairs if isinstance(one, EntropyGrids)]
-        told = {}
+        metrics = {}
         if pairs and bits is not None:
             with naming_divergence([slot for slot, _ in pairs]):
                 found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
             if abs(found / bits - 1) > 0.05:
-                told["target"] = (
+                metrics["target"] = (
                     f"{found / 8:.0f} bytes is as near as a step comes to the target of "
                     f"{bits / 8:.0f}"
                 )
         for slot, one in pairs:
             if one.raised:
-                told[slot.path] = (
+                metrics[slot.path] = (
                     f"the step of {slot.path} is raised above {one.relative_step:.3g} rms, so that "
                     f"its range fits {one.bits} bits"
                 )
-        return told
+        return metrics
 
     def freeze(self) -> None:
         """Keep the grids."""
