@@ -29,6 +29,8 @@ _STATE = (
     "_last_bucket",
 )
 
+_EVENTS = 100  # in a window, where no frequency is given
+
 
 def check_window(begin: float, end: float) -> bool:
     """Check a window and tell its unit: True for fractions of the run, False for steps.
@@ -178,9 +180,6 @@ class Staircase(Schedule):
 
     def _shape(self, position: float) -> float:
         return math.floor(position * (self.stairs - 1)) / (self.stairs - 1)
-
-
-_EVENTS = 100  # in a window, where no frequency is given
 
 
 class EventClock:

@@ -49,6 +49,7 @@ _NORMS: tuple[type[nn.Module], ...] = (
 # free tensor behind `weight`. `original0` and `weight_g` hold magnitudes, not weights.
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
+_Place = tuple[str, nn.Module, str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,6 @@ def _all_frozen(module: nn.Module, patterns: Sequence[Pattern]) -> list[Pattern]
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, UninitializedParameter) or parameter.dim() > 1
-
-
-_Place = tuple[str, nn.Module, str, nn.Parameter]
 
 
 def _places(module: nn.Module) -> list[list[_Place]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["BalanceGuard", "Guard", "PosteriorGuard"]
 
 _MEASURES = ("loss", "accuracy", "distance")
+_STATE = ("readings", "paused", "recent", "reference")
 
 
 class Guard(Callback):
@@ -143,9 +144,6 @@ class Guard(Callback):
                 f"{self.state_key}: {self.monitor} is at {self.recent:.4g}, its average at "
                 f"{self.reference:.4g}: {verdict}"
             )
-
-
-_STATE = ("readings", "paused", "recent", "reference")
 
 
 class BalanceGuard(Guard):

@@ -17,6 +17,12 @@ __all__ = [
     "ScoreMonitor",
     "StopOnNonFinite",
 ]
+EVERY = 50  # batches between two questions to another device
+SHOWN = 3  # names of broken weights in an error
+_ADVICE = (
+    "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
+    "at the data"
+)
 
 
 class ScoreMonitor(Callback):
@@ -51,14 +57,6 @@ class ScoreMonitor(Callback):
         with torch.random.fork_rng(), evaluating(pl_module):
             for name, value in self.score(pl_module).items():
                 pl_module.log(name, value, on_epoch=True, batch_size=1)
-
-
-EVERY = 50  # batches between two questions to another device
-SHOWN = 3  # names of broken weights in an error
-_ADVICE = (
-    "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
-    "at the data"
-)
 
 
 class StopOnNonFinite(Callback):

@@ -28,6 +28,7 @@ __all__ = [
     "find_float_layers",
 ]
 KEPT_VALUES = 2**18  # of one batch at one place, for percentiles
+INNER = "weights only: its forward changes what its product reads, or what that gives"
 
 
 class _Range:
@@ -132,9 +133,6 @@ def _give(layer: nn.Module, side: str, grid: AffineGrid) -> None:
     known = activation_grids(layer) or ActivationGrids()
     sides = {"input": known.input, "output": known.output, side: grid}
     set_activation_grids(layer, ActivationGrids(**sides))
-
-
-INNER = "weights only: its forward changes what its product reads, or what that gives"
 
 
 def find_float_layers(plain: nn.Module, weighted_nodes: list[WeightedNode]) -> None:

@@ -41,6 +41,9 @@ __all__ = [
     "transposed_as_conv",
 ]
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
+TO_THE_END = np.iinfo(np.int64).max
+MANY_OUTPUTS, FEW_INPUTS = 1024, 128  # from where on it is the faster one at batch 1 and 16
 
 
 def channels_last_moves(model: Any) -> None:
@@ -290,10 +293,6 @@ def conv_in_blocks(
     return InBlocks(torch.cat(places), padding, block, crop, offsets_first=True, stride=block[0])
 
 
-KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
-TO_THE_END = np.iinfo(np.int64).max
-
-
 def rewrite_transposed(graph: Any, weighted: WeightedNode) -> str | None:
     """Replace a ConvTranspose by Conv, a shuffle and Slice; returns why not, if it cannot."""
     node = weighted.node
@@ -474,9 +473,6 @@ def _crop_bounds(graph: Any, name: str, crop: tuple[int, ...]) -> list[Any]:
         initializer(graph, f"{name}.crop_{part}", np.asarray(numbers, np.int64))
         for part, numbers in parts.items()
     ]
-
-
-MANY_OUTPUTS, FEW_INPUTS = 1024, 128  # from where on it is the faster one at batch 1 and 16
 
 
 def rewrite_linear_as_conv(graph: Any, weighted: WeightedNode) -> Any:

@@ -39,6 +39,9 @@ __all__ = [
 ]
 INT8 = "an int8 file is made from float32"
 BFLOAT16 = "ONNX Runtime's CPU kernels lack it"
+PROTOBUF_LIMIT = 2**31 - 1
+CHECKED_BATCHES = 4  # of the calibration inputs
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: bool) -> None:
@@ -75,11 +78,6 @@ def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: b
                 f"{path or 'the module'} is an LSTM with proj_size={part.proj_size}, which ONNX "
                 "has no operator for: train it with proj_size=0"
             )
-
-
-PROTOBUF_LIMIT = 2**31 - 1
-CHECKED_BATCHES = 4  # of the calibration inputs
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ __all__ = [
     "set_apart",
 ]
 ELEMENTWISE = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh")
+Uses = list[tuple[Any, int]]
 
 
 def norm_behind(weighted: WeightedNode) -> tuple[Any, int] | None:
@@ -149,9 +150,6 @@ def _swap(graph: Any, value: Any, first: Any, last: Any, activation: Any) -> Non
     moved.name, result.name = result.name, moved.name
     moved.type = result.type
     result.shape = value.shape
-
-
-Uses = list[tuple[Any, int]]
 
 
 def initializer(graph: Any, name: str, array: np.ndarray) -> Any:

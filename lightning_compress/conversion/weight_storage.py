@@ -39,6 +39,12 @@ __all__ = [
 LARGEST = 32_767
 CAUTION = 0.9  # inputs to come may be a little larger than those seen
 KEPT_ROWS = 8192
+MARK = "lightning_compress.weight"
+LARGEST_INT32 = 2**31 - 1
+LONG = 1024
+FEW = 24  # numbers that take no more room than an operator that repeats one
+HIGH = 64
+RECURRENT = ("Slice", "Unsqueeze", "Concat", "GRU", "LSTM", "RNN")
 
 
 @torch.no_grad()
@@ -111,12 +117,6 @@ def _pair_is_cut_off(values: NDArray[np.int32], weights: NDArray[np.int32]) -> b
         return False
     sums = large.astype(np.float32) @ strong.T.astype(np.float32)
     return bool(np.abs(sums).max() > limit)
-
-
-MARK = "lightning_compress.weight"
-LARGEST_INT32 = 2**31 - 1
-LONG = 1024
-FEW = 24  # numbers that take no more room than an operator that repeats one
 
 
 def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
@@ -466,10 +466,6 @@ def _replace(graph: Any, old: Any, new: Any) -> None:
     for value in inputs:
         if not list(value.uses()) and value.name in graph.initializers:
             del graph.initializers[value.name]
-
-
-HIGH = 64
-RECURRENT = ("Slice", "Unsqueeze", "Concat", "GRU", "LSTM", "RNN")
 
 
 def finished_models(

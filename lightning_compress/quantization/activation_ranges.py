@@ -30,6 +30,10 @@ MOVES = ("View", "UnsafeView", "ReshapeAlias", "Reshape", "Transpose", "T", "Per
 MOVES += ("Squeeze", "Unsqueeze", "Slice", "Expand", "Clone", "ToCopy", "NativeDropout")
 MOVES += ("MaxPool2DWithIndices", "MaxPool3DWithIndices", "PixelShuffle")
 MOVES += ("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D")
+_DIVERGED = (
+    "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
+)
+Reduce = Callable[[Tensor, str], Tensor]
 
 
 class LastLayers:
@@ -177,12 +181,6 @@ def _kind(node: Any) -> str:
 def _part(path: str, parts: Sequence[str]) -> str:
     inside = [one for one in parts if one == "" or path == one or path.startswith(f"{one}.")]
     return max(inside, key=len, default="")
-
-
-_DIVERGED = (
-    "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
-)
-Reduce = Callable[[Tensor, str], Tensor]
 
 
 class Activation:

@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 _MOST_POINTS = 1024  # of the exact search; more values are first put into so many bins
 _MOST_WORK = 3e7  # centres * points^2 of the exact search
 _MOST_ROUNDS = 100
+_HALVINGS = 149  # to the smallest float32
 
 
 def cluster(values: Tensor, count: int, *, weights: Tensor | None = None) -> Tensor:
@@ -188,9 +189,6 @@ def lloyd_centres(points: Floats, mass: Floats, centres: Floats) -> Floats:
             break
         centres = moved
     return centres
-
-
-_HALVINGS = 149  # to the smallest float32
 
 
 def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Tensor:

@@ -24,6 +24,8 @@ __all__ = [
     "steer",
 ]
 _MOST = 255  # steps from 0 on any grid of 8 bits
+FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
+_HALVINGS = 10
 
 
 def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
@@ -80,10 +82,6 @@ def _histogram(sizes: Tensor) -> Tensor:
         return torch.bincount(sizes, minlength=_MOST + 1)
     counts = torch.zeros(_MOST + 1, dtype=torch.int64, device=sizes.device)  # bincount would wait
     return counts.scatter_add_(0, sizes, torch.ones_like(sizes))
-
-
-FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
-_HALVINGS = 10
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ __all__ = [
     "fake_quantized",
     "why_float",
 ]
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_FUSED = "attention runs inside one fused operation, in float"
+_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.RNNBase, nn.RNNCellBase), "its gates run inside one fused operation, in float"),
+    ((nn.Embedding, nn.EmbeddingBag), "its input are indices"),
+    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _FUSED),
+)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -143,15 +150,6 @@ def dynamic_fake_quantize(x: Tensor) -> Tensor:
         return x
     zero = (-low / scale).round().clamp(0, 255)
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
-
-
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-_FUSED = "attention runs inside one fused operation, in float"
-_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.RNNBase, nn.RNNCellBase), "its gates run inside one fused operation, in float"),
-    ((nn.Embedding, nn.EmbeddingBag), "its input are indices"),
-    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _FUSED),
-)
 
 
 def activation_layers(
