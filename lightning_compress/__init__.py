@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CompressedCheckpoint,
         CompressedEarlyStopping,
         CompressionSummary,
+        Fading,
         GradualPruning,
         Guard,
         KnowledgeDistillation,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
         QualityBudget,
         QuantizationAwareTraining,
         RandomState,
+        Regrowth,
         Rewinding,
         ScoreMonitor,
+        SearchRules,
         StopOnNonFinite,
         ThresholdPruning,
     )
@@ -89,6 +92,7 @@ __all__ = [
     "Cosine",
     "EMATeacher",
     "EntropyGrid",
+    "Fading",
     "GradualPruning",
     "GraphInfo",
     "Guard",
@@ -111,8 +115,10 @@ __all__ = [
     "QuantizationAwareTraining",
     "Ramp",
     "RandomState",
+    "Regrowth",
     "Rewinding",
     "ScoreMonitor",
+    "SearchRules",
     "Staircase",
     "StepKL",
     "StopOnNonFinite",
@@ -151,10 +157,10 @@ __all__ = [
 _HOMES = {
     "callbacks": (
         "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
-        "CompressedEarlyStopping CompressionSummary GradualPruning Guard KnowledgeDistillation "
-        "LowRank OnlineTeacher PosteriorGuard PostTrainingQuantization ProjectedEMA QualityBudget "
-        "QuantizationAwareTraining RandomState Rewinding ScoreMonitor StopOnNonFinite "
-        "ThresholdPruning"
+        "CompressedEarlyStopping CompressionSummary Fading GradualPruning Guard "
+        "KnowledgeDistillation LowRank OnlineTeacher PosteriorGuard PostTrainingQuantization "
+        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Regrowth Rewinding "
+        "ScoreMonitor SearchRules StopOnNonFinite ThresholdPruning"
     ),
     "channels.following": "apply_compression",
     "channels.low_rank": "match_factors",

@@ -1,4 +1,4 @@
-"""Old module names that other projects may import: they work as before, with a warning."""
+"""Aliases of moved modules: former names import with a warning."""
 
 from __future__ import annotations
 

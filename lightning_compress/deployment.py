@@ -1,4 +1,4 @@
-"""The deployed part of a module: which of its networks ship, by their names and by structure."""
+"""Deployed part of a module: which of its networks are deployed, by names and by structure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COPIES = {"ema", "avg", "average", "averaged", "shadow", "swa"}
 
 
 def deployed_part(module: nn.Module) -> tuple[str, ...]:
-    """Modules that ship, by path: a GAN's generator, a VAE's encoder and decoder, else all.
+    """Deployed modules, by path: a GAN's generator, a VAE's encoder and decoder, else all.
 
     A module says so itself by an attribute `deployed`. Otherwise names tell, below wrappers and
     containers too; and where several optimizers train networks whose names say nothing, structure
@@ -58,12 +58,12 @@ def deployed_part(module: nn.Module) -> tuple[str, ...]:
 
 
 def known_by_name(module: nn.Module) -> bool:
-    """Whether the module itself, its names, or an earlier look at its structure say what ships."""
+    """Whether the module, its names, or its structure seen earlier give the deployed part."""
     return _declared(module) is not None or bool(noted_deployed(module)) or _guess(module)[1]
 
 
 def note_deployed(module: nn.Module, parts: Sequence[str]) -> None:
-    """Remember what ships, as structure has told."""
+    """Note the deployed part that the structure has shown."""
     _plain(module).__dict__[_NOTED] = tuple(parts)
 
 
@@ -116,7 +116,7 @@ def _declared(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def _guess(module: nn.Module) -> tuple[tuple[str, ...], bool]:
-    """What ships by names, and whether they said it."""
+    """Deployed part by names, and whether they give one."""
     inner = _plain(module)
     children = _weighted(inner)
     by_word = {name.lower(): name for name in reversed(children)}
@@ -128,7 +128,7 @@ def _guess(module: nn.Module) -> tuple[tuple[str, ...], bool]:
 
 
 def _level(module: nn.Module, *, outermost: bool) -> tuple[list[str], bool]:
-    """Paths in a module that ship, empty for all of it, and whether a judge was found."""
+    """Deployed paths in a module, empty for all of it, and whether a judge was found."""
     children = _weighted(module)
     draws, judges = _sides(module, children, outermost=outermost)
     if draws and judges:

@@ -214,9 +214,9 @@ def check_bits(name: str, bits: object) -> None:
     """Check a number of bits.
 
     Raises:
-        ValueError: unless it is a whole number from 2 to 8.
+        ValueError: unless it is an integer from 2 to 8.
 
     >>> check_bits("weight_bits", 4)
     """
     if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{name}={bits!r}: valid are whole numbers {MIN_BITS} to {MAX_BITS}")
+        raise ValueError(f"{name}={bits!r}: valid are integers {MIN_BITS} to {MAX_BITS}")

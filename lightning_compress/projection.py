@@ -36,9 +36,9 @@ from lightning_compress.targets import Target, clean_path
 __all__ = [
     "ProjectedWeight",
     "Projector",
+    "divergence_message",
     "naming_divergence",
     "parameter_ids",
-    "said_of_divergence",
     "select_entries",
 ]
 
@@ -86,7 +86,7 @@ class ProjectedWeight:
         self.latent: Tensor | None = None
         self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
-        self._rewritten: Tensor | None = None  # whether somebody else wrote into it before
+        self._rewritten: Tensor | None = None  # whether user code wrote into it before
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
         # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
         self.gradient_rule: Callable[[Tensor], None] | None = None
@@ -183,7 +183,7 @@ class ProjectedWeight:
     def restore(self) -> None:
         """Put the latent values into the parameter, so that the optimizer updates them.
 
-        What somebody else wrote into the parameter since counts: there it is the new latent value.
+        What user code wrote into the parameter since counts: there it is the new latent value.
         Where that happens again (clamping or normalisation at each step), the latent value keeps
         its distance to its grid point, up to a step: otherwise no update smaller than half a step
         would ever show.
@@ -204,7 +204,7 @@ class ProjectedWeight:
         self._holds_latent = True
 
     def _expected(self, latent: Tensor) -> Tensor:
-        """What the parameter holds, unless somebody else wrote into it."""
+        """What the parameter holds, unless user code wrote into it."""
         masked = self._masked_latent(latent)
         return masked if self.grid is None else self.grid.project(masked)
 
@@ -217,7 +217,7 @@ class ProjectedWeight:
 
     @property
     def overwritten(self) -> bool:
-        """Whether somebody else wrote into the parameter since it was projected."""
+        """Whether user code wrote into the parameter since it was projected."""
         if self._holds_latent:
             return False
         if self.latent is None:
@@ -225,7 +225,7 @@ class ProjectedWeight:
         return not torch.equal(self.data, self._expected(self.latent))
 
     def settle(self) -> None:
-        """Project what somebody else wrote since the last step."""
+        """Project what user code wrote since the last step."""
         if self.overwritten:
             self.project(same_grid=self.shards is not None)
 
@@ -331,11 +331,11 @@ def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
     except (ValueError, RuntimeError, OverflowError) as error:
         for slot in slots:
             if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())):
-                raise FloatingPointError(said_of_divergence(slot)) from error
+                raise FloatingPointError(divergence_message(slot)) from error
         raise
 
 
-def said_of_divergence(slot: ProjectedWeight) -> str:
+def divergence_message(slot: ProjectedWeight) -> str:
     """The message for a weight that is no longer finite."""
     half = slot.parameter.dtype == torch.float16
     return (
@@ -367,7 +367,7 @@ class Projector:
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
         self.asleep = False
-        self.copies: Any = None  # of the weights, which somebody else keeps and which follow
+        self.copies: Any = None  # of the weights, which user code keeps and which follow
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._owners: dict[str, list[int]] = {}
         self._handlers: list[tuple[int, Callable[[], None]]] = []

@@ -1,4 +1,4 @@
-"""What a module lost when channels were removed, as plain numbers: readable without torch."""
+"""Record of removed channels as plain numbers: readable without torch."""
 
 from __future__ import annotations
 

@@ -29,11 +29,13 @@ _STATE = (
     "_last_bucket",
 )
 
+_EVENTS = 100  # in a window, where no frequency is given
+
 
 def check_window(begin: float, end: float) -> bool:
     """Check a window and tell its unit: True for fractions of the run, False for steps.
 
-    Whole numbers count optimizer steps, floats in [0, 1] are fractions of the run; 0 fits both.
+    Integers count optimizer steps, floats in [0, 1] are fractions of the run; 0 fits both.
 
     Raises:
         ValueError: when begin >= end, a bound is negative, a fraction exceeds 1, or the two
@@ -180,9 +182,6 @@ class Staircase(Schedule):
         return math.floor(position * (self.stairs - 1)) / (self.stairs - 1)
 
 
-_EVENTS = 100  # in a window, where no frequency is given
-
-
 class EventClock:
     """Clock of the events in a window, with one at its end if something is unfinished then.
 
@@ -209,12 +208,12 @@ class EventClock:
         self.count = count
         self.begin, self.end, self.in_fractions = begin, end, check_window(begin, end)
         if frequency is not None and (not isinstance(frequency, int) or frequency < 1):
-            raise ValueError(f"frequency={frequency!r} must be a whole number of steps, 1 or more")
+            raise ValueError(f"frequency={frequency!r} must be an integer, 1 or more steps")
         self.frequency = frequency
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset."""
         self.position, self.step = 0.0, 0  # of the clock, without the time it was held
         self._raw, self._raw_step = 0.0, 0
         self._pace = 0.0  # position gained in a step

@@ -138,7 +138,7 @@ def known_mask(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def set_known_mask(layer: nn.Module, name: str, mask: Tensor | None) -> None:
-    """Remember the mask of `layer.<name>`, so that the next fit keeps its zeros; None forgets it.
+    """Attach the mask of `layer.<name>`, so that the next fit keeps its zeros; None removes it.
 
     >>> import torch
     >>> layer = nn.Linear(2, 1)

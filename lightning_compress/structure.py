@@ -1,4 +1,4 @@
-"""What ships, by structure: who receives whose outputs while a batch is trained on."""
+"""Dataflow between the networks of a module in a training batch, to find the deployed part."""
 
 from __future__ import annotations
 
@@ -241,14 +241,14 @@ def _is_judge(calls: Sequence[tuple[set[Owner], bool]], *, makes_data: bool) -> 
 class _Follow(TorchFunctionMode):
     """Tells of each function of torch what went in and what came out."""
 
-    def __init__(self, tell: Callable[[Any, Any], None]) -> None:
+    def __init__(self, record: Callable[[Any, Any], None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            self._tell((args, kwargs), out)
+            self._record((args, kwargs), out)
         return out
 
 

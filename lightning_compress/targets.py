@@ -25,7 +25,7 @@ __all__ = [
     "clean_path",
     "deployed_part",
     "is_normed",
-    "left_out",
+    "low_coverage",
     "magnitude_path",
     "older_norm",
     "select",
@@ -54,6 +54,7 @@ _NORMS: tuple[type[nn.Module], ...] = (
 # free tensor behind `weight`. `original0` and `weight_g` hold magnitudes, not weights.
 _FREE_TENSOR = {"original", "original1", "weight_orig", "weight_v"}
 _MAGNITUDE = {"original0", "weight_g"}
+_Place = tuple[str, nn.Module, str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def select(
             which train in their place, and those that `include` must mean: by an exact path, or
             by a pattern that matches nothing else.
         any_layer: whether matrices of layers of any kind are targets, Embeddings apart.
-        apart: modules that are left as they are, by path, and why.
+        apart: modules that are skipped, by path, and why.
 
     Raises:
         TargetError: for a pattern that matches nothing (the closest paths are named), for
@@ -248,9 +249,6 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, UninitializedParameter) or parameter.dim() > 1
 
 
-_Place = tuple[str, nn.Module, str, nn.Parameter]
-
-
 def _places(module: nn.Module) -> list[list[_Place]]:
     """Each parameter with all places that hold it: path, layer, name."""
     found: dict[int, list[_Place]] = {}
@@ -261,14 +259,14 @@ def _places(module: nn.Module) -> list[list[_Place]]:
     return list(found.values())
 
 
-def left_out(module: nn.Module, coverage: Sequence[Coverage]) -> str:
-    """What to tell where less than half of the deployed part's weights are targets; else empty.
+def low_coverage(module: nn.Module, coverage: Sequence[Coverage]) -> str:
+    """Warning where less than half of the deployed part's weights are targets; else empty.
 
     Weights are matrices and kernels; those that `exclude` names are no one's surprise, and those
     of a frozen copy (an average kept by hand) follow their original.
 
     >>> net = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 2))
-    >>> left_out(net, select(net).coverage)[:52]
+    >>> low_coverage(net, select(net).coverage)[:52]
     'only 2 % of the weights of the deployed part are com'
     """
     parts = deployed_part(module)
@@ -289,8 +287,8 @@ def left_out(module: nn.Module, coverage: Sequence[Coverage]) -> str:
     named = "; ".join(f"{clean_path(row.path)} ({row.reason})" for row in largest[:3])
     return (
         f"only {100 * taken / sum(sizes.values()):.0f} % of the weights of the deployed part are "
-        f"compressed. The largest that are left out: {named}. Name what of it ships in "
-        "include=[...] by its path, beside what is compressed now, and what does not in exclude"
+        f"compressed. The largest that are skipped: {named}. Name those that are deployed in "
+        "include=[...] by path, beside what is compressed now, and the others in exclude"
     )
 
 
@@ -346,7 +344,7 @@ def _check_patterns(module: nn.Module, patterns: Iterable[Pattern]) -> None:
 
 
 class _Rules:
-    """Why parameters are left as they are."""
+    """Rules of why parameters are skipped."""
 
     def __init__(
         self, wanted: list[Pattern] | None, unwanted: list[Pattern], parts: tuple[str, ...]
@@ -358,7 +356,7 @@ class _Rules:
         self.meant: Sequence[Pattern] = ()  # patterns whose weights are all frozen
 
     def why_not(self, path: str, layer: nn.Module, name: str, parameter: nn.Parameter) -> str:
-        """The reason to leave a parameter as it is; empty when it is a target."""
+        """Reason to skip a parameter; empty when it is a target."""
         if self.wanted is None:
             if not any(_glob(part, clean_path(path)) for part in self.parts):
                 return f"outside the deployed part {list(self.parts)}"

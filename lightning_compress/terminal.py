@@ -1,4 +1,4 @@
-"""Text of other people's files on a terminal: nothing in it moves the cursor or hides a word."""
+"""Escaping of untrusted text for a terminal."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lightning_compress.copies import Copy, adapters, frozen_copies
 from lightning_compress.deployment import deployed_part, known_by_name, note_deployed
 from lightning_compress.quantization.post_training import quantize_weights
 from lightning_compress.state import compression_state
-from lightning_compress.targets import left_out, select, unselected
+from lightning_compress.targets import low_coverage, select, unselected
 
 
 def net(*sizes):
@@ -132,7 +132,7 @@ def test_the_frozen_base_is_the_target_and_its_adapters_are_not(layers, size):
     module = nn.ModuleDict({"a": Lora(layers=layers, size=size), "norm": nn.LayerNorm(6)})
     assert paths(module) == ["a.base.weight"]
     assert all("adapter" in why for p, why in reasons(module).items() if "down" in p or "up" in p)
-    assert left_out(module, select(module).coverage) == ""
+    assert low_coverage(module, select(module).coverage) == ""
 
 
 def test_a_small_trained_net_beside_a_frozen_layer_is_no_adapter():
@@ -179,14 +179,14 @@ class Scaled(nn.Module):
 
 def test_less_than_half_of_the_weights_is_told_with_the_largest_and_why():
     module = nn.ModuleDict({"scaled": Scaled(20, 20), "head": nn.Linear(4, 4)})
-    message = left_out(module, select(module).coverage)
+    message = low_coverage(module, select(module).coverage)
     assert "only 5 % of the weights" in message
     assert "scaled.kernel (Scaled is no matmul" in message
     named = select(module, ["scaled.kernel", "head"])
-    assert left_out(module, named.coverage) == ""
-    assert left_out(module, select(module, exclude="scaled.kernel").coverage) == ""
+    assert low_coverage(module, named.coverage) == ""
+    assert low_coverage(module, select(module, exclude="scaled.kernel").coverage) == ""
     module["scaled"].kernel.requires_grad_(False)
-    assert "frozen" in left_out(module, select(module).coverage)
+    assert "frozen" in low_coverage(module, select(module).coverage)
 
 
 def test_sparsity_measures_all_matrices_of_what_it_is_given():

@@ -72,7 +72,7 @@ def test_a_range_of_zero_width_keeps_its_zeros():
 
 @pytest.mark.parametrize("bits", [1, 9, 4.0, True, "8"])
 def test_bits_out_of_range_are_named(bits):
-    with pytest.raises(ValueError, match="valid are whole numbers 2 to 8"):
+    with pytest.raises(ValueError, match="valid are integers 2 to 8"):
         affine_grid(torch.ones(2), bits=bits)
 
 

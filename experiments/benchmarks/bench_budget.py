@@ -97,7 +97,7 @@ class Bench:
             reference=reference,
             begin=0.0,
             end=0.85,
-            undo="projection",
+            search={"undo": "projection"},
             limits={"max_sparsity": 0.995, "steps": (0.5, 3.0)},
         )
         monitor = ScoreMonitor(lambda model: {"val/score": self.reading(model)})

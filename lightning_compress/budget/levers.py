@@ -103,7 +103,7 @@ class Steerable(Protocol):
         """Save point of the state that belongs to the present weights."""
         ...
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """Roll back to a save point's state; weights are not changed."""
 
 
@@ -329,7 +329,7 @@ KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
     "channels": lambda one, limits: ChannelLever(one, limits.min_channels),
     "step": lambda one, limits: StepLever(one, *limits.steps),
     "lmbda": lambda one, limits: LambdaLever(one, *limits.lambdas),
-    "bits": lambda one, limits: BitsLever(one, dict(one.asked_bits), limits.min_bits),
+    "bits": lambda one, limits: BitsLever(one, dict(one.requested_bits), limits.min_bits),
 }
 
 

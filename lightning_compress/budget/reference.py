@@ -22,7 +22,6 @@ __all__ = [
     "DENSE",
     "Reference",
     "check_goal",
-    "check_search",
     "check_window_of_run",
     "part_bytes",
     "predicted_bytes",
@@ -57,23 +56,6 @@ def check_window_of_run(begin: float, end: float) -> None:
         raise ValueError(f"begin={begin!r}, end={end!r}: fractions of the run, 0 <= begin < end")
 
 
-def check_search(
-    patience: int, stride: Sequence[float], spread: float | None, confidence: float
-) -> None:
-    """Check how a search proceeds.
-
-    Raises:
-        ValueError: naming the value and what is valid.
-    """
-    if not isinstance(patience, int) or patience < 1:
-        raise ValueError(f"patience={patience!r} must be an integer number of readings, 1 or more")
-    if len(stride) != 2 or not 0 < stride[1] <= stride[0] <= 1:
-        raise ValueError(f"stride={stride!r}: give the first and the smallest, both in (0, 1]")
-    for what, value in (("spread", spread), ("confidence", confidence)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{what}={value!r} must be 0 or more")
-
-
 class Reference:
     """A dense model's metric, as a cost of which less is better.
 
@@ -83,7 +65,7 @@ class Reference:
         spread: standard deviation of one reading; None: estimated.
 
     Raises:
-        ValueError: for another word, or another mode.
+        ValueError: for another word, another mode, or a negative spread.
 
     >>> reference = Reference(2.0, "max")
     >>> reference.fix([], patience=4)
@@ -96,12 +78,14 @@ class Reference:
             raise ValueError(f"mode={mode!r}: valid are ['min', 'max']")
         if isinstance(given, str) and given != DENSE:
             raise ValueError(f"reference={given!r}: give a number, {DENSE!r} or None")
+        if spread is not None and not 0 <= spread < math.inf:
+            raise ValueError(f"spread={spread!r} must be 0 or more")
         self.given, self.mode, self._spread = given, mode, spread
         self.curve: list[tuple[float, float]] = []
         self.dense = self.spread = 0.0
 
     @property
-    def waits(self) -> bool:
+    def awaits_curve(self) -> bool:
         """Whether a curve was announced that has not come."""
         return self.given == DENSE and not self.curve
 

@@ -20,6 +20,7 @@ __all__ = [
     "QualitySearch",
     "Reading",
     "Rules",
+    "SearchRules",
     "SizeSearch",
     "Trial",
     "estimated_spread",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 LONGEST = 4  # times the patience: the most readings of a trial
 _GUESS = 4.0  # log of the bytes that a whole level saves, before any is measured
+_UNDO = ("all", "projection")
 _SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while weights train on
 
 
@@ -165,9 +167,48 @@ class Trial:
         return cls(**{**state, "levels": tuple(state["levels"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchRules:
+    """How `QualityBudget` searches: `QualityBudget(search=...)`.
+
+    Args:
+        patience: readings after which a trial must be decided; clear ones are decided earlier.
+        confidence: standard errors by which a case is clear.
+        stride: of a level (see `Limits`) at first, and the smallest that is tried.
+        undo: what a trial that fails rolls back. "all": weights, channels, masks, grids,
+            optimizer states. "projection": channels, masks and grids, and weights train on from
+            their values; all is rolled back only if that fails too. It loses no steps, and fits a
+            model that still learns.
+
+    Raises:
+        ValueError: naming the value and what is valid.
+
+    >>> SearchRules(stride=(0.5, 0.1)).patience
+    4
+    """
+
+    patience: int = 4
+    confidence: float = 1.0
+    stride: tuple[float, float] = (0.2, 0.025)
+    undo: str = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stride", tuple(self.stride))
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ValueError(f"patience={self.patience!r} must be an integer, 1 or more readings")
+        if len(self.stride) != 2 or not 0 < self.stride[1] <= self.stride[0] <= 1:
+            raise ValueError(
+                f"stride={self.stride!r}: give the first and the smallest, both in (0, 1]"
+            )
+        if not 0 <= self.confidence < math.inf:
+            raise ValueError(f"confidence={self.confidence!r} must be 0 or more")
+        if self.undo not in _UNDO:
+            raise ValueError(f"undo={self.undo!r}: valid are {list(_UNDO)}")
+
+
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a search.
+    """Limit, noise and strides of a search.
 
     Args:
         limit: the highest cost that will do.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_compress.budget.search import SearchRules
 from lightning_compress.callbacks.artifact import ArtifactCallback
-from lightning_compress.callbacks.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.channel_pruning import ChannelPruning, Fading
 from lightning_compress.callbacks.compressed_scores import (
     CompressedCheckpoint,
     CompressedEarlyStopping,
@@ -29,6 +30,7 @@ from lightning_compress.callbacks.quantization_aware_training import (
 from lightning_compress.callbacks.safeguards import RandomState, ScoreMonitor, StopOnNonFinite
 from lightning_compress.callbacks.summary import CompressionSummary
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
+from lightning_compress.pruning.regrowth import Regrowth
 
 __all__ = [
     "ArtifactCallback",
@@ -38,6 +40,7 @@ __all__ = [
     "CompressedEarlyStopping",
     "CompressionSummary",
     "EpochCheckpoint",
+    "Fading",
     "GiveUp",
     "GradualPruning",
     "Guard",
@@ -54,8 +57,10 @@ __all__ = [
     "QualityBudget",
     "QuantizationAwareTraining",
     "RandomState",
+    "Regrowth",
     "Rewinding",
     "ScoreMonitor",
+    "SearchRules",
     "StopOnNonFinite",
     "ThresholdPruning",
     "progress_callback",

@@ -1,4 +1,4 @@
-"""ArtifactCallback: the `.lcz` file is there when training ends, and beside each checkpoint."""
+"""ArtifactCallback: writes the `.lcz` file when training ends, and beside each checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ArtifactCallback(Callback):
         beside_checkpoints: also write `<checkpoint>.lcz` beside each checkpoint file, with the
             weights that are in it, and remove it with the checkpoint. Strategies that write
             checkpoints as folders have none.
-        submodule: path of the module to save; None: the part that ships (`deployed_module()`), or
+        submodule: path of the module to save; None: the deployed part (`deployed_module()`), or
             the whole LightningModule where it does not say. A sharded one (FSDP2) is gathered
             tensor by tensor, and the first process writes.
         graph: the file also holds the ONNX model of the module, which is exported when `fit` ends
@@ -106,7 +106,7 @@ class ArtifactCallback(Callback):
         if is_trial_run(trainer):  # find errors, and leave the file of a real run alone
             with tempfile.TemporaryDirectory() as folder:
                 self._write(pl_module, shipped, Path(folder) / target.name)
-            rank_zero_info(f"fast_dev_run: {target} could be written, and was left as it is")
+            rank_zero_info(f"fast_dev_run: {target} is writable; nothing was written")
             return
         self._write(pl_module, shipped, target)
 
@@ -115,11 +115,11 @@ class ArtifactCallback(Callback):
         self.info = self._save(shipped, target, **({"graph": graphs} if graphs else {}))
 
     def fit_results(self) -> dict[str, Any]:
-        """What the file holds, for when the fit ran in another process."""
+        """The file's `ArtifactInfo`, for fits that run in another process."""
         return {"info": self.info}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening."""
+        """Remove the checkpoint hook."""
         self._stop(trainer)
 
     def on_exception(
@@ -128,7 +128,7 @@ class ArtifactCallback(Callback):
         pl_module: LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Stop listening: there is no teardown then."""
+        """Remove the checkpoint hook: there is no teardown then."""
         self._stop(trainer)
 
     def _watch(self, shipped: nn.Module) -> None:
@@ -190,7 +190,7 @@ class ArtifactCallback(Callback):
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """What only the very same tensor has; scalars and empty ones have places of their own."""
+    """Identity of a tensor's storage; scalars and empty tensors have their own."""
     return local_part(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 

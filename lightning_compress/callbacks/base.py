@@ -1,4 +1,4 @@
-"""What the callbacks that project weights share: targets, hooks on and off, state on resume."""
+"""WeightCallback: base of callbacks that project weights; targets, optimizer hooks, resuming."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_compress.callbacks.deferral import HELD, held, load_deployed, save_deployed
+from lightning_compress.callbacks.deferral import (
+    DEFERRED_HOOKS,
+    deferred,
+    load_deployed,
+    save_deployed,
+)
 from lightning_compress.callbacks.namespaces import (
     averages_weights,
     is_multiprocessing_launcher,
@@ -46,7 +51,7 @@ from lightning_compress.targets import (
     Pattern,
     Selection,
     clean_path,
-    left_out,
+    low_coverage,
     select,
     split_path,
     unselected,
@@ -58,7 +63,7 @@ __all__ = [
     "check_run_ends",
     "is_trial_run",
     "run_progress",
-    "tell_of_overlooked",
+    "warn_of_unselected",
 ]
 
 _ENDLESS = (
@@ -74,7 +79,7 @@ _SOME_ZEROS = 0.05  # of a weight, which no training makes by itself
 
 
 def check_run_ends(trainer: Trainer) -> None:
-    """Check that fractions of the run mean something.
+    """Check that the run has an end, which fractions of it need.
 
     Raises:
         ValueError: for an endless run.
@@ -93,23 +98,23 @@ def builds_layers_later(module: LightningModule) -> bool:
     return any(overrides(hook, module) for hook in ("setup", "configure_model"))
 
 
-def tell_of_overlooked(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
-    """Warn of weights that are left alone since their network's name says nothing.
+def warn_of_unselected(module: LightningModule, optimizers: Sequence[Optimizer] = ()) -> None:
+    """Warn of weights that are skipped since their network's name is unknown.
 
     Networks of an optimizer that trains nothing of the deployed part are not named: they judge it.
     """
     if names := [one for one in unselected(module) if not _elsewhere(module, one, optimizers)]:
         parts = deployed_part(module)
         rank_zero_warn(
-            f"weights of {', '.join(names)} are left as they are: only {' and '.join(parts)} are "
-            f"known to ship. Name all that ships in an attribute of the model, "
+            f"weights of {', '.join(names)} are skipped: only {' and '.join(parts)} are known to "
+            f"be deployed. Name all deployed networks in an attribute of the model, "
             f"deployed = {(*parts, *names)}, or give include=[...]"
         )
 
 
-def tell_of_left_out(module: LightningModule, coverage: Sequence[Coverage]) -> None:
+def warn_of_low_coverage(module: LightningModule, coverage: Sequence[Coverage]) -> None:
     """Warn where less than half of the deployed part's weights are targets."""
-    if message := left_out(module, coverage):
+    if message := low_coverage(module, coverage):
         rank_zero_warn(message)
 
 
@@ -167,21 +172,21 @@ class WeightCallback(Callback):
     """Base of the callbacks that project weights while they train.
 
     Args:
-        include: path globs or layer classes; None: the part of the model that ships.
+        include: path globs or layer classes; None: the deployed part of the model.
         exclude: the same, taken away again.
         name: prefix of what is logged, and the key of the state in a checkpoint.
     """
 
     order = 0  # of several callbacks on one weight: masks go before grids
 
-    waiting: StructureReader | None = None  # while nobody knows what of the module ships
+    waiting: StructureReader | None = None  # until the deployed part is known
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let the hooks of every callback wait until it is known what ships."""
+        """Defer the hooks of every callback until the deployed part is known."""
         super().__init_subclass__(**kwargs)
-        for name in HELD:
+        for name in DEFERRED_HOOKS:
             if name in cls.__dict__:
-                setattr(cls, name, held(cls.__dict__[name]))
+                setattr(cls, name, deferred(cls.__dict__[name]))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         bring_results_back()  # in the processes of a spawned fit too, which unpickle it
@@ -203,8 +208,8 @@ class WeightCallback(Callback):
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
         self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
-        self._told_idle = False
-        self._told_orphans: set[str] = set()
+        self._warned_idle = False
+        self._warned_unowned: set[str] = set()
         self.uncalled: dict[str, torch.nn.Parameter] = {}  # of layers that no forward calls
 
     @property
@@ -214,11 +219,11 @@ class WeightCallback(Callback):
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all that the schedule asks for is done; `CompressedCheckpoint` waits for it."""
+        """Whether the schedule has ended; `CompressedCheckpoint` waits for it."""
         return True
 
     def fit_results(self) -> dict[str, Any]:
-        """What is read of this callback after a fit, for when that ran in another process."""
+        """Attributes that are read after a fit, for fits that run in another process."""
         return {"coverage": self.coverage}
 
     @property
@@ -229,13 +234,13 @@ class WeightCallback(Callback):
         return self._projector
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes before anything is built or trained; begin anew with another module."""
+        """Check the arguments before anything is built or trained; reset for another module."""
         self._loaded = self.waiting = None  # what validate, test or a broken fit may have left
         if stage != "fit":
             return
         layers = {id(layer) for layer in pl_module.modules()}
         if self.slots and not any(id(slot.target.layer) in layers for slot in self.slots):
-            rank_zero_info(f"{self.state_key} begins anew: its last fit was of another module")
+            rank_zero_info(f"{self.state_key} is reset: its last fit was of another module")
             args, kwargs = self._made_with
             type(self).__init__(self, *args, **kwargs)
         _refuse_plain_averaging(trainer)
@@ -244,7 +249,7 @@ class WeightCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters by name and hook their optimizers."""
-        _tell_of_spawned(trainer)
+        _warn_of_spawned(trainer)
         to_shards(pl_module)
         self._projector = Projector.of(pl_module)
         self.projector.asleep = True
@@ -252,12 +257,12 @@ class WeightCallback(Callback):
         selection = self._select(pl_module)
         self.coverage = selection.coverage
         if self.include is None:
-            tell_of_overlooked(pl_module, trainer.optimizers)
-            tell_of_left_out(pl_module, self.coverage)
+            warn_of_unselected(pl_module, trainer.optimizers)
+            warn_of_low_coverage(pl_module, self.coverage)
         masks = {slot.path: slot.pruned for slot in self.slots}
         self.slots = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)
-        self._groups, self._told_idle, self._told_orphans = [], False, set()
+        self._groups, self._warned_idle, self._warned_unowned = [], False, set()
         self.projector.on_step(lambda: self.on_weight_step(trainer), order=self.order)
         for slot in self.slots:  # a second fit goes on with the masks of the first
             pruned = masks.get(slot.path)
@@ -266,7 +271,7 @@ class WeightCallback(Callback):
             _adopt_known_mask(slot)
 
     def _select(self, module: LightningModule) -> Selection:
-        """The targets of now; copies of what trains follow it and are none."""
+        """Select the current targets; copies of trained weights follow these and are no targets."""
         apart = {one.path: f"a copy of {one.source}, which it follows" for one in self.copies}
         apart |= dict.fromkeys(self.uncalled, _UNCALLED)
         return select(module, self.include, self.exclude, apart=apart)
@@ -291,7 +296,7 @@ class WeightCallback(Callback):
         self.on_targets_changed(module.trainer, module, [])
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies of what trains, such as an average that the user keeps, follow it."""
+        """Find copies of trained weights, such as an average that the user keeps."""
         if self.projector.copies is None:
             owned = {
                 id(one)
@@ -313,7 +318,7 @@ class WeightCallback(Callback):
         return [] if followed is None else followed.copies
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Show averages on their masks and grids, and what user code wrote since the last step."""
+        """Project averages, and what user code wrote since the last step, for validation."""
         if self._projector is None or self.waiting is not None:
             return
         if trainer.state.fn == TrainerFn.FITTING and not self._projector.asleep:
@@ -322,16 +327,16 @@ class WeightCallback(Callback):
             self._projector.copies.show(self._projector)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Let averages go on as they were."""
+        """Restore the unprojected averages."""
         if self._projector is not None and self._projector.copies is not None:
             self._projector.copies.hide()
 
     def settle_copies(self) -> None:
-        """Leave averages on their masks and grids, when training has ended."""
+        """Project averages onto their masks and grids, when training has ended."""
         if self._projector is not None and self._projector.copies is not None:
             self._projector.copies.settle(self._projector)
 
-    @held
+    @deferred
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -349,11 +354,11 @@ class WeightCallback(Callback):
             self.restore_state(self._loaded)
             self._loaded = None
         else:
-            self._tell_of_lost_masks()
+            self._warn_of_lost_masks()
         self.projector.asleep = False
         self.projector.project()
 
-    @held
+    @deferred
     def on_train_batch_start(
         self,
         trainer: Trainer,
@@ -361,7 +366,7 @@ class WeightCallback(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Look again at targets and optimizers: each epoch, and when optimizers are others."""
+        """Update targets and optimizers: each epoch, and when optimizers have changed."""
         groups = [len(one.param_groups) for one in trainer.optimizers]
         same = groups == self._groups and self.projector.is_attached_to(trainer.optimizers)
         if batch_idx == 0 or not same:
@@ -373,10 +378,10 @@ class WeightCallback(Callback):
         self._groups = []
 
     def _look_again(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take what has appeared since, and let go of what is no longer the module's."""
+        """Add new targets, and drop those that are no longer the module's."""
         to_shards(module)
-        held = {clean_path(path): one for path, one in module.named_parameters()}
-        kept = [slot for slot in self.slots if held.get(slot.path) is slot.parameter]
+        own = {clean_path(path): one for path, one in module.named_parameters()}
+        kept = [slot for slot in self.slots if own.get(slot.path) is slot.parameter]
         known = {slot.path for slot in kept}
         gone = [slot for slot in self.slots if slot not in kept]
         try:
@@ -391,17 +396,17 @@ class WeightCallback(Callback):
                 self.projector.drop(slot.path)
         added = [self.projector.add(target) for target in fresh]
         self.slots = [*kept, *added]
-        self._tell_of_orphans(self.projector.attach(trainer.optimizers, strict=False))
+        self._warn_of_unowned(self.projector.attach(trainer.optimizers, strict=False))
         if not added and not gone:
             return
         self.coverage = coverage
         for slot in added:
             _adopt_known_mask(slot)
-        _tell_of_change(self.state_key, added, gone)
+        _report_target_changes(self.state_key, added, gone)
         if self.slots:
             self.on_targets_changed(trainer, module, added)
 
-    @held
+    @deferred
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:  # noqa: ARG002
         """Hook optimizers that user code has made since the batch began.
 
@@ -414,31 +419,31 @@ class WeightCallback(Callback):
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
-        """React to targets that have appeared in mid-run, or gone; `slots` are those of now."""
+        """React to targets that were added or removed in mid-run; `slots` are the current ones."""
 
-    def _tell_of_orphans(self, paths: Sequence[str]) -> None:
+    def _warn_of_unowned(self, paths: Sequence[str]) -> None:
         own = set(self.paths())
-        if fresh := [one for one in paths if one in own and one not in self._told_orphans]:
-            self._told_orphans.update(fresh)
+        if fresh := [one for one in paths if one in own and one not in self._warned_unowned]:
+            self._warned_unowned.update(fresh)
             rank_zero_warn(
                 f"{self.state_key}: no optimizer owns {fresh}, so that they do not train. "
                 "Give them to one, by add_param_group or by trainer.strategy.setup_optimizers"
             )
 
-    @held
+    @deferred
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Name an optimizer that has made no step, in the first epoch; project what was written."""
+        """Warn of an optimizer without a step in the first epoch; project what user code wrote."""
         self.projector.settle()
-        if not self._told_idle and (why := self.why_no_steps()):
+        if not self._warned_idle and (why := self.why_no_steps()):
             rank_zero_warn(f"{self.state_key}: {why}")
-        self._told_idle = True
+        self._warned_idle = True
 
     def why_no_steps(self) -> str:
-        """Why the clock stands still; empty when every optimizer of the targets makes steps."""
+        """Why the clock does not advance; empty when every optimizer of the targets makes steps."""
         idle = self.projector.idle(self.paths())
         return "; ".join(_why_idle(optimizer, moved=moved) for optimizer, moved in idle)
 
-    def _tell_of_lost_masks(self) -> None:
+    def _warn_of_lost_masks(self) -> None:
         """Warn where zeros of an earlier run have no mask any more; a grid makes zeros too."""
         lost = []
         for slot in self.slots:
@@ -461,7 +466,7 @@ class WeightCallback(Callback):
             )
 
     def claim(self, what: str, done: str) -> None:
-        """Have the targets' masks, say, for itself.
+        """Claim one kind of state of the targets, such as their masks, for this callback.
 
         Args:
             what: no other callback may make: `mask`, `grid` or `activations`.
@@ -493,15 +498,15 @@ class WeightCallback(Callback):
         self._loaded = state_dict if state_dict.get("steps") else None
 
     def activation_grids_now(self) -> dict[str, ActivationGrids]:
-        """Grids of activations as things are in this fit, by path of the layer."""
+        """Current grids of activations in this fit, by path of the layer."""
         return {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave what ships, and what `restore_compression` needs; one callback does it for all.
+        """Save the deployed part and the compression state; one callback does it for all.
 
-        What another one has left, such as the grids of an average, counts.
+        What another callback has saved, such as the grids of an average, counts.
         """
         save_deployed(pl_module, checkpoint)
         if STATE in checkpoint and "version" in checkpoint[STATE]:
@@ -517,7 +522,7 @@ class WeightCallback(Callback):
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Let the module carry the grids and masks of the checkpoint whose weights it holds now."""
+        """Attach the grids and masks of the loaded checkpoint to the module."""
         load_deployed(pl_module, checkpoint)
         if not has_state(checkpoint):
             return
@@ -545,7 +550,7 @@ class WeightCallback(Callback):
         pl_module: LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Leave visible weights and no hooks, whatever happened inside a step."""
+        """Project the weights and remove the hooks."""
         if self.waiting is not None:
             self.waiting.stop()
         if self._projector is not None:
@@ -558,7 +563,7 @@ class WeightCallback(Callback):
 
 @contextmanager
 def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
-    """Leave weights and grids as a checkpoint has them, whatever a state is restored into."""
+    """Keep the weights and grids of a checkpoint while a state is restored."""
     layers = [(slot.target.layer, slot.target.name) for slot in slots]
     grids = [known_grid(layer, name) for layer, name in layers]
     values = [slot.data.clone() for slot in slots]
@@ -570,7 +575,7 @@ def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
                 set_grid(slot.target.layer, slot.target.name, grid)
 
 
-def _tell_of_spawned(trainer: Trainer) -> None:
+def _warn_of_spawned(trainer: Trainer) -> None:
     spawned = is_multiprocessing_launcher(trainer.strategy.launcher)
     if spawned and not results_come_back():
         rank_zero_warn(
@@ -579,7 +584,7 @@ def _tell_of_spawned(trainer: Trainer) -> None:
         )
 
 
-def _tell_of_change(
+def _report_target_changes(
     key: str, added: Sequence[ProjectedWeight], gone: Sequence[ProjectedWeight]
 ) -> None:
     fresh, left = {slot.path for slot in added}, {slot.path for slot in gone}

@@ -1,9 +1,9 @@
-"""ChannelPruning: when channels are removed. Which ones is decided in `channels/`."""
+"""ChannelPruning: removes channels at events while a model trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -32,18 +32,49 @@ from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, S
 from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
+_SCOPES = ("global", "layer")
+_EVENTS = 20
 
-def claim_run(owner: Any, trainer: Trainer) -> None:
-    """Refuse what cannot follow when layers get smaller.
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fading:
+    """How weights shrink before `ChannelPruning` removes channels: `ChannelPruning(fade=...)`.
+
+    Args:
+        steps: in which chosen channels fade before they are removed.
+        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
+            criterion="batchnorm" (Network Slimming, Liu et al. 2017, arXiv:1708.06519), else 0.
 
     Raises:
-        TargetError: naming it.
+        ValueError: for negative steps.
+
+    >>> Fading(steps=5).push is None
+    True
+    """
+
+    steps: int = 10
+    push: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("fade", self.steps, 0)
+
+
+def claim_run(owner: Any, trainer: Trainer) -> None:
+    """Check that everything in the Trainer can follow a removal of channels.
+
+    Raises:
+        TargetError: naming what cannot.
     """
     key = owner.state_key
     if trainer.world_size > 1:
         raise TargetError(
-            f"{key} works in one process: the wrapper of several (DDP, FSDP) keeps the sizes of "
-            "the first step. Prune with one process, and train the smaller model on with several"
+            f"{key} works in one process: DDP and FSDP keep the sizes of the first step. "
+            "Prune with one process, and continue to train the smaller model with several"
         )
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, type(owner)) and one is not owner:
@@ -53,7 +84,7 @@ def claim_run(owner: Any, trainer: Trainer) -> None:
             )
         if getattr(one, "rewind", None) is not None:
             raise TargetError(
-                f"{key} and {one.state_key}: weights cannot go back to what they were before "
+                f"{key} and {one.state_key}: weights cannot be rewound to a step before "
                 "channels were removed; leave rewind out"
             )
 
@@ -70,14 +101,14 @@ def tapped_features(trainer: Trainer) -> dict[str, str]:
     return found
 
 
-def tell_others(
+def notify_channels_removed(
     owner: Any,
     trainer: Trainer,
     module: LightningModule,
     kept: Kept,
     sized: Mapping[str, int],
 ) -> None:
-    """Let all callbacks follow that hold something of the sizes of the module."""
+    """Notify all callbacks that depend on the sizes of the module."""
     for one in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(one, FollowsRemoval) and one is not owner:
             one.on_channels_removed(module, kept, sized)
@@ -85,9 +116,9 @@ def tell_others(
 
 @rank_zero_only
 def report_table(owner: Any) -> None:
-    """Print what was asked for, and what each layer got."""
+    """Print the requested reduction and the channels of each layer."""
     graph, dense = owner.plan.graph, owner.channel_budget.dense
-    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} were to stay"
+    wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} requested"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
@@ -99,24 +130,21 @@ def report_table(owner: Any) -> None:
     Console(soft_wrap=False).print(table)
 
 
-_SCOPES = ("global", "layer")
-_EVENTS = 20
-
-
 class ChannelPruning(WeightCallback):
     """Remove channels while the model trains: it ends with physically smaller layers.
 
-    At events the channels that are worth least are chosen; what reads them fades to 0 within a few
-    steps; then they are removed from all layers, from the optimizer's state and from averages.
-    Each time the smaller model is compared with the one whose channels are 0: they are the same
-    function, or the run stops. Inputs and outputs of the part that ships keep their sizes: latent
-    size, image channels, mu and logvar, logits. Beside a `QualityBudget`, that one says how many
-    go, and when; where it goes back, they come back.
+    At events the channels with the lowest scores are chosen; the weights that read them fade to 0
+    within a few steps; then they are removed from all layers, from the optimizer's state and from
+    averages. Each time the smaller model is compared with the masked one: both compute the same
+    function, or the run stops. Inputs and outputs of the deployed part keep their sizes: latent
+    size, image channels, mu and logvar, logits. A `QualityBudget` beside it sets how many are
+    removed, and when; a roll back restores them.
 
     Args:
-        final_sparsity: fraction of the channels that is gone at `end`, in [0, 1).
-        budget: in its place, what is left of a cost: `{"macs": 0.25}`, `{"params": 0.25}` or
-            `{"latency": 0.5}`, the last measured on this machine when training begins.
+        final_sparsity: fraction of the channels that is removed at `end`, in [0, 1).
+        budget: in its place, the remaining fraction of a cost: `{"macs": 0.25}`,
+            `{"params": 0.25}` or `{"latency": 0.5}`, the last measured on this machine when
+            training begins.
         round_to: channels that a layer keeps are a multiple of it: others are slow.
         min_keep: fraction of its channels that each layer keeps in any case.
         protect: path globs or layer classes that keep their channels, beside `exclude`.
@@ -124,14 +152,13 @@ class ChannelPruning(WeightCallback):
             each, the worst of its own.
         criterion: a name in `CRITERIA`; "batchnorm" for the scales of norms; or as in
             `GradualPruning`. "magnitude" is the L2 norm of all weights that make or read it.
-        schedule: as in `GradualPruning`, of the fraction that is gone; None: `Polynomial`.
+        schedule: as in `GradualPruning`, of the fraction that is removed; None: `Polynomial`.
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit.
         frequency: steps between events; None: about 20 from begin to end.
-        fade: steps in which chosen channels fade before they are removed.
-        push: what the scales of norms shrink by at each step until `end`; None: 1e-4 for
-            "batchnorm", else 0.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        fade: steps in which chosen channels fade before they are removed; or a `Fading`, which
+            sets how scales of norms shrink too.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         channelwise: functions and layer classes that are not known here and treat each channel
             by itself.
@@ -161,15 +188,15 @@ class ChannelPruning(WeightCallback):
         begin: float = 0.0,
         end: float = 0.7,
         frequency: int | None = None,
-        fade: int = 10,
-        push: float | None = None,
+        fade: int | Fading = 10,
         include: Sequence[Pattern] | Pattern | None = None,
         exclude: Sequence[Pattern] | Pattern = (),
         channelwise: Sequence[Any] = (),
         on_miss: str = "warn",
         name: str = "channels",
     ) -> None:
-        _check(round_to=round_to, fade=fade)
+        _check_count("round_to", round_to, 1)
+        fading = fade if isinstance(fade, Fading) else Fading(steps=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if on_miss not in ("warn", "raise"):
@@ -193,14 +220,14 @@ class ChannelPruning(WeightCallback):
         self.channel_budget, self.criterion, self.scope = channel_budget, criterion, scope
         self.channelwise = tuple(channelwise)
         self.events = GuardedClock(begin, end, frequency, count=_EVENTS)
-        self.fade, self.on_miss = fade, on_miss
-        self.push = (1e-4 if by_norms else 0.0) if push is None else push
-        self.sparsity = 0.0  # fraction of the channels that is gone
+        self.fade, self.on_miss = fading.steps, on_miss
+        self.push = (1e-4 if by_norms else 0.0) if fading.push is None else fading.push
+        self.sparsity = 0.0  # fraction of the channels that is removed
         self.plan: ChannelPlan | None = None
         self.remover: ChannelRemover | None = None
         self.kept: dict[str, list[int]] = {}  # of the units of each group at first: what stays
         self.refused: dict[str, str] = {}
-        self._gatherings = StatisticsWindows(
+        self._statistics = StatisticsWindows(
             [StatisticsWindow(make_criterion("magnitude" if by_norms else criterion))]
         )
         self._tapped: dict[str, str] = {}
@@ -215,7 +242,7 @@ class ChannelPruning(WeightCallback):
         self._handle: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find mistakes, and let a checkpoint's smaller layers be loaded."""
+        """Check the setup, and let a checkpoint's smaller layers be loaded."""
         super().setup(trainer, pl_module, stage)
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         leaders = [one.state_key for one in others if isinstance(one, Steers) and one.steers]
@@ -229,7 +256,7 @@ class ChannelPruning(WeightCallback):
             self._handle = pl_module.register_load_state_dict_pre_hook(_match)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Stop listening to what is loaded."""
+        """Remove the hook that resizes layers before a checkpoint is loaded."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -250,7 +277,7 @@ class ChannelPruning(WeightCallback):
         weights = sum(slot.target.numel for slot in self.slots)
         rank_zero_info(
             f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
-            f"{len(self.coverage) - len(self.slots)} parameters left as they are"
+            f"{len(self.coverage) - len(self.slots)} parameters skipped"
         )
         targets = [slot.target for slot in self.slots]
         self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
@@ -279,7 +306,7 @@ class ChannelPruning(WeightCallback):
         self.events.advance(trainer, self.projector.clock(self.paths()), self)
 
     def due(self) -> bool:
-        """Whether an event is due, or still waits."""
+        """Whether an event is due or pending."""
         needed = self.needed(self.events.position)
         return self.events.is_due(needed=needed, steered=self.is_steered)
 
@@ -323,7 +350,7 @@ class ChannelPruning(WeightCallback):
         self.sparsity = self._count()
 
     def _embeddings(self) -> list[str]:
-        """They are no matrix products, so that masks leave them alone; channels they have."""
+        """Paths of embeddings: no mask prunes them, but they have channels."""
         return [row.path for row in self.coverage if row.reason.startswith("Embedding is no")]
 
     @property
@@ -333,18 +360,18 @@ class ChannelPruning(WeightCallback):
 
     @property
     def left(self) -> float:
-        """The part of it that is left."""
+        """Remaining fraction of that cost."""
         return self.channel_budget.left(self.remover)
 
     @property
     def least(self) -> float:
-        """The part of it that no rounding can avoid."""
+        """Smallest fraction of that cost that the rounding allows."""
         return self.channel_budget.least
 
     def steer(self, left: float) -> None:
-        """Take the schedule's place, in a fit: which part of the cost to leave, from now on.
+        """Set the remaining fraction of the cost from now on, instead of the schedule.
 
-        Whole blocks of channels go until no more than that is left; none comes back.
+        Whole blocks of channels are removed until no more than that is left.
 
         Args:
             left: in (0, 1]; of the channels, or of what `budget` counts.
@@ -356,54 +383,54 @@ class ChannelPruning(WeightCallback):
 
     @property
     def steered_by(self) -> str:
-        """What a `QualityBudget` moves."""
+        """Kind of lever by which a `QualityBudget` steers it."""
         return "channels"
 
     def snapshot(self) -> dict[str, Any]:
-        """What of the state belongs to the channels of now."""
+        """State that belongs to the current channels, for a save point."""
         return {
-            "asked": self.channel_budget.part.asked,
+            "asked": self.channel_budget.part.requested,
             "kept": {name: list(one) for name, one in self.kept.items()},
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
-        """The channels of a snapshot are to be those of now: nothing fades any more."""
-        self.channel_budget.part.asked = snapshot["asked"]
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
+        """Restore the state of a snapshot; no channels are fading then."""
+        self.channel_budget.part.requested = snapshot["asked"]
         self.kept.clear()
         self.kept.update({name: list(one) for name, one in snapshot["kept"].items()})
         self._inputs = snapshot["inputs"]
         self._leaving, self._fading, self.events.pending = None, 0, False
 
     def on_channels_restored(self, module: nn.Module) -> None:
-        """Look at the module that has its channels again."""
-        self._gatherings.reset()
+        """Rebuild the plan of a module whose channels were restored."""
+        self._statistics.reset()
         assert self.plan is not None
         inputs = place_inputs(module, self._inputs or self.plan.inputs)
         self._make_plan(module, inputs, tell=False)
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         return self.channel_budget.steered is not None
 
     @property
     def arrived(self) -> bool:
-        """Whether all is gone that is to go at this position."""
+        """Whether all channels due at this position are removed."""
         return self._leaving is None and not self.needed(self.events.position)
 
     def needed(self, position: float) -> bool:
-        """Whether more is to go at a position."""
+        """Whether more channels have to be removed at a position."""
         return self.plan is not None and self.channel_budget.needs(position)
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all channels are gone that are to go."""
+        """Whether the schedule has ended and its channels are removed."""
         over = self.events.over and not self.needed(self.events.position)
         return self._leaving is None and (self.is_steered or over)
 
     def fit_results(self) -> dict[str, Any]:
-        """The channels that stayed too."""
+        """The remaining channels too."""
         return {
             **super().fit_results(),
             "sparsity": self.sparsity,
@@ -415,12 +442,12 @@ class ChannelPruning(WeightCallback):
         assert self.remover is not None
         if self.criterion in ("magnitude", "batchnorm"):
             return self.remover.own_scores(str(self.criterion))
-        wanted = self._gatherings[0].scores(self.slots, self.slots)
+        wanted = self._statistics[0].scores(self.slots, self.slots)
         given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
         return self.remover.given_scores(self.criterion, given)
 
     def _count(self) -> float:
-        """Fraction of the channels that is gone."""
+        """Fraction of the channels that is removed."""
         return 0.0 if self.plan is None else self.channel_budget.gone_units(self.plan.graph)
 
     def on_save_checkpoint(
@@ -429,7 +456,7 @@ class ChannelPruning(WeightCallback):
         pl_module: LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Say which entries stay, so that the full model can be cut before it is loaded."""
+        """Save which channels remain, so that a full model can be resized before loading."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if lost := removed_channels(pl_module):
             checkpoint[CHANNELS] = asdict(lost)
@@ -440,7 +467,7 @@ class ChannelPruning(WeightCallback):
         module: LightningModule,  # noqa: ARG002
         added: Sequence[ProjectedWeight],
     ) -> None:
-        """Go on with the channels that were found: what came since keeps its width."""
+        """Warn of layers that were added after the channels were found: they keep their width."""
         self.sparsity = self._count()
         if added:
             rank_zero_warn(
@@ -451,11 +478,11 @@ class ChannelPruning(WeightCallback):
     def ready(self, step: int) -> bool:
         """Whether the criterion knows enough, and no channels are fading."""
         late = self.events.over and not self.is_steered
-        return self._leaving is None and self._gatherings[0].ready(step, late=late)
+        return self._leaving is None and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
-        """Let statistics be gathered when the next event is near."""
-        self._gatherings.look_ahead(
+        """Start the statistics window when the next event is near."""
+        self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
@@ -472,14 +499,14 @@ class ChannelPruning(WeightCallback):
 
     @torch.no_grad()
     def on_event(self, trainer: Trainer) -> None:  # noqa: ARG002
-        """Choose the channels that go next."""
+        """Choose the channels to remove next."""
         assert self.remover is not None
-        target = self.channel_budget.ask(self.events.position)
+        target = self.channel_budget.request(self.events.position)
         over = self.events.over or self.is_steered
         gone = self.remover.choose(self._scores(), self.kind, target, overshoot=over)
         if gone.any():
             self._leaving, self._fading = gone, 0
-        self._gatherings.after_event(self.events.ahead())
+        self._statistics.after_event(self.events.ahead())
 
     def on_train_batch_end(
         self,
@@ -489,7 +516,7 @@ class ChannelPruning(WeightCallback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Remove what has faded: no graph of this batch is alive any more."""
+        """Remove faded channels: no autograd graph of this batch is alive any more."""
         if self.plan is None:
             self._plan_from_calls(pl_module)
         if self._leaving is not None and self._fading >= self.fade:
@@ -502,7 +529,7 @@ class ChannelPruning(WeightCallback):
         assert self._samples is not None
         if self.events.last_step > self._began and (missed := self._samples.settle()):
             rank_zero_warn(
-                f"{self.state_key}: no batch called what holds {missed}: all of it stays"
+                f"{self.state_key}: no batch called the network of {missed}: its channels stay"
             )
         if not self._samples.complete:
             return
@@ -512,14 +539,14 @@ class ChannelPruning(WeightCallback):
             raise (self._samples.explain(error) if self._samples.watched else error) from None
 
     def remove(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the chosen channels from everything that has them.
+        """Remove the chosen channels from the module, the optimizers and averages.
 
         Raises:
             RuntimeError: when the smaller model is not the masked one.
         """
         assert self.remover is not None
         assert self._leaving is not None
-        others = partial(tell_others, self, trainer, pl_module)
+        others = partial(notify_channels_removed, self, trainer, pl_module)
 
         def tell(kept: Kept, sized: Mapping[str, int]) -> None:
             others(kept, sized)
@@ -529,11 +556,11 @@ class ChannelPruning(WeightCallback):
         for note in self.remover.remove(self._leaving, trainer.optimizers, tell):
             rank_zero_warn(f"{self.state_key}: {note}")
         self._leaving, self._fading = None, 0
-        self._gatherings.reset()  # what is known of larger weights is of no use
+        self._statistics.reset()  # what is known of larger weights is of no use
         self.sparsity = self._count()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what still fades, and check that enough is gone."""
+        """Remove channels that still fade, and check the final cost."""
         if self._leaving is not None:
             self.remove(trainer, pl_module)
         waits = self.events.over and not self.is_steered and self.needed(self.events.position)
@@ -564,7 +591,7 @@ class ChannelPruning(WeightCallback):
         rank_zero_warn(message)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what each layer got, when nobody changes it any more."""
+        """Print the channels of each layer, which are final now."""
         if self.plan is not None:
             report_table(self)
         self.stop()
@@ -573,48 +600,48 @@ class ChannelPruning(WeightCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave no hooks, whatever happened inside a step."""
+        """Remove all hooks."""
         self.stop()
         super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock, what stays, what fades, what the first model cost, statistics, sample inputs."""
+        """Clock, kept and fading channels, cost of the dense model, statistics, sample inputs."""
         leaving = None if self._leaving is None else np.flatnonzero(self._leaving).tolist()
         return {
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
-            "waits": self.events.waits,
+            "waits": self.events.wait_state,
             **self.channel_budget.state_dict(),
             "kept": dict(self.kept),
             "leaving": (leaving, self._fading),
             "refused": dict(self.refused),
-            "gathering": self._gatherings.state_dict(),
+            "gathering": self._statistics.state_dict(),
             "inputs": None if self.plan is None else dict(self.plan.inputs),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back; the channels are found when the module is in its place."""
+        """Restore everything; the channels are found when training starts."""
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
-        self.events.waits = state["waits"]
+        self.events.wait_state = state["waits"]
         self.channel_budget.load_state_dict(state)
         self.refused = dict(state["refused"])
         self.kept = dict(state["kept"])
         self._resumed = state["leaving"]
         self._given = state.get("inputs")  # without them a resumed run looks at batches again
         step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.slots, step, state["gathering"])
         self.sparsity = self._count()
 
     def stop(self) -> None:
         """Free statistics and hooks."""
-        self._gatherings.stop()
+        self._statistics.stop()
         if self._samples is not None:
             self._samples.stop()
 
 
 def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a checkpoint is loaded: the sizes of its layers."""
+    """Resize layers to those of a checkpoint, before it is loaded."""
     own = {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
     if grown := _grown(module, own):
         rank_zero_warn(
@@ -624,13 +651,6 @@ def _match(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
             "ModelCheckpoint keeps the best of the finished sizes"
         )
     match_channels(module, own)
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        least = 1 if name == "round_to" else 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
 
 
 def _grown(module: nn.Module, state: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""CompressedCheckpoint and CompressedEarlyStopping: blind to scores while a schedule still runs.
+"""CompressedCheckpoint and CompressedEarlyStopping: ignore scores until every schedule has ended.
 
 The score of an early epoch is that of a nearly dense model: by it, 'best' would be a model that
 was never compressed, and a run would stop before it is.
@@ -27,12 +27,12 @@ class Scheduled(Protocol):
 
     @property
     def schedule_over(self) -> bool:
-        """Whether all that the schedule asks for is done."""
+        """Whether the schedule has ended."""
         ...
 
 
 def unfinished_schedules(trainer: Trainer) -> list[str]:
-    """Keys of the callbacks whose schedule has not come to its end."""
+    """Keys of the callbacks whose schedule has not ended."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [
         one.state_key for one in callbacks if isinstance(one, Scheduled) and not one.schedule_over
@@ -52,7 +52,7 @@ class CompressedCheckpoint(BothNamespaces, ModelCheckpoint):
     'val/loss'
     """
 
-    _told = False
+    _warned = False
 
     def _save_topk_checkpoint(
         self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
@@ -64,9 +64,9 @@ class CompressedCheckpoint(BothNamespaces, ModelCheckpoint):
         if waiting := unfinished_schedules(trainer):
             if self.save_last:  # the caller saves it beside whatever was saved at this step
                 self._last_global_step_saved = trainer.global_step
-            if not self._told:
+            if not self._warned:
                 rank_zero_info(f"{type(self).__name__} waits for {', '.join(waiting)} to end")
-            self._told = True
+            self._warned = True
             return
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 

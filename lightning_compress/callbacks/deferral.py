@@ -1,4 +1,4 @@
-"""When to begin: callbacks wait for the first training batch where names do not tell what ships."""
+"""Deferred hooks: callbacks wait for the first batch where names do not give the deployed part."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_compress.deployment import deployed_part, is_judge, known_by_name, note_deployed
 from lightning_compress.structure import StructureReader
 
-__all__ = ["HELD", "held", "load_deployed", "save_deployed", "wait_for_structure"]
+__all__ = ["DEFERRED_HOOKS", "deferred", "load_deployed", "save_deployed", "wait_for_structure"]
 
 _KEY = "lightning_compress_deployed"  # of a checkpoint
 _READERS: weakref.WeakKeyDictionary[LightningModule, StructureReader] = weakref.WeakKeyDictionary()
 # Hooks of a callback that waits: they do nothing before the structure is known.
-HELD = (
+DEFERRED_HOOKS = (
     "on_fit_start",
     "on_train_start",
     "on_train_batch_start",
@@ -31,7 +31,7 @@ HELD = (
 
 
 def wait_for_structure(trainer: Trainer, module: LightningModule) -> StructureReader | None:
-    """The reader of the module's structure, where several optimizers train and names tell nothing.
+    """Structure reader of a module with several optimizers whose names do not settle it.
 
     All callbacks of one module share it.
     """
@@ -43,14 +43,14 @@ def wait_for_structure(trainer: Trainer, module: LightningModule) -> StructureRe
             return None
         _READERS[module] = reader
         rank_zero_info(
-            f"what of {type(module).__name__} ships is read in the first training batch, since no "
-            "name tells it: until then nothing is pruned or quantized"
+            f"the deployed part of {type(module).__name__} is found in the first training batch, "
+            "since no name gives it: until then nothing is pruned or quantized"
         )
     return reader
 
 
 def settle(reader: StructureReader, module: LightningModule) -> bool:
-    """After a batch: note what ships, or that nothing tells it; whether that is over."""
+    """Note the deployed part after a batch; return whether the search for it is over."""
     if known_by_name(module):
         return True
     if not reader.end():
@@ -59,24 +59,24 @@ def settle(reader: StructureReader, module: LightningModule) -> bool:
     parts = reader.deployed()
     note_deployed(module, parts or ("",))
     if parts:
-        rank_zero_info(f"by structure, {' and '.join(parts)} ships")
+        rank_zero_info(f"by structure, {' and '.join(parts)} is the deployed part")
         return True
     if reader.one_network:
         return True
     names = [path for path, _ in reader.networks if path and not is_judge(path)]
     rank_zero_warn(
-        f"all of {type(module).__name__} is taken for what ships: neither the names of its "
-        f"networks ({', '.join(names)}) nor who receives whose output tell which of them only "
-        "train the others. Name those that ship in an attribute of the model, deployed = (...), "
-        "or give include=[...]"
+        f"all of {type(module).__name__} is taken as the deployed part: neither the names of its "
+        f"networks ({', '.join(names)}) nor the dataflow between them show which of them only "
+        "train the others. Name those that are deployed in an attribute of the model, "
+        "deployed = (...), or give include=[...]"
     )
     return True
 
 
-def held(method: Callable[..., Any]) -> Callable[..., Any]:
+def deferred(method: Callable[..., Any]) -> Callable[..., Any]:
     """A hook of a callback with `include` and `waiting`, that waits for the structure.
 
-    When that is known the callback begins as a fit begins, behind the batch that told it.
+    When that is known the callback starts as at the start of a fit, after that batch.
     """
     name = method.__name__
 
@@ -106,18 +106,18 @@ def _end(callback: Any, module: LightningModule) -> None:
     _READERS.pop(module, None)
     rank_zero_warn(
         f"{callback.state_key}: the run ended before all networks of {type(module).__name__} were "
-        "called, so that nothing tells which ship: nothing was compressed. Name those that ship "
-        "in an attribute of the model, deployed = (...)"
+        "called, so that the deployed part is unknown: nothing was compressed. Name those that are "
+        "deployed in an attribute of the model, deployed = (...)"
     )
 
 
 def save_deployed(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Let a resumed run know what ships."""
+    """Save the deployed part for a resumed run."""
     if known_by_name(module):
         checkpoint[_KEY] = list(deployed_part(module))
 
 
 def load_deployed(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """The reverse of `save_deployed`, where the module does not say it itself."""
+    """Load the deployed part, where the module does not name it itself."""
     if checkpoint.get(_KEY) and not known_by_name(module):
         note_deployed(module, checkpoint[_KEY])

@@ -1,4 +1,4 @@
-"""GradualPruning: when to prune. What to prune is decided in `pruning/`, how in `projection`."""
+"""GradualPruning: ramps up the sparsity of masks by a schedule while a model trains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from lightning_compress.pruning.mask_plan import MaskPlan, check_sharded
 from lightning_compress.pruning.masks import SCOPES
 from lightning_compress.pruning.regrowth import (
     DenseGradients,
-    check_regrowth,
+    Regrowth,
     exchanged_fraction,
+    make_regrowth,
     reset_momenta,
 )
 from lightning_compress.pruning.sparsity_groups import (
@@ -53,12 +54,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Rewinding:
-    """Where weights go back to when `GradualPruning` has raised the sparsity.
+    """Step to which weights are rewound when `GradualPruning` has raised the sparsity.
 
     The lottery ticket of Frankle & Carbin 2019, arXiv:1803.03635 (`to=0`), and the late rewinding
     of Frankle et al. 2020, arXiv:1912.05671. All parameters of the optimizers that own the targets
-    go back, and the buffers of their layers, under the masks of now. Learning-rate schedules do
-    not: keep the rate constant, or let it repeat in each round.
+    are rewound, and the buffers of their layers, under the current masks. Learning-rate schedules
+    are not: keep the rate constant, or let it repeat in each round.
 
     Args:
         to: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
@@ -86,7 +87,7 @@ class Rewinding:
 
 
 class Rewinder:
-    """Keeps the weights of one step and puts them back.
+    """Rewinds weights to those of one step.
 
     Args:
         plan: where to, and what else is reset.
@@ -121,26 +122,26 @@ class Rewinder:
         self.saved: dict[str, Tensor] | None = None
 
     def watch(self, trainer: Trainer, step: int) -> None:
-        """Keep the weights of the position to go back to, when the run is there."""
+        """Save the weights when the run reaches the position to rewind to."""
         self.keep_once(run_progress(trainer) if self.plan.in_fractions else step)
 
     def keep_once(self, position: float) -> None:
-        """Keep the weights of now, if the position to go back to is reached and none are kept."""
+        """Save the current weights once, if the position to rewind to is reached."""
         if self.saved is None and position >= self.plan.to:
             self.save()
 
     @torch.no_grad()
     def save(self) -> None:
-        """Keep the values of now."""
+        """Save the current values."""
         self.saved = {name: self._values(one).clone() for name, one in self._parameters.items()}
         self.saved |= {name: buffer.clone() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Put the kept values back, under the masks of now.
+        """Restore the saved values, under the current masks.
 
         Raises:
-            RuntimeError: when nothing was kept yet.
+            RuntimeError: when nothing was saved yet.
         """
         if self.saved is None:
             raise RuntimeError(
@@ -160,18 +161,18 @@ class Rewinder:
             for optimizer in self._optimizers:
                 optimizer.state.clear()
         self._projector.project()
-        rank_zero_info(f"pruned weights go back to those of to={self.plan.to!r}")
+        rank_zero_info(f"weights are rewound to those of to={self.plan.to!r}")
 
     def _values(self, parameter: nn.Parameter) -> Tensor:
         slot = self._slots.get(id(parameter))
         return parameter.detach() if slot is None else slot.values()
 
     def state_dict(self) -> dict[str, Any]:
-        """The kept values."""
+        """The saved values."""
         return {"saved": self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the kept values of a checkpoint in place."""
+        """Load the saved values of a checkpoint."""
         self.saved = state["saved"]
 
 
@@ -189,23 +190,23 @@ class GradualPruning(MaskCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
         frequency: steps between events; None: about 100 from begin to end.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.
-            Low scores go first. An event waits until its statistics are gathered.
+            Low scores go first. An event waits until its statistics window is complete.
         granularity: "unstructured", "n:m", ("block", (r, c)), "row", "column", "channel" or
             "filter": see `make_granularity`. Zeros are exact to a unit; n:m ends at 1 - n/m.
         scope: "global" compares all targets together, "layer" prunes each by the same fraction,
             "erk" by Erdos-Renyi-Kernel densities.
         regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
             by dense gradients and may return at an event. "gradient": RigL, at each event some
-            of the smallest weights make room for the largest gradients (arXiv:1911.11134).
-        regrow_fraction: of the active weights, exchanged at `begin`; by a cosine to 0 at `end`.
+            of the smallest weights make room for the largest gradients (arXiv:1911.11134); a
+            `Regrowth` sets how many.
         min_keep: fraction of each target that stays, so that no layer dies by accident; or one
             for each of several patterns (0.01 elsewhere).
         keep_zeros: begin with the zeros that the weights have, those of a loaded file say, and go
             on from there; a tensor of nothing but zeros is taken as not pruned.
-        rewind: a `Rewinding`, or its `to`: when the sparsity has risen, weights go back to that.
+        rewind: a `Rewinding`, or its `to`: rewinds weights when the sparsity has risen.
         on_miss: "warn" or "raise" when training ends below the final sparsity.
         name: prefix of what is logged, and the key of the state; two callbacks need two names.
 
@@ -229,8 +230,7 @@ class GradualPruning(MaskCallback):
         criterion: str | Callable[[Tensor], Tensor] | Criterion = "magnitude",
         granularity: str | Sequence[object] = "unstructured",
         scope: str = "global",
-        regrow: str | None = None,
-        regrow_fraction: float = 0.3,
+        regrow: str | Regrowth | None = None,
         min_keep: float | Mapping[Pattern, float] = 0.01,
         keep_zeros: bool = False,
         rewind: Rewinding | float | None = None,
@@ -240,7 +240,8 @@ class GradualPruning(MaskCallback):
         _choice("scope", scope, SCOPES)
         _choice("on_miss", on_miss, ("warn", "raise"))
         units = make_granularity(granularity)
-        check_regrowth(regrow, regrow_fraction, scope, fixed=units.limit < 1)
+        self.regrowth = make_regrowth(regrow, scope, fixed=units.limit < 1)
+        self.regrow = None if self.regrowth is None else self.regrowth.kind
         self.parts = make_schedules(final_sparsity, schedule, begin, end, units.limit)
         self.schedule = self.parts[0].curve
         if isinstance(self.schedule, Schedule):
@@ -255,24 +256,24 @@ class GradualPruning(MaskCallback):
             frequency=frequency,
             include=include,
             exclude=exclude,
-            dense_gradient=regrow == "straight_through",
+            dense_gradient=self.regrow == "straight_through",
             name=name,
         )
         check_min_keep(min_keep, self.parts)
         self.min_keep, self.on_miss, self.keep_zeros = min_keep, on_miss, keep_zeros
-        self.scope, self.regrow, self.regrow_fraction = scope, regrow, regrow_fraction
+        self.scope = scope
         self.plan = MaskPlan(units, SCOPES[scope], reopen=self.dense_gradient)
         self.rewind = Rewinding(to=rewind) if isinstance(rewind, (int, float)) else rewind
-        self._gatherings = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
-        if regrow == "gradient":
-            self._gatherings.append(StatisticsWindow(DenseGradients()))
+        self._statistics = StatisticsWindows([StatisticsWindow(make_criterion(criterion))])
+        if self.regrow == "gradient":
+            self._statistics.append(StatisticsWindow(DenseGradients()))
         self._rewinder: Rewinder | None = None
         self._events = 0
         self._used: set[str] = set()  # targets that have had a gradient
         self.steered: float | dict[str, float] | None = None
 
     def steer(self, sparsity: float | Mapping[str, float]) -> None:
-        """Take the schedule's place, in a fit: what to reach from the next step on.
+        """Set the sparsity to reach from the next step on, instead of the schedule.
 
         Sparsity still never falls, criteria still gather their statistics first, and guards may
         hold an event as long as they like.
@@ -298,23 +299,23 @@ class GradualPruning(MaskCallback):
 
     @property
     def steered_by(self) -> str:
-        """What a `QualityBudget` moves."""
+        """Kind of lever by which a `QualityBudget` steers it."""
         return "sparsity"
 
     def snapshot(self) -> dict[str, Any]:
-        """What of the state belongs to the masks of now."""
-        return {"asked": {part.slots[0].path: part.asked for part in self.parts}}
+        """State that belongs to the current masks, for a save point."""
+        return {"asked": {part.slots[0].path: part.requested for part in self.parts}}
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
-        """The masks of a snapshot are to be those of now."""
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
+        """Restore the state of a snapshot."""
         for part in self.parts:
-            part.asked = snapshot["asked"].get(part.slots[0].path, 0.0)
+            part.requested = snapshot["asked"].get(part.slots[0].path, 0.0)
         self.events.pending = False
 
     @property
     def arrived(self) -> bool:
-        """Whether masks prune all that is asked for at this position."""
-        return not any(self._wanted(part) > part.asked for part in self.parts)
+        """Whether masks have the sparsity of this position."""
+        return not any(self._wanted(part) > part.requested for part in self.parts)
 
     def _wanted(self, part: SparsityGroup, position: float | None = None) -> float:
         at = self.events.position if position is None else position
@@ -325,7 +326,7 @@ class GradualPruning(MaskCallback):
             self.parts = split_groups(self.parts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the targets of each part, and check that bounds leave room for what is asked."""
+        """Find the targets of each group, and check bounds against the final sparsity."""
         super().on_fit_start(trainer, pl_module)
         self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
@@ -346,7 +347,7 @@ class GradualPruning(MaskCallback):
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
-        """Share new targets out, and let the next event bring them to what was asked so far."""
+        """Assign new targets to groups; the next event prunes them to the sparsity so far."""
         before = {slot.path: part for part in self.parts for slot in part.slots}
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.check(self.slots)
@@ -356,9 +357,9 @@ class GradualPruning(MaskCallback):
             if slot.path not in shared:
                 before[slot.path].slots.append(slot)
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
-        self._gatherings.reset()
+        self._statistics.reset()
         for part in self.parts:
-            part.asked = min(part.asked, part.sparsity)
+            part.requested = min(part.requested, part.sparsity)
         super().on_targets_changed(trainer, module, added)
 
     def check_sharded(self) -> None:
@@ -368,7 +369,7 @@ class GradualPruning(MaskCallback):
             TargetError: for what needs whole rows or whole activations.
         """
         check_sharded(
-            criterion=self._gatherings[0].criterion,
+            criterion=self._statistics[0].criterion,
             pooled=self.plan.granularity.pools or self.plan.granularity.limit < 1,
             regrow=self.regrow,
             rewind=self.rewind is not None,
@@ -383,7 +384,7 @@ class GradualPruning(MaskCallback):
             self._rewinder.keep_once(0)
 
     def _mask_zeros(self) -> None:
-        """Masks of the zeros that are there; sparsity goes on from theirs."""
+        """Make masks of the zeros that the weights have; the sparsity continues from theirs."""
         for slot in self.slots:
             kept = slot.data != 0
             if (
@@ -392,11 +393,11 @@ class GradualPruning(MaskCallback):
             ):
                 slot.set_mask(kept)
         for part in self.parts:
-            part.asked = max(part.asked, part.sparsity)
+            part.requested = max(part.requested, part.sparsity)
         self.project()
 
     def before_event(self, trainer: Trainer, step: int) -> None:
-        """Keep the weights to rewind to, when the run is there; see what is used at all."""
+        """Save the weights to rewind to, when the run reaches them; see what is called at all."""
         self._look_for_uncalled()
         if self._rewinder is not None:
             self._rewinder.watch(trainer, step)
@@ -427,15 +428,15 @@ class GradualPruning(MaskCallback):
         """Whether the sparsity rises or weights are exchanged at a position."""
         if self.regrow is not None and position < self.events.end:
             return True
-        return any(self._wanted(part, position) > part.asked for part in self.parts)
+        return any(self._wanted(part, position) > part.requested for part in self.parts)
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         return self.steered is not None
 
     def due(self) -> bool:
-        """Whether an event is due; where a budget steers, exchanges keep to the schedule's."""
+        """Whether an event is due; steered by a budget, exchanges keep to the schedule."""
         if not self.is_steered:
             return super().due()
         events, exchange = self.events, self.regrow is not None and not self.events.over
@@ -444,15 +445,15 @@ class GradualPruning(MaskCallback):
         return events.pending
 
     def ready(self, step: int) -> bool:
-        """Whether the criterion, and the growth where weights are exchanged, know enough."""
+        """Whether the statistics of the criterion, and of regrowth, are complete."""
         self._leave_uncalled()
         late = self.events.over and self._events > 0
-        grown = not self._exchanges() or all(one.ready(step) for one in self._gatherings[1:])
-        return grown and self._gatherings[0].ready(step, late=late)
+        grown = not self._exchanges() or all(one.ready(step) for one in self._statistics[1:])
+        return grown and self._statistics[0].ready(step, late=late)
 
     def look_ahead(self, step: int) -> None:
-        """Let statistics be gathered when the next event is near."""
-        self._gatherings.look_ahead(
+        """Start the statistics window when the next event is near."""
+        self._statistics.look_ahead(
             self.slots, self.events, step, pending=self.events.pending, needed=self.needed
         )
 
@@ -462,17 +463,17 @@ class GradualPruning(MaskCallback):
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:
-        """Make new masks, let weights change places, rewind."""
+        """Make new masks, exchange weights, rewind."""
         before, masks = self.sparsity, {}
         for part in self.parts:
-            scores = self._gatherings[0].scores(self.slots, part.slots)
+            scores = self._statistics[0].scores(self.slots, part.slots)
             with naming_divergence(part.slots):
-                found = self.plan.masks(part.slots, scores, part.ask(self._wanted(part)))
+                found = self.plan.masks(part.slots, scores, part.request(self._wanted(part)))
             masks.update(zip(part.paths(), found, strict=True))
-        if self._exchanges():
-            share = exchanged_fraction(self.regrow_fraction, self.events.done)
+        if self.regrowth is not None and self._exchanges():
+            share = exchanged_fraction(self.regrowth.fraction, self.events.done)
             for slot in self.slots:
-                growth = self._gatherings[1].criterion.scores(slot)
+                growth = self._statistics[1].criterion.scores(slot)
                 mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
                 reset_momenta(trainer.optimizers, slot, mask)
                 masks[slot.path] = mask
@@ -482,31 +483,31 @@ class GradualPruning(MaskCallback):
         if self._rewinder is not None and self.sparsity > before:
             self._rewinder.rewind()
         self._events += 1
-        self._gatherings.after_event(self.events.ahead())
+        self._statistics.after_event(self.events.ahead())
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
-        """Look at the smaller weights anew; statistics of the larger ones are of no use."""
+        """Update layouts for the smaller weights, and drop the statistics of the larger ones."""
         self.on_channels_restored(module)
         for part in self.parts if self.is_steered else ():
-            # Zeros went with the channels: what is left is less sparse than was asked.
-            part.asked = min(part.asked, part.sparsity)
+            # Zeros went with the channels: what is left is less sparse than was reached.
+            part.requested = min(part.requested, part.sparsity)
 
     def on_channels_restored(self, module: nn.Module) -> None:
-        """Look at weights of another size anew."""
+        """Update layouts and drop statistics after weights changed their sizes."""
         self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
         self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
-        self._gatherings.reset()
+        self._statistics.reset()
         self.sparsity = self._count()
 
     def _correct(self, trainer: Trainer) -> None:
         for slot in self.slots:
-            values = self._gatherings[0].updated_values(slot)
+            values = self._statistics[0].updated_values(slot)
             if values is not None:
                 shared = trainer.world_size > 1
                 slot.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Check that the final sparsity was reached, unless somebody else said what it is.
+        """Check that the final sparsity was reached, unless a budget sets it.
 
         A `fast_dev_run` reaches nothing.
         """
@@ -523,22 +524,22 @@ class GradualPruning(MaskCallback):
 
     def stop(self) -> None:
         """Free all statistics."""
-        self._gatherings.stop()
+        self._statistics.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, clock, how far the schedule went, statistics and the weights to rewind to."""
+        """Masks, clock, position of the schedule, statistics and the weights to rewind to."""
         return {
             **super().state_dict(),
-            "asked": [part.asked for part in self.parts],
+            "asked": [part.requested for part in self.parts],
             "steered": self.steered,
             "uncalled": sorted(self.uncalled),
             "count": self._events,
-            "gathering": self._gatherings.state_dict(),
+            "gathering": self._statistics.state_dict(),
             "rewinder": None if self._rewinder is None else self._rewinder.state_dict(),
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put everything back; a checkpoint of other targets or patterns is a ValueError."""
+        """Restore everything; a checkpoint of other targets or patterns is a ValueError."""
         layers = {split_path(one.target.path)[0]: one.parameter for one in self.slots}
         uncalled = {one: layers[one] for one in state.get("uncalled", ()) if one in layers}
         self.leave_uncalled(uncalled)
@@ -548,10 +549,10 @@ class GradualPruning(MaskCallback):
             self._split()
         self.steered = steered
         for part, asked in zip(self.parts, state["asked"], strict=True):
-            part.asked = asked
+            part.requested = asked
         self._events = state["count"]
         step = self.projector.clock(self.paths())
-        self._gatherings.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.slots, step, state["gathering"])
         if self._rewinder is not None and state["rewinder"] is not None:
             self._rewinder.load_state_dict(state["rewinder"])
 

@@ -1,4 +1,4 @@
-"""GuardedClock: the event clock of a callback in a fit, which guards may hold."""
+"""GuardedClock: event clock of a callback in a fit, which guards may hold."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class HasEvents(Protocol):
 
     @property
     def state_key(self) -> str:
-        """What it is called in messages."""
+        """Name in messages."""
         ...
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         ...
 
     def before_event(self, trainer: Trainer, step: int) -> None:
@@ -36,18 +36,18 @@ class HasEvents(Protocol):
         ...
 
     def ready(self, step: int) -> bool:
-        """Whether everything that an event needs is there; if not, it waits."""
+        """Whether the statistics of an event are complete; if not, it waits."""
         ...
 
     def on_event(self, trainer: Trainer) -> None:
-        """Do it."""
+        """Perform the event."""
 
     def look_ahead(self, step: int) -> None:
         """Prepare for the next event, after each step."""
 
 
 class GuardedClock(EventClock):
-    """Clock that a callback owns: it follows the run, stands still for guards, knows what waits.
+    """Clock that a callback owns: it follows the run, stops for guards, keeps pending events.
 
     Args:
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
@@ -57,14 +57,14 @@ class GuardedClock(EventClock):
     """
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset."""
         super().reset()
         self.last_step = 0  # of the owning optimizer
         self.pending = False  # an event that waits for its statistics
         self._waiting = self._overruled = False  # for a guard; and no longer
 
     def start(self, trainer: Trainer) -> None:
-        """Begin anew in a fit.
+        """Reset at the start of a fit.
 
         Raises:
             ValueError: for a window in fractions of a run without an end.
@@ -108,8 +108,8 @@ class GuardedClock(EventClock):
         over = bool(blocking) and not wait and 0 < self.done < 1
         if over and not self._overruled:
             rank_zero_warn(
-                f"{owner.state_key}: {', '.join(blocking)} would still wait, but then the schedule "
-                "could not end within the run: it goes on"
+                f"{owner.state_key}: {', '.join(blocking)} would still hold the schedule, which "
+                "could not end within the run then: it goes on"
             )
         if wait != self._waiting:
             what = f"waits for {', '.join(blocking)}" if wait else "goes on"
@@ -126,10 +126,10 @@ class GuardedClock(EventClock):
         return math.floor(raw / run_progress(trainer) + 1e-6)
 
     @property
-    def waits(self) -> tuple[bool, bool, bool]:
-        """What waits, to be saved beside the clock: an event, for a guard, or for none any more."""
+    def wait_state(self) -> tuple[bool, bool, bool]:
+        """State of a checkpoint: whether an event waits, a guard holds, a guard was overruled."""
         return self.pending, self._waiting, self._overruled
 
-    @waits.setter
-    def waits(self, saved: tuple[bool, bool, bool]) -> None:
+    @wait_state.setter
+    def wait_state(self, saved: tuple[bool, bool, bool]) -> None:
         self.pending, self._waiting, self._overruled = saved

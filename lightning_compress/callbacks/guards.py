@@ -1,4 +1,4 @@
-"""Guards: pruning waits while a GAN has lost its balance or a VAE its posterior."""
+"""Guards: hold pruning schedules while a GAN's balance or a VAE's posterior is off."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["BalanceGuard", "Guard", "PosteriorGuard"]
 
 _MEASURES = ("loss", "accuracy", "distance")
+_STATE = ("readings", "paused", "recent", "reference")
 
 
 class Guard(Callback):
@@ -49,7 +50,7 @@ class Guard(Callback):
             if not 0 <= value < 1:
                 raise ValueError(f"{what}={value!r} must lie in [0, 1)")
         if not isinstance(warmup, int) or warmup < 1:
-            raise ValueError(f"warmup={warmup!r} must be a whole number of readings, 1 or more")
+            raise ValueError(f"warmup={warmup!r} must be an integer, 1 or more readings")
         self.monitor, self.factor, self.name = monitor, factor, name
         self.decay, self.smoothing, self.warmup = decay, smoothing, warmup
         self.readings, self.paused = 0, False
@@ -69,7 +70,7 @@ class Guard(Callback):
         return not self.paused
 
     def read(self, value: float) -> None:
-        """Take in a reading of the metric."""
+        """Process a reading of the metric."""
         if self.readings == 0:
             self.recent = self.reference = value
         self.readings += 1
@@ -121,7 +122,7 @@ class Guard(Callback):
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         for name in _STATE:
             setattr(self, name, state_dict[name])
 
@@ -145,16 +146,13 @@ class Guard(Callback):
             )
 
 
-_STATE = ("readings", "paused", "recent", "reference")
-
-
 class BalanceGuard(Guard):
     """For GANs: pruning waits while the discriminator wins too clearly.
 
     Args:
         monitor: the discriminator's logged loss, accuracy or distance.
         measure: what it is. "loss": off below `factor` of its average. "accuracy" (or the mean
-            sigmoid on real pictures): its distance to 1 is off in this way. "distance" (a
+            sigmoid on real images): its distance to 1 is off in this way. "distance" (a
             critic's estimate): off above its average over `factor`.
         kwargs: `factor`, `decay`, `smoothing`, `warmup` and `name`, as for `Guard`.
 

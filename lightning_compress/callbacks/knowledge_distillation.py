@@ -1,4 +1,4 @@
-"""KnowledgeDistillation: when a teacher is asked. The losses are in `distillation/`."""
+"""KnowledgeDistillation: adds a teacher's losses to the student's backward pass."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ BALANCES = (None, "gradient_norm")
 
 
 class KnowledgeDistillation(Callback):
-    """Let a teacher help to train the model, whatever its training step looks like.
+    """Train the model with a teacher's losses beside its own training step.
 
     The losses enter the student's backward pass where its output enters: the training step and
-    what it logs stay as they are, and the teacher is asked only when a gradient reaches the
+    what it logs are unchanged, and the teacher is called only when a gradient reaches the
     student. Logs `distill/<pair>/<loss>`, unweighted. The teacher is frozen, in eval mode, on the
     student's device, and in no checkpoint.
 
@@ -57,7 +57,7 @@ class KnowledgeDistillation(Callback):
             builds one; the path of a checkpoint of the student's own class; `EMATeacher()`;
             "dense" in an experiment of `lightning-compress`.
         checkpoint: a checkpoint, state_dict or `.lcz` file to load into the teacher.
-        pairs: paths, (student path, teacher path) or `Pair`s; None: the part that ships.
+        pairs: paths, (student path, teacher path) or `Pair`s; None: the deployed part.
         losses: of pairs that are given by paths; see `Pair.loss`.
         weight: multiplies the weight of every pair; a number or a schedule such as `Ramp`.
         temperature: of the losses that are given by name and have one.
@@ -113,12 +113,12 @@ class KnowledgeDistillation(Callback):
         return f"{type(self).__name__}[{self.name}]"
 
     def take_dense(self, model: nn.Module) -> None:
-        """Take the dense run of an experiment as the teacher, if that is what was asked for."""
+        """Take the dense run of an experiment as the teacher, if `teacher` is "dense"."""
         if isinstance(self.teacher, str) and self.teacher == DENSE:
             self.teacher = model
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Find mistakes before anything trains: paths, sizes, a teacher that is the student."""
+        """Check paths, sizes, and that the teacher is not the student, before training."""
         self._loaded = None  # what validate or test may have left here
         if stage == "fit" and not builds_layers_later(pl_module):
             self._session(pl_module, rank=0).remove()
@@ -305,7 +305,7 @@ class KnowledgeDistillation(Callback):
         pl_module: LightningModule,
         loss: Tensor,  # noqa: ARG002
     ) -> None:
-        """Let the losses enter: this backward pass is the training step's own."""
+        """Inject the losses: this backward pass is the training step's own."""
         assert self.session is not None
         automatic = pl_module.automatic_optimization
         batches = trainer.accumulate_grad_batches if automatic else 1
@@ -335,7 +335,7 @@ class KnowledgeDistillation(Callback):
             self._descend(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Say so when a pair has not taught anything."""
+        """Warn of a pair that has distilled nothing."""
         assert self.session is not None
         for path, reason in self.session.silent():
             if path not in self._warned:

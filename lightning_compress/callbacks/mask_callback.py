@@ -1,4 +1,4 @@
-"""MaskCallback: the base of the callbacks that make masks at events of a clock."""
+"""MaskCallback: base of the callbacks that make masks at pruning events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.errors import TargetError
-from lightning_compress.projection import ProjectedWeight, said_of_divergence
+from lightning_compress.projection import ProjectedWeight, divergence_message
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.targets import Pattern
 
@@ -27,9 +27,9 @@ class MaskCallback(WeightCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit.
         frequency: steps between events; None: about 100 events from begin to end.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
-        dense_gradient: what is pruned keeps training, hidden, and may return.
+        dense_gradient: pruned weights keep training as latent values and may return.
         name: prefix of what is logged, and the key of the state.
     """
 
@@ -49,16 +49,16 @@ class MaskCallback(WeightCallback):
         super().__init__(include=include, exclude=exclude, name=name)
         self.events = GuardedClock(begin, end, frequency)
         self.dense_gradient = dense_gradient
-        self.sparsity = 0.0  # of the targets, as the masks have it
+        self.sparsity = 0.0  # of the targets, by their masks
 
     @property
     def is_steered(self) -> bool:
-        """Whether a budget decides how far it goes, in its schedule's place."""
+        """Whether a budget sets the target, instead of the schedule."""
         return False
 
     @property
     def schedule_over(self) -> bool:
-        """Whether masks do not change any more; a `QualityBudget` has an end of its own."""
+        """Whether masks are final; a `QualityBudget` has an end of its own."""
         return self.is_steered or (self.events.over and not self.needed(self.events.position))
 
     def fit_results(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class MaskCallback(WeightCallback):
         raise NotImplementedError
 
     def ready(self, step: int) -> bool:  # noqa: ARG002
-        """Whether everything that an event needs is there; if not, it waits."""
+        """Whether the statistics of an event are complete; if not, it waits."""
         return True
 
     def before_event(self, trainer: Trainer, step: int) -> None:
@@ -84,7 +84,7 @@ class MaskCallback(WeightCallback):
         """Prepare for the next event, after each step."""
 
     def check_sharded(self) -> None:
-        """Check that this way of pruning works on parameters that are spread over processes.
+        """Check that this way of pruning works on parameters that are sharded over processes.
 
         Raises:
             TargetError: when it does not.
@@ -111,7 +111,7 @@ class MaskCallback(WeightCallback):
         weights = sum(slot.target.numel for slot in self.slots)
         rank_zero_info(
             f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
-            f"{skipped} parameters left as they are"
+            f"{skipped} parameters skipped"
         )
 
     def on_targets_changed(
@@ -120,7 +120,7 @@ class MaskCallback(WeightCallback):
         module: LightningModule,  # noqa: ARG002
         added: Sequence[ProjectedWeight],
     ) -> None:
-        """Count new targets in: they are dense until the next event."""
+        """Include new targets in the sparsity: they are dense until the next event."""
         self.claim("mask", "pruned")
         for slot in added if self.dense_gradient else ():
             slot.dense_gradient = True
@@ -140,7 +140,7 @@ class MaskCallback(WeightCallback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave visible weights and no hooks, whatever happened inside a step."""
+        """Project the weights and remove the hooks."""
         self.stop()
         super().on_exception(trainer, pl_module, exception)
 
@@ -149,7 +149,7 @@ class MaskCallback(WeightCallback):
         self.events.advance(trainer, self.projector.clock(self.paths()), self)
 
     def _check_finite(self) -> None:
-        """Refuse to compare weights that are no numbers: most criteria would not notice."""
+        """Raise for weights that are NaN or infinite: most criteria would not notice."""
         counts = [
             slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())
             for slot in self.slots
@@ -158,7 +158,7 @@ class MaskCallback(WeightCallback):
             broken = [one for one, count in zip(self.slots, counts, strict=True) if int(count)]
             others = f" So have {[one.path for one in broken[1:5]]}" if broken[1:] else ""
             raise FloatingPointError(
-                f"{self.state_key}, step {self.events.last_step}: {said_of_divergence(broken[0])}."
+                f"{self.state_key}, step {self.events.last_step}: {divergence_message(broken[0])}."
                 f"{others}"
             )
 
@@ -171,7 +171,7 @@ class MaskCallback(WeightCallback):
         self.event(trainer)
 
     def due(self) -> bool:
-        """Whether an event is due, or still waits."""
+        """Whether an event is due or pending."""
         needed = self.needed(self.events.position)
         return self.events.is_due(needed=needed, steered=self.is_steered)
 
@@ -187,7 +187,7 @@ class MaskCallback(WeightCallback):
             slot.set_mask(mask)
 
     def project(self) -> None:
-        """Show the masks of now in the weights, and count what they prune."""
+        """Project the weights onto the current masks, and update the sparsity."""
         for slot in self.slots:
             slot.project()
         if self.projector.copies is not None:
@@ -212,7 +212,7 @@ class MaskCallback(WeightCallback):
         pl_module.log(f"{self.name}/sparsity", self.sparsity)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bit-packed), hidden values, clock and how far the schedule went."""
+        """Masks (bit-packed), latent values, clock and position of the schedule."""
         packed = {}
         for slot in self.slots:  # one after another: a sharded mask is gathered for it
             if slot.pruned is not None:
@@ -226,11 +226,11 @@ class MaskCallback(WeightCallback):
             },
             "steps": [] if self._projector is None else list(self._projector.steps),
             "events": self.events.state_dict(),
-            "waits": self.events.waits,
+            "waits": self.events.wait_state,
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put masks and clock back.
+        """Restore masks and clock.
 
         Raises:
             ValueError: when the checkpoint holds masks for weights that are no targets now.
@@ -245,11 +245,11 @@ class MaskCallback(WeightCallback):
                 by_path[path].set_values(by_path[path].partition.part(latent))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
-        self.events.waits = state["waits"]
+        self.events.wait_state = state["waits"]
         self.sparsity = self._count()
 
 
 def _adopt_latent(slot: ProjectedWeight, earlier: ProjectedWeight | None) -> None:
-    """Go on with what an earlier fit left hidden, wherever the weight is still as it left it."""
+    """Take over the latent values of an earlier fit, where the weight is unchanged since."""
     if earlier is not None and earlier.latent is not None and slot.latent is None:
         slot.latent, slot.grid = earlier.latent, earlier.grid

@@ -1,4 +1,4 @@
-"""OnlineTeacher: a dense twin that trains beside the student, in the same run."""
+"""OnlineTeacher: a dense teacher that trains beside the student, in the same run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightning_compress.modes import own_random_stream
 __all__ = ["OnlineTeacher"]
 
 
-class _TwinFabric(Fabric):
-    """What a LightningModule asks its trainer for, for one that trains outside of a Trainer."""
+class _TeacherFabric(Fabric):
+    """Trainer interface of a LightningModule that trains outside of a Trainer."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(accelerator=device.type, devices=1)
@@ -33,14 +33,14 @@ class OnlineTeacher(LiveTeacher):
     """A teacher that trains by its own training step on each batch, before the student does.
 
     Ren et al. 2021 (OMGD), https://arxiv.org/abs/2108.06908: a student that follows a growing
-    teacher meets an easier sequence of targets. The twin sees the batches and the noise of the
-    student, has optimizers of its own, and one process.
+    teacher meets an easier sequence of targets. The teacher receives the batches and the noise of
+    the student, has optimizers of its own, and one process.
 
     Args:
         teacher: a LightningModule, a config or a callable that builds one; None: the student's
             own class with its hyperparameters and `changes`.
         changes: to the student's hyperparameters; None: `{"width_multiplier": 1.0}`.
-        seed: of the twin's weights.
+        seed: of the teacher's weights.
 
     Raises:
         TargetError: for a teacher together with changes.
@@ -60,12 +60,12 @@ class OnlineTeacher(LiveTeacher):
             raise TargetError("changes are to the student's hyperparameters: give no teacher then")
         self.teacher, self.seed = teacher, seed
         self.changes = dict(changes or {"width_multiplier": 1.0})
-        self._twin: LightningModule | None = None
-        self._fabric: _TwinFabric | None = None
+        self._model: LightningModule | None = None
+        self._fabric: _TeacherFabric | None = None
         self._free: list[nn.Parameter] = []
 
     def start(self, student: nn.Module) -> nn.Module:
-        """Build the twin.
+        """Build the teacher.
 
         Raises:
             TargetError: for several processes, or what is no LightningModule.
@@ -79,9 +79,9 @@ class OnlineTeacher(LiveTeacher):
             raise TargetError(
                 f"{type(twin).__name__} is no LightningModule: it cannot train itself"
             )
-        if twin is not self._twin:  # a given one is frozen since it was started last
+        if twin is not self._model:  # a given one is frozen since it was started last
             self._free = [one for one in twin.parameters() if one.requires_grad]
-        self._twin, self._fabric = cast(LightningModule, twin), None
+        self._model, self._fabric = cast(LightningModule, twin), None
         return twin
 
     def _build(self, student: nn.Module) -> nn.Module:
@@ -97,7 +97,7 @@ class OnlineTeacher(LiveTeacher):
         return type(student)(**{**arguments, **self.changes})
 
     def on_batch(self, batch: Any, index: int) -> None:
-        """Train the twin on the batch."""
+        """Train the teacher on the batch."""
         twin, fabric = self._ready()
         for parameter in self._free:
             parameter.requires_grad_(True)
@@ -110,7 +110,7 @@ class OnlineTeacher(LiveTeacher):
         twin.eval().requires_grad_(False)
 
     @staticmethod
-    def _step(fabric: _TwinFabric, loss: Any) -> None:
+    def _step(fabric: _TeacherFabric, loss: Any) -> None:
         value = loss["loss"] if isinstance(loss, Mapping) else loss
         assert isinstance(value, Tensor)
         for optimizer in fabric.optimizers:
@@ -119,24 +119,24 @@ class OnlineTeacher(LiveTeacher):
         for optimizer in fabric.optimizers:
             optimizer.step()
 
-    def _ready(self) -> tuple[LightningModule, _TwinFabric]:
-        if self._twin is None:
-            raise RuntimeError("OnlineTeacher has no twin yet: training has not begun")
+    def _ready(self) -> tuple[LightningModule, _TeacherFabric]:
+        if self._model is None:
+            raise RuntimeError("OnlineTeacher has no model yet: training has not begun")
         if self._fabric is None:
-            fabric = _TwinFabric(self._twin.device)
-            optimizers = _optimizers(self._twin)
-            _, *fabric.optimizers = fabric.setup(self._twin, *optimizers, move_to_device=False)
+            fabric = _TeacherFabric(self._model.device)
+            optimizers = _optimizers(self._model)
+            _, *fabric.optimizers = fabric.setup(self._model, *optimizers, move_to_device=False)
             self._fabric = fabric
-        return self._twin, self._fabric
+        return self._model, self._fabric
 
     def state_dict(self) -> dict[str, Any]:
-        """The twin's optimizers and its clock."""
+        """The teacher's optimizers and its clock."""
         _, fabric = self._ready()
         states = [one.optimizer.state_dict() for one in fabric.optimizers]
         return {"optimizers": states, "steps": fabric.global_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         _, fabric = self._ready()
         for optimizer, one in zip(fabric.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(one)
@@ -149,6 +149,6 @@ def _optimizers(twin: LightningModule) -> list[Optimizer]:
     if not all(isinstance(one, Optimizer) for one in listed):
         raise TargetError(
             f"{type(twin).__name__}.configure_optimizers gives schedulers too, which an online "
-            "twin has no trainer for: give optimizers only"
+            "teacher has no trainer for: give optimizers only"
         )
     return listed  # type: ignore[return-value]

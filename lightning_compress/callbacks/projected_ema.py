@@ -1,4 +1,4 @@
-"""ProjectedEMA: an exponential moving average whose weights stay on masks and grids."""
+"""ProjectedEMA: exponential moving average of the weights, projected onto masks and grids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RAW = "raw_average"  # key of the unprojected average in a checkpoint
 
 
 class ProjectedEMA(EMAWeightAveraging):
-    """Lightning's EMAWeightAveraging for compressed models: what it hands out is projected.
+    """Lightning's EMAWeightAveraging for compressed models: its average is projected.
 
     The average of pruned or quantized weights is neither pruned nor on the grid. Here validation,
     checkpoints and the trained module get the projection of the average; the average itself goes
@@ -66,14 +66,14 @@ class ProjectedEMA(EMAWeightAveraging):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Remember the projector: it is gone from the module when training has ended.
+        """Keep the projector: the module has none when training has ended.
 
         Raises:
             TargetError: for sharded weights.
         """
         self._finished = None
         self._projector = Projector.find(pl_module)
-        if self._average_model is not None:  # a count that is asked for at each step
+        if self._average_model is not None:  # a count that is read at each step
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
         slots = self._projector.slots.values() if self._projector else ()
         if sharded := [slot.path for slot in slots if slot.shards is not None]:
@@ -85,7 +85,7 @@ class ProjectedEMA(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Average what the optimizer moves, not what is on masks and grids."""
+        """Average the latent values that the optimizer updates, not the projected ones."""
         self._projector = self._projector or Projector.find(pl_module)  # one that waited
         with self._unprojected():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -121,7 +121,7 @@ class ProjectedEMA(EMAWeightAveraging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the projected average in the module, and its grids."""
         super().on_train_end(trainer, pl_module)
-        self._project(pl_module, remember=True)
+        self._project(pl_module, keep_grids=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Hand out the checkpoint's average where a run was over before it began."""
@@ -170,13 +170,13 @@ class ProjectedEMA(EMAWeightAveraging):
             shrink(self._average_model.module, kept, sized=sized)
 
     @torch.no_grad()
-    def _project(self, module: nn.Module, *, remember: bool = False) -> dict[str, Tensor]:
+    def _project(self, module: nn.Module, *, keep_grids: bool = False) -> dict[str, Tensor]:
         raw, parameters = {}, dict(module.named_parameters())
         for slot in self._projector.slots.values() if self._projector else ():
             path = slot.target.path
             raw[path] = parameters[path].detach().clone()
             values, grid = slot.visible(raw[path])
             parameters[path].copy_(values)
-            if remember and grid is not None:
+            if keep_grids and grid is not None:
                 set_grid(slot.target.layer, slot.target.name, grid)
         return raw

@@ -1,4 +1,4 @@
-"""What callbacks of one Trainer may expect of each other, as types."""
+"""Protocols between callbacks of one Trainer: steering, and following removed channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Steers(Protocol):
 
     @property
     def state_key(self) -> str:
-        """What it is called in messages."""
+        """Name in messages."""
         ...
 
 

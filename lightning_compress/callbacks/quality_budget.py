@@ -1,4 +1,4 @@
-"""QualityBudget: when to compress further, and when to go back. How is in `adaptive/`."""
+"""QualityBudget: steers other callbacks by a measured quality, and rolls back failed trials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lightning_compress.budget.reference import (
     DENSE,
     Reference,
     check_goal,
-    check_search,
     check_window_of_run,
     trial_table,
 )
@@ -25,6 +24,7 @@ from lightning_compress.budget.search import (
     QualitySearch,
     Reading,
     Rules,
+    SearchRules,
     SizeSearch,
     Trial,
     recent,
@@ -32,12 +32,12 @@ from lightning_compress.budget.search import (
 from lightning_compress.callbacks.base import check_run_ends, is_trial_run, run_progress
 from lightning_compress.callbacks.namespaces import averages_weights
 from lightning_compress.callbacks.rollback import (
-    Memory,
+    SavePoint,
     bytes_now,
-    go_back,
-    lose,
-    remember,
-    steered,
+    follow_removal,
+    make_save_point,
+    roll_back,
+    steerable_callbacks,
 )
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
 from lightning_compress.channels.graph import Kept
@@ -51,17 +51,19 @@ __all__ = [
 
 
 def check_company(owner: Any, others: Sequence[Any]) -> None:
-    """Check what a budget shares a Trainer with.
+    """Check the other callbacks of a budget's Trainer.
 
     Raises:
-        TargetError: naming what it cannot steer, or that there is nothing to.
+        TargetError: naming what it cannot steer, or when there is nothing to steer.
     """
     if refused := [one.state_key for one in others if isinstance(one, ThresholdPruning)]:
         raise TargetError(f"{owner.state_key} cannot steer {refused}: use GradualPruning")
     averaging = [one for one in others if averages_weights(one, swa=False)]
     if averaging and others.index(averaging[0]) < others.index(owner):
         kind = type(averaging[0]).__name__
-        raise TargetError(f"list {owner.state_key} before {kind}, which ends a run with its own")
+        raise TargetError(
+            f"list {owner.state_key} before {kind}, which replaces the weights at the end of a run"
+        )
     if not any(isinstance(one, Steerable) for one in others):
         raise TargetError(
             f"{owner.state_key} has nothing to steer: add a GradualPruning, a ChannelPruning "
@@ -70,7 +72,7 @@ def check_company(owner: Any, others: Sequence[Any]) -> None:
 
 
 class BudgetCallback(Callback):
-    """Base of `QualityBudget`: all but when it reads and acts.
+    """Base of `QualityBudget`: search, save point and state, without the hooks of a fit.
 
     Args:
         monitor: a logged metric.
@@ -81,13 +83,10 @@ class BudgetCallback(Callback):
         name: prefix of what is logged, and the key of the state.
     """
 
-    steers = True  # others leave it to this one how far they go
+    steers = True  # it sets the targets of others
     begin: float
     end: float
-    patience: int
-    confidence: float
-    stride: tuple[float, ...]
-    undo: str
+    search_rules: SearchRules
     on_miss: str
 
     def __init__(
@@ -110,9 +109,9 @@ class BudgetCallback(Callback):
         self.search: QualitySearch | SizeSearch | None = None
         self.readings: list[float] = []  # costs of the dense model, before the search
         self.lately: list[float] = []  # costs since the model was last changed
-        self._memory: Memory | None = None
-        self._kept = inf  # cost of the model that is remembered
-        self._kept_at = self._undone = 0  # batches that it had seen; that were lost by going back
+        self._save_point: SavePoint | None = None
+        self._kept = inf  # cost of the save point
+        self._kept_at = self._undone = 0  # batches that it had seen; that rolling back lost
         self._pending = Decision()
         self._seen = False
         self._stale: object = None
@@ -125,16 +124,16 @@ class BudgetCallback(Callback):
 
     @property
     def schedule_over(self) -> bool:
-        """Whether nothing is tried any more."""
+        """Whether the search has ended."""
         return self._progress >= self.end
 
     def fit_results(self) -> dict[str, Any]:
-        """What was tried, for when the fit ran in another process."""
+        """The search, for fits that run in another process."""
         return {"search": self.search, "readings": self.readings}
 
     @property
     def history(self) -> list[Trial]:
-        """What was tried so far."""
+        """Trials so far."""
         return [] if self.search is None else self.search.history
 
     def take_dense(self, rows: Sequence[tuple[int, str, float]]) -> None:
@@ -150,22 +149,20 @@ class BudgetCallback(Callback):
         self.reference.take(pairs)
 
     def take_levers(self, trainer: Trainer) -> list[Lever]:
-        """Find what can be moved.
+        """Find the levers.
 
         Raises:
-            TargetError: when that is nothing, or when sharded weights could not go back.
+            TargetError: when there is none, or when sharded weights could not be rolled back.
         """
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(getattr(one, "waiting", None) is not None for one in others):
             raise TargetError(
-                f"{self.state_key} must know before training what ships: name it in an attribute "
-                "of the model, deployed = (...)"
+                f"{self.state_key} must know the deployed part before training: name it in an "
+                "attribute of the model, deployed = (...)"
             )
-        for one in steered(trainer):
+        for one in steerable_callbacks(trainer):
             if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
-                raise TargetError(
-                    f"{self.state_key} cannot go back with sharded weights: {sharded}"
-                )
+                raise TargetError(f"{self.state_key} cannot roll back sharded weights: {sharded}")
         found = [lever_of(one, self.limits) for one in others if isinstance(one, Steerable)]
         self.levers = [one for one in found if one is not None]
         if not self.levers:
@@ -173,14 +170,15 @@ class BudgetCallback(Callback):
         return self.levers
 
     def _begin(self) -> QualitySearch | SizeSearch:
-        self.reference.fix(self.readings, patience=self.patience)
+        given = self.search_rules
+        self.reference.fix(self.readings, patience=given.patience)
         rules = Rules(
             limit=self.max_degradation or 0.0,
             spread=self.reference.spread / self.reference.scale,
-            patience=self.patience,
-            confidence=self.confidence,
-            stride=self.stride[0],
-            least=self.stride[1],
+            patience=given.patience,
+            confidence=given.confidence,
+            stride=given.stride[0],
+            least=given.stride[1],
         )
         rank_zero_info(
             f"{self.state_key}: {self.monitor} of the dense model is "
@@ -189,11 +187,11 @@ class BudgetCallback(Callback):
         )
         if self.max_bytes is not None:
             return SizeSearch(self.max_bytes, rules, len(self.levers))
-        soft = self.undo == "projection"
+        soft = given.undo == "projection"
         return QualitySearch(rules, [lever.step for lever in self.levers], soft)
 
     def _finish(self) -> bool:
-        """Whether to go back, now that the run ends."""
+        """Whether to roll back, now that the run ends."""
         pending, self._pending = self._pending, Decision()
         if pending.restore or self.search is None:
             return pending.restore
@@ -225,12 +223,12 @@ class BudgetCallback(Callback):
         return f"{settings}: {trial.size:,.0f} bytes, {worse}: {trial.verdict}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The search, the last good model and what is still to be done."""
+        """The search, the save point and the pending decision."""
         return {
             "search": None if self.search is None else self.search.state_dict(),
             "readings": list(self.readings),
             "pending": astuple(self._pending),
-            "memory": self._memory,
+            "memory": self._save_point,
             "seen": self._seen,
             "lately": list(self.lately),
             "kept": (self._kept, self._kept_at, self._undone),
@@ -244,7 +242,7 @@ class BudgetCallback(Callback):
         self.readings, self._seen = list(state["readings"]), state["seen"]
         keep, restore, levels, soft = state["pending"]
         self._pending = Decision(keep, restore, None if levels is None else tuple(levels), soft)
-        self._memory = state["memory"]
+        self._save_point = state["memory"]
         self._kept, self._kept_at, self._undone = state["kept"]
         self.lately = list(state["lately"])
         if state["search"] is not None:
@@ -262,16 +260,16 @@ class QualityBudget(BudgetCallback):
 
     Takes over the sparsity of each `GradualPruning`, what is left by each `ChannelPruning`, and the
     step or the bits of each `QuantizationAwareTraining`, in the same Trainer. After each reading of
-    the metric it decides: further, wait, or back to the last good model (weights, channels, masks,
-    grids and optimizer states, from a copy in memory that a checkpoint holds too; learning rates
-    and clocks go on). What changes does so at the beginning of the next batch, so that a
+    the metric it decides: compress further, wait, or roll back to the last good model (weights,
+    channels, masks, grids and optimizer states, from a save point that a checkpoint holds too;
+    learning rates and clocks go on). Changes happen at the beginning of the next batch, so that a
     checkpoint's score is of its weights.
 
     Args:
         monitor: a logged metric. One that begins with "val" is read after each validation that
             logs it, any other after each training epoch.
         max_degradation: how much worse than the dense model's it may be, as a fraction.
-        max_bytes: in its place: predicted bytes that the part that ships must fit, at the best
+        max_bytes: in its place: predicted bytes that the deployed part must fit, at the best
             quality. The zero-order entropy of its weights: the file is a little smaller.
         mode: "min" or "max": which way the metric is better.
         reference: its value of the dense model. A number; None: the readings before `begin`;
@@ -280,14 +278,9 @@ class QualityBudget(BudgetCallback):
         spread: standard deviation of one reading; None: from the readings before `begin`.
         begin: fraction of the run when compression begins.
         end: fraction of the run after which nothing is tried any more: what was found trains on.
-        patience: readings after which a trial must be decided; clear ones are decided earlier.
-        confidence: standard errors by which a case is clear.
-        stride: of a level (see `Limits`) at first, and the smallest that is tried.
-        undo: what goes back when a trial fails. "all": weights, channels, masks, grids, optimizer
-            states. "projection": channels, masks and grids, and weights train on from where they
-            are; all goes back only if that is no good either. It loses no steps, and fits a model
-            that still learns.
-        limits: how far the levers go.
+        search: `SearchRules` or their fields: patience, confidence, strides, and what a trial
+            that fails rolls back.
+        limits: `Limits` of the levers or their fields.
         on_miss: "warn" or "raise" when no model was within the budget.
         name: prefix of what is logged, and the key of the state.
 
@@ -313,21 +306,15 @@ class QualityBudget(BudgetCallback):
         spread: float | None = None,
         begin: float = 0.2,
         end: float = 0.85,
-        patience: int = 4,
-        confidence: float = 1.0,
-        stride: tuple[float, float] = (0.2, 0.025),
-        undo: str = "all",
+        search: SearchRules | Mapping[str, Any] | None = None,
         limits: Limits | Mapping[str, Any] | None = None,
         on_miss: str = "warn",
         name: str = "budget",
     ) -> None:
         check_goal(max_degradation, max_bytes)
         check_window_of_run(begin, end)
-        check_search(patience, stride, spread, confidence)
         if on_miss not in ("warn", "raise"):
             raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
-        if undo not in ("all", "projection"):
-            raise ValueError(f"undo={undo!r}: valid are ['all', 'projection']")
         super().__init__(
             monitor,
             max_degradation,
@@ -336,16 +323,16 @@ class QualityBudget(BudgetCallback):
             limits=limits if isinstance(limits, Limits) else Limits(**dict(limits or {})),
             name=name,
         )
-        self.begin, self.end, self.patience, self.confidence = begin, end, patience, confidence
-        self.stride, self.on_miss, self.undo = tuple(stride), on_miss, undo
+        given = search if isinstance(search, SearchRules) else SearchRules(**dict(search or {}))
+        self.begin, self.end, self.search_rules, self.on_miss = begin, end, given, on_miss
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Find mistakes before anything trains."""
+        """Check the setup before training."""
         self._loaded = None  # what validate or test may have left here
         if stage != "fit":
             return
         check_run_ends(trainer)
-        if self.reference.waits and self.max_bytes is None:
+        if self.reference.awaits_curve and self.max_bytes is None:
             raise ValueError(
                 f"{self.state_key}: reference={DENSE!r} is for the command line, which trains the "
                 "dense model first: give a number, or None to measure it before begin"
@@ -353,7 +340,7 @@ class QualityBudget(BudgetCallback):
         check_company(self, trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Take the levers; a run that goes on finds them where they were."""
+        """Find the levers; a resumed run restores their levels."""
         resumed, self._loaded = self._loaded, None
         self._reset()
         if resumed is not None:
@@ -369,10 +356,10 @@ class QualityBudget(BudgetCallback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Do what the last reading decided."""
+        """Apply the decision of the last reading."""
         pending, self._pending = self._pending, Decision()
-        if pending.restore and self._memory is not None:
-            go_back(trainer, pl_module, self._memory, soft=pending.soft)
+        if pending.restore and self._save_point is not None:
+            roll_back(trainer, pl_module, self._save_point, soft=pending.soft)
         if pending.levels is not None:
             for lever, level in zip(self.levers, pending.levels, strict=True):
                 lever.move(level)
@@ -391,7 +378,7 @@ class QualityBudget(BudgetCallback):
             pl_module.log(f"{self.name}/{lever.name}", float(level))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Remember the metric of the validation before: not each one logs it."""
+        """Note the metric of the last validation: not each one logs it."""
         self._stale = trainer.callback_metrics.get(self.monitor)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -443,7 +430,7 @@ class QualityBudget(BudgetCallback):
         elif self.search is not None:
             self._pending = self.search.read(reading)
         if self._pending.keep:
-            self._memory, self._kept = remember(trainer, pl_module), recent(self.lately)
+            self._save_point, self._kept = make_save_point(trainer, pl_module), recent(self.lately)
             self._kept_at = batches - self._undone
         if self._pending.restore and not self._pending.soft:
             self._undone = batches - self._kept_at
@@ -453,7 +440,7 @@ class QualityBudget(BudgetCallback):
             rank_zero_info(f"{self.state_key}: {self._line(trial)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End with the smallest model, or the best, that is within the budget; say what was tried.
+        """End with the smallest or best model that is within the budget; print the trials.
 
         Raises:
             ValueError: when nothing logged the metric.
@@ -467,13 +454,13 @@ class QualityBudget(BudgetCallback):
             )
             return
         back = self._finish()
-        if back and self._memory is not None:
-            go_back(trainer, pl_module, self._memory)
-            rank_zero_info(f"{self.state_key}: back to the last model within the budget")
+        if back and self._save_point is not None:
+            roll_back(trainer, pl_module, self._save_point)
+            rank_zero_info(f"{self.state_key}: rolled back to the last model within the budget")
         self._print()
         if self.search.good is None:
             self._miss(
-                trainer, "no model was within the budget; the model is as the last step left it"
+                trainer, "no model was within the budget; the model is that of the last step"
             )
             return
         cost = self._kept if back or not self.lately else recent(self.lately)
@@ -487,6 +474,6 @@ class QualityBudget(BudgetCallback):
             )
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
-        """Follow what is still there of the last good model."""
-        if self._memory is not None:
-            lose(self._memory, kept)
+        """Update the save point for a removal of channels."""
+        if self._save_point is not None:
+            follow_removal(self._save_point, kept)

@@ -21,10 +21,10 @@ from lightning_compress.callbacks.base import (
     check_run_ends,
     is_trial_run,
     run_progress,
-    tell_of_left_out,
-    tell_of_overlooked,
+    warn_of_low_coverage,
+    warn_of_unselected,
 )
-from lightning_compress.callbacks.deferral import held
+from lightning_compress.callbacks.deferral import deferred
 from lightning_compress.channels.graph import Kept
 from lightning_compress.deployment import deployed_part
 from lightning_compress.grids import channel_axis, check_bits
@@ -40,7 +40,11 @@ from lightning_compress.quantization.fake_quantize import (
 )
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
-from lightning_compress.quantization.weight_quantizers import GridMaker, begin_from, make_maker
+from lightning_compress.quantization.weight_quantizers import (
+    TensorQuantizer,
+    begin_from,
+    make_quantizer,
+)
 from lightning_compress.quantization.weights import (
     WeightQuantizer,
     check_scheme_settings,
@@ -70,7 +74,7 @@ class PostTrainingQuantization(Callback):
         weight_bits: 2 to 8.
         scheme: "symmetric" or "affine".
         per_channel: one scale an output channel, else one a tensor.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -103,27 +107,27 @@ class PostTrainingQuantization(Callback):
         if stage == "fit" and not builds_layers_later(pl_module):
             self.coverage = select(pl_module, self.include, self.exclude, frozen=True).coverage
 
-    @held
+    @deferred
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, which `configure_model` may have made since."""
         self.coverage = select(pl_module, self.include, self.exclude, frozen=True).coverage
         if self.include is None:
-            tell_of_overlooked(pl_module, trainer.optimizers)
-            tell_of_left_out(pl_module, self.coverage)
+            warn_of_unselected(pl_module, trainer.optimizers)
+            warn_of_low_coverage(pl_module, self.coverage)
 
-    @held
+    @deferred
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Nothing, but while the structure is read."""
 
-    @held
+    @deferred
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Nothing, but while the structure is read."""
 
-    @held
+    @deferred
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing."""
 
@@ -142,7 +146,7 @@ class PostTrainingQuantization(Callback):
         if self.waiting is not None:
             self.waiting.stop()
 
-    @held
+    @deferred
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Quantize: after averaging and the last pruning, which end with training."""
         self.coverage = quantize_weights(
@@ -166,10 +170,10 @@ class QuantizationAwareTraining(WeightCallback):
     2018, arXiv:1712.05877). Activations are rounded in the forward pass, at the input of each
     linear layer and convolution, and at the output of the last ones and of those that an addition,
     a norm (but BatchNorm, which is folded) or another activation than ReLU follows, so that an
-    int8 file multiplies there in whole numbers; when training has ended the layers remember these
+    int8 file multiplies there in integers; when training has ended the layers remember these
     grids (`fake_quantized` computes with them, an export writes them).
     Symmetric grids of convolutions behind nearest-neighbour upsampling have steps on which sums of
-    weights fit int8, for an export that multiplies before the picture is enlarged.
+    weights fit int8, for an export that multiplies before the image is enlarged.
     Listed with a pruning callback in any order: masks go before grids, zeros stay 0.
 
     Args:
@@ -190,7 +194,7 @@ class QuantizationAwareTraining(WeightCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         freeze: in the same unit: ranges, steps, clip values and clusters stay as they are.
         frequency: steps between events (clustering, searched ranges, steering); None: about 100.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         lmbda: of "rate_distortion": weight of the mean bits of a targeted weight, as if it were a
             term of the loss. It grows from 0 over the first 3/10 of the way from begin to freeze.
@@ -255,10 +259,10 @@ class QuantizationAwareTraining(WeightCallback):
         self.activation_coverage: list[Coverage] = []
         self.started = self.frozen = self._left = False
         self.bits: dict[str, int] = {}  # of each target, by path
-        self.asked_bits: dict[str, int] = {}
+        self.requested_bits: dict[str, int] = {}
         self._clocks: dict[str, int] = {}
         self._last_step = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._norms: list[nn.Module] = []
         self._enlarged: EnlargedReaders | None = None
         self._evaluation: ExitStack | None = None
@@ -269,14 +273,14 @@ class QuantizationAwareTraining(WeightCallback):
         if self.events.in_fractions:
             check_run_ends(trainer)
         self.events.reset()
-        self._told, self.frozen, self._left = set(), False, False
+        self._warned, self.frozen, self._left = set(), False, False
         if self.weight_bits is not None:
             self.claim("grid", "quantized")
-            self.asked_bits = self._find_bits(pl_module)
+            self.requested_bits = self._find_bits(pl_module)
             # What a budget came to in an earlier fit goes on.
-            self.bits = {path: self.bits.get(path, n) for path, n in self.asked_bits.items()}
+            self.bits = {path: self.bits.get(path, n) for path, n in self.requested_bits.items()}
             earlier = self.weights
-            self.weights = WeightQuantizer(self.slots, self._make_maker, earlier)
+            self.weights = WeightQuantizer(self.slots, self._make_quantizer, earlier)
             if earlier is None:
                 self._begin_from_known(self.weights)
         else:
@@ -293,12 +297,12 @@ class QuantizationAwareTraining(WeightCallback):
     @torch.no_grad()
     def _begin_from_known(self, weights: WeightQuantizer) -> None:
         """Go on with grids that the module carries, while its weights still lie on them."""
-        for slot, maker in weights.pairs:
+        for slot, quantizer in weights.pairs:
             grid = known_grid(slot.target.layer, slot.target.name)
             if grid is None or slot.shards is not None:
                 continue
             if torch.equal(grid.project(slot.data), slot.data):
-                begin_from(maker, grid)
+                begin_from(quantizer, grid)
 
     def _find_norms(self, module: LightningModule) -> None:
         parts = [module.get_submodule(part) for part in deployed_part(module)]
@@ -314,15 +318,15 @@ class QuantizationAwareTraining(WeightCallback):
         """Let new weights and activations onto grids, which follow them until the run ends."""
         if self.weights is not None:
             self.claim("grid", "quantized")
-            self.asked_bits = {**self.asked_bits, **self._find_bits(module)}
+            self.requested_bits = {**self.requested_bits, **self._find_bits(module)}
             fresh = {slot.path for slot in added}
             self.bits = {
-                slot.path: self.asked_bits[slot.path]
+                slot.path: self.requested_bits[slot.path]
                 if slot.path in fresh
                 else self.bits[slot.path]
                 for slot in self.slots
             }
-            self.weights.change(self.slots, self._make_maker, started=self.started)
+            self.weights.change(self.slots, self._make_quantizer, started=self.started)
             self._look_for_enlarged()
         if self.activations is not None:
             self.claim("activations", "quantized")
@@ -401,19 +405,19 @@ class QuantizationAwareTraining(WeightCallback):
                 "lmbda": self.lmbda,
                 "makers": {}
                 if weights is None
-                else {path: one.state_dict() for path, one in weights.makers.items()},
+                else {path: one.state_dict() for path, one in weights.quantizers.items()},
                 "activations": None if activations is None else activations.state_dict(),
             }
         )
 
-    def back_to(self, snapshot: dict[str, Any]) -> None:
+    def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """Make the grids of a snapshot; weights are not touched."""
         snapshot = deepcopy(snapshot)
         for path, bits in snapshot["bits"].items():
             if bits != self.bits[path]:
                 self._set_bits(path, bits)
-        for path, maker in self.weights.makers.items() if self.weights is not None else ():
-            maker.load_state_dict(snapshot["makers"][path])
+        for path, quantizer in self.weights.quantizers.items() if self.weights is not None else ():
+            quantizer.load_state_dict(snapshot["makers"][path])
         self.lmbda = snapshot["lmbda"]
         self._set_rate()
         if self.activations is not None and snapshot["activations"] is not None:
@@ -426,15 +430,15 @@ class QuantizationAwareTraining(WeightCallback):
         (slot,) = (slot for slot in self.slots if slot.path == path)
         self.bits[path] = bits
         if self.weights is not None:
-            self.weights.replace(path, self._make_maker(slot), started=self.started)
+            self.weights.replace(path, self._make_quantizer(slot), started=self.started)
             if self.frozen:
                 self.weights.freeze_one(path)
 
-    def _make_maker(self, slot: ProjectedWeight) -> GridMaker:
+    def _make_quantizer(self, slot: ProjectedWeight) -> TensorQuantizer:
         total = sum(one.target.numel for one in self.slots)
         given = self.entropy
         entropy = {"relative_step": given.step, "dead_zone": given.dead_zone}
-        return make_maker(
+        return make_quantizer(
             self.scheme,
             bits=self.bits[slot.path],
             axis=channel_axis(slot.target.layer) if self.per_channel else None,
@@ -546,9 +550,9 @@ class QuantizationAwareTraining(WeightCallback):
         if self.weights is None:
             return
         for what, message in self.weights.steer(self._target()).items():
-            if what not in self._told:
+            if what not in self._warned:
                 rank_zero_warn(f"{self.state_key}: {message}")
-                self._told.add(what)
+                self._warned.add(what)
 
     def _target(self) -> float | None:
         """Bits of all targets together."""
@@ -652,7 +656,7 @@ class QuantizationAwareTraining(WeightCallback):
             return
         if self.activation_bits is None and not compression_state(module, masks=False).activations:
             return
-        _tell_of_lost_grids(self.state_key, module)
+        _warn_of_lost_grids(self.state_key, module)
         self._evaluation = ExitStack()
         if id(module) not in _EVALUATED:  # several callbacks round once
             self._evaluation.enter_context(fake_quantized(module))
@@ -703,10 +707,10 @@ class QuantizationAwareTraining(WeightCallback):
 
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Keep the ranges and steps of the channels that stay."""
-        makers = {} if self.weights is None else self.weights.makers
+        quantizers = {} if self.weights is None else self.weights.quantizers
         for path, dims in kept.items():
-            if (maker := makers.get(clean_path(path))) is not None:
-                maker.select(dims)
+            if (quantizer := quantizers.get(clean_path(path))) is not None:
+                quantizer.select(dims)
 
     def _stop(self) -> None:
         self._leave_grids()
@@ -722,7 +726,7 @@ class QuantizationAwareTraining(WeightCallback):
             "activations": None if self.activations is None else self.activations.state_dict(),
             "steps": [] if self._projector is None else list(self._projector.steps),
             "scheme": self.scheme,
-            "asked_bits": dict(self.asked_bits),
+            "asked_bits": dict(self.requested_bits),
             "events": self.events.state_dict(),
             "flags": (self.started, self.frozen),
             "bits": dict(self.bits),
@@ -736,9 +740,9 @@ class QuantizationAwareTraining(WeightCallback):
             ValueError: for a checkpoint of other weights or layers, another scheme or other bits.
         """
         self._check_same("scheme", state.get("scheme", self.scheme), self.scheme)
-        asked = state.get("asked_bits", self.asked_bits)
-        for path in sorted(set(asked) & set(self.asked_bits)):
-            self._check_same(f"weight_bits of {path}", asked[path], self.asked_bits[path])
+        asked = state.get("asked_bits", self.requested_bits)
+        for path in sorted(set(asked) & set(self.requested_bits)):
+            self._check_same(f"weight_bits of {path}", asked[path], self.requested_bits[path])
         self.started, self.frozen = state["flags"]
         sides = (("weights", self.weight_bits), ("activations", self.activation_bits))
         for side, bits in sides:
@@ -768,7 +772,7 @@ class QuantizationAwareTraining(WeightCallback):
             if self.weights is not None and bits[path] != self.bits[path]:
                 self.bits[path] = bits[path]
                 (slot,) = (slot for slot in self.slots if slot.path == path)
-                self.weights.replace(path, self._make_maker(slot), started=False)
+                self.weights.replace(path, self._make_quantizer(slot), started=False)
 
 
 def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
@@ -777,7 +781,7 @@ def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:
 
 
 @torch.no_grad()
-def _tell_of_lost_grids(key: str, module: nn.Module) -> None:
+def _warn_of_lost_grids(key: str, module: nn.Module) -> None:
     """Warn where weights and grids of a module that is evaluated do not belong together."""
     off = []
     for path, grid in compression_state(module, masks=False).grids.items():

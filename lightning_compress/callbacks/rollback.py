@@ -1,4 +1,4 @@
-"""A model in a Trainer as it is at a moment, with the callbacks that made it so, to go back to."""
+"""Save points of a model in training: weights, optimizers, averages and callbacks; roll back."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from lightning_compress.callbacks.quantization_aware_training import (
 from lightning_compress.channels.graph import Kept
 from lightning_compress.channels.resize import compose, structure_of
 
-__all__ = ["bytes_now", "go_back", "lose", "remember", "steered"]
+__all__ = ["bytes_now", "follow_removal", "make_save_point", "roll_back", "steerable_callbacks"]
 
-Memory = dict[str, Any]
+SavePoint = dict[str, Any]
 
 
-def steered(trainer: Trainer) -> list[Any]:
-    """Callbacks whose state belongs to the weights of a moment."""
+def steerable_callbacks(trainer: Trainer) -> list[Any]:
+    """Callbacks whose state belongs to the weights of one step, and that a budget steers."""
     others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [one for one in others if isinstance(one, WeightCallback) and isinstance(one, Steerable)]
 
@@ -51,11 +51,11 @@ def bytes_now(trainer: Trainer, module: LightningModule) -> float:
     return predicted_bytes(module, later)
 
 
-def remember(trainer: Trainer, module: LightningModule) -> Memory:
-    """Weights, masks, optimizers, averages, and what callbacks know of them."""
+def make_save_point(trainer: Trainer, module: LightningModule) -> SavePoint:
+    """Save point of a run: weights, masks, optimizers, averages and state of callbacks."""
     return {
         "model": take_snapshot(module, trainer.optimizers),
-        "callbacks": {one.state_key: one.snapshot() for one in steered(trainer)},
+        "callbacks": {one.state_key: one.snapshot() for one in steerable_callbacks(trainer)},
         "averages": [
             {
                 "tensors": {name: each.detach().clone() for name, each in all_tensors(one).items()},
@@ -67,37 +67,37 @@ def remember(trainer: Trainer, module: LightningModule) -> Memory:
     }
 
 
-def lose(memory: Memory, kept: Kept) -> None:
-    """Follow a removal of channels: which entries of the remembered model are still there."""
-    memory["lost"] = compose(memory["lost"], kept)
+def follow_removal(save_point: SavePoint, kept: Kept) -> None:
+    """Record in a save point which of its channels were removed since."""
+    save_point["lost"] = compose(save_point["lost"], kept)
 
 
-def go_back(
-    trainer: Trainer, module: LightningModule, memory: Memory, *, soft: bool = False
+def roll_back(
+    trainer: Trainer, module: LightningModule, save_point: SavePoint, *, soft: bool = False
 ) -> None:
-    """Put everything back, between two steps; `soft`: masks, grids and channels alone.
+    """Roll back to a save point, between two steps; `soft`: masks, grids and channels alone.
 
-    Channels that were removed since come back physically, from the copy in memory: a model on
-    trial is then the very model that would ship, in size, speed and statistics, and no second way
+    Channels that were removed since are restored physically, from the save point: a model on trial
+    is then the very model that would be deployed, in size, speed and statistics, and no second way
     of masking is needed that would have to agree with masks, grids, averages and norms.
     """
-    for one in steered(trainer):
-        one.back_to(memory["callbacks"][one.state_key])
-    lost, memory["lost"] = memory["lost"], {}
-    grown = regrow(module, trainer.optimizers, memory["model"], lost)
+    for one in steerable_callbacks(trainer):
+        one.roll_back_to(save_point["callbacks"][one.state_key])
+    lost, save_point["lost"] = save_point["lost"], {}
+    grown = regrow(module, trainer.optimizers, save_point["model"], lost)
     if soft:
-        restore_masks(module, memory["model"])
+        restore_masks(module, save_point["model"])
     else:
-        restore_snapshot(module, trainer.optimizers, memory["model"])
+        restore_snapshot(module, trainer.optimizers, save_point["model"])
     _show(trainer)
-    _take_back_averages(trainer, memory["averages"], lost if grown else None, soft=soft)
+    _take_back_averages(trainer, save_point["averages"], lost if grown else None, soft=soft)
     for one in trainer.callbacks if grown else ():  # type: ignore[attr-defined]
         if isinstance(one, FollowsReturn):
             one.on_channels_restored(module)
 
 
 def _show(trainer: Trainer) -> None:
-    for one in steered(trainer):
+    for one in steerable_callbacks(trainer):
         if isinstance(one, MaskCallback):
             one.project()
         elif isinstance(one, QuantizationAwareTraining) and one.weights and one.started:
@@ -105,10 +105,10 @@ def _show(trainer: Trainer) -> None:
 
 
 def _take_back_averages(
-    trainer: Trainer, memories: Sequence[Memory], lost: Kept | None, *, soft: bool
+    trainer: Trainer, save_points: Sequence[SavePoint], lost: Kept | None, *, soft: bool
 ) -> None:
-    """Averages as they were; `soft`: in the sizes that they had, where `lost` says what is left."""
-    for (average, prefix), then in zip(_averages(trainer), memories, strict=True):
+    """Restore averages; `soft`: their sizes alone, where `lost` has the remaining channels."""
+    for (average, prefix), then in zip(_averages(trainer), save_points, strict=True):
         if lost is not None:
             own = {prefix + path: dims for path, dims in lost.items()}
             regrow_average(average, then["tensors"], then["structure"], own)

@@ -1,4 +1,4 @@
-"""Callbacks for runs that break: where they broke, what is saved, and that resuming is exact."""
+"""Safeguards of a run: scores, stop on NaN or infinite values, random state in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ __all__ = [
     "ScoreMonitor",
     "StopOnNonFinite",
 ]
+EVERY = 50  # batches between two questions to another device
+SHOWN = 3  # names of broken weights in an error
+_ADVICE = (
+    "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
+    "at the data"
+)
 
 
 class ScoreMonitor(Callback):
-    """Log what a function says of the model after every few validation epochs.
+    """Log the scores that a function computes of the model, after every few validation epochs.
 
     The function sees the model in eval mode, without gradients, and with a random stream of its
     own, so that watching a run does not change it.
@@ -53,19 +59,11 @@ class ScoreMonitor(Callback):
                 pl_module.log(name, value, on_epoch=True, batch_size=1)
 
 
-EVERY = 50  # batches between two questions to another device
-SHOWN = 3  # names of broken weights in an error
-_ADVICE = (
-    "training has diverged. Lower the learning rate or the sparsity, start pruning later, or look "
-    "at the data"
-)
-
-
 class StopOnNonFinite(Callback):
     """Raise when a logged value or a weight is NaN or infinite, before a checkpoint holds it.
 
     Values are checked after each batch, weights after each epoch. Values in another device's memory
-    are looked at there, and asked for every 50 batches, after each epoch and before a checkpoint:
+    are checked there, and read every 50 batches, after each epoch and before a checkpoint:
     no step waits for them.
 
     >>> StopOnNonFinite().check({"train/loss": torch.tensor(1.0)}, step=3)
@@ -96,8 +94,8 @@ class StopOnNonFinite(Callback):
         new = broken & (at < 0)
         self._first[name] = at.masked_fill(new, step), torch.where(new, value, before)
 
-    def ask(self) -> None:
-        """Ask the devices for what was found there.
+    def check_steps(self) -> None:
+        """Read the flags of the last steps from their devices.
 
         Raises:
             FloatingPointError: as `check`, with the first step at which a value was not finite.
@@ -126,7 +124,7 @@ class StopOnNonFinite(Callback):
             found["loss"] = outputs["loss"]
         self.check(found, step=trainer.global_step)
         if (batch_idx + 1) % EVERY == 0:
-            self.ask()
+            self.check_steps()
 
     def on_save_checkpoint(
         self,
@@ -135,7 +133,7 @@ class StopOnNonFinite(Callback):
         checkpoint: dict[str, Any],  # noqa: ARG002
     ) -> None:
         """Let no checkpoint hold a run that has diverged."""
-        self.ask()
+        self.check_steps()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the weights: the last loss does not know its own step, and some models log none.
@@ -143,7 +141,7 @@ class StopOnNonFinite(Callback):
         Raises:
             FloatingPointError: naming the weights that are not finite.
         """
-        self.ask()
+        self.check_steps()
         broken = _broken_weights(pl_module)
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             shown = ", ".join(broken[:SHOWN]) or "those of another process"

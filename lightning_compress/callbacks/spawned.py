@@ -1,8 +1,8 @@
-"""What a fit in spawned or forked processes found, back in the process that started them.
+"""Results of a fit in spawned or forked processes, sent to the process that started them.
 
 Under `ddp_spawn`, `ddp_fork` and `ddp_notebook` callbacks and module of the main process see
 nothing of a fit: Lightning hands back weights and logged metrics alone. Its launcher collects more
-results where it is asked to: here the module's compression state, and what callbacks report.
+results where it is extended here: here the module's compression state, and what callbacks report.
 """
 
 from __future__ import annotations

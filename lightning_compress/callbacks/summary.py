@@ -1,4 +1,4 @@
-"""CompressionSummary: what is asked of each parameter at the start, what came out at the end."""
+"""CompressionSummary: coverage table before training, achieved sparsity and bits after it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompressionSummary(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Print which parameters each callback takes, and why it leaves the others."""
+        """Print which parameters each callback compresses, and why it skips the others."""
         self._printed = False
         self._print_coverage(trainer)
 
@@ -50,7 +50,7 @@ class CompressionSummary(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """The same, where what ships is known only now."""
+        """Print the coverage, where the deployed part is known only now."""
         if not self._printed:
             self._print_coverage(trainer)
 

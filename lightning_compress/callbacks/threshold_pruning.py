@@ -1,4 +1,4 @@
-"""ThresholdPruning: `W' = W * M`, where M keeps what is as large as a threshold."""
+"""ThresholdPruning: masks of the weights that are as large as a threshold."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ThresholdPruning(MaskCallback):
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
         frequency: steps between events; None: about 100 events from begin to end.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         min_keep: fraction of each target that stays, the largest weights.
         regrow: None: what is pruned stays so. "straight_through": pruned weights keep training
@@ -87,7 +87,7 @@ class ThresholdPruning(MaskCallback):
         )
         self.threshold, self.relative, self.min_keep = threshold, relative, min_keep
         self.schedule = schedule or Linear(begin=begin, end=end)
-        self._asked = 0.0
+        self._requested = 0.0
 
     def threshold_at(self, position: float) -> float:
         """The threshold at a position of the run.
@@ -104,17 +104,17 @@ class ThresholdPruning(MaskCallback):
 
     def needed(self, position: float) -> bool:
         """At each event until the end, as weights move; then if the threshold is still to rise."""
-        return position < self.events.end or self.threshold_at(position) > self._asked
+        return position < self.events.end or self.threshold_at(position) > self._requested
 
     @torch.no_grad()
     def event(self, trainer: Trainer) -> None:
-        """Compare all weights with the threshold of now."""
-        self._asked = self.threshold_at(self.events.position)
+        """Compare all weights with the current threshold."""
+        self._requested = self.threshold_at(self.events.position)
         rules = {"relative": self.relative == "std", "min_keep": self.min_keep}
         masks = []
         for slot in self.slots:
             closed = None if self.dense_gradient else slot.pruned
-            mask = threshold_mask(slot.values(), self._asked, closed=closed, **rules)
+            mask = threshold_mask(slot.values(), self._requested, closed=closed, **rules)
             if (axis := normed_axis(slot.target)) is not None:
                 mask |= largest_in_rows(slot.values(), axis, closed)
             masks.append(mask)
@@ -124,10 +124,11 @@ class ThresholdPruning(MaskCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Check that the last threshold was applied."""
         final = self.threshold_at(self.events.end)
-        if self._asked < final and not is_trial_run(trainer):
+        if self._requested < final and not is_trial_run(trainer):
             why = f"the run ended before end={self.events.end!r} of the schedule"
             rank_zero_warn(
-                f"{self.state_key} ended at threshold {self._asked:.4g} instead of {final:.4g}: "
+                f"{self.state_key} ended at threshold {self._requested:.4g} instead of "
+                f"{final:.4g}: "
                 f"{self.why_no_steps() or why}"
             )
 
@@ -137,13 +138,13 @@ class ThresholdPruning(MaskCallback):
         """Compare new targets too, though the threshold may not rise any more."""
         super().on_targets_changed(trainer, module, added)
         if added:
-            self._asked = 0.0
+            self._requested = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, hidden values, clock and the last threshold."""
-        return {**super().state_dict(), "asked": self._asked}
+        return {**super().state_dict(), "asked": self._requested}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         super().restore_state(state)
-        self._asked = state["asked"]
+        self._requested = state["asked"]

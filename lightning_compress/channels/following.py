@@ -1,4 +1,4 @@
-"""Masks, grids and removed channels on copies of a compressed module: averages, merged models."""
+"""Compression state on copies of a compressed module: averages, merged models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_compress.targets import clean_path
 
 __all__ = ["FollowedCopies", "apply_compression"]
 
-_PRINT = 64  # values of a tensor that tell whether somebody has written to it
+_PRINT = 64  # values of a tensor that tell whether user code has written to it
 
 
 class FollowedCopies:
-    """Copies inside a module that somebody else writes to, such as an average kept by hand.
+    """Copies inside a module that user code writes to, such as an average kept by hand.
 
     A copy follows from the moment its values are first seen to change: one that stays as it is, a
     frozen teacher, is left alone. Masks are applied as they are made: the average of zeros is
@@ -39,7 +39,7 @@ class FollowedCopies:
         self._prints = {one.path: self._print(one) for one in self.copies}
         self._live: set[str] = set()
         self._raw: list[tuple[Tensor, Tensor]] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def _print(self, copy: Copy) -> list[Tensor]:
         part = self.module.get_submodule(copy.path)
@@ -105,7 +105,7 @@ class FollowedCopies:
             if not mine:
                 continue
             if one not in live:
-                self._tell(one)
+                self._warn(one)
                 continue
             tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
             shapes = {path: tuple(tensors[path].shape) for path in mine if path in tensors}
@@ -114,9 +114,9 @@ class FollowedCopies:
             note_removed(self.module, RemovedChannels(shapes, sizes, {}))
             self._prints[one.path] = self._print(one)
 
-    def _tell(self, copy: Copy) -> None:
-        if copy.path not in self._told:
-            self._told.add(copy.path)
+    def _warn(self, copy: Copy) -> None:
+        if copy.path not in self._warned:
+            self._warned.add(copy.path)
             warnings.warn(
                 f"{copy.path} is a frozen copy of {copy.source} that nobody has written to so far: "
                 "it keeps its channels. If it is an average, update it before channels go",

@@ -273,11 +273,11 @@ class ChannelBudget:
 
     def needs(self, position: float) -> bool:
         """Whether more is asked for at a position than ever before."""
-        return self.gone(position) > self.part.asked
+        return self.gone(position) > self.part.requested
 
-    def ask(self, position: float) -> float:
+    def request(self, position: float) -> float:
         """The cost to come down to at a position: it never rises, whatever a schedule does."""
-        return (1 - self.part.ask(self.gone(position))) * self.total
+        return (1 - self.part.request(self.gone(position))) * self.total
 
     def steer(self, left: float) -> None:
         """Leave a part of the cost from now on.
@@ -365,7 +365,7 @@ class ChannelBudget:
     def state_dict(self) -> dict[str, Any]:
         """Progress of the budget, as plain data."""
         return {
-            "asked": self.part.asked,
+            "asked": self.part.requested,
             "steered": self.steered,
             "cost": (self.kind, self.total, self.final),
             "dense": dict(self.dense),
@@ -373,7 +373,7 @@ class ChannelBudget:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
-        self.part.asked, self.steered = state["asked"], state["steered"]
+        self.part.requested, self.steered = state["asked"], state["steered"]
         kind, self.total, final = state["cost"]
         if kind != self.kind:  # a latency that was measured
             self._count_macs(final)

@@ -1,4 +1,4 @@
-"""Which activations need a grid before products can multiply whole numbers."""
+"""Activation grids that products need before they can multiply integers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.conversion.nodes import Site, is_move, modules_of, only_use, readers
+from lightning_compress.conversion.nodes import WeightedNode, is_move, modules_of, only_use, readers
 from lightning_compress.conversion.qdq import is_rounded, norm_behind, output_points
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized, why_float
@@ -24,10 +24,11 @@ from lightning_compress.state import (
 
 __all__ = [
     "calibrate_layers",
-    "calibrate_sites",
+    "calibrate_weighted_nodes",
     "find_float_layers",
 ]
 KEPT_VALUES = 2**18  # of one batch at one place, for percentiles
+INNER = "weights only: its forward changes what its product reads, or what that gives"
 
 
 class _Range:
@@ -134,36 +135,33 @@ def _give(layer: nn.Module, side: str, grid: AffineGrid) -> None:
     set_activation_grids(layer, ActivationGrids(**sides))
 
 
-INNER = "weights only: its forward changes what its product reads, or what that gives"
-
-
-def find_float_layers(plain: nn.Module, sites: list[Site]) -> None:
-    """Say at each site why its layer gets no grids, which are those of what the layer reads."""
+def find_float_layers(plain: nn.Module, weighted_nodes: list[WeightedNode]) -> None:
+    """Say at each weighted why its layer gets no grids, which are those of what the layer reads."""
     reasons: dict[str, str] = {}
-    for site in sites:
-        layer = plain.get_submodule(site.path)
-        why = why_float(layer) or ("" if _is_own(site, layer) else INNER)
-        reasons[site.path] = reasons.get(site.path) or why
-    for site in sites:
-        site.why_float = reasons[site.path]
+    for weighted in weighted_nodes:
+        layer = plain.get_submodule(weighted.path)
+        why = why_float(layer) or ("" if _is_own(weighted, layer) else INNER)
+        reasons[weighted.path] = reasons.get(weighted.path) or why
+    for weighted in weighted_nodes:
+        weighted.why_float = reasons[weighted.path]
 
 
-def _is_own(site: Site, layer: nn.Module) -> bool:
+def _is_own(weighted: WeightedNode, layer: nn.Module) -> bool:
     """Whether what a layer reads and gives is what its product reads and gives."""
     if layer.forward.__module__.startswith("torch.nn."):
         return True
-    node = site.node.inputs[0].producer()
-    while _is_inside(node, site) and (is_move(node) or node.op_type == "Pad"):
+    node = weighted.node.inputs[0].producer()
+    while _is_inside(node, weighted) and (is_move(node) or node.op_type == "Pad"):
         node = node.inputs[0].producer()
-    value = site.output
-    while _is_inside(following := only_use(value), site) and _keeps(following):
+    value = weighted.output
+    while _is_inside(following := only_use(value), weighted) and _keeps(following):
         value = following.outputs[0]
-    changed = any(_is_inside(use.node, site) for use in readers(value))
-    return not _is_inside(node, site) and not changed
+    changed = any(_is_inside(use.node, weighted) for use in readers(value))
+    return not _is_inside(node, weighted) and not changed
 
 
-def _is_inside(node: Any, site: Site) -> bool:
-    return node is not None and site.path in modules_of(node)
+def _is_inside(node: Any, weighted: WeightedNode) -> bool:
+    return node is not None and weighted.path in modules_of(node)
 
 
 def _keeps(node: Any) -> bool:
@@ -171,29 +169,32 @@ def _keeps(node: Any) -> bool:
     return is_move(node) or node.op_type == "Relu"
 
 
-def calibrate_sites(
+def calibrate_weighted_nodes(
     graph: Any,
     plain: nn.Module,
-    sites: list[Site],
+    weighted_nodes: list[WeightedNode],
     calibration: Iterable[Tensor | tuple[Tensor, ...]],
     percentile: float,
 ) -> None:
     """Find grids for what products read, and for what they give where nothing rounds it later."""
     known = compression_state(plain).activations
-    for site in sites:
-        found = known.get(site.path, ActivationGrids())
-        site.input_grid, site.output_grid = found.input, found.output
-    points, _ = output_points(graph, known, sites)
-    planned = _with_planned_inputs(sites)
+    for weighted in weighted_nodes:
+        found = known.get(weighted.path, ActivationGrids())
+        weighted.input_grid, weighted.output_grid = found.input, found.output
+    points, _ = output_points(graph, known, weighted_nodes)
+    planned = _with_planned_inputs(weighted_nodes)
     places: dict[str, tuple[bool, bool]] = {}
-    for site, plan in zip(sites, planned, strict=True):
-        if site.why_float:
+    for weighted, plan in zip(weighted_nodes, planned, strict=True):
+        if weighted.why_float:
             continue
         gives = not is_rounded(plan, planned, points)
-        norm = norm_behind(site)
+        norm = norm_behind(weighted)
         # A layer that is called twice gives on a grid where one of its calls needs it.
-        _, known_to_give = places.get(site.path, (False, False))
-        places[site.path] = (site.input_grid is None, known_to_give or (gives and norm is None))
+        _, known_to_give = places.get(weighted.path, (False, False))
+        places[weighted.path] = (
+            weighted.input_grid is None,
+            known_to_give or (gives and norm is None),
+        )
         if gives and norm is not None:
             path = modules_of(norm[0])[-1]
             if isinstance(plain.get_submodule(path), nn.modules.batchnorm._NormBase):
@@ -201,10 +202,10 @@ def calibrate_sites(
     calibrate_layers(plain, places, calibration, percentile=percentile)
 
 
-def _with_planned_inputs(sites: list[Site]) -> list[Site]:
+def _with_planned_inputs(weighted_nodes: list[WeightedNode]) -> list[WeightedNode]:
     """Copies that have an input grid each; a missing one is equal for all readers of a value."""
-    copies = [copy.copy(site) for site in sites]
-    values = list(dict.fromkeys(site.node.inputs[0] for site in sites))
+    copies = [copy.copy(weighted) for weighted in weighted_nodes]
+    values = list(dict.fromkeys(weighted.node.inputs[0] for weighted in weighted_nodes))
     for one in copies:
         if one.input_grid is None and not one.why_float:
             number = torch.tensor([1.0 + values.index(one.node.inputs[0])])

@@ -1,4 +1,4 @@
-"""Which axes of a file's inputs have any size, and inputs of other sizes to check it with."""
+"""Dynamic axes of a file's inputs, and inputs of other sizes to check them with."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def axes_of(
     dynamic: Mapping[str, Mapping[int, str]] | None,
     batch: int | None,
 ) -> Axes:
-    """The axes that a user asks for.
+    """The axes that a user sets as dynamic.
 
     Args:
         names: of the inputs.
@@ -109,7 +109,7 @@ def axes_of(
     if unknown := set(asked) - set(names):
         raise ValueError(f"dynamic: no input {sorted(unknown)}; there are {list(names)}")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"batch={batch!r}: valid are None (any size) and whole numbers from 1 on")
+        raise ValueError(f"batch={batch!r}: valid are None (any size) and integers from 1 on")
     for name, one in zip(names, inputs, strict=True):
         for axis in asked.get(name, {}):
             if not isinstance(axis, int) or not 0 <= axis < one.dim():

@@ -1,4 +1,4 @@
-"""Why a module cannot be exported: the line of its own code, and what to do, in one sentence."""
+"""Explanations of failed exports: the line of the user's code, and what to change."""
 
 from __future__ import annotations
 

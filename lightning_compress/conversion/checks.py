@@ -1,4 +1,4 @@
-"""Whether an ONNX file computes what its module computes."""
+"""Parity checks of an ONNX file against its PyTorch module."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ __all__ = [
     "compare",
 ]
 SAME = 0.02  # of a step: floats that differ in their last digits
+Inputs = tuple[Tensor, ...]
+MOST_ROWS = 64
+DRAWN_ROWS = 32
+PRODUCTS_PER_STEP = 2
+MOST_BEYOND = 0.01  # share of numbers beyond a step, for each product
+MOST_CUT_OFF = 0.001
+RUNS_ALL = "1.27"  # the first ONNX Runtime with weights of several zero points
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+TOLERANCE = 1e-4
+HALF = 0.01  # of the largest output: what float16 explains
+USUAL = 98  # percent of the numbers that move by no more count
+LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
 
 
 @dataclass(frozen=True)
@@ -90,20 +102,6 @@ def compare(
     shares = counts / max(1, counts.sum())
     equal, one, more = (float(share) for share in shares)
     return Parity(equal, one, more, largest, error, int(counts.sum()))
-
-
-Inputs = tuple[Tensor, ...]
-MOST_ROWS = 64
-DRAWN_ROWS = 32
-PRODUCTS_PER_STEP = 2
-MOST_BEYOND = 0.01  # share of numbers beyond a step, for each product
-MOST_CUT_OFF = 0.001
-RUNS_ALL = "1.27"  # the first ONNX Runtime with weights of several zero points
-NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
-TOLERANCE = 1e-4
-HALF = 0.01  # of the largest output: what float16 explains
-USUAL = 98  # percent of the numbers that move by no more count
-LEVELS = 255  # steps of an output that is not rounded itself: its range in as many parts
 
 
 class OnnxMismatchError(ValueError):
@@ -353,7 +351,7 @@ def _way_out(built: Int8Model) -> str:
         return ""
     return (
         f". {', '.join(sorted(names))}: a norm by the spread of its own input can magnify a step "
-        "in front of it. Export without calibration: weights alone are whole numbers then"
+        "in front of it. Export without calibration: weights alone are integers then"
     )
 
 

@@ -1,4 +1,4 @@
-"""Convolutions in an exported graph, replaced by those that make blocks of pixels in int8."""
+"""Graph rewrites of convolutions into ones that output blocks of pixels in int8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_compress.conversion.integer_weights import IntegerWeight
-from lightning_compress.conversion.nodes import SHUFFLE, Site, attribute, enlargement, only_use
+from lightning_compress.conversion.nodes import (
+    SHUFFLE,
+    WeightedNode,
+    attribute,
+    enlargement,
+    only_use,
+)
 from lightning_compress.conversion.qdq import initializer
 from lightning_compress.errors import require
 
@@ -28,19 +34,22 @@ __all__ = [
     "plain_padding",
     "put_in_blocks",
     "put_in_place_of",
+    "rewrite_linear_as_conv",
     "rewrite_narrow",
     "rewrite_transposed",
-    "rewrite_wide",
     "shuffled",
     "transposed_as_conv",
 ]
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
+TO_THE_END = np.iinfo(np.int64).max
+MANY_OUTPUTS, FEW_INPUTS = 1024, 128  # from where on it is the faster one at batch 1 and 16
 
 
 def channels_last_moves(model: Any) -> None:
     """Rewrite DepthToSpace and nearest Resize between DequantizeLinear and QuantizeLinear, exactly.
 
-    Nodes whose pictures have sizes that the graph does not know stay as they are.
+    Nodes whose images have sizes that the graph does not know stay as they are.
 
     Args:
         model: an `onnx_ir` model whose moves are rounded before and after on one grid.
@@ -67,7 +76,7 @@ def _on_one_grid(before: Any, after: Any) -> bool:
 
 
 def _sizes(value: Any) -> tuple[int, int, int] | None:
-    """Channels, height and width of pictures, where they are known."""
+    """Channels, height and width of images, where they are known."""
     if value.shape is None or len(value.shape) != 4:
         return None
     sizes = tuple(value.shape[axis] for axis in (1, 2, 3))
@@ -138,7 +147,7 @@ class Chain:
 
 
 def _put_in_place(graph: Any, node: Any, after: Any, nodes: list[Any]) -> None:
-    """Whole numbers go through `nodes` in place of rounding, `node` and rounding again."""
+    """Integers go through `nodes` in place of rounding, `node` and rounding again."""
     graph.insert_before(node, nodes)
     old, new = after.outputs[0], nodes[-1].outputs[0]
     new.dtype, new.shape = old.dtype, old.shape
@@ -284,35 +293,31 @@ def conv_in_blocks(
     return InBlocks(torch.cat(places), padding, block, crop, offsets_first=True, stride=block[0])
 
 
-KERNEL_CHANNELS = 16  # that kernels make at a time, whether they are wanted or not
-TO_THE_END = np.iinfo(np.int64).max
-
-
-def rewrite_transposed(graph: Any, site: Site) -> str | None:
+def rewrite_transposed(graph: Any, weighted: WeightedNode) -> str | None:
     """Replace a ConvTranspose by Conv, a shuffle and Slice; returns why not, if it cannot."""
-    node = site.node
-    if (obstacle := _obstacle(site)) is not None:
+    node = weighted.node
+    if (obstacle := _obstacle(weighted)) is not None:
         return obstacle
     groups = attribute(node, "group", 1)
-    assert isinstance(site.weight, IntegerWeight)
-    axes = site.weight.symbols.ndim - 2
+    assert isinstance(weighted.weight, IntegerWeight)
+    axes = weighted.weight.symbols.ndim - 2
     as_conv = transposed_as_conv(
-        torch.from_numpy(site.weight.symbols),
+        torch.from_numpy(weighted.weight.symbols),
         stride=tuple(attribute(node, "strides", [1] * axes)),
         padding=tuple(attribute(node, "pads", [0] * axes)[:axes]),
         output_padding=tuple(attribute(node, "output_padding", [0] * axes)),
         groups=groups,
     )
-    put_in_blocks(graph, site, as_conv, groups)
+    put_in_blocks(graph, weighted, as_conv, groups)
     return None
 
 
-def rewrite_narrow(graph: Any, site: Site) -> None:
+def rewrite_narrow(graph: Any, weighted: WeightedNode) -> None:
     """Let a Conv with few outputs make 2 x 2 pixels, or up to 16 samples, at a time.
 
     Only where its sizes are known, and multiples of these.
     """
-    node, weight = site.node, site.weight
+    node, weight = weighted.node, weighted.weight
     if node.op_type != "Conv":
         return
     if not isinstance(weight, IntegerWeight) or weight.symbols.ndim not in (3, 4):
@@ -328,7 +333,7 @@ def rewrite_narrow(graph: Any, site: Site) -> None:
     fitting = [size for size in fitting if outputs * size**axes <= KERNEL_CHANNELS]
     if fitting:
         symbols, block = torch.from_numpy(weight.symbols), (fitting[0],) * axes
-        put_in_blocks(graph, site, conv_in_blocks(symbols, padding=padding, block=block), 1)
+        put_in_blocks(graph, weighted, conv_in_blocks(symbols, padding=padding, block=block), 1)
 
 
 def _odd(sizes: Sequence[int], block: int) -> bool:
@@ -342,18 +347,18 @@ def plain_padding(node: Any, axes: int = 2) -> tuple[int, ...] | None:
     return tuple(pads[:axes]) if ones and pads[:axes] == pads[axes:] else None
 
 
-def put_in_blocks(graph: Any, site: Site, as_conv: InBlocks, groups: int) -> None:
+def put_in_blocks(graph: Any, weighted: WeightedNode, as_conv: InBlocks, groups: int) -> None:
     """Replace a product by a Conv, DepthToSpace and Slice that give the same."""
-    assert isinstance(site.weight, IntegerWeight)
-    site.weight = _as_conv_weight(site.weight, as_conv)
-    if site.bias is not None:
-        site.bias = as_conv.spread(torch.from_numpy(site.bias)).numpy()
-    site.node = _replace(graph, site.node, as_conv, groups)
-    site.output = site.node.outputs[0]
+    assert isinstance(weighted.weight, IntegerWeight)
+    weighted.weight = _as_conv_weight(weighted.weight, as_conv)
+    if weighted.bias is not None:
+        weighted.bias = as_conv.spread(torch.from_numpy(weighted.bias)).numpy()
+    weighted.node = _replace(graph, weighted.node, as_conv, groups)
+    weighted.output = weighted.node.outputs[0]
 
 
-def _obstacle(site: Site) -> str | None:
-    node, weight = site.node, site.weight
+def _obstacle(weighted: WeightedNode) -> str | None:
+    node, weight = weighted.node, weighted.weight
     if not isinstance(weight, IntegerWeight):
         return "a codebook has no int8 kernel"
     axes = weight.symbols.ndim - 2
@@ -470,17 +475,14 @@ def _crop_bounds(graph: Any, name: str, crop: tuple[int, ...]) -> list[Any]:
     ]
 
 
-MANY_OUTPUTS, FEW_INPUTS = 1024, 128  # from where on it is the faster one at batch 1 and 16
-
-
-def rewrite_wide(graph: Any, site: Site) -> Any:
+def rewrite_linear_as_conv(graph: Any, weighted: WeightedNode) -> Any:
     """Let a Gemm of many outputs and few inputs run as a 1 x 1 convolution, exactly.
 
-    The batch becomes the rows of one picture, so that the product stays one of two matrices; with
+    The batch becomes the rows of one image, so that the product stays one of two matrices; with
     channels last, the moves around it cost nothing. Returns the value that now holds what the Gemm
     gave, None where it stays.
     """
-    weight, node = site.weight, site.node
+    weight, node = weighted.weight, weighted.node
     if node.op_type != "Gemm" or not isinstance(weight, IntegerWeight) or weight.axis != 0:
         return None
     outputs, inputs = weight.symbols.shape
@@ -494,6 +496,6 @@ def rewrite_wide(graph: Any, site: Site) -> Any:
     after = Chain(graph, conv.outputs[0])
     after.transpose(TO_LAST)
     after.reshape([-1, outputs])
-    site.node, site.output = conv, conv.outputs[0]
-    site.weight = weight.moved(lambda part: part[:, :, None, None])
+    weighted.node, weighted.output = conv, conv.outputs[0]
+    weighted.weight = weight.moved(lambda part: part[:, :, None, None])
     return put_in_place_of(graph, node, [*before.nodes, conv, *after.nodes])

@@ -1,4 +1,4 @@
-"""Products that round what they read as they run, each call over its own range."""
+"""Dynamic quantization: products that quantize their inputs by each call's range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress.conversion.conv_rewrites import put_in_place_of, rewrite_transposed
 from lightning_compress.conversion.integer_weights import IntegerWeight
-from lightning_compress.conversion.nodes import Site
+from lightning_compress.conversion.nodes import WeightedNode
 from lightning_compress.conversion.qdq import initializer
 from lightning_compress.errors import require
 from lightning_compress.state import rounds_dynamically
@@ -18,32 +18,35 @@ from lightning_compress.state import rounds_dynamically
 __all__ = ["mark_dynamic", "multiply_dynamically"]
 
 
-def mark_dynamic(graph: Any, plain: nn.Module, site: Site) -> str | None:
+def mark_dynamic(graph: Any, plain: nn.Module, weighted: WeightedNode) -> str | None:
     """Note that a product rounds as it runs, where its layer does; returns why not, if it cannot.
 
     A transposed convolution becomes a convolution first: its integers have no operator.
     """
-    if not rounds_dynamically(plain.get_submodule(site.path)) or site.input_grid is not None:
+    if (
+        not rounds_dynamically(plain.get_submodule(weighted.path))
+        or weighted.input_grid is not None
+    ):
         return None
-    if not isinstance(site.weight, IntegerWeight) or site.weight.encoded()[0] != "int8":
+    if not isinstance(weighted.weight, IntegerWeight) or weighted.weight.encoded()[0] != "int8":
         return "its weights are no multiples of a step around 0: quantize with symmetric grids"
-    if site.why_float:
+    if weighted.why_float:
         return None
-    if site.node.op_type == "ConvTranspose":
-        obstacle = rewrite_transposed(graph, site)
+    if weighted.node.op_type == "ConvTranspose":
+        obstacle = rewrite_transposed(graph, weighted)
         if obstacle is not None:
             return obstacle
-    site.dynamic = True
+    weighted.dynamic = True
     return None
 
 
-def multiply_dynamically(graph: Any, site: Site) -> None:
+def multiply_dynamically(graph: Any, weighted: WeightedNode) -> None:
     """Replace a product by DynamicQuantizeLinear, integers, and a factor, as their definition is.
 
     Weights stand around 128, as uint8: sums of these are exact on every CPU.
     """
     ir = require("onnx_ir", extra="onnx")
-    weight, node, name = site.weight, site.node, site.parameter
+    weight, node, name = weighted.weight, weighted.node, weighted.parameter
     assert isinstance(weight, IntegerWeight)
     is_conv = node.op_type == "Conv"
     symbols, scale = weight.symbols, weight.scale
@@ -63,14 +66,14 @@ def multiply_dynamically(graph: Any, site: Site) -> None:
     factor = ir.node("Mul", [step, steps])
     times = ir.node("Mul", [cast.outputs[0], factor.outputs[0]])
     nodes = [given, product, cast, factor, times]
-    if site.bias is not None and node.op_type != "MatMul":
-        bias = _over_outputs(site.bias.astype(np.float32), axes, is_conv=is_conv)
-        value = initializer(graph, f"{site.path or 'module'}.bias.added", bias)
+    if weighted.bias is not None and node.op_type != "MatMul":
+        bias = _over_outputs(weighted.bias.astype(np.float32), axes, is_conv=is_conv)
+        value = initializer(graph, f"{weighted.path or 'module'}.bias.added", bias)
         nodes.append(ir.node("Add", [times.outputs[0], value]))
     put_in_place_of(graph, node, nodes)
-    if site.bias is not None and node.op_type == "MatMul":
-        add = site.output.producer()
-        value = initializer(graph, f"{site.path or 'module'}.bias.added", site.bias)
+    if weighted.bias is not None and node.op_type == "MatMul":
+        add = weighted.output.producer()
+        value = initializer(graph, f"{weighted.path or 'module'}.bias.added", weighted.bias)
         add.replace_input_with(1, value)
 
 

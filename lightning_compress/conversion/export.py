@@ -39,6 +39,9 @@ __all__ = [
 ]
 INT8 = "an int8 file is made from float32"
 BFLOAT16 = "ONNX Runtime's CPU kernels lack it"
+PROTOBUF_LIMIT = 2**31 - 1
+CHECKED_BATCHES = 4  # of the calibration inputs
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: bool) -> None:
@@ -47,7 +50,7 @@ def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: b
     Args:
         module: to be exported.
         inputs: of the module.
-        int8: whether weights and activations are to be whole numbers, in steps of float32.
+        int8: whether weights and activations are to be integers, in steps of float32.
 
     Raises:
         ValueError: for bfloat16, which ONNX Runtime's CPU kernels lack; with `int8` for any other
@@ -77,11 +80,6 @@ def refuse_unsupported(module: nn.Module, inputs: tuple[Tensor, ...], *, int8: b
             )
 
 
-PROTOBUF_LIMIT = 2**31 - 1
-CHECKED_BATCHES = 4  # of the calibration inputs
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
 @dataclass(frozen=True)
 class OnnxInfo:
     """An exported file.
@@ -95,7 +93,7 @@ class OnnxInfo:
         outputs: their names, in order.
         float_ops: operators that return floats, type -> count; for an int8 file, after ONNX
             Runtime's own rewriting.
-        int8_ops: operators that run on whole numbers in ONNX Runtime, type -> count.
+        int8_ops: operators that run on integers in ONNX Runtime, type -> count.
         reasons: layer or parameter -> why it stays float or multiplies as float.
         weights: parameter -> the grid it is stored on.
         parity: runtime -> how the differences from the fake-quantized module are distributed.
@@ -138,12 +136,12 @@ def export_onnx(
     The module is exported in eval mode from a copy and stays as it is. BatchNorm right behind a
     layer is folded into it, parametrizations (spectral_norm, weight_norm) into their weights.
 
-    With `int8`, weights are stored as whole numbers on the grids that training left; a weight
+    With `int8`, weights are stored as integers on the grids that training left; a weight
     without one gets 8 bits over its min/max range, unless other weights have grids and there is no
     calibration. Layers with an input grid, trained or calibrated, multiply in int8: transposed
     convolutions as convolutions (for ONNX Runtime also linear layers with many outputs of few
     inputs), and one behind nearest-neighbour upsampling in front of it, where sums of its weights
-    fit. Others store whole numbers and multiply as floats, see `OnnxInfo.reasons`; a warning
+    fit. Others store integers and multiply as floats, see `OnnxInfo.reasons`; a warning
     counts those that need not. Of a module after `quantize_dynamic`, products round what they
     read as they run. Open such a file with `onnx_session`.
 
@@ -154,7 +152,7 @@ def export_onnx(
         sample: a tensor, a tuple of arguments, a dict of keyword arguments, or a tuple that ends
             with one; an argument may be a dict of tensors. Axis 0 is the batch and is dynamic in
             the file; tensors without axes have none.
-        int8: store and multiply whole numbers where that can be.
+        int8: store and multiply integers where that can be.
         calibration: for `int8`, inputs that show the range of activations without a grid.
         percentile: share of those activations, in percent, that a range holds at either end.
         dynamic: input -> axis -> name, of further axes that may have any size; checked at a second
@@ -235,7 +233,7 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is asked of a file."""
+    """Settings of an export."""
 
     path: Path
     inputs: tuple[Tensor, ...]
@@ -254,7 +252,7 @@ def _in_dtype(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: valid are {list(DTYPES)}, or None as the module is")
     if int8 and dtype != "float32":
-        raise ValueError(f"dtype={dtype!r}: int8=True computes in whole numbers and float32")
+        raise ValueError(f"dtype={dtype!r}: int8=True computes in integers and float32")
     to = DTYPES[dtype]
     return plain.to(to), tuple(one.to(to) if one.is_floating_point() else one for one in inputs)
 
@@ -334,7 +332,7 @@ def _proto(model: Any, job: _Job) -> Any:
     proto = ir.to_proto(model)
     if proto.ByteSize() > PROTOBUF_LIMIT:
         size = proto.ByteSize()
-        raise ValueError(f"{job.path} would take {size} bytes; a single file ends at 2 GiB")
+        raise ValueError(f"{job.path} would take {size} bytes; a single file holds at most 2 GiB")
     proto = _in_version(proto, job.target)
     check_names("output_names", job.output_names or None, len(proto.graph.output))
     rename(
@@ -345,7 +343,7 @@ def _proto(model: Any, job: _Job) -> Any:
 
 
 def _in_version(proto: Any, target: Target) -> Any:
-    """The model in an older opset, and marked as of an older format, where one is asked for."""
+    """The model in an older opset, and marked as of an older format, where one is given."""
     onnx = require("onnx", extra="onnx")
     actual = next(one.version for one in proto.opset_import if one.domain == "")
     if target.opset is not None and target.opset < actual:

@@ -1,4 +1,4 @@
-"""The ONNX models of a trained model's parts, for the file that also runs."""
+"""ONNX models of a trained model's deployed parts, for an `.lcz` file that runs."""
 
 from __future__ import annotations
 

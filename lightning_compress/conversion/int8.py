@@ -1,4 +1,4 @@
-"""An ONNX model on whole numbers: QuantizeLinear and DequantizeLinear around exact rewrites."""
+"""An ONNX model on integers: QuantizeLinear and DequantizeLinear around exact rewrites."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_compress.conversion.activation_grids import calibrate_sites, find_float_layers
+from lightning_compress.conversion.activation_grids import (
+    calibrate_weighted_nodes,
+    find_float_layers,
+)
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.conv_rewrites import (
+    rewrite_linear_as_conv,
     rewrite_narrow,
     rewrite_transposed,
-    rewrite_wide,
 )
 from lightning_compress.conversion.dynamic import mark_dynamic, multiply_dynamically
 from lightning_compress.conversion.integer_weights import CodebookWeight, put_on_grids, weight_grids
 from lightning_compress.conversion.nodes import (
-    Site,
-    find_sites,
+    WeightedNode,
+    find_weighted_nodes,
     is_move,
     name_modules_once,
     only_use,
@@ -50,14 +53,14 @@ OLDEST = 18  # that the exporter makes by itself
 RUNTIMES = ("onnxruntime", "openvino")
 FUSED = ("Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus")
 FUSED += ("Softsign", "Tanh", "ThresholdedRelu")
-NO_GRID = "its input has no grid: weights alone are whole numbers (give calibration inputs)"
+NO_GRID = "its input has no grid: weights alone are integers (give calibration inputs)"
 
 Calibration = Iterable[Tensor | tuple[Tensor, ...]]
 
 
 @dataclass
 class Int8Model:
-    """What is to be written, and what it must agree with.
+    """Int8 model to be written, with the reference that it must agree with.
 
     Args:
         models: the `onnx_ir` model, and a more careful one if there is one.
@@ -66,7 +69,7 @@ class Int8Model:
         weights: parameter name -> what grid it is stored on.
         reasons: layer, parameter or operator -> why it stays float.
         rounds: whether any activation is rounded.
-        products: how many products multiply whole numbers.
+        products: how many products multiply integers.
         roundings: how many values are rounded on the way.
         coarsest: a step of 8 bits goes into one of the coarsest activation this often.
         axes: of the inputs.
@@ -108,122 +111,139 @@ def int8_model(
     program, axes = onnx_program(plain, inputs, opset, axes, optimize=False)
     model = program.model
     name_modules_once(model.graph, plain)
-    sites = find_sites(model.graph, plain, stored)
-    find_float_layers(plain, sites)
+    weighted_nodes = find_weighted_nodes(model.graph, plain, stored)
+    find_float_layers(plain, weighted_nodes)
     if calibration is not None:
-        let_sums_fit(module, plain, sites, stored, grids)
-        calibrate_sites(model.graph, plain, sites, calibration, percentile)
+        let_sums_fit(module, plain, weighted_nodes, stored, grids)
+        calibrate_weighted_nodes(model.graph, plain, weighted_nodes, calibration, percentile)
     result = Int8Model([model], plain, reasons=left, axes=axes)
     result.weights = {name: weight.source for name, weight in stored.items()}
-    points = _give_grids(result, sites)
+    points = _give_grids(result, weighted_nodes)
     for_onnxruntime = runtime == RUNTIMES[0]
-    _rewrite(result, sites, points, for_onnxruntime=for_onnxruntime)
+    _rewrite(result, weighted_nodes, points, for_onnxruntime=for_onnxruntime)
     result.rounds = bool(points) or any(
-        site.input_grid or site.output_grid or site.dynamic for site in sites
+        weighted.input_grid or weighted.output_grid or weighted.dynamic
+        for weighted in weighted_nodes
     )
     result.steps = [_step_behind(value) for value in model.graph.outputs]
-    reading = [site.path for site in sites if site.whole and not site.dynamic]
-    result.products = sum(site.whole for site in sites)
-    result.roundings = _count_roundings(sites, points)
-    bits = [site.input_grid.bits for site in sites if site.input_grid is not None]
+    reading = [
+        weighted.path for weighted in weighted_nodes if weighted.whole and not weighted.dynamic
+    ]
+    result.products = sum(weighted.whole for weighted in weighted_nodes)
+    result.roundings = _count_roundings(weighted_nodes, points)
+    bits = [
+        weighted.input_grid.bits for weighted in weighted_nodes if weighted.input_grid is not None
+    ]
     result.coarsest = 2 ** (8 - min(bits, default=8))
     seen = seen_inputs(plain, reading, shown)
     result.models, reasons = finished_models(
         model,
-        [site for site in sites if not site.dynamic],
+        [weighted for weighted in weighted_nodes if not weighted.dynamic],
         stored,
         seen,
         target,
         channels_last=for_onnxruntime,
     )
     result.reasons = reasons | result.reasons
-    result.warning = _warning(result, sites, calibrated=calibration is not None)
+    result.warning = _warning(result, weighted_nodes, calibrated=calibration is not None)
     return result
 
 
-def _count_roundings(sites: list[Site], points: dict[Any, AffineGrid]) -> int:
+def _count_roundings(weighted_nodes: list[WeightedNode], points: dict[Any, AffineGrid]) -> int:
     """Values that are rounded; those that several products read on one grid count once."""
     read = {
-        (site.path if site.whole else id(site), grid_key(site.input_grid))
-        for site in sites
-        if site.input_grid is not None
+        (weighted.path if weighted.whole else id(weighted), grid_key(weighted.input_grid))
+        for weighted in weighted_nodes
+        if weighted.input_grid is not None
     }
-    dynamic = sum(site.dynamic for site in sites)
-    return dynamic + len(read) + len(points) + sum(site.output_grid is not None for site in sites)
+    dynamic = sum(weighted.dynamic for weighted in weighted_nodes)
+    return (
+        dynamic
+        + len(read)
+        + len(points)
+        + sum(weighted.output_grid is not None for weighted in weighted_nodes)
+    )
 
 
-def _warning(result: Int8Model, sites: list[Site], *, calibrated: bool) -> str:
+def _warning(result: Int8Model, weighted_nodes: list[WeightedNode], *, calibrated: bool) -> str:
     """How many products run as floats, where activations are rounded and not all need to."""
-    floats = [site for site in sites if not site.whole]
-    told = {site.path: result.reasons.get(site.path, "") for site in floats}
+    floats = [weighted for weighted in weighted_nodes if not weighted.whole]
+    why_float = {weighted.path: result.reasons.get(weighted.path, "") for weighted in floats}
     free = [
-        site
-        for site in floats
-        if not site.why_float and not isinstance(site.weight, CodebookWeight)
+        weighted
+        for weighted in floats
+        if not weighted.why_float and not isinstance(weighted.weight, CodebookWeight)
     ]
     if not result.rounds or not free:
         return ""
     first = free[0].path
     hint = ""
-    if not calibrated and any("calibration" in why for why in told.values()):
+    if not calibrated and any("calibration" in why for why in why_float.values()):
         hint = "; calibration= gives those their grids that lack one"
     return (
-        f"{len(floats)} of {len(sites)} products run as float, such as {first or 'the module'}: "
-        f"{told[first]}{hint} (all reasons: OnnxInfo.reasons)"
+        f"{len(floats)} of {len(weighted_nodes)} products run as float, such as "
+        f"{first or 'the module'}: "
+        f"{why_float[first]}{hint} (all reasons: OnnxInfo.reasons)"
     )
 
 
-def _give_grids(result: Int8Model, sites: list[Site]) -> dict[Any, AffineGrid]:
+def _give_grids(result: Int8Model, weighted_nodes: list[WeightedNode]) -> dict[Any, AffineGrid]:
     activations = compression_state(result.plain).activations
-    for site in sites:
-        found = activations.get(site.path, ActivationGrids())
-        site.input_grid, site.output_grid = found.input, found.output
-    points, missing = output_points(result.models[0].graph, activations, sites)
+    for weighted in weighted_nodes:
+        found = activations.get(weighted.path, ActivationGrids())
+        weighted.input_grid, weighted.output_grid = found.input, found.output
+    points, missing = output_points(result.models[0].graph, activations, weighted_nodes)
     result.reasons.update(missing)
     return points
 
 
 def _rewrite(
-    result: Int8Model, sites: list[Site], points: dict[Any, AffineGrid], *, for_onnxruntime: bool
+    result: Int8Model,
+    weighted_nodes: list[WeightedNode],
+    points: dict[Any, AffineGrid],
+    *,
+    for_onnxruntime: bool,
 ) -> None:
     graph = result.models[0].graph
-    for site in sites:
-        why = mark_dynamic(graph, result.plain, site)
-        site.whole = site.dynamic or _can_run(result, site, is_rounded(site, sites, points))
+    for weighted in weighted_nodes:
+        why = mark_dynamic(graph, result.plain, weighted)
+        weighted.whole = weighted.dynamic or _can_run(
+            result, weighted, is_rounded(weighted, weighted_nodes, points)
+        )
         if why is not None:
-            result.reasons[site.path] = why
-    for site in sites:
-        if site.whole and site.node.op_type == "ConvTranspose":
-            obstacle = rewrite_transposed(graph, site)
+            result.reasons[weighted.path] = why
+    for weighted in weighted_nodes:
+        if weighted.whole and weighted.node.op_type == "ConvTranspose":
+            obstacle = rewrite_transposed(graph, weighted)
             if obstacle is not None:
-                site.whole, result.reasons[site.path] = False, obstacle
+                weighted.whole, result.reasons[weighted.path] = False, obstacle
         elif (
-            site.whole
-            and not site.dynamic
-            and not rewrite_enlarged(graph, site)
+            weighted.whole
+            and not weighted.dynamic
+            and not rewrite_enlarged(graph, weighted)
             and for_onnxruntime
         ):
-            rewrite_narrow(graph, site)
-    for site in sites:
-        _fold(graph, site, points)
-        if site.whole and for_onnxruntime and not site.dynamic:
-            _widen(graph, site, points)
-    for site in sites:
-        lift_elementwise(graph, site, points)
-    _round(graph, sites, points)
+            rewrite_narrow(graph, weighted)
+    for weighted in weighted_nodes:
+        _fold(graph, weighted, points)
+        if weighted.whole and for_onnxruntime and not weighted.dynamic:
+            _widen(graph, weighted, points)
+    for weighted in weighted_nodes:
+        lift_elementwise(graph, weighted, points)
+    _round(graph, weighted_nodes, points)
     graph.sort()
 
 
-def _fold(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
+def _fold(graph: Any, weighted: WeightedNode, points: dict[Any, AffineGrid]) -> None:
     """Fold the norm behind a product; where its output is rounded, the product's is now."""
-    norm = norm_behind(site)
+    norm = norm_behind(weighted)
     old = None if norm is None else norm[0].outputs[0]
-    _hand_on(points, old, fold_batch_norm(graph, site))
+    _hand_on(points, old, fold_batch_norm(graph, weighted))
 
 
-def _widen(graph: Any, site: Site, points: dict[Any, AffineGrid]) -> None:
-    old = site.output
-    _hand_on(points, old, rewrite_wide(graph, site))
+def _widen(graph: Any, weighted: WeightedNode, points: dict[Any, AffineGrid]) -> None:
+    old = weighted.output
+    _hand_on(points, old, rewrite_linear_as_conv(graph, weighted))
 
 
 def _hand_on(points: dict[Any, AffineGrid], old: Any, new: Any) -> None:
@@ -232,41 +252,41 @@ def _hand_on(points: dict[Any, AffineGrid], old: Any, new: Any) -> None:
         points[new] = points.pop(old)
 
 
-def _round(graph: Any, sites: list[Site], points: dict[Any, AffineGrid]) -> None:
-    for site in sites:
-        if site.output_grid is not None:
-            round_output(graph, site.output, site.output_grid)
+def _round(graph: Any, weighted_nodes: list[WeightedNode], points: dict[Any, AffineGrid]) -> None:
+    for weighted in weighted_nodes:
+        if weighted.output_grid is not None:
+            round_output(graph, weighted.output, weighted.output_grid)
     for value, grid in points.items():
         round_output(graph, value, grid)
-    round_inputs(graph, sites)
-    for site in sites:
-        if site.dynamic:
-            multiply_dynamically(graph, site)
-        if isinstance(site.weight, CodebookWeight) and site.input_grid is not None:
-            set_apart(graph, site.node.outputs[0])
+    round_inputs(graph, weighted_nodes)
+    for weighted in weighted_nodes:
+        if weighted.dynamic:
+            multiply_dynamically(graph, weighted)
+        if isinstance(weighted.weight, CodebookWeight) and weighted.input_grid is not None:
+            set_apart(graph, weighted.node.outputs[0])
 
 
-def _can_run(result: Int8Model, site: Site, rounded: bool) -> bool:
+def _can_run(result: Int8Model, weighted: WeightedNode, rounded: bool) -> bool:
     reason = None
-    if isinstance(site.weight, CodebookWeight):
+    if isinstance(weighted.weight, CodebookWeight):
         reason = "its weights are centres of a codebook, not multiples of a step"
-    elif site.input_grid is None:
-        reason = site.why_float or NO_GRID
-    elif not rounded and not _gives_floats(site):
+    elif weighted.input_grid is None:
+        reason = weighted.why_float or NO_GRID
+    elif not rounded and not _gives_floats(weighted):
         reason = "its output is not rounded before it is used (give calibration inputs)"
     if reason is not None:
-        result.reasons[site.path] = reason
+        result.reasons[weighted.path] = reason
     return reason is None
 
 
-def _gives_floats(site: Site) -> bool:
+def _gives_floats(weighted: WeightedNode) -> bool:
     """Whether there are int8 kernels whose output is float.
 
-    ONNX Runtime fuses a Gemm with an activation behind it before it sees the whole numbers.
+    ONNX Runtime fuses a Gemm with an activation behind it before it sees the integers.
     """
-    following = only_use(site.output)
+    following = only_use(weighted.output)
     fused = following is not None and following.op_type in FUSED
-    return site.node.op_type == "MatMul" or (site.node.op_type == "Gemm" and not fused)
+    return weighted.node.op_type == "MatMul" or (weighted.node.op_type == "Gemm" and not fused)
 
 
 def _step_behind(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""Weights as whole numbers and their steps, ready to be stored in an ONNX file."""
+"""Integer weights with their scales, in the form that an ONNX file stores."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ __all__ = [
     "stored_weight",
     "weight_grids",
 ]
+SEVEN_BITS = 63
+INT4, UINT4, INT8, UINT8 = (-8, 7), (0, 15), (-128, 127), (0, 255)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+HOOKED = ("_orig", "_v")  # what the older spectral_norm and weight_norm make a weight from
+SAME_FACTOR = 1e-5  # of a tensor: what float rounding explains
+OFF_GRID = 1e-2  # of a step: what float rounding explains
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Summed:
         return ((place >= 0) & (place < self.factor)).astype(np.float32)
 
     def expand(self, weight: NDArray) -> NDArray[np.int32]:
-        """The kernel, (out * factor^2, in / groups, taps, taps), of a weight of whole numbers."""
+        """The kernel, (out * factor^2, in / groups, taps, taps), of a weight of integers."""
         sums = self.matrix(0) @ weight.astype(np.float32) @ self.matrix(1).T
         split = sums.reshape(self.split(weight.shape[0], weight.shape[1]))
         shape = (-1, weight.shape[1], *self.taps)
@@ -86,10 +92,6 @@ class Summed:
     def order(self) -> tuple[int, ...]:
         """Offsets come first among the channels, but behind the groups where there are several."""
         return (3, 5, 0, 1, 2, 4, 6) if self.groups == 1 else (0, 1, 3, 5, 2, 4, 6)
-
-
-SEVEN_BITS = 63
-INT4, UINT4, INT8, UINT8 = (-8, 7), (0, 15), (-128, 127), (0, 255)
 
 
 @dataclass(frozen=True)
@@ -282,12 +284,6 @@ def _along(grid: AffineGrid, values: Tensor, weight: Tensor) -> NDArray:
     if grid.axis is not None:
         shape[grid.axis] = -1
     return values.detach().cpu().numpy().reshape(shape)
-
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-HOOKED = ("_orig", "_v")  # what the older spectral_norm and weight_norm make a weight from
-SAME_FACTOR = 1e-5  # of a tensor: what float rounding explains
-OFF_GRID = 1e-2  # of a step: what float rounding explains
 
 
 def weight_grids(module: nn.Module, plain: nn.Module) -> dict[str, Grid]:

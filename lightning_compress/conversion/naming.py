@@ -1,4 +1,4 @@
-"""The names of a file's inputs, outputs and free axes, as its user knows them."""
+"""Names of an ONNX file's inputs, outputs and dynamic axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an exported graph multiplies by a module's weights."""
+"""Weighted nodes: products of an exported graph with a module's weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_compress.grids import AffineGrid
 __all__ = [
     "MOVES",
     "SHUFFLE",
-    "Site",
+    "WeightedNode",
     "attribute",
     "constant",
     "enlargement",
-    "find_sites",
+    "find_weighted_nodes",
     "is_move",
     "modules_of",
     "name_modules_once",
@@ -38,7 +38,7 @@ MOVES += ("Transpose", "Unsqueeze", "Expand")
 
 
 @dataclass(eq=False)
-class Site:
+class WeightedNode:
     """One product with a stored weight.
 
     Args:
@@ -51,7 +51,7 @@ class Site:
         input_grid: of what the layer reads.
         output_grid: of `output`, when the layer rounds it itself.
         why_float: why calibration gives its layer no grids; empty where it does.
-        whole: whether it multiplies whole numbers, in a runtime that has the kernels.
+        whole: whether it multiplies integers, in a runtime that has the kernels.
         dynamic: whether it rounds what it reads over each call's own range.
     """
 
@@ -162,10 +162,13 @@ def name_modules_once(graph: Any, module: nn.Module) -> None:
             node.metadata_props[SCOPES] = repr([*paths, scopes[-1]])
 
 
-def find_sites(graph: Any, module: nn.Module, stored: Mapping[str, StoredWeight]) -> list[Site]:
+def find_weighted_nodes(
+    graph: Any, module: nn.Module, stored: Mapping[str, StoredWeight]
+) -> list[WeightedNode]:
     """Products with a weight of `stored`; a transposed weight is laid out as its product reads it.
 
-    A layer that is called twice has two sites of one path, and a weight of two layers one in each.
+    A layer that is called twice has two weighted nodes of one path, and a weight of two layers one
+    in each.
     A product that a layer's weight enters elsewhere is none: the layer's grids are not its own.
 
     Args:
@@ -173,7 +176,7 @@ def find_sites(graph: Any, module: nn.Module, stored: Mapping[str, StoredWeight]
         module: that was exported.
         stored: parameter name -> weight.
     """
-    sites = []
+    weighted_nodes = []
     for node in graph:
         if node.op_type not in PRODUCTS or not _is_plain(node):
             continue
@@ -189,8 +192,8 @@ def find_sites(graph: Any, module: nn.Module, stored: Mapping[str, StoredWeight]
             weight = weight.moved(np.transpose)
         path, found = _holder(node, module, value.name), _bias(node, weight.values.shape)
         if path is not None and found is not None:
-            sites.append(Site(path, node, value.name, weight, *found))
-    return sites
+            weighted_nodes.append(WeightedNode(path, node, value.name, weight, *found))
+    return weighted_nodes
 
 
 def _holder(node: Any, module: nn.Module, parameter: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Where an exported graph rounds its activations: QuantizeLinear and DequantizeLinear pairs."""
+"""QuantizeLinear and DequantizeLinear pairs on the activations of an exported graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_compress.conversion.integer_weights import IntegerWeight
 from lightning_compress.conversion.nodes import (
     SHUFFLE,
-    Site,
+    WeightedNode,
     attribute,
     constant,
     is_move,
@@ -38,17 +38,18 @@ __all__ = [
     "set_apart",
 ]
 ELEMENTWISE = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh")
+Uses = list[tuple[Any, int]]
 
 
-def norm_behind(site: Site) -> tuple[Any, int] | None:
+def norm_behind(weighted: WeightedNode) -> tuple[Any, int] | None:
     """The BatchNormalization that alone reads a product, and how many outputs share a channel.
 
     Between them may stand the steps that a rewritten transposed convolution ends with, or a
     reshape of (N, channels * size) to (N, channels, ...): then `size` weights share a channel.
     """
-    if site.output_grid is not None:
+    if weighted.output_grid is not None:
         return None
-    value = site.output
+    value = weighted.output
     node = only_use(value)
     while is_move(node) and (
         node.op_type in ("DepthToSpace", "Slice", "Reshape") or SHUFFLE in node.metadata_props
@@ -57,36 +58,36 @@ def norm_behind(site: Site) -> tuple[Any, int] | None:
         node = only_use(value)
     if node is None or node.op_type != "BatchNormalization":
         return None
-    gamma, outputs = constant(node.inputs[1]), site.weight.values.shape[site.channel_axis]
-    if site.node.op_type == "ConvTranspose":
-        outputs *= attribute(site.node, "group", 1)
+    gamma, outputs = constant(node.inputs[1]), weighted.weight.values.shape[weighted.channel_axis]
+    if weighted.node.op_type == "ConvTranspose":
+        outputs *= attribute(weighted.node, "group", 1)
     if gamma is None or outputs % gamma.size:
         return None
-    if site.node.op_type == "MatMul" and value is not site.output:
+    if weighted.node.op_type == "MatMul" and value is not weighted.output:
         return None
     return node, outputs // gamma.size
 
 
-def fold_batch_norm(graph: Any, site: Site) -> Any:
+def fold_batch_norm(graph: Any, weighted: WeightedNode) -> Any:
     """Fold the BatchNormalization behind a product into its steps and bias.
 
-    `gamma / sigma` multiplies the steps of a channel; where gamma is negative the whole numbers
+    `gamma / sigma` multiplies the steps of a channel; where gamma is negative the integers
     change their sign. Returns the value that now holds what the norm gave, None without a norm.
     """
-    found = norm_behind(site)
-    if found is None or not isinstance(site.weight, IntegerWeight):
+    found = norm_behind(weighted)
+    if found is None or not isinstance(weighted.weight, IntegerWeight):
         return None
-    if site.node.op_type == "ConvTranspose" and attribute(site.node, "group", 1) > 1:
+    if weighted.node.op_type == "ConvTranspose" and attribute(weighted.node, "group", 1) > 1:
         return None  # its steps run along the channels of a group, a norm's factors along all
     norm, repeats = found
     factor, shift = norm_factors(norm)
-    spread = np.tile if _offsets_first(site) else np.repeat
+    spread = np.tile if _offsets_first(weighted) else np.repeat
     factor, shift = spread(factor, repeats), spread(shift, repeats)
-    shape = [1] * site.weight.symbols.ndim
-    shape[site.channel_axis] = -1
-    site.weight = site.weight.scaled(factor.astype(np.float32).reshape(shape))
-    bias = 0.0 if site.bias is None else site.bias
-    site.bias = (bias * factor + shift).astype(np.float32)
+    shape = [1] * weighted.weight.symbols.ndim
+    shape[weighted.channel_axis] = -1
+    weighted.weight = weighted.weight.scaled(factor.astype(np.float32).reshape(shape))
+    bias = 0.0 if weighted.bias is None else weighted.bias
+    weighted.bias = (bias * factor + shift).astype(np.float32)
     old, new = norm.outputs[0], norm.inputs[0]
     if old.is_graph_output():
         new.name, old.name = old.name, None
@@ -96,15 +97,15 @@ def fold_batch_norm(graph: Any, site: Site) -> Any:
 
 
 def norm_factors(norm: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What a BatchNormalization multiplies each channel with, and what it adds then."""
+    """Factor and offset of each channel of a BatchNormalization."""
     gamma, beta, mean, variance = (_numbers(value) for value in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     return factor, beta - mean * factor
 
 
-def _offsets_first(site: Site) -> bool:
+def _offsets_first(weighted: WeightedNode) -> bool:
     """Whether a rewritten transposed convolution's channels are `(i, j, out)`."""
-    node = only_use(site.output)
+    node = only_use(weighted.output)
     if node is None:
         return False
     shuffle = attribute(node, "mode", "DCR") if node.op_type == "DepthToSpace" else None
@@ -117,21 +118,21 @@ def _numbers(value: Any) -> NDArray[np.float64]:
     return found.astype(np.float64)
 
 
-def lift_elementwise(graph: Any, site: Site, rounded: Container[Any]) -> None:
+def lift_elementwise(graph: Any, weighted: WeightedNode, rounded: Container[Any]) -> None:
     """Bring an activation right behind its product, before reshapes and the like.
 
     Runtimes fuse a product, its activation and its rounding only where they stand side by side.
     Values that are `rounded` before their activation stay where they are.
     """
-    first = last = only_use(site.output)
-    if not _reorders(first) or site.output_grid is not None:
+    first = last = only_use(weighted.output)
+    if not _reorders(first) or weighted.output_grid is not None:
         return
     while _reorders(following := only_use(last.outputs[0])):
         last = following
     if last.outputs[0] in rounded or following is None:
         return
     if following.op_type in ELEMENTWISE:
-        _swap(graph, site.output, first, last, following)
+        _swap(graph, weighted.output, first, last, following)
 
 
 def _reorders(node: Any) -> bool:
@@ -149,9 +150,6 @@ def _swap(graph: Any, value: Any, first: Any, last: Any, activation: Any) -> Non
     moved.name, result.name = result.name, moved.name
     moved.type = result.type
     result.shape = value.shape
-
-
-Uses = list[tuple[Any, int]]
 
 
 def initializer(graph: Any, name: str, array: np.ndarray) -> Any:
@@ -176,21 +174,24 @@ def grid_key(grid: AffineGrid) -> tuple[float, int, int]:
     return float(grid.scale.reshape(-1)[0]), int(grid.zero_point.reshape(-1)[0]), grid.bits
 
 
-def is_rounded(site: Site, sites: Sequence[Site], points: Mapping[Any, AffineGrid]) -> bool:
-    """Whether what a product gives is rounded before anything but moves and a ReLU reads it.
+def is_rounded(
+    weighted: WeightedNode, weighted_nodes: Sequence[WeightedNode], points: Mapping[Any, AffineGrid]
+) -> bool:
+    """Whether the output of a product is quantized before anything but moves and a ReLU reads it.
 
     A LeakyReLU in between needs a rounding of its own in front: int8 kernels have no other way,
     and a rounding that the module does not have would not be the module's result.
 
     Args:
-        site: the product.
-        sites: all products; one that reads the value rounds it first, if it has an input grid.
+        weighted: the product.
+        weighted_nodes: all products; one that reads the value rounds it first, if it has an
+            input grid.
         points: values that are rounded by themselves.
     """
-    norm = norm_behind(site)
-    value = site.output if norm is None else norm[0].outputs[0]
-    grids = {one.node: one.input_grid for one in sites}
-    grid = site.output_grid
+    norm = norm_behind(weighted)
+    value = weighted.output if norm is None else norm[0].outputs[0]
+    grids = {one.node: one.input_grid for one in weighted_nodes}
+    grid = weighted.output_grid
     while grid is None:
         grid = points.get(value) or _common_grid(grids, readers(value), value.is_graph_output())
         node = only_use(value)
@@ -210,10 +211,10 @@ def _common_grid(rounded: Mapping[Any, Any], uses: Sequence[Any], is_output: boo
 
 
 def output_points(
-    graph: Any, activations: Mapping[str, ActivationGrids], sites: Sequence[Site]
+    graph: Any, activations: Mapping[str, ActivationGrids], weighted_nodes: Sequence[WeightedNode]
 ) -> tuple[dict[Any, AffineGrid], dict[str, str]]:
     """Values that modules without a product of their own round, and why others were not found."""
-    own, points, missing = {site.path for site in sites}, {}, {}
+    own, points, missing = {weighted.path for weighted in weighted_nodes}, {}, {}
     for path, grids in activations.items():
         if path in own:
             continue
@@ -239,15 +240,15 @@ def round_output(graph: Any, value: Any, grid: AffineGrid) -> None:
     _round(graph, value, uses, grid, is_output=value.is_graph_output())
 
 
-def round_inputs(graph: Any, sites: Sequence[Site]) -> None:
-    """Round what products read, as early as the same rounding serves all readers."""
+def round_inputs(graph: Any, weighted_nodes: Sequence[WeightedNode]) -> None:
+    """Quantize inputs of products, as early as the same rounding serves all readers."""
     groups: dict[tuple[Any, Any], Uses] = defaultdict(list)
     grids: dict[Any, AffineGrid] = {}
-    for site in sites:
-        if site.input_grid is not None:
-            key = grid_key(site.input_grid)
-            groups[site.node.inputs[0], key].append((site.node, 0))
-            grids[key] = site.input_grid
+    for weighted in weighted_nodes:
+        if weighted.input_grid is not None:
+            key = grid_key(weighted.input_grid)
+            groups[weighted.node.inputs[0], key].append((weighted.node, 0))
+            grids[key] = weighted.input_grid
     for (value, key), uses in groups.items():
         _round(graph, value, uses, grids[key])
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions, opened as the file asks, and what runs inside them."""
+"""ONNX Runtime sessions with the options of the file, and the operators that they execute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def onnx_session(
     threads: int | None = None,
     spinning: bool = True,
 ) -> Any:
-    """An ONNX Runtime session on the CPU with the options that the file's metadata asks for.
+    """An ONNX Runtime session on the CPU with the options of the file's metadata.
 
     Weights that wait for a DequantizeLinear at every call make a file of integers up to 3
     times slower: `session.disable_quant_qdq` has them evaluated once.
@@ -94,7 +94,7 @@ def make_session(
 
 
 def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-    """What ONNX Runtime runs after its own rewriting: (on whole numbers, on floats), by type.
+    """What ONNX Runtime runs after its own rewriting: (on integers, on floats), by type.
 
     Conversions between the two are listed with the floats; arithmetic on shapes is in neither.
 

@@ -1,4 +1,4 @@
-"""What a module's forward takes and gives, as flat tuples of named tensors."""
+"""Signature of a module's forward: inputs and outputs as flat tuples of named tensors."""
 
 from __future__ import annotations
 

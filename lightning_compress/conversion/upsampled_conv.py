@@ -1,4 +1,4 @@
-"""Convolutions that read an enlarged picture: they multiply before it is enlarged.
+"""Convolutions behind an upsampling, rewritten to multiply before it.
 
 A kernel of 3 x 3 taps that reads each pixel twice along both axes needs 4 of 9 multiplications,
 with sums of weights in the place of weights. Sums are weights of int8 only where they fit.
@@ -27,7 +27,7 @@ from lightning_compress.conversion.integer_weights import (
     Summed,
     stored_weight,
 )
-from lightning_compress.conversion.nodes import Site, attribute, enlargement
+from lightning_compress.conversion.nodes import WeightedNode, attribute, enlargement
 from lightning_compress.conversion.program import plain_copy
 from lightning_compress.grids import grid_of_range
 from lightning_compress.quantization.upsampled_conv import saves_by_sums, step_for_sums, summed_taps
@@ -72,7 +72,7 @@ def enlarged_as_conv(
 def let_sums_fit(
     module: nn.Module,
     plain: nn.Module,
-    sites: Sequence[Site],
+    weighted_nodes: Sequence[WeightedNode],
     stored: dict[str, StoredWeight],
     trained: Container[str],
 ) -> None:
@@ -81,48 +81,48 @@ def let_sums_fit(
     Args:
         module: as it was, with the weights before they were rounded.
         plain: its copy, whose weights are rounded again.
-        sites: that may be rewritten; those of them that are get the new weight.
+        weighted_nodes: that may be rewritten; those of them that are get the new weight.
         stored: parameter -> weight; changed in place.
         trained: parameters that keep the grids they have.
     """
     uses: Counter[int | str] = Counter(
         id(one) for _, one in plain.named_parameters(remove_duplicate=False)
     )
-    uses.update(site.parameter for site in sites)
+    uses.update(weighted.parameter for weighted in weighted_nodes)
     fresh: nn.Module | None = None
-    for site in sites:
-        factor = _gain(site)
-        parameter = plain.get_parameter(site.parameter)
-        if factor is None or site.parameter in trained:
+    for weighted in weighted_nodes:
+        factor = _gain(weighted)
+        parameter = plain.get_parameter(weighted.parameter)
+        if factor is None or weighted.parameter in trained:
             continue
-        if max(uses[id(parameter)], uses[site.parameter]) > 1:
+        if max(uses[id(parameter)], uses[weighted.parameter]) > 1:
             continue
         fresh = plain_copy(module) if fresh is None else fresh
-        weight = fresh.get_parameter(site.parameter).detach().float()
+        weight = fresh.get_parameter(weighted.parameter).detach().float()
         width = INT8[1] * step_for_sums(weight, factor, 0, slack=0.0)
         grid = grid_of_range(-width, width, bits=8, symmetric=True, axis=0)
-        found = stored_weight(plain.get_submodule(site.path), weight, grid)
-        source = "range of sums for enlarged pictures, symmetric, per channel, 8 bits"
-        site.weight = stored[site.parameter] = replace(found, source=source)
-        parameter.data.copy_(torch.from_numpy(site.weight.values))
+        found = stored_weight(plain.get_submodule(weighted.path), weight, grid)
+        source = "range of sums for enlarged images, symmetric, per channel, 8 bits"
+        weighted.weight = stored[weighted.parameter] = replace(found, source=source)
+        parameter.data.copy_(torch.from_numpy(weighted.weight.values))
 
 
-def rewrite_enlarged(graph: Any, site: Site) -> bool:
-    """Let a Conv read a picture before its enlargement, where that saves and its sums fit."""
-    factor, padding = _gain(site), plain_padding(site.node)
-    if factor is None or padding is None or not isinstance(site.weight, IntegerWeight):
+def rewrite_enlarged(graph: Any, weighted: WeightedNode) -> bool:
+    """Let a Conv read an image before its enlargement, where that saves and its sums fit."""
+    factor, padding = _gain(weighted), plain_padding(weighted.node)
+    if factor is None or padding is None or not isinstance(weighted.weight, IntegerWeight):
         return False
     padding = (padding[0], padding[1])
-    node, groups = site.node, attribute(site.node, "group", 1)
-    symbols = torch.from_numpy(site.weight.symbols)
+    node, groups = weighted.node, attribute(weighted.node, "group", 1)
+    symbols = torch.from_numpy(weighted.weight.symbols)
     as_conv = enlarged_as_conv(symbols, factor=factor, padding=padding, groups=groups)
     sums = as_conv.weight
     if int(sums.min()) < INT8[0] or int(sums.max()) > INT8[1]:
         return False
     _pass_by(graph, node)
     kernel = (symbols.shape[2], symbols.shape[3])
-    put_in_blocks(graph, site, as_conv, groups)
-    site.weight = replace(site.weight, summed=Summed(factor, kernel, groups))
+    put_in_blocks(graph, weighted, as_conv, groups)
+    weighted.weight = replace(weighted.weight, summed=Summed(factor, kernel, groups))
     return True
 
 
@@ -139,9 +139,9 @@ def _pass_by(graph: Any, node: Any) -> None:
         graph.remove(resize, safe=True)
 
 
-def _gain(site: Site) -> int | None:
+def _gain(weighted: WeightedNode) -> int | None:
     """The factor of the enlargement that a Conv reads, where multiplying before it saves."""
-    node, weight = site.node, site.weight
+    node, weight = weighted.node, weighted.weight
     if node.op_type != "Conv" or not isinstance(weight, IntegerWeight) or weight.symbols.ndim != 4:
         return None
     down, along = enlargement(node.inputs[0].producer()) or (1, 1)

@@ -1,4 +1,4 @@
-"""Which operator sets and file formats an ONNX Runtime reads."""
+"""Operator sets and file formats that each ONNX Runtime version reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLE = (
 )
 FOUR_BITS = (1, 23)  # from here on a Cast from int4 runs
 SEVERAL_ZERO_POINTS = (1, 27)  # and the least of two uint8
-INT8_OPSET = 21  # the first with 4-bit whole numbers
+INT8_OPSET = 21  # the first with 4-bit integers
 INT8_OPSET_BEFORE = 20
 
 

@@ -1,4 +1,4 @@
-"""How stored weights and biases stand in an ONNX file."""
+"""Storage of weights and biases as initializers of an ONNX file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_compress.conversion.integer_weights import (
     StoredWeight,
     Summed,
 )
-from lightning_compress.conversion.nodes import Site, modules_of
+from lightning_compress.conversion.nodes import WeightedNode, modules_of
 from lightning_compress.conversion.qdq import grid_key, initializer
 from lightning_compress.conversion.session import FOLD_WEIGHTS
 from lightning_compress.conversion.versions import Target
@@ -39,6 +39,12 @@ __all__ = [
 LARGEST = 32_767
 CAUTION = 0.9  # inputs to come may be a little larger than those seen
 KEPT_ROWS = 8192
+MARK = "lightning_compress.weight"
+LARGEST_INT32 = 2**31 - 1
+LONG = 1024
+FEW = 24  # numbers that take no more room than an operator that repeats one
+HIGH = 64
+RECURRENT = ("Slice", "Unsqueeze", "Concat", "GRU", "LSTM", "RNN")
 
 
 @torch.no_grad()
@@ -113,16 +119,10 @@ def _pair_is_cut_off(values: NDArray[np.int32], weights: NDArray[np.int32]) -> b
     return bool(np.abs(sums).max() > limit)
 
 
-MARK = "lightning_compress.weight"
-LARGEST_INT32 = 2**31 - 1
-LONG = 1024
-FEW = 24  # numbers that take no more room than an operator that repeats one
-
-
 def place_weight(graph: Any, name: str, weight: StoredWeight) -> Any:
     """A DequantizeLinear in front of everything that gives a weight; returns its value.
 
-    The optimizer that runs next never evaluates a DequantizeLinear: the weight stays whole numbers.
+    The optimizer that runs next never evaluates a DequantizeLinear: the weight stays integers.
     """
     ir = require("onnx_ir", extra="onnx")
     if isinstance(weight, CodebookWeight):
@@ -153,38 +153,38 @@ def _vector(values: NDArray, axis: int | None) -> NDArray:
     return values.reshape(()) if axis is None else values.reshape(-1)
 
 
-def place_bias(graph: Any, site: Site) -> None:
+def place_bias(graph: Any, weighted: WeightedNode) -> None:
     """Give a product its bias: int32 in steps of input times weight, or as floats."""
-    if site.bias is None:
+    if weighted.bias is None:
         return
-    if site.node.op_type == "MatMul":
-        _add_bias(graph, site)
+    if weighted.node.op_type == "MatMul":
+        _add_bias(graph, weighted)
         return
-    value = _bias_value(graph, site)
-    if len(site.node.inputs) < 3:
-        site.node.resize_inputs(3)
-    site.node.replace_input_with(2, value)
+    value = _bias_value(graph, weighted)
+    if len(weighted.node.inputs) < 3:
+        weighted.node.resize_inputs(3)
+    weighted.node.replace_input_with(2, value)
 
 
-def _bias_value(graph: Any, site: Site) -> Any:
+def _bias_value(graph: Any, weighted: WeightedNode) -> Any:
     ir = require("onnx_ir", extra="onnx")
-    assert site.bias is not None
-    name = f"{site.path or 'module'}.{site.node.op_type}.bias"
+    assert weighted.bias is not None
+    name = f"{weighted.path or 'module'}.{weighted.node.op_type}.bias"
     if (
-        site.node.op_type == "Gemm"
-        or site.bias.size >= LONG  # the steps would take as much again: ONNX Runtime finds them
-        or not site.whole
-        or site.input_grid is None
-        or not isinstance(site.weight, IntegerWeight)
+        weighted.node.op_type == "Gemm"
+        or weighted.bias.size >= LONG  # the steps would take as much again: ONNX Runtime finds them
+        or not weighted.whole
+        or weighted.input_grid is None
+        or not isinstance(weighted.weight, IntegerWeight)
     ):
-        return initializer(graph, name, site.bias.astype(np.float32))
-    step, _, bits = grid_key(site.input_grid)
+        return initializer(graph, name, weighted.bias.astype(np.float32))
+    step, _, bits = grid_key(weighted.input_grid)
     step /= 2 ** (8 - bits)  # see `_pair`
-    scale = (np.float32(step) * site.weight.scale.reshape(-1)).astype(np.float32)
-    scale = np.broadcast_to(scale, site.bias.shape).copy()
-    whole = np.rint(site.bias / scale.astype(np.float64))
+    scale = (np.float32(step) * weighted.weight.scale.reshape(-1)).astype(np.float32)
+    scale = np.broadcast_to(scale, weighted.bias.shape).copy()
+    whole = np.rint(weighted.bias / scale.astype(np.float64))
     if np.abs(whole).max(initial=0) > LARGEST_INT32:
-        return initializer(graph, name, site.bias.astype(np.float32))
+        return initializer(graph, name, weighted.bias.astype(np.float32))
     inputs = [
         initializer(graph, f"{name}.quantized", whole.astype(np.int32)),
         initializer(graph, f"{name}.scale", scale),
@@ -194,18 +194,18 @@ def _bias_value(graph: Any, site: Site) -> Any:
     return node.outputs[0]
 
 
-def _add_bias(graph: Any, site: Site) -> None:
-    name = f"{site.path or 'module'}.bias.added"
-    add = site.output.producer()
-    assert site.bias is not None
-    if add.op_type == "Add" and add.inputs[0] is site.node.outputs[0]:
-        add.replace_input_with(1, initializer(graph, name, site.bias.astype(np.float32)))
+def _add_bias(graph: Any, weighted: WeightedNode) -> None:
+    name = f"{weighted.path or 'module'}.bias.added"
+    add = weighted.output.producer()
+    assert weighted.bias is not None
+    if add.op_type == "Add" and add.inputs[0] is weighted.node.outputs[0]:
+        add.replace_input_with(1, initializer(graph, name, weighted.bias.astype(np.float32)))
 
 
 def repeated(graph: Any, before: Any, name: str, vector: NDArray) -> Any:
     """A long vector whose entries come in runs of equal length, stored once a run.
 
-    A Linear layer that feeds pictures has one step and bias a pixel, equal within a channel.
+    A Linear layer that feeds images has one step and bias a pixel, equal within a channel.
     """
     run = _run_length(vector)
     if vector.size < LONG or run == 1:
@@ -241,7 +241,7 @@ def rewrite_storage(
     Args:
         graph: holds the nodes that `place_weight` made.
         weights: by the name they were placed under.
-        whole: those that multiply as whole numbers -> whether as uint8 around 128.
+        whole: those that multiply as integers -> whether as uint8 around 128.
         four_bits: whether there are 4-bit numbers to store in; else a byte holds each.
     """
     for node in list(graph):
@@ -468,13 +468,9 @@ def _replace(graph: Any, old: Any, new: Any) -> None:
             del graph.initializers[value.name]
 
 
-HIGH = 64
-RECURRENT = ("Slice", "Unsqueeze", "Concat", "GRU", "LSTM", "RNN")
-
-
 def finished_models(
     model: Any,
-    sites: Sequence[Site],
+    weighted_nodes: Sequence[WeightedNode],
     stored: Mapping[str, StoredWeight],
     seen: Mapping[str, NDArray],
     target: Target,
@@ -489,25 +485,31 @@ def finished_models(
     optimizer stores equal weights once, so that all products of one parameter have it alike.
     """
     graph = model.graph
-    _check_zero_points(sites, target)
+    _check_zero_points(weighted_nodes, target)
     placed: dict[str, StoredWeight] = {}
     risky: set[str] = set()
     shifted: set[str] = set()
-    for number, site in enumerate(sites):
-        name = site.parameter if site.parameter not in placed else f"{site.parameter}.{number}"
-        if site.whole and isinstance(site.weight, IntegerWeight):
-            site.weight = site.weight.stretched()
-        placed[name] = site.weight
-        site.node.replace_input_with(1, place_weight(graph, name, site.weight))
-        place_bias(graph, site)
-        if not site.whole or not isinstance(site.weight, IntegerWeight):
+    for number, weighted in enumerate(weighted_nodes):
+        name = (
+            weighted.parameter
+            if weighted.parameter not in placed
+            else f"{weighted.parameter}.{number}"
+        )
+        if weighted.whole and isinstance(weighted.weight, IntegerWeight):
+            weighted.weight = weighted.weight.stretched()
+        placed[name] = weighted.weight
+        weighted.node.replace_input_with(1, place_weight(graph, name, weighted.weight))
+        place_bias(graph, weighted)
+        if not weighted.whole or not isinstance(weighted.weight, IntegerWeight):
             continue
-        if is_cut_off(site.weight, site.node.op_type, seen, site.path):
-            risky.add(site.parameter)
-        if site.input_grid is not None and _rests_high(site.input_grid):
-            shifted.add(site.parameter)
-    whole = {site.parameter for site in sites if site.whole}
-    parameters = {name: site.parameter for name, site in zip(placed, sites, strict=True)}
+        if is_cut_off(weighted.weight, weighted.node.op_type, seen, weighted.path):
+            risky.add(weighted.parameter)
+        if weighted.input_grid is not None and _rests_high(weighted.input_grid):
+            shifted.add(weighted.parameter)
+    whole = {weighted.parameter for weighted in weighted_nodes if weighted.whole}
+    parameters = {
+        name: weighted.parameter for name, weighted in zip(placed, weighted_nodes, strict=True)
+    }
     reasons = _place_others(graph, stored, placed)
     parameters |= {f"{name}.shared": name for name in stored if f"{name}.shared" in placed}
     parameters = {name: whose for name, whose in parameters.items() if whose in whole}
@@ -528,15 +530,16 @@ def _rests_high(grid: AffineGrid) -> bool:
     return int(grid.zero_point.max()) * 2 ** (8 - grid.bits) > HIGH
 
 
-def _check_zero_points(sites: Sequence[Site], target: Target) -> None:
+def _check_zero_points(weighted_nodes: Sequence[WeightedNode], target: Target) -> None:
     """Refuse what an older ONNX Runtime has no kernel for."""
-    for site in sites:
-        if target.several_zero_points or not site.whole:
+    for weighted in weighted_nodes:
+        if target.several_zero_points or not weighted.whole:
             continue
-        zero = site.weight.encoded()[2] if isinstance(site.weight, IntegerWeight) else None
+        zero = weighted.weight.encoded()[2] if isinstance(weighted.weight, IntegerWeight) else None
         if zero is not None and (zero != zero.flat[0]).any():
             raise ValueError(
-                f"for_onnxruntime={target.name!r}: {site.parameter} has a zero point a channel, "
+                f"for_onnxruntime={target.name!r}: {weighted.parameter} has a zero point "
+                "a channel, "
                 'which runs from 1.27 on: quantize with scheme="symmetric" or per_channel=False'
             )
 
@@ -567,11 +570,11 @@ def _is_alive(node: Any) -> bool:
 
 def _why_alone(nodes: Sequence[Any]) -> str:
     if any(node.op_type == "Gather" for node in nodes):
-        return "a lookup does not multiply: its weights alone are whole numbers"
+        return "a lookup does not multiply: its weights alone are integers"
     if any(node.op_type in RECURRENT for node in nodes):
-        return "recurrent layers have no int8 kernel: their weights alone are whole numbers"
+        return "recurrent layers have no int8 kernel: their weights alone are integers"
     scopes = sorted({part for node in nodes for part in modules_of(node)})
-    return f"no product of a layer in {scopes}: its weights alone are whole numbers"
+    return f"no product of a layer in {scopes}: its weights alone are integers"
 
 
 def _finish(

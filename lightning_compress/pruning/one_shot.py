@@ -1,4 +1,4 @@
-"""One-shot pruning of a trained module in place, without Lightning and without training."""
+"""One-shot pruning of a trained module, in place: no Lightning, no training."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,35 +15,67 @@ from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.masks import lowest_pruned
 from lightning_compress.pruning.statistics import over_processes
 
-__all__ = ["DenseGradients", "check_regrowth", "exchange", "exchanged_fraction", "reset_momenta"]
+__all__ = [
+    "DenseGradients",
+    "Regrowth",
+    "exchange",
+    "exchanged_fraction",
+    "make_regrowth",
+    "reset_momenta",
+]
+
+_KINDS = ("straight_through", "gradient")
 
 
-_REGROW = (None, "straight_through", "gradient")
-
-
-def check_regrowth(regrow: str | None, fraction: float, scope: str, *, fixed: bool) -> None:
-    """Check how pruned weights may return.
+@dataclass(frozen=True, kw_only=True)
+class Regrowth:
+    """How pruned weights may return: `GradualPruning(regrow=...)`.
 
     Args:
-        regrow: None, "straight_through" or "gradient".
-        fraction: of the weights that RigL exchanges.
+        kind: "straight_through": pruned weights keep training by dense gradients and may return
+            at a pruning event. "gradient": RigL (Evci et al. 2020, arXiv:1911.11134), at each
+            event some of the smallest weights make room for the largest gradients.
+        fraction: of the active weights, exchanged by "gradient" at `begin`; a cosine anneals it
+            to 0 at `end`.
+
+    Raises:
+        ValueError: for an unknown kind, and a fraction outside (0, 1).
+
+    >>> Regrowth(kind="gradient", fraction=0.5).fraction
+    0.5
+    """
+
+    kind: str = "gradient"
+    fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"regrow={self.kind!r}: valid are {[None, *_KINDS]}")
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"regrow: fraction={self.fraction!r} must lie between 0 and 1")
+
+
+def make_regrowth(regrow: str | Regrowth | None, scope: str, *, fixed: bool) -> Regrowth | None:
+    """Make the `Regrowth` of a kind, and check that scope and granularity allow it.
+
+    Args:
+        regrow: None, a kind, or a `Regrowth`.
         scope: how the targets share the sparsity.
         fixed: whether the granularity fixes the sparsity of each layer, as n:m does.
 
     Raises:
-        ValueError: for an unknown way, and for one that the granularity cannot go.
+        ValueError: for an unknown kind, and for one that the granularity does not allow.
 
-    >>> check_regrowth("gradient", 0.3, "erk", fixed=False)
+    >>> make_regrowth("gradient", "erk", fixed=False)
+    Regrowth(kind='gradient', fraction=0.3)
     """
-    if regrow not in _REGROW:
-        raise ValueError(f"regrow={regrow!r}: valid are {list(_REGROW)}")
-    if not 0 < fraction < 1:
-        raise ValueError(f"regrow_fraction={fraction!r} must lie between 0 and 1")
-    if fixed and (scope == "erk" or regrow == "gradient"):
+    found = regrow if regrow is None or isinstance(regrow, Regrowth) else Regrowth(kind=regrow)
+    if fixed and (scope == "erk" or (found is not None and found.kind == "gradient")):
         raise ValueError(
             "a granularity of n:m fixes the sparsity of each layer: scope='erk' and "
             "regrow='gradient' would move it"
         )
+    return found
 
 
 class DenseGradients:

@@ -38,14 +38,14 @@ class SparsityGroup:
     Args:
         pattern: what chose them; None: all targets.
         curve: from position to sparsity.
-        asked: the highest sparsity asked so far.
+        requested: the highest sparsity asked so far.
         slots: the targets, in a fit.
         fixed: the pattern of n:m leaves dense what it does not fit: what was asked counts.
     """
 
     pattern: Pattern | None
     curve: Curve
-    asked: float = 0.0
+    requested: float = 0.0
     slots: list[ProjectedWeight] = field(default_factory=list)
     fixed: bool = False
 
@@ -75,7 +75,7 @@ class SparsityGroup:
         if steered is None:
             return self.target(position)
         if isinstance(steered, Mapping):
-            return steered.get(self.paths()[0], self.asked)
+            return steered.get(self.paths()[0], self.requested)
         if len(parts) == 1:
             return steered
         finals = [part.target(math.inf) for part in parts]
@@ -90,23 +90,23 @@ class SparsityGroup:
         """
         final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
         reached = self.sparsity
-        unasked = round(final * total) > round(self.asked * total)
+        unreached = round(final * total) > round(self.requested * total)
         units = [slot.unit for slot in self.slots]
         near = max(max(units), sum(units) / 2)  # with scope="layer" each rounds by itself
-        if not unasked and (self.fixed or (final - reached) * total <= near):
+        if not unreached and (self.fixed or (final - reached) * total <= near):
             return ""
         of = "" if self.pattern is None else f" of {self.pattern!r}"
         why = (
             late or f"the run ended before end={end!r} of the schedule"
-            if unasked
+            if unreached
             else "min_keep or whole units kept more, or zeros went with removed channels"
         )
         return f"ended at sparsity {reached:.4f}{of} instead of {final:.4f}: {why}"
 
-    def ask(self, sparsity: float) -> float:
+    def request(self, sparsity: float) -> float:
         """The sparsity to reach now: it never falls, whatever the schedule does."""
-        self.asked = max(self.asked, sparsity)
-        return self.asked
+        self.requested = max(self.requested, sparsity)
+        return self.requested
 
 
 def make_schedules(
@@ -201,7 +201,9 @@ def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
 def split_groups(parts: Sequence[SparsityGroup]) -> list[SparsityGroup]:
     """A group for each target, at the sparsity of its present mask."""
     return [
-        SparsityGroup(slot.path, part.curve, asked=slot.sparsity, slots=[slot], fixed=part.fixed)
+        SparsityGroup(
+            slot.path, part.curve, requested=slot.sparsity, slots=[slot], fixed=part.fixed
+        )
         for part in parts
         for slot in part.slots
     ]

@@ -1,1 +1,1 @@
-"""Grids and observers: pure functions from a weight to the values it may take."""
+"""Quantization: grids, observers, weight quantizers and activation ranges."""

@@ -1,4 +1,4 @@
-"""Activations on grids as a module trains or is calibrated: ranges, clip values, hooks."""
+"""Activation quantization in training and calibration: ranges, clip values, hooks."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ MOVES = ("View", "UnsafeView", "ReshapeAlias", "Reshape", "Transpose", "T", "Per
 MOVES += ("Squeeze", "Unsqueeze", "Slice", "Expand", "Clone", "ToCopy", "NativeDropout")
 MOVES += ("MaxPool2DWithIndices", "MaxPool3DWithIndices", "PixelShuffle")
 MOVES += ("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D")
+_DIVERGED = (
+    "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
+)
+Reduce = Callable[[Tensor, str], Tensor]
 
 
 class LastLayers:
@@ -106,7 +110,7 @@ class LastLayers:
         self._handles += [hook_input(norm, entered), hook_output(norm, left)]
 
     def look(self) -> bool:
-        """Read what ran since the last look, and let go of it: whether all layers have run."""
+        """Process the layers that ran since the last call; return whether all layers have run."""
         for start, path in self._inputs:
             self._walk(start, path)
             self._find_bare(start)
@@ -127,7 +131,7 @@ class LastLayers:
                     waiting.append(before)
 
     def _find_bare(self, start: Any) -> None:
-        """Go back from what a product reads; note sources that more than moves follow."""
+        """Trace back from the input of a product; note sources that more than moves follow."""
         waiting, visited = [(start, False)], {(start, False)}
         while waiting:
             node, changed = waiting.pop()
@@ -154,7 +158,7 @@ class LastLayers:
         return self._outputs[node]
 
     def bare(self) -> list[str]:
-        """Layers and norms that are not the last, and need a grid of what they give."""
+        """Layers and norms that are not the last, and need a grid of their output."""
         return sorted(self._bare - self._without_kernel - set(self.found()))
 
     def found(self) -> list[str]:
@@ -177,12 +181,6 @@ def _kind(node: Any) -> str:
 def _part(path: str, parts: Sequence[str]) -> str:
     inside = [one for one in parts if one == "" or path == one or path.startswith(f"{one}.")]
     return max(inside, key=len, default="")
-
-
-_DIVERGED = (
-    "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
-)
-Reduce = Callable[[Tensor, str], Tensor]
 
 
 class Activation:
@@ -209,7 +207,7 @@ class Activation:
         self._leaf: Tensor | None = None  # the clip value in autograd's graph
 
     def change(self, x: Tensor, *, training: bool) -> Tensor:
-        """What the layer gets in place of x; x as it is while nothing is known."""
+        """Input of the layer instead of x: quantized, or x itself before a range is known."""
         if training and not self.frozen and self.clip is None:
             self.observer.observe(x)
         if self.clip is not None and training and not self.frozen:
@@ -221,7 +219,7 @@ class Activation:
         return x if grid is None else fake_quantize(x, grid)
 
     def grid(self) -> AffineGrid | None:
-        """The grid of now, from 0 to 2^bits - 1; None when nothing was seen."""
+        """Current grid, from 0 to 2^bits - 1; None without a range."""
         return self._grid(torch.device("cpu"))
 
     def _grid(self, device: torch.device) -> AffineGrid | None:
@@ -241,7 +239,7 @@ class Activation:
         return self.observer.range == (0.0, 0.0)
 
     def settled(self) -> None:
-        """Let a clip value begin where the observed range ends."""
+        """Initialize a clip value with the end of the observed range."""
         if self.clip_lr is None or self.clip is not None:
             return
         known = self.observer.range
@@ -260,7 +258,7 @@ class Activation:
         self.clip.step(gradient if reduce is None else reduce(gradient, "sum"))
 
     def forget_gradient(self) -> None:
-        """Drop what another optimizer's loss left at the clip value."""
+        """Reset the gradient that another optimizer's loss left at the clip value."""
         self._leaf = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,7 +267,7 @@ class Activation:
         return {"observer": self.observer.state_dict(), "clip": clip, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.observer.load_state_dict(state["observer"])
         self.frozen = state["frozen"]
         if state["clip"] is not None:
@@ -327,7 +325,7 @@ class ActivationQuantizer:
         return Activation(**self._rules)
 
     def begin_from(self, known: Mapping[str, ActivationGrids]) -> None:
-        """Begin with grids that an earlier fit has left, where the bits are the same.
+        """Start from the grids of an earlier fit, where the bits are the same.
 
         Args:
             known: by path of the layer.
@@ -344,7 +342,7 @@ class ActivationQuantizer:
     def change(
         self, layers: dict[str, nn.Module], norms: dict[str, nn.Module] | None = None
     ) -> None:
-        """Go on with other layers and norms, by path: those that are known keep their ranges.
+        """Continue with other layers and norms, by path: known ones keep their ranges.
 
         Which are the last ones is looked for again; until it is known, those of before count.
         """
@@ -413,7 +411,7 @@ class ActivationQuantizer:
         return [*self.inputs.values(), *(self.outputs[path] for path in kept)]
 
     def step(self, reduce: Reduce | None = None) -> None:
-        """Take in what a step of the optimizer has shown; all processes must call alike."""
+        """Update the ranges after an optimizer step; all processes must call alike."""
         self._look()
         active = [one for one in self._all() if not one.frozen]
         settle([one.observer for one in active], reduce)
@@ -443,7 +441,7 @@ class ActivationQuantizer:
         self.attach()
 
     def forget_gradients(self) -> None:
-        """Drop what another optimizer's loss left at the clip values."""
+        """Reset the gradients that another optimizer's loss left at the clip values."""
         for one in self.inputs.values():
             one.forget_gradient()
 
@@ -485,7 +483,7 @@ class ActivationQuantizer:
             one.frozen = False
 
     def grids(self) -> dict[str, ActivationGrids]:
-        """The grids of now, by path of the layer; without those that are not known yet."""
+        """Current grids by path of the layer, without those that are not known yet."""
         last = self.last or ()
         found = {
             path: ActivationGrids(
@@ -497,7 +495,7 @@ class ActivationQuantizer:
         return {path: grids for path, grids in found.items() if grids != ActivationGrids()}
 
     def leave_grids(self) -> None:
-        """Let the layers remember their grids."""
+        """Attach the grids to their layers."""
         grids = self.grids()
         for path, layer in self.layers.items():
             set_activation_grids(layer, grids.get(path))
@@ -513,7 +511,7 @@ class ActivationQuantizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back.
+        """Restore them.
 
         Raises:
             ValueError: when the state is of other layers.
@@ -538,7 +536,7 @@ def _norms_beside(
 
 
 def calibrate(module: nn.Module, side: ActivationQuantizer, batches: Sequence[object]) -> None:
-    """Let an attached quantizer see all batches; the module is run as it is, in eval mode.
+    """Run all batches through the module in eval mode, for an attached quantizer to observe.
 
     Raises:
         ValueError: for layers that no batch went through, and for activations that are not finite

@@ -1,4 +1,4 @@
-"""Shared values of a weight: clustered while it trains, then trained themselves."""
+"""Codebook quantization: shared values of a weight, clustered and then trained."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 _MOST_POINTS = 1024  # of the exact search; more values are first put into so many bins
 _MOST_WORK = 3e7  # centres * points^2 of the exact search
 _MOST_ROUNDS = 100
+_HALVINGS = 149  # to the smallest float32
 
 
 def cluster(values: Tensor, count: int, *, weights: Tensor | None = None) -> Tensor:
@@ -190,9 +191,6 @@ def lloyd_centres(points: Floats, mass: Floats, centres: Floats) -> Floats:
     return centres
 
 
-_HALVINGS = 149  # to the smallest float32
-
-
 def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Tensor:
     """Gradient of each centre: the sum over the weights that share it; the centre 0 gets none.
 
@@ -215,7 +213,7 @@ def centre_gradient(gradient: Tensor, symbols: Tensor, grid: CodebookGrid) -> Te
 
 
 class CodebookGrids:
-    """A codebook by k-means, made anew at events; when frozen, its centres learn.
+    """Weight quantizer of a k-means codebook, clustered again at events; frozen centres train.
 
     Until `freeze` the latent weights train straight through and events go on with Lloyd's rounds
     from the centres of before. Then each weight keeps its centre, and the centres follow their
@@ -226,9 +224,9 @@ class CodebookGrids:
         lr: change of a centre at an update, in units of the centres' rms.
         partition: over which processes: each clusters the whole weight, at events.
 
-    >>> maker = CodebookGrids(bits=2, lr=0.001)
-    >>> maker.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
-    >>> maker.grid(torch.zeros(1)).centres
+    >>> quantizer = CodebookGrids(bits=2, lr=0.001)
+    >>> quantizer.start(torch.tensor([-1.0, 0.0, 3.0, 5.0]))
+    >>> quantizer.grid(torch.zeros(1)).centres
     tensor([-1.,  0.,  3.,  5.])
     """
 
@@ -249,7 +247,7 @@ class CodebookGrids:
         return cluster(self.partition.whole(values), 2**self.bits).to(values.device)
 
     def grid(self, values: Tensor) -> CodebookGrid:
-        """The codebook of now."""
+        """Current codebook."""
         centres = self._clustered(values) if self.centres is None else self.centres
         return CodebookGrid(centres.to(values.device))
 
@@ -295,7 +293,7 @@ class CodebookGrids:
         self.centres = torch.where(finite, moved, centres)
 
     def freeze(self, values: Tensor) -> None:  # noqa: ARG002
-        """Let each weight keep its centre."""
+        """Freeze the assignment of weights to centres."""
         self.frozen = True
 
     def thaw(self) -> None:
@@ -311,6 +309,6 @@ class CodebookGrids:
         return {"centres": self.centres, "frozen": self.frozen, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.centres, self.frozen = state["centres"], state["frozen"]
         self._adam.load_state_dict(state["adam"])

@@ -1,4 +1,4 @@
-"""Cross-layer equalization: factors move between two layers, the function stays."""
+"""Cross-layer equalization: moves scale factors between two layers, keeps the function."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ _HOMOGENEOUS = (
     nn.AvgPool2d,
 )
 _FUNCTIONS = (torch.relu, nn.functional.relu, nn.functional.leaky_relu)
+_ROUNDS = 20  # over a chain of layers; two layers alone need one
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,6 @@ def correct_biases(
         where = "in its bias" if bias is not None else f"in the running mean of {norm}"
         rows.append(Coverage(path, (), True, where))
     return rows
-
-
-_ROUNDS = 20  # over a chain of layers; two layers alone need one
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Uniform grids for the entropy coder: the step follows the rms of the non-zero weights."""
+"""Uniform quantization for the entropy coder: the step follows the rms of the non-zero weights."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ __all__ = [
     "steer",
 ]
 _MOST = 255  # steps from 0 on any grid of 8 bits
+FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
+_HALVINGS = 10
 
 
 def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
@@ -133,7 +135,7 @@ class EntropyGrid:
 
 @dataclass(frozen=True)
 class DeadZoneGrid(AffineGrid):
-    """A uniform grid that sends more to 0 than lies nearest to it.
+    """Uniform grid with a dead zone: values within it are quantized to 0.
 
     Args:
         dead_zone: half-width of what becomes 0, in steps: 0.5 rounds, 0.5 to under 1.
@@ -177,7 +179,7 @@ class EntropyGrids:
     """A uniform grid of step `relative_step * rms(non-zero weights)` that clips nothing.
 
     Its number of symbols does not matter for size, their entropy does. Where the range would need
-    more than `bits`, the step is raised until it does not, and `raised` tells so.
+    more than `bits`, the step is raised until it does not, and `raised` is True.
 
     Args:
         bits: most bits of a symbol, 2 to 8.
@@ -187,8 +189,8 @@ class EntropyGrids:
             give `r / N`.
         partition: over which processes the weight's rows are.
 
-    >>> maker = EntropyGrids(bits=8, relative_step=0.5)
-    >>> maker.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
+    >>> quantizer = EntropyGrids(bits=8, relative_step=0.5)
+    >>> quantizer.grid(torch.tensor([3.0, 0.0, 0.0, -3.0])).scale
     tensor([1.5000])
     """
 
@@ -207,11 +209,11 @@ class EntropyGrids:
         self.held: float | None = None  # the step when frozen
 
     def start(self, values: Tensor) -> None:
-        """Tell whether the step is raised."""
+        """Update whether the step is raised."""
         self.raised = bool(self._step(values)[1])
 
     def _step(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step, whether the range asked for a larger one, and the largest size of a value.
+        """Step, whether the range needs a larger one, and the largest magnitude of a value.
 
         All are tensors where the values are: a number of Python would wait for the device.
         """
@@ -222,7 +224,7 @@ class EntropyGrids:
         return torch.where(least > step, least, step), least > step, largest
 
     def _looked_at(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The rms of what is not 0, and the largest size, over all processes: one message."""
+        """Rms of the non-zero values, and largest magnitude, by one all-reduce."""
         zero = values.new_zeros((), dtype=double_of(values))
         count, norm, largest = zero, zero, zero
         if self.held is None:
@@ -253,7 +255,7 @@ class EntropyGrids:
             gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
 
     def step(self, values: Tensor, *, event: bool) -> None:
-        """Tell at an event whether the step is raised; the step itself follows the weights."""
+        """Update at an event whether the step is raised; the step itself follows the weights."""
         if event:
             self.raised = bool(self._step(values)[1])
 
@@ -273,23 +275,23 @@ class EntropyGrids:
         return {"relative_step": self.relative_step, "held": self.held, "raised": self.raised}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.relative_step, self.held = state["relative_step"], state["held"]
         self.raised = state["raised"]
 
 
-def predicted_bits(maker: EntropyGrids, values: Tensor) -> float:
+def predicted_bits(quantizer: EntropyGrids, values: Tensor) -> float:
     """Bits of a weight's symbols on the grid that it would get now.
 
-    >>> maker = EntropyGrids(bits=8, relative_step=1.0)
-    >>> predicted_bits(maker, torch.tensor([0.0, 0.0, 1.0, -1.0]))
+    >>> quantizer = EntropyGrids(bits=8, relative_step=1.0)
+    >>> predicted_bits(quantizer, torch.tensor([0.0, 0.0, 1.0, -1.0]))
     6.0
     """
-    return entropy_bits(maker.grid(values).quantize(values), partition=maker.partition)
+    return entropy_bits(quantizer.grid(values).quantize(values), partition=quantizer.partition)
 
 
-def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:
-    """Give all makers the relative step at which their weights together cost so many bits.
+def steer(quantizers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:
+    """Give all quantizers the relative step at which their weights together cost so many bits.
 
     Bisection in the logarithm of the step, from 0.01 to 8 times the rms.
 
@@ -297,15 +299,15 @@ def steer(makers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float)
         The bits at the step that was found; far from `bits` when those are out of reach.
 
     >>> values = torch.linspace(-1, 1, 1001)
-    >>> maker = EntropyGrids(bits=8, relative_step=0.1)
-    >>> round(steer([maker], [values], 3 * 1001) / 1001, 1)
+    >>> quantizer = EntropyGrids(bits=8, relative_step=0.1)
+    >>> round(steer([quantizer], [values], 3 * 1001) / 1001, 1)
     3.0
     """
 
     def cost(log_step: float) -> float:
-        for maker in makers:
-            maker.relative_step = math.exp(log_step)
-        return sum(map(predicted_bits, makers, values))
+        for quantizer in quantizers:
+            quantizer.relative_step = math.exp(log_step)
+        return sum(map(predicted_bits, quantizers, values))
 
     low, high = math.log(FINEST), math.log(COARSEST)
     for _ in range(_HALVINGS):

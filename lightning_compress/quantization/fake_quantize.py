@@ -1,4 +1,4 @@
-"""Fake quantization of activations: values of the grid in floating point, straight through."""
+"""Fake quantization of activations with a straight-through gradient."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ __all__ = [
     "fake_quantized",
     "why_float",
 ]
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_FUSED = "attention runs inside one fused operation, in float"
+_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.RNNBase, nn.RNNCellBase), "its gates run inside one fused operation, in float"),
+    ((nn.Embedding, nn.EmbeddingBag), "its input are indices"),
+    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _FUSED),
+)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -92,7 +99,7 @@ def fake_quantize(x: Tensor, grid: AffineGrid) -> Tensor:
 
 
 class _ClippedFakeQuantize(torch.autograd.Function):
-    """PACT: the gradient of what is clipped goes to the clip value."""
+    """PACT: clipped values pass their gradient to the clip value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int) -> Tensor:
@@ -145,19 +152,10 @@ def dynamic_fake_quantize(x: Tensor) -> Tensor:
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-_FUSED = "attention runs inside one fused operation, in float"
-_REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.RNNBase, nn.RNNCellBase), "its gates run inside one fused operation, in float"),
-    ((nn.Embedding, nn.EmbeddingBag), "its input are indices"),
-    ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _FUSED),
-)
-
-
 def activation_layers(
     module: nn.Module, targets: Sequence[Target]
 ) -> tuple[dict[str, nn.Module], list[Coverage]]:
-    """Layers with a target weight whose input goes onto a grid, by path, and why others do not.
+    """Layers with a target weight whose input is quantized, by path, and why others are skipped.
 
     All layers that hold a tied weight are among them: each reads something else.
 
@@ -186,7 +184,7 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def why_float(layer: nn.Module) -> str:
-    """Why a layer's activations go onto no grid; empty for one whose do."""
+    """Why a layer's activations are not quantized; empty for one whose are."""
     for kinds, why in _REASONS:
         if isinstance(layer, kinds):
             return f"weights only, {type(layer).__name__}: {why}"
@@ -197,10 +195,10 @@ def why_float(layer: nn.Module) -> str:
 
 @contextmanager
 def fake_quantized(module: nn.Module) -> Iterator[nn.Module]:
-    """Let a module compute with the activation grids that its layers remember, for a while.
+    """Context in which a module computes with the activation grids attached to its layers.
 
     The weights lie on their grids already; this makes the forward pass what an integer engine
-    computes. A module whose layers remember none computes as ever.
+    computes. A module without attached grids computes as before.
 
     >>> import torch
     >>> from lightning_compress.grids import grid_of_range

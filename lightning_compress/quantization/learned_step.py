@@ -44,7 +44,7 @@ class Adam:
         return int(self._count)
 
     def direction(self, gradient: Tensor, taken: Tensor | None = None) -> Tensor:
-        """Take in a gradient; what to go against, of size about 1.
+        """Update the moments with a gradient; return the step direction, of size about 1.
 
         Args:
             gradient: of the shape of all others.
@@ -75,7 +75,7 @@ class Adam:
         return {"count": self.count, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self._count = float(state["count"])
         self.mean, self.square = state["mean"], state["square"]
 
@@ -118,7 +118,7 @@ class LearnedPositive:
         return {"value": self.value, "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.value = state["value"]
         self._adam.load_state_dict(state["adam"])
 
@@ -196,9 +196,9 @@ class LearnedStepGrids:
         lr: relative change of the step at an update.
         partition: over which processes.
 
-    >>> maker = LearnedStepGrids(bits=4, axis=None, lr=0.001)
-    >>> maker.start(torch.tensor([0.5, -0.5]))
-    >>> maker.grid(torch.zeros(2)).scale
+    >>> quantizer = LearnedStepGrids(bits=4, axis=None, lr=0.001)
+    >>> quantizer.start(torch.tensor([0.5, -0.5]))
+    >>> quantizer.grid(torch.zeros(2)).scale
     tensor([0.3780])
     """
 
@@ -211,7 +211,7 @@ class LearnedStepGrids:
         self._gradient: Tensor | None = None
 
     def start(self, values: Tensor) -> None:
-        """Take the first step size, unless an earlier fit learned one."""
+        """Initialize the step size, unless an earlier fit learned one."""
         if self.learned is None:
             self.learned = LearnedPositive(self._first(values), self.lr)
 
@@ -219,7 +219,7 @@ class LearnedStepGrids:
         return initial_step(values, bits=self.bits, axis=self.axis, partition=self.partition)
 
     def grid(self, values: Tensor) -> AffineGrid:
-        """The grid of the step of now."""
+        """Grid of the current step size."""
         learned = self.learned
         step = self._first(values) if learned is None else learned.value.to(values.device)
         zero = torch.zeros_like(step, dtype=torch.int32)
@@ -246,7 +246,7 @@ class LearnedStepGrids:
         self.frozen = False
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Keep the steps of what stays."""
+        """Keep the step sizes of the remaining channels."""
         index = None if self.axis is None else kept.get(self.axis)
         if index is not None and self.learned is not None:
             self.learned.select(index)
@@ -257,7 +257,7 @@ class LearnedStepGrids:
         return {"learned": learned, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put them back."""
+        """Restore them."""
         self.frozen = state["frozen"]
         if state["learned"] is not None:
             self.learned = LearnedPositive(state["learned"]["value"], self.lr)

@@ -1,4 +1,4 @@
-"""Post-training quantization: put trained weights onto grids, with no further training."""
+"""Post-training quantization: quantizes trained weights and activations without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_compress.quantization.corrections import (
 from lightning_compress.quantization.fake_quantize import activation_layers, batch_norms
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
-from lightning_compress.quantization.weight_quantizers import RangeGrids, make_maker
+from lightning_compress.quantization.weight_quantizers import RangeGrids, make_quantizer
 from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids, set_dynamic
@@ -42,7 +42,7 @@ POST_TRAINING_SCHEMES = ("symmetric", "affine", "codebook", "entropy")
 
 @dataclass(frozen=True)
 class PostTrainingReport:
-    """What post-training quantization did to which part, and why it left the rest.
+    """Report of post-training quantization: quantized layers, and why others were skipped.
 
     Args:
         weights: a row a parameter.
@@ -71,7 +71,7 @@ def quantize_weights(
 ) -> Selection:
     """Round weights in place to a grid over their range; zeros stay zero.
 
-    The grids are remembered in the module (`compression_state`), so that a saved file holds whole
+    The grids are attached to the module (`compression_state`), so that a saved file holds whole
     numbers. Activations are left alone. Of a sharded module (FSDP2) all processes must call.
     Jacob et al. 2018, arXiv:1712.05877.
 
@@ -83,7 +83,7 @@ def quantize_weights(
         per_channel: one scale an output channel, else one a tensor.
         observer: "minmax", "percentile" or "mse": of "symmetric" and "affine".
         step: of "entropy", in units of the rms of the non-zero weights.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -124,13 +124,13 @@ def _put_on_grids(
     step: float = 0.5,
     enlarged: Mapping[str, int] | None = None,
 ) -> Selection:
-    """`enlarged`: weight -> factor of the picture that it reads, for sums that fit int8."""
+    """`enlarged`: weight -> factor of the image that it reads, for sums that fit int8."""
     to_shards(module)
     selection = select(module, include, exclude, frozen=True)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
         slot = ProjectedWeight(target)
-        maker = make_maker(
+        quantizer = make_quantizer(
             scheme,
             bits=bits,
             axis=axis,
@@ -139,12 +139,12 @@ def _put_on_grids(
             entropy={"relative_step": step},
             partition=slot.partition,
         )
-        if isinstance(maker, RangeGrids) and enlarged:
-            maker.enlarged = enlarged.get(target.path, 1)
+        if isinstance(quantizer, RangeGrids) and enlarged:
+            quantizer.enlarged = enlarged.get(target.path, 1)
         if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
-        maker.start(slot.data)
-        slot.set_quantizer(maker.grid)
+        quantizer.start(slot.data)
+        slot.set_quantizer(quantizer.grid)
         slot.project()
     return selection
 
@@ -167,7 +167,7 @@ def quantize_dynamic(
         scheme: as for `quantize_weights`.
         per_channel: one scale an output channel, else one a tensor.
         equalize: first let layers share their ranges (`equalize_layers`).
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -210,7 +210,7 @@ def quantize_static(
 ) -> PostTrainingReport:
     """Round weights in place, and find the ranges of activations on calibration data.
 
-    The layers remember the grids of their activations: `fake_quantized` computes with them. Behind
+    The grids of activations are attached to the layers: `fake_quantized` computes with them. Behind
     nearest-neighbour upsampling, steps leave room for sums of weights: see `export_onnx`.
 
     Args:
@@ -225,7 +225,7 @@ def quantize_static(
         equalize: first let layers share their ranges (`equalize_layers`).
         batch_to_args: from a batch to what the module is called with, where it holds more: of a
             loader of (x, label) pairs `lambda batch: batch[0]`.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
 
     Raises:
@@ -276,7 +276,7 @@ def quantize_static(
 
 @torch.enable_grad()
 def _enlarged(module: nn.Module, selection: Selection, batch: object) -> dict[str, int]:
-    """Weights that read an enlarged picture -> how often it repeats a pixel."""
+    """Weights that read an enlarged image -> how often it repeats a pixel."""
     found: dict[str, int] = {}
     layers = {target.path: target.layer for target in selection.targets}
     finder = EnlargedReaders(layers, found.__setitem__)

@@ -1,4 +1,4 @@
-"""Observers: the range of values that a grid has to cover, of one tensor or over many batches."""
+"""Range observers: the range that a grid covers, of one tensor or over many batches."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class RangeObserver:
 
     @property
     def extreme(self) -> bool:
-        """Whether what is gathered is joined by the extremes, not by the mean."""
+        """Whether gathered ranges are joined by the extremes, not by the mean."""
         return self.observer in ("minmax", "moving_average")
 
     def observe(self, values: Tensor) -> None:
@@ -254,7 +254,7 @@ class RangeObserver:
             self.bounds = old + MOMENTUM * (new - old)
 
     def take_row(self, row: Tensor, *, seen: bool | None) -> None:
-        """Take what was gathered, which then is gone: low, -high and the number of tensors.
+        """Return and clear the gathered ranges: low, -high and the number of tensors.
 
         Args:
             row: of all processes together.
@@ -271,11 +271,11 @@ class RangeObserver:
             self.bounds = torch.where(row[2] > 0, self.bounds, before.to(self.bounds.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """The range, and what waits to be settled."""
+        """The range, and the gathered ranges."""
         return {"range": self.range, "gathered": self.gathered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put both back."""
+        """Restore both."""
         self.range = None if state["range"] is None else tuple(state["range"])
         self.gathered = state["gathered"]
 
@@ -283,7 +283,7 @@ class RangeObserver:
 def settle(
     observers: Sequence[RangeObserver], reduce: Callable[[Tensor, str], Tensor] | None = None
 ) -> None:
-    """Take what alike observers have gathered since the last call into their ranges.
+    """Merge the gathered ranges of observers of one kind into their ranges.
 
     Args:
         observers: all of one kind.

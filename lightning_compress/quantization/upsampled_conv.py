@@ -1,4 +1,4 @@
-"""Convolutions that read an enlarged picture, and grids on which sums of their weights fit int8.
+"""Convolutions behind an upsampling, and grids on which sums of their weights fit int8.
 
 Behind nearest-neighbour upsampling several weights of a kernel meet the same pixel: their sum can
 multiply it once, before it is repeated. An int8 file does so where all sums fit.
@@ -22,7 +22,7 @@ SLACK = 0.05  # weights that train on may have larger sums when their grids are 
 
 
 def summed_taps(weight: Tensor, factor: int) -> Tensor:
-    """What a convolution's kernel becomes on a picture whose pixels stand for `factor` each.
+    """Kernel of a convolution on an image before it is upsampled by `factor`.
 
     Args:
         weight: (out, in / groups, kh, kw), of any dtype.
@@ -40,7 +40,7 @@ def summed_taps(weight: Tensor, factor: int) -> Tensor:
 
 
 def step_for_sums(weight: Tensor, factor: int, axis: int | None, *, slack: float = SLACK) -> Tensor:
-    """The least step, of shape (out,) or (1,), on whose grid sums of weights lie within int8.
+    """Smallest step, of shape (out,) or (1,), on whose grid sums of weights fit int8.
 
     Args:
         weight: (out, in / groups, kh, kw).
@@ -66,7 +66,7 @@ def saves_by_sums(kernel: tuple[int, ...], factor: int) -> bool:
 
 
 class EnlargedReaders:
-    """Finds the convolutions that read what nearest-neighbour upsampling gives, as they run.
+    """Finds convolutions behind a nearest-neighbour upsampling, as they run.
 
     Each is looked at once, when first a gradient is to flow through what it reads.
 

@@ -1,4 +1,4 @@
-"""Makers of grids: what decides, as a weight trains, on which grid it lies."""
+"""Weight quantizers: choose the grid of one weight while it trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_compress.quantization.upsampled_conv import LARGEST, step_for_sum
 from lightning_compress.sharding import UNSHARDED, Partition
 from lightning_compress.state import Grid
 
-__all__ = ["WEIGHT_SCHEMES", "GridMaker", "RangeGrids", "begin_from", "make_maker"]
+__all__ = ["WEIGHT_SCHEMES", "RangeGrids", "TensorQuantizer", "begin_from", "make_quantizer"]
 
 WEIGHT_SCHEMES = (
     "symmetric",
@@ -31,8 +31,8 @@ WEIGHT_SCHEMES = (
 _FOLLOWING = ("minmax", "moving_average")  # look at every step; the others search at events
 
 
-class GridMaker(Protocol):
-    """The life of one weight's grid.
+class TensorQuantizer(Protocol):
+    """Protocol of a weight quantizer: chooses the grid of one weight while it trains.
 
     `values` are always the masked latent values of the weight. `grid` changes nothing, so that
     projecting twice is projecting once, and an average of weights may be projected too. Of a
@@ -41,10 +41,10 @@ class GridMaker(Protocol):
     """
 
     def start(self, values: Tensor) -> None:
-        """Look at the weight when quantization begins."""
+        """Initialize from the weight when quantization begins."""
 
     def grid(self, values: Tensor) -> Grid:
-        """The grid for these values as things are."""
+        """Current grid for these values."""
         ...
 
     def gradient(self, gradient: Tensor, values: Tensor) -> None:
@@ -55,20 +55,20 @@ class GridMaker(Protocol):
         ...
 
     def freeze(self, values: Tensor) -> None:
-        """Keep what was found."""
+        """Freeze the grid."""
 
     def thaw(self) -> None:
-        """Go on finding, in a new fit."""
+        """Unfreeze the grid, in a new fit."""
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Go on with a weight that keeps some entries along axes."""
+        """Follow a removal of channels: keep some entries along axes."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
 
 
 class RangeGrids:
@@ -85,9 +85,9 @@ class RangeGrids:
         partition: over which processes.
 
     >>> import torch
-    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
-    >>> maker.start(torch.tensor([0.7, -0.2]))
-    >>> maker.grid(torch.tensor([0.7, -0.2])).scale
+    >>> quantizer = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> quantizer.start(torch.tensor([0.7, -0.2]))
+    >>> quantizer.grid(torch.tensor([0.7, -0.2])).scale
     tensor([0.1000])
     """
 
@@ -125,7 +125,7 @@ class RangeGrids:
             self.range = self._found(values)
 
     def grid(self, values: Tensor) -> AffineGrid:
-        """The grid over the range of now."""
+        """Grid over the current range."""
         low, high = self._found(values) if self.range is None else self.range
         low, high = low.to(values.device), high.to(values.device)
         return grid_of_range(low, high, bits=self.bits, symmetric=self.symmetric, axis=self.axis)
@@ -152,7 +152,7 @@ class RangeGrids:
         self.frozen = False
 
     def select(self, kept: Mapping[int, Tensor]) -> None:
-        """Keep the ranges of what stays."""
+        """Keep the ranges of the remaining channels."""
         index = None if self.axis is None else kept.get(self.axis)
         if index is not None and self.range is not None:
             low, high = (one[index.to(one.device)] for one in self.range)
@@ -163,38 +163,42 @@ class RangeGrids:
         return {"range": self.range, "frozen": self.frozen, "enlarged": self.enlarged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
         self.range, self.frozen = state["range"], state["frozen"]
         # What the layer reads does not change: a state of before it was seen takes nothing away.
         self.enlarged = max(self.enlarged, state.get("enlarged", 1))
 
 
-def begin_from(maker: GridMaker, grid: Grid) -> None:
-    """Let a new maker begin with a grid that an earlier fit has left, where it can make it.
+def begin_from(quantizer: TensorQuantizer, grid: Grid) -> None:
+    """Initialize a new quantizer from the grid of an earlier fit, where its scheme has such grids.
 
     >>> import torch
-    >>> maker = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
+    >>> quantizer = RangeGrids(bits=4, symmetric=True, axis=None, observer="minmax")
     >>> zero = torch.zeros(1, dtype=torch.int32)
-    >>> begin_from(maker, AffineGrid(torch.tensor([0.5]), zero, 4, True, None))
-    >>> maker.grid(torch.zeros(1)).scale
+    >>> begin_from(quantizer, AffineGrid(torch.tensor([0.5]), zero, 4, True, None))
+    >>> quantizer.grid(torch.zeros(1)).scale
     tensor([0.5000])
     """
-    if isinstance(maker, CodebookGrids) and isinstance(grid, CodebookGrid):
-        if maker.centres is None and grid.centres.numel() == 2**maker.bits:
-            maker.centres = grid.centres.clone()
+    if isinstance(quantizer, CodebookGrids) and isinstance(grid, CodebookGrid):
+        if quantizer.centres is None and grid.centres.numel() == 2**quantizer.bits:
+            quantizer.centres = grid.centres.clone()
         return
     learned = (LearnedStepGrids, RateDistortionGrids)
-    if not isinstance(grid, AffineGrid) or not isinstance(maker, (RangeGrids, *learned)):
+    if not isinstance(grid, AffineGrid) or not isinstance(quantizer, (RangeGrids, *learned)):
         return
-    if (grid.bits, grid.axis) != (maker.bits, maker.axis):
+    if (grid.bits, grid.axis) != (quantizer.bits, quantizer.axis):
         return
-    if isinstance(maker, RangeGrids) and grid.symmetric == maker.symmetric and maker.range is None:
-        maker.range = range_of_grid(grid)
-    elif isinstance(maker, learned) and grid.symmetric and maker.learned is None:
-        maker.learned = LearnedPositive(grid.scale.clone(), maker.lr)
+    if (
+        isinstance(quantizer, RangeGrids)
+        and grid.symmetric == quantizer.symmetric
+        and quantizer.range is None
+    ):
+        quantizer.range = range_of_grid(grid)
+    elif isinstance(quantizer, learned) and grid.symmetric and quantizer.learned is None:
+        quantizer.learned = LearnedPositive(grid.scale.clone(), quantizer.lr)
 
 
-def make_maker(
+def make_quantizer(
     scheme: str,
     *,
     bits: int,
@@ -203,8 +207,8 @@ def make_maker(
     lr: float,
     entropy: dict[str, float],
     partition: Partition = UNSHARDED,
-) -> GridMaker:
-    """The maker of a scheme.
+) -> TensorQuantizer:
+    """Make the weight quantizer of a scheme.
 
     Args:
         scheme: a name in `SCHEMES`.

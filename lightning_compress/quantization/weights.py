@@ -1,4 +1,4 @@
-"""Weights on grids as they train: the makers of their grids, and the slots they are shown in."""
+"""Quantized weights of one callback: a quantizer for each projected weight while it trains."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_compress.grids import check_bits
-from lightning_compress.projection import ProjectedWeight, naming_divergence, said_of_divergence
+from lightning_compress.projection import ProjectedWeight, divergence_message, naming_divergence
 from lightning_compress.quantization.entropy import EntropyGrid, EntropyGrids, entropy_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.rate_distortion import RateDistortionGrids
-from lightning_compress.quantization.weight_quantizers import WEIGHT_SCHEMES, GridMaker, RangeGrids
+from lightning_compress.quantization.weight_quantizers import (
+    WEIGHT_SCHEMES,
+    RangeGrids,
+    TensorQuantizer,
+)
 from lightning_compress.targets import Pattern
 
 __all__ = [
@@ -93,79 +97,79 @@ class WeightQuantizer:
 
     Args:
         slots: the weights.
-        make: the maker of a slot's grid.
-        earlier: of a fit before this one: its makers and latent weights go on.
+        make: the quantizer of a slot's grid.
+        earlier: of a fit before this one: its quantizers and latent weights go on.
     """
 
     def __init__(
         self,
         slots: Sequence[ProjectedWeight],
-        make: Callable[[ProjectedWeight], GridMaker],
+        make: Callable[[ProjectedWeight], TensorQuantizer],
         earlier: WeightQuantizer | None = None,
     ) -> None:
-        self.pairs: list[tuple[ProjectedWeight, GridMaker]] = []
+        self.pairs: list[tuple[ProjectedWeight, TensorQuantizer]] = []
         self.predicted_bytes = 0.0  # of all symbols at their entropy, when last counted
-        before = {} if earlier is None else {one.path: (one, maker) for one, maker in earlier.pairs}
+        before = {} if earlier is None else {one.path: (one, old) for one, old in earlier.pairs}
         for slot in slots:
-            old, maker = before.get(slot.path, (None, None))
-            if old is None or maker is None or old.parameter.shape != slot.parameter.shape:
-                maker = make(slot)
+            old, quantizer = before.get(slot.path, (None, None))
+            if old is None or quantizer is None or old.parameter.shape != slot.parameter.shape:
+                quantizer = make(slot)
             elif slot.latent is None:  # the weight itself counts where it was changed since
                 slot.latent, slot.grid = old.latent, old.grid
-            maker.thaw()
-            self.pairs.append((slot, maker))
+            quantizer.thaw()
+            self.pairs.append((slot, quantizer))
 
     def change(
         self,
         slots: Sequence[ProjectedWeight],
-        make: Callable[[ProjectedWeight], GridMaker],
+        make: Callable[[ProjectedWeight], TensorQuantizer],
         *,
         started: bool,
     ) -> None:
-        """Go on with other weights; those that are new begin, if the others have.
+        """Continue with other weights; new ones start, if the others have.
 
         Args:
             slots: the weights of now.
-            make: the maker of a new slot's grid.
+            make: the quantizer of a new slot's grid.
             started: whether the weights are on grids already.
         """
-        makers = {id(slot): maker for slot, maker in self.pairs}
-        fresh = [slot for slot in slots if id(slot) not in makers]
-        self.pairs = [(slot, makers.get(id(slot)) or make(slot)) for slot in slots]
-        for slot, maker in self.pairs if started else ():
+        quantizers = {id(slot): quantizer for slot, quantizer in self.pairs}
+        fresh = [slot for slot in slots if id(slot) not in quantizers]
+        self.pairs = [(slot, quantizers.get(id(slot)) or make(slot)) for slot in slots]
+        for slot, quantizer in self.pairs if started else ():
             if slot in fresh:
-                maker.start(masked(slot))
+                quantizer.start(masked(slot))
         if started:
             self.install()
 
     @property
-    def makers(self) -> dict[str, GridMaker]:
-        """The makers by path."""
-        return {slot.path: maker for slot, maker in self.pairs}
+    def quantizers(self) -> dict[str, TensorQuantizer]:
+        """The quantizers by path."""
+        return {slot.path: quantizer for slot, quantizer in self.pairs}
 
     @property
     def relative_step(self) -> float | None:
         """The step that entropy grids share, in units of the rms of the non-zero weights."""
         return next((m.relative_step for _, m in self.pairs if isinstance(m, EntropyGrids)), None)
 
-    def replace(self, path: str, maker: GridMaker, *, started: bool) -> None:
-        """Give a weight another maker, which looks at it at once if the others have begun."""
+    def replace(self, path: str, quantizer: TensorQuantizer, *, started: bool) -> None:
+        """Give a weight another quantizer, which looks at it at once if the others have begun."""
         for index, (slot, old) in enumerate(self.pairs):
             if slot.path != path:
                 continue
-            if isinstance(old, RangeGrids) and isinstance(maker, RangeGrids):
-                maker.enlarged = old.enlarged
+            if isinstance(old, RangeGrids) and isinstance(quantizer, RangeGrids):
+                quantizer.enlarged = old.enlarged
             if started:
-                maker.start(masked(slot))
-                slot.set_quantizer(maker.grid)
-                slot.gradient_rule = partial(_rule, slot, maker)
-            self.pairs[index] = (slot, maker)
+                quantizer.start(masked(slot))
+                slot.set_quantizer(quantizer.grid)
+                slot.gradient_rule = partial(_rule, slot, quantizer)
+            self.pairs[index] = (slot, quantizer)
 
     def make_room(self, path: str, factor: int) -> None:
-        """From its next range on, sums of a weight that reads an enlarged picture fit int8."""
-        for slot, maker in self.pairs:
-            if slot.path == path and isinstance(maker, RangeGrids):
-                maker.enlarged = factor
+        """From its next range on, sums of a weight that reads an enlarged image fit int8."""
+        for slot, quantizer in self.pairs:
+            if slot.path == path and isinstance(quantizer, RangeGrids):
+                quantizer.enlarged = factor
 
     def set_rate(self, weight: float) -> None:
         """Another weight of one bit in the loss, for all rate-distortion grids."""
@@ -175,13 +179,13 @@ class WeightQuantizer:
 
     def set_step(self, relative_step: float) -> None:
         """Another step for all entropy grids, frozen ones too."""
-        for slot, maker in self.pairs:
-            if isinstance(maker, EntropyGrids):
-                frozen = maker.held is not None
-                maker.thaw()
-                maker.relative_step = relative_step
+        for slot, quantizer in self.pairs:
+            if isinstance(quantizer, EntropyGrids):
+                frozen = quantizer.held is not None
+                quantizer.thaw()
+                quantizer.relative_step = relative_step
                 if frozen:
-                    maker.freeze(masked(slot))
+                    quantizer.freeze(masked(slot))
 
     def start(self) -> None:
         """Look at the weights and put them onto grids, from the next projection on.
@@ -189,33 +193,33 @@ class WeightQuantizer:
         Raises:
             ValueError: for weights that are not finite.
         """
-        for slot, maker in self.pairs:
+        for slot, quantizer in self.pairs:
             values = masked(slot)
             if not _finite(slot, values):
                 raise ValueError(f"{slot.path} holds weights that are NaN or infinite")
-            maker.start(values)
+            quantizer.start(values)
         self.install()
 
     def install(self) -> None:
-        """Let the slots use the makers."""
-        for slot, maker in self.pairs:
+        """Attach the quantizers to the projected weights."""
+        for slot, quantizer in self.pairs:
             if slot.gradient_rule is None:
-                slot.set_quantizer(maker.grid)
-                slot.gradient_rule = partial(_rule, slot, maker)
+                slot.set_quantizer(quantizer.grid)
+                slot.gradient_rule = partial(_rule, slot, quantizer)
 
     def follow(self, stepped: Collection[str], *, event: bool) -> None:
-        """Let the grids of stepped weights follow; at an event those of all.
+        """Update the grids of stepped weights; at an event those of all.
 
         Raises:
             FloatingPointError: naming the parameter whose weights are no longer finite.
         """
-        for slot, maker in self.pairs:
+        for slot, quantizer in self.pairs:
             if event or slot.path in stepped:
                 values = masked(slot)
                 if event and values.device.type != "cpu" and not _finite(slot, values):
-                    raise FloatingPointError(said_of_divergence(slot))
+                    raise FloatingPointError(divergence_message(slot))
                 with naming_divergence([slot]):
-                    moved = maker.step(values, event=event)
+                    moved = quantizer.step(values, event=event)
                 if moved is not None:
                     slot.set_values(moved)
 
@@ -226,34 +230,34 @@ class WeightQuantizer:
             What the user should know, by what it is about.
         """
         pairs = [(slot, one) for slot, one in self.pairs if isinstance(one, EntropyGrids)]
-        told = {}
+        metrics = {}
         if pairs and bits is not None:
             with naming_divergence([slot for slot, _ in pairs]):
                 found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
             if abs(found / bits - 1) > 0.05:
-                told["target"] = (
+                metrics["target"] = (
                     f"{found / 8:.0f} bytes is as near as a step comes to the target of "
                     f"{bits / 8:.0f}"
                 )
         for slot, one in pairs:
             if one.raised:
-                told[slot.path] = (
+                metrics[slot.path] = (
                     f"the step of {slot.path} is raised above {one.relative_step:.3g} rms, so that "
                     f"its range fits {one.bits} bits"
                 )
-        return told
+        return metrics
 
     def freeze(self) -> None:
         """Keep the grids."""
-        for slot, maker in self.pairs:
+        for slot, quantizer in self.pairs:
             with naming_divergence([slot]):
-                maker.freeze(masked(slot))
+                quantizer.freeze(masked(slot))
 
     def freeze_one(self, path: str) -> None:
         """Keep the grid of one weight."""
-        for slot, maker in self.pairs:
+        for slot, quantizer in self.pairs:
             if slot.path == path:
-                maker.freeze(masked(slot))
+                quantizer.freeze(masked(slot))
 
     def show(self) -> None:
         """Project all weights, those of other optimizers too, and count their bytes."""
@@ -270,20 +274,20 @@ class WeightQuantizer:
         latents = {
             one.path: one.whole(one.latent) for one, _ in self.pairs if one.latent is not None
         }
-        makers = {path: maker.state_dict() for path, maker in self.makers.items()}
-        return {"latents": latents, "makers": makers, "predicted_bytes": self.predicted_bytes}
+        quantizers = {path: quantizer.state_dict() for path, quantizer in self.quantizers.items()}
+        return {"latents": latents, "makers": quantizers, "predicted_bytes": self.predicted_bytes}
 
     def load_state_dict(self, state: dict[str, Any], *, started: bool) -> None:
-        """Put them back.
+        """Restore them.
 
         Raises:
             ValueError: when the state is of other weights.
         """
-        if set(state["makers"]) != set(self.makers):
-            was, now = sorted(state["makers"]), sorted(self.makers)
+        if set(state["makers"]) != set(self.quantizers):
+            was, now = sorted(state["makers"]), sorted(self.quantizers)
             raise ValueError(f"the checkpoint quantizes {was}, this run {now}")
         for path, one in state["makers"].items():
-            self.makers[path].load_state_dict(one)
+            self.quantizers[path].load_state_dict(one)
         self.predicted_bytes = state["predicted_bytes"]
         if started:
             self.install()
@@ -303,5 +307,5 @@ def _finite(slot: ProjectedWeight, values: Tensor) -> bool:
     return int(slot.partition.all_reduce_sum((~torch.isfinite(values)).sum())) == 0
 
 
-def _rule(slot: ProjectedWeight, maker: GridMaker, gradient: Tensor) -> None:
-    maker.gradient(gradient, masked(slot))
+def _rule(slot: ProjectedWeight, quantizer: TensorQuantizer, gradient: Tensor) -> None:
+    quantizer.gradient(gradient, masked(slot))

@@ -148,7 +148,7 @@ class Idle(Plain):
 
 def test_what_is_never_called_stays(tmp_path):
     model = Idle()
-    with pytest.warns(UserWarning, match=r"no batch called what holds .*'idle.1.weight'"):
+    with pytest.warns(UserWarning, match=r"no batch called the network of .*'idle.1.weight'"):
         run(tmp_path, model)
     assert (model.net[1].out_channels, model.idle[1].out_features) == (8, 16)
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_compress import (
     ChannelPruning,
+    Fading,
     GradualPruning,
     KnowledgeDistillation,
     ProjectedEMA,
@@ -226,7 +227,7 @@ def time_ratio(small, dense, repeats=41):
         ({"budget": {"flops": 0.5}}, "give one of .*macs"),
         ({"budget": {"macs": 1.5}}, r"lies in \(0, 1\)"),
         ({"budget": {"macs": 0.5, "params": 0.5}}, "give one of"),
-        ({"round_to": 0}, "round_to=0 must be a whole number, 1 or more"),
+        ({"round_to": 0}, "round_to=0 must be an integer, 1 or more"),
         ({"fade": -1}, "fade=-1 must be"),
         ({"min_keep": 2}, r"min_keep=2 must lie in \[0, 1\]"),
         ({"scope": "erk"}, r"scope='erk': valid are \['global', 'layer'\]"),
@@ -237,6 +238,13 @@ def time_ratio(small, dense, repeats=41):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ChannelPruning(**arguments)
+
+
+def test_fading_groups_how_weights_shrink():
+    assert (ChannelPruning().fade, ChannelPruning().push) == (10, 0.0)
+    assert ChannelPruning(criterion="batchnorm").push == 1e-4
+    pruning = ChannelPruning(criterion="batchnorm", fade=Fading(steps=3, push=0.5))
+    assert (pruning.fade, pruning.push) == (3, 0.5)
 
 
 @pytest.mark.parametrize(

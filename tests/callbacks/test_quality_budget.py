@@ -71,13 +71,13 @@ def test_it_ends_with_a_compressed_model_within_the_budget(tmp_path, capsys):
     assert final <= 1.1 * budget.reference.dense * 1.02
     assert 0.05 < sparsity(model) == pytest.approx(prune.sparsity)
     assert budget.search.good.levels[0] == pytest.approx(
-        math.log1p(-prune.parts[0].asked) / math.log(0.01)
+        math.log1p(-prune.parts[0].requested) / math.log(0.01)
     )
     verdicts = {trial.verdict for trial in budget.history}
     assert {"good", "too costly"} <= verdicts
     printed = capsys.readouterr().out
     assert "Budget: what was tried" in printed
-    assert f"sparsity {prune.parts[0].asked:.4f}" in printed
+    assert f"sparsity {prune.parts[0].requested:.4f}" in printed
 
 
 def test_what_fails_is_undone_to_the_last_bit(tmp_path):
@@ -117,7 +117,7 @@ def test_what_fails_is_undone_to_the_last_bit(tmp_path):
 
     torch.manual_seed(0)
     budget, prune, snap = (
-        QualityBudget("val/loss", 0.05, spread=0.0, stride=(0.5, 0.1)),
+        QualityBudget("val/loss", 0.05, spread=0.0, search={"stride": (0.5, 0.1)}),
         pruning(),
         Snap(),
     )
@@ -154,7 +154,7 @@ def test_a_soft_undo_reopens_what_was_pruned_and_keeps_what_was_trained(tmp_path
 
     torch.manual_seed(0)
     prune, snap, model = pruning(), Snap(), Measured()
-    budget = QualityBudget("val/loss", 0.05, spread=0.0, undo="projection")
+    budget = QualityBudget("val/loss", 0.05, spread=0.0, search={"undo": "projection"})
     fit(tmp_path, model, budget, prune, snap)
     assert snap.checked >= 2
     assert sparsity(model) == pytest.approx(prune.sparsity)
@@ -165,7 +165,7 @@ def test_it_steers_grids_of_each_scheme(tmp_path, scheme):
     torch.manual_seed(0)
     model = Measured()
     quantize = QuantizationAwareTraining(weight_bits=8, activation_bits=None, scheme=scheme)
-    budget = QualityBudget("val/loss", 0.5, spread=0.0, stride=(0.4, 0.1))
+    budget = QualityBudget("val/loss", 0.5, spread=0.0, search={"stride": (0.4, 0.1)})
     fit(tmp_path, model, budget, quantize)
     level = budget.search.good.levels[0]
     assert level > 0
@@ -182,7 +182,9 @@ def test_it_steers_grids_of_each_scheme(tmp_path, scheme):
 def test_a_gan_under_manual_optimization(tmp_path):
     torch.manual_seed(0)
     model, prune = MeasuredGAN(), pruning()
-    budget = QualityBudget("val/distance", 0.3, patience=1, spread=0.0, stride=(0.2, 0.02))
+    budget = QualityBudget(
+        "val/distance", 0.3, spread=0.0, search={"patience": 1, "stride": (0.2, 0.02)}
+    )
     fit(tmp_path, model, prune, budget, epochs=40)
     # The score is 1 + z^2 for z zeros in all parameters, so the limit is at z = sqrt(0.3).
     zeros = torch.cat([p.flatten() == 0 for p in model.generator.parameters()]).float().mean()
@@ -222,7 +224,7 @@ def test_parts_keep_the_relation_of_their_densities(tmp_path):
     torch.manual_seed(0)
     prune = GradualPruning(final_sparsity={"encoder.*": 0.5, "decoder.*": 0.75})
     fit(tmp_path, Measured(), QualityBudget("val/loss", 1.0, spread=0.0), prune, epochs=20)
-    encoder, decoder = (part.asked for part in prune.parts)
+    encoder, decoder = (part.requested for part in prune.parts)
     assert decoder > 0.3
     assert 1 - encoder == pytest.approx(math.sqrt(1 - decoder))
 
@@ -282,7 +284,7 @@ def run_in_two(tmp_path, make, stop):
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, stop, place, undo):
     def make():
         others = [pruning(), QuantizationAwareTraining(weight_bits=8, activation_bits=8)]
-        budget = QualityBudget("val/loss", 0.1, spread=0.0, undo=undo)
+        budget = QualityBudget("val/loss", 0.1, spread=0.0, search={"undo": undo})
         others.insert(place, budget)
         return Measured(), budget, others
 
@@ -296,7 +298,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, stop, place, undo):
 def test_the_average_goes_back_with_the_model(tmp_path):
     torch.manual_seed(0)
     model, tape = Measured(), Tape()
-    budget = QualityBudget("val/loss", 0.05, spread=0.0, stride=(0.5, 0.1))
+    budget = QualityBudget("val/loss", 0.05, spread=0.0, search={"stride": (0.5, 0.1)})
     ema = ProjectedEMA(decay=0.8)
     fit(tmp_path, model, pruning(), budget, ema, tape)
     assert any(trial.verdict == "too costly" for trial in budget.history)
@@ -382,11 +384,11 @@ def test_a_metric_that_is_not_logged_each_time_is_not_read_twice(tmp_path):
         ({"max_bytes": 0}, "max_bytes=0"),
         ({"max_degradation": 0.1, "mode": "up"}, r"mode='up': valid are \['min', 'max'\]"),
         ({"max_degradation": 0.1, "begin": 0.9}, "begin=0.9, end=0.85"),
-        ({"max_degradation": 0.1, "patience": 0}, "patience=0"),
+        ({"max_degradation": 0.1, "search": {"patience": 0}}, "patience=0"),
         ({"max_degradation": 0.1, "spread": -1.0}, "spread=-1.0"),
-        ({"max_degradation": 0.1, "stride": (0.1, 0.2)}, r"stride=\(0.1, 0.2\)"),
+        ({"max_degradation": 0.1, "search": {"stride": (0.1, 0.2)}}, r"stride=\(0.1, 0.2\)"),
         ({"max_degradation": 0.1, "reference": "best"}, "reference='best'"),
-        ({"max_degradation": 0.1, "undo": "half"}, r"undo='half': valid are \['all'"),
+        ({"max_degradation": 0.1, "search": {"undo": "half"}}, r"undo='half': valid are \['all'"),
         ({"max_degradation": 0.1, "on_miss": "shrug"}, "on_miss='shrug'"),
         ({"max_degradation": 0.1, "limits": {"max_sparsity": 1.0}}, "max_sparsity=1.0"),
         ({"max_degradation": 0.1, "limits": {"steps": (2.0, 1.0)}}, r"steps=\(2.0, 1.0\)"),
@@ -430,7 +432,7 @@ def test_a_dense_run_is_compared_at_the_same_step(tmp_path):
     fit(tmp_path, Measured(), curve)
     torch.manual_seed(0)
     budget = QualityBudget(
-        "val/loss", 1e-4, reference="dense", spread=0.0, begin=0.05, stride=(0.2, 0.1)
+        "val/loss", 1e-4, reference="dense", spread=0.0, begin=0.05, search={"stride": (0.2, 0.1)}
     )
     budget.take_dense([*curve.rows, (9, "val/other", 5.0)])
     model = Measured()

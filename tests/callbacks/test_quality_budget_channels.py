@@ -26,7 +26,7 @@ from lightning_compress import (
     save_compressed,
     sparsity,
 )
-from lightning_compress.callbacks.rollback import go_back, lose, remember
+from lightning_compress.callbacks.rollback import follow_removal, make_save_point, roll_back
 from lightning_compress.channels.resize import check_sizes
 from lightning_compress.lab.data import DigitRows, Digits
 from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
@@ -63,7 +63,9 @@ def channels(**arguments):
 
 
 def exact(limit=0.1, **arguments):
-    return QualityBudget("val/loss", limit, **{"spread": 0.0, "patience": 1, **arguments})
+    names = ("undo", "stride")
+    search = {"patience": 1, **{one: arguments.pop(one) for one in names if one in arguments}}
+    return QualityBudget("val/loss", limit, **{"spread": 0.0, "search": search, **arguments})
 
 
 class Sizes(Callback):
@@ -262,12 +264,12 @@ class Twice(Callback):
 
     def on_channels_removed(self, module, kept, sized):
         self.sizes.append(hidden(module))
-        lose(self.memory, kept)
+        follow_removal(self.memory, kept)
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         step = trainer.global_step
         if step == 4:
-            self.memory = remember(trainer, pl_module)
+            self.memory = make_save_point(trainer, pl_module)
             self.good = pl_module.encoder[0].weight.detach().clone()
         if step in (4, 10):
             self.prune.steer(0.8 if step == 4 else 0.6)
@@ -275,7 +277,7 @@ class Twice(Callback):
             now = pl_module.encoder[0].weight.detach().clone()
             for place, unit in enumerate(self.prune.kept["encoder.0"]):
                 self.good[unit] = now[place]
-            go_back(trainer, pl_module, self.memory, soft=True)
+            roll_back(trainer, pl_module, self.memory, soft=True)
             assert pl_module.encoder[0].weight.equal(self.good)
 
 
@@ -402,7 +404,9 @@ def test_models_that_ship(tmp_path, name):
     model, left = make(), Left()
     left.dense = size(model)
     twin = copy.deepcopy(model)
-    budget = QualityBudget("val/gone", 0.5, spread=0.0, patience=1, stride=(0.3, 0.05), begin=0.1)
+    budget = QualityBudget(
+        "val/gone", 0.5, spread=0.0, search={"patience": 1, "stride": (0.3, 0.05)}, begin=0.1
+    )
     callbacks = [left, budget, channels(), RandomState()]
     trainer = quiet_trainer(
         tmp_path, *callbacks, max_epochs=14, limit_train_batches=6, limit_val_batches=1,

@@ -249,7 +249,7 @@ def test_averages_are_handed_out_on_the_learned_grids(tmp_path, scheme):
     quiet_trainer(tmp_path, callback, average).fit(model, batches(), batches(count=1))
     grids = on_grid(model)
     if scheme == "learned_step":
-        learned = callback.weights.makers["decoder.weight"].learned.value
+        learned = callback.weights.quantizers["decoder.weight"].learned.value
         assert torch.equal(grids["decoder.weight"].scale, learned)
 
 
@@ -303,7 +303,7 @@ def test_ranges_and_steps_stand_still_from_freeze_on(tmp_path):
     class Look(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             side = callback.activations
-            step = callback.weights.makers["decoder.weight"].learned.value.tolist()
+            step = callback.weights.quantizers["decoder.weight"].learned.value.tolist()
             seen.append((step, side.inputs["decoder"].clip.value.tolist(),
                          side.inputs["encoder.0"].observer.range))  # fmt: skip
 
@@ -457,7 +457,7 @@ def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight_bits": 9}, "weight_bits=9: valid are whole numbers 2 to 8"),
+        ({"weight_bits": 9}, "weight_bits=9: valid are integers 2 to 8"),
         ({"weight_bits": 1}, "weight_bits=1"),
         ({"activation_bits": 16}, "activation_bits=16"),
         ({"weight_bits": None, "activation_bits": None}, "nothing is quantized"),

@@ -15,6 +15,7 @@ from lightning_compress import (
     Constant,
     GradualPruning,
     Linear,
+    Regrowth,
     ThresholdPruning,
     sparsity,
 )
@@ -93,7 +94,7 @@ class Recorded(GradualPruning):
     def event(self, trainer):
         before = [None if slot.pruned is None else ~slot.pruned for slot in self.slots]
         values = [slot.values().clone() for slot in self.slots]
-        growth = [self._gatherings[-1].criterion.scores(slot).clone() for slot in self.slots]
+        growth = [self._statistics[-1].criterion.scores(slot).clone() for slot in self.slots]
         super().event(trainer)
         after = [~slot.pruned for slot in self.slots]
         shown = [slot.parameter.detach().clone() for slot in self.slots]
@@ -109,8 +110,7 @@ def test_rigl_keeps_the_count_and_moves_by_gradient(tmp_path, make, schedule, sc
         schedule=schedule(final_sparsity=0.75, begin=0, end=30),
         frequency=5,
         scope=scope,
-        regrow="gradient",
-        regrow_fraction=0.5,
+        regrow=Regrowth(fraction=0.5),
     )
     torch.manual_seed(0)
     model = make()
@@ -154,8 +154,7 @@ def test_rigl_whole_channels(tmp_path):
         frequency=3,
         granularity="column",
         scope="layer",
-        regrow="gradient",
-        regrow_fraction=0.9,
+        regrow=Regrowth(fraction=0.9),
     )
     model = TinyAutoencoder()
     seen = set()

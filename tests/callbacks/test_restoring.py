@@ -146,7 +146,7 @@ STATES = {
     "codebook": lambda: [rounding(scheme="codebook", freeze=0.3)],
     "budget": lambda: [
         GradualPruning(final_sparsity=0.5),
-        QualityBudget("val/loss", 0.5, begin=0.3, patience=1, on_miss="warn"),
+        QualityBudget("val/loss", 0.5, begin=0.3, search={"patience": 1}, on_miss="warn"),
     ],
     "distilling": lambda: [KnowledgeDistillation(Wide(), pairs=["decoder"])],
     "channels": lambda: [ChannelPruning(final_sparsity=0.5, round_to=4, fade=1, end=0.5)],

@@ -68,4 +68,4 @@ def test_a_launcher_that_brings_nothing_back_is_told(monkeypatch):
 
     monkeypatch.setattr(base, "results_come_back", lambda: False)
     with pytest.warns(UserWarning, match=r"restore_compression\(module, checkpoint\)"):
-        base._tell_of_spawned(Spawned)
+        base._warn_of_spawned(Spawned)

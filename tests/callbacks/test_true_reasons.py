@@ -111,7 +111,7 @@ def test_less_than_half_is_told_when_a_fit_begins(tmp_path):
     model.encoder.requires_grad_(requires_grad=False)
     model.encoder[0] = nn.Linear(6, 16).requires_grad_(requires_grad=False)
     model.decoder[0] = nn.Linear(8, 16).requires_grad_(requires_grad=False)
-    told = r"only 21 % of the weights.*left out: encoder.2.weight \(frozen"
+    told = r"only 21 % of the weights.*skipped: encoder.2.weight \(frozen"
     with pytest.warns(UserWarning, match=told):
         quiet_trainer(tmp_path, GradualPruning(final_sparsity=0.5)).fit(model, batches())
 

@@ -11,9 +11,10 @@ from torch import nn
 from lightning_compress.projection import Projector
 from lightning_compress.pruning.regrowth import (
     DenseGradients,
-    check_regrowth,
+    Regrowth,
     exchange,
     exchanged_fraction,
+    make_regrowth,
     reset_momenta,
 )
 from lightning_compress.targets import select
@@ -99,8 +100,8 @@ def test_weights_that_come_back_have_no_momentum():
 
 def test_ways_that_cannot_go_together_are_named():
     with pytest.raises(ValueError, match=r"regrow='magic': valid are \[None"):
-        check_regrowth("magic", 0.3, "layer", fixed=False)
-    with pytest.raises(ValueError, match=r"regrow_fraction=1\.0"):
-        check_regrowth("gradient", 1.0, "layer", fixed=False)
+        make_regrowth("magic", "layer", fixed=False)
+    with pytest.raises(ValueError, match=r"fraction=1\.0"):
+        make_regrowth(Regrowth(fraction=1.0), "layer", fixed=False)
     with pytest.raises(ValueError, match="fixes the sparsity of each layer"):
-        check_regrowth("gradient", 0.3, "layer", fixed=True)
+        make_regrowth("gradient", "layer", fixed=True)

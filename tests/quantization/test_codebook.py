@@ -141,17 +141,17 @@ def test_centres_get_the_gradient_of_autograd_and_zero_gets_none():
 
 def test_frozen_centres_learn_and_weights_keep_theirs():
     values = torch.tensor([-1.1, -0.9, 0.0, 0.02, 1.0, 1.2])
-    maker = CodebookGrids(bits=2, lr=0.1)
-    maker.start(values)
-    maker.freeze(values)
-    before = maker.centres.clone()
-    symbols = maker.grid(values).quantize(values)
+    quantizer = CodebookGrids(bits=2, lr=0.1)
+    quantizer.start(values)
+    quantizer.freeze(values)
+    before = quantizer.centres.clone()
+    symbols = quantizer.grid(values).quantize(values)
     for _ in range(50):  # the loss pulls every weight to 0.3
-        gradient = maker.grid(values).dequantize(symbols) - 0.3
-        maker.gradient(gradient, values)
+        gradient = quantizer.grid(values).dequantize(symbols) - 0.3
+        quantizer.gradient(gradient, values)
         assert (gradient == 0).all()  # the weights have none of their own
-        values = maker.step(values, event=False)
-    assert torch.equal(maker.grid(values).quantize(values), symbols)
-    assert (torch.diff(maker.centres) > 0).all()
-    assert (maker.centres != before).sum() == len(before) - 1
+        values = quantizer.step(values, event=False)
+    assert torch.equal(quantizer.grid(values).quantize(values), symbols)
+    assert (torch.diff(quantizer.centres) > 0).all()
+    assert (quantizer.centres != before).sum() == len(before) - 1
     assert (values[symbols == 0] == 0).all()

@@ -31,9 +31,9 @@ def sparse(seed, *shape, keep=0.3):
 @given(st.integers(0, 10_000), st.floats(0.05, 3.0), st.integers(2, 8), st.floats(0.5, 0.95))
 def test_nothing_is_clipped_and_zeros_stay(seed, relative, bits, dead_zone):
     values = sparse(seed, 20, 9)
-    maker = EntropyGrids(bits=bits, relative_step=relative, dead_zone=dead_zone)
-    maker.start(values)
-    grid = maker.grid(values)
+    quantizer = EntropyGrids(bits=bits, relative_step=relative, dead_zone=dead_zone)
+    quantizer.start(values)
+    grid = quantizer.grid(values)
     visible, step = grid.project(values), grid.scale.item()
     assert 2 <= grid.bits <= bits
     assert (visible[values == 0] == 0).all()
@@ -41,7 +41,7 @@ def test_nothing_is_clipped_and_zeros_stay(seed, relative, bits, dead_zone):
     assert torch.equal(grid.project(visible), visible)
     nonzero = values[values != 0]
     wanted = relative * nonzero.square().mean().sqrt().item()
-    if maker.raised:
+    if quantizer.raised:
         assert step > wanted
         assert round(values.abs().max().item() / step) == 2 ** (bits - 1) - 1
     else:
@@ -67,26 +67,28 @@ def test_bits_equal_scipys_entropy():
 @pytest.mark.parametrize("bits", [0.9, 1.5, 3.0])
 def test_one_step_serves_all_weights_and_meets_the_target(bits):
     values = [sparse(1, 40, 50), 7 * sparse(2, 3000)]
-    makers = [EntropyGrids(bits=8, relative_step=0.5) for _ in values]
-    found = steer(makers, values, bits * 5000)
+    quantizers = [EntropyGrids(bits=8, relative_step=0.5) for _ in values]
+    found = steer(quantizers, values, bits * 5000)
     assert found == pytest.approx(bits * 5000, rel=0.02)
-    assert found == sum(map(predicted_bits, makers, values))
-    assert makers[0].relative_step == makers[1].relative_step
+    assert found == sum(map(predicted_bits, quantizers, values))
+    assert quantizers[0].relative_step == quantizers[1].relative_step
 
 
 def test_a_target_out_of_reach_gives_the_nearest_step():
-    maker = EntropyGrids(bits=8, relative_step=0.5)
-    assert steer([maker], [sparse(1, 500)], 20 * 500) < 10 * 500
-    assert maker.relative_step == pytest.approx(0.01, rel=0.02)
+    quantizer = EntropyGrids(bits=8, relative_step=0.5)
+    assert steer([quantizer], [sparse(1, 500)], 20 * 500) < 10 * 500
+    assert quantizer.relative_step == pytest.approx(0.01, rel=0.02)
 
 
 def test_a_frozen_step_no_longer_follows_the_weights():
     values = sparse(3, 400)
-    maker = EntropyGrids(bits=8, relative_step=0.5)
-    maker.freeze(values)
-    assert torch.equal(maker.grid(0.5 * values).scale, maker.grid(values).scale)
-    maker.thaw()
-    assert maker.grid(0.5 * values).scale == pytest.approx(0.5 * maker.grid(values).scale.item())
+    quantizer = EntropyGrids(bits=8, relative_step=0.5)
+    quantizer.freeze(values)
+    assert torch.equal(quantizer.grid(0.5 * values).scale, quantizer.grid(values).scale)
+    quantizer.thaw()
+    assert quantizer.grid(0.5 * values).scale == pytest.approx(
+        0.5 * quantizer.grid(values).scale.item()
+    )
 
 
 def test_the_rates_slope_is_a_difference_of_code_lengths():
@@ -103,15 +105,15 @@ def test_the_rates_slope_is_a_difference_of_code_lengths():
 
 def test_following_the_rate_alone_makes_the_weights_cheaper():
     values = sparse(5, 4000, keep=0.5)
-    maker = EntropyGrids(bits=8, relative_step=0.5, rate=1.0)
-    step = maker.grid(values).scale
-    maker.freeze(values)
-    before = predicted_bits(maker, values)
+    quantizer = EntropyGrids(bits=8, relative_step=0.5, rate=1.0)
+    step = quantizer.grid(values).scale
+    quantizer.freeze(values)
+    before = predicted_bits(quantizer, values)
     for _ in range(20):
         gradient = torch.zeros_like(values)
-        maker.gradient(gradient, values)
+        quantizer.gradient(gradient, values)
         values = values - 0.05 * step * gradient * step
-    assert predicted_bits(maker, values) < 0.9 * before
+    assert predicted_bits(quantizer, values) < 0.9 * before
 
 
 def test_an_entropy_grid_lives_in_the_file(tmp_path):

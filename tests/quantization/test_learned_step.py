@@ -75,8 +75,8 @@ def test_steps_of_training_equal_autograds(kind, masked):
     slot.set_mask(mask.bool())
     with torch.no_grad():
         latent.mul_(mask)
-    maker = LearnedStepGrids(bits=3, axis=None, lr=0.01)
-    weights = WeightQuantizer([slot], lambda _: maker)
+    quantizer = LearnedStepGrids(bits=3, axis=None, lr=0.01)
+    weights = WeightQuantizer([slot], lambda _: quantizer)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     projector = Projector.of(layer)
     projector.attach([optimizer])
@@ -84,7 +84,7 @@ def test_steps_of_training_equal_autograds(kind, masked):
     projector.project()
     weights.start()
     small = initial_step(latent.detach(), bits=3) / 2  # so that many weights are clipped
-    maker.learned.value = small
+    quantizer.learned.value = small
     projector.project()
     reference = LearnedPositive(small, 0.01)
     other = torch.optim.Adam([latent], lr=0.02)
@@ -100,7 +100,7 @@ def test_steps_of_training_equal_autograds(kind, masked):
         torch.func.functional_call(layer, {"weight": visible}, (x,)).square().sum().backward()
         other.step()
         reference.step(step.grad)
-        torch.testing.assert_close(maker.learned.value, reference.value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(quantizer.learned.value, reference.value, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(slot.latent, latent.detach() * mask, rtol=1e-4, atol=1e-5)
     projector.detach()
 
@@ -115,12 +115,12 @@ def test_the_first_step_is_the_papers_over_weights_that_are_not_zero():
 def test_a_learned_step_finds_the_least_error():
     """Trained on the squared error alone, the step ends near the best of a fine search."""
     values = torch.randn(4000, generator=torch.Generator().manual_seed(1))
-    maker = LearnedStepGrids(bits=3, axis=None, lr=0.01)
-    maker.start(values)
+    quantizer = LearnedStepGrids(bits=3, axis=None, lr=0.01)
+    quantizer.start(values)
     for _ in range(400):
-        visible = maker.grid(values).project(values)
-        maker.gradient(2 * (visible - values), values)
-        maker.step(values, event=False)
+        visible = quantizer.grid(values).project(values)
+        quantizer.gradient(2 * (visible - values), values)
+        quantizer.step(values, event=False)
     zero = torch.zeros(1, dtype=torch.int32)
 
     def error(step):
@@ -128,7 +128,7 @@ def test_a_learned_step_finds_the_least_error():
         return (grid.project(values) - values).square().mean().item()
 
     best = min(error(step / 200) for step in range(20, 300))
-    assert error(maker.learned.value.item()) < 1.02 * best
+    assert error(quantizer.learned.value.item()) < 1.02 * best
 
 
 def test_learned_numbers_stay_positive_and_skip_what_is_not_finite():

@@ -58,7 +58,7 @@ def test_the_callback_quantizes_when_training_has_ended_and_keeps_the_mask(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight_bits": 9}, "weight_bits=9: valid are whole numbers 2 to 8"),
+        ({"weight_bits": 9}, "weight_bits=9: valid are integers 2 to 8"),
         ({"scheme": "round"}, "scheme='round': valid are"),
     ],
 )

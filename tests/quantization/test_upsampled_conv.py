@@ -36,8 +36,8 @@ def test_sums_of_whole_numbers_fit(bits, factor, axis, observer, seed):
         RangeGrids(bits=bits, symmetric=True, axis=axis, observer=observer) for _ in range(2)
     )
     roomy.enlarged = factor
-    for maker in (plain, roomy):
-        maker.start(weight)
+    for quantizer in (plain, roomy):
+        quantizer.start(weight)
     grid = roomy.grid(weight)
     sums = summed_taps(grid.quantize(weight), factor)
     assert int(sums.abs().max()) <= 127
@@ -112,7 +112,9 @@ def trained(tmp_path, *more, seed=0, **arguments):
 @pytest.mark.parametrize("observer", ["minmax", "percentile"])
 def test_training_leaves_a_grid_that_the_file_can_add_up(begin, observer, tmp_path):
     model, callback = trained(tmp_path, begin=begin, observer=observer)
-    assert {path: maker.enlarged for path, maker in callback.weights.makers.items()} == {
+    assert {
+        path: quantizer.enlarged for path, quantizer in callback.weights.quantizers.items()
+    } == {
         "project.weight": 1,
         "first.weight": 2,
         "last.weight": 1,
@@ -126,11 +128,11 @@ def test_training_leaves_a_grid_that_the_file_can_add_up(begin, observer, tmp_pa
 
 def test_other_bits_and_an_older_state_take_no_room_away(tmp_path):
     model, callback = trained(tmp_path)
-    maker = callback.weights.makers["first.weight"]
-    maker.load_state_dict({"range": maker.range, "frozen": True})
-    assert maker.enlarged == 2
+    quantizer = callback.weights.quantizers["first.weight"]
+    quantizer.load_state_dict({"range": quantizer.range, "frozen": True})
+    assert quantizer.enlarged == 2
     callback.steer(bits={"first.weight": 7})
-    assert callback.weights.makers["first.weight"].enlarged == 2
+    assert callback.weights.quantizers["first.weight"].enlarged == 2
     symbols = compression_state(model.first).grids["weight"].quantize(model.first.weight)
     assert int(summed_taps(symbols, 2).abs().max()) <= 127
 
@@ -155,7 +157,7 @@ def test_hooks_go_when_the_module_fails():
 
 def test_without_activations_on_grids_weights_keep_their_range(tmp_path):
     model, callback = trained(tmp_path, activation_bits=None)
-    assert {maker.enlarged for maker in callback.weights.makers.values()} == {1}
+    assert {quantizer.enlarged for quantizer in callback.weights.quantizers.values()} == {1}
     largest = model.first.weight.abs().amax((1, 2, 3)).double()
     scale = compression_state(model.first).grids["weight"].scale.double()
     torch.testing.assert_close(largest / scale, torch.full((8,), 127.0).double())

@@ -110,7 +110,7 @@ def _run(
     for one in compressors:
         if isinstance(one, KnowledgeDistillation):
             one.take_dense(dense.model)
-        if isinstance(one, QualityBudget) and one.reference.waits:
+        if isinstance(one, QualityBudget) and one.reference.awaits_curve:
             one.take_dense(dense.rows)
     if second is not None:
         compressed, more = second(cfg, data, folder, evaluator, earlier)
