@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, help=what)
     pack.add_argument("--codec", choices=list(CHOICES), default="auto")
     pack.add_argument("--float-dtype", choices=["fp16", "bf16"], help="lossy: of plain floats")
-    what = "lossy: squared steps that a bit is worth, for weights on uniform grids; 0.02 to 0.2"
+    what = "lossy: squared steps that a bit is worth, for weights on uniform grids; 0.02 to 0.03"
     pack.add_argument("--rdoq", type=float, metavar="LAMBDA", help=what)
     pack.add_argument("--workers", type=int, default=1, help="threads")
     unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint or an ONNX file")

@@ -98,7 +98,7 @@ def save_compressed(
         signed_zeros: store -0.0 as such. Otherwise it becomes 0.0, which equals it: weights that
             were pruned as `weight * mask` hold it in every second zero, half a bit each.
         rdoq: lossy: choose for each weight on a uniform grid among its point, the next one towards
-            0, and 0, by squared change in steps plus `rdoq` times its bits; 0.02 to 0.2. The
+            0, and 0, by squared change in steps plus `rdoq` times its bits; 0.005 to 0.03. The
             module stays as it is.
         data: for `rdoq`: batches of the module's inputs, as in `quantize_static`. Weights count by
             how much the outputs depend on them, and BatchNorm's statistics are taken anew; without
