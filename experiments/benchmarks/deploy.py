@@ -93,7 +93,8 @@ def trained(folder: Path) -> Trained:
             epochs=EPOCHS,
             steps=None,
         )
-        module, sample = model.eval().parts()["generator"]
+        trained: Any = model.eval()
+        module, sample = trained.parts()["generator"]
         torch.save((module, sample), kept)
     return Trained(*torch.load(kept, weights_only=False))
 
