@@ -17,6 +17,8 @@ from lightning_compress import (
     Pair,
     ProjectedEMA,
     TargetError,
+    load_compressed,
+    save_compressed,
     sparsity,
 )
 
@@ -207,3 +209,23 @@ def test_accumulated_gradients_go_with_their_channels():
     assert net[0].weight.grad.equal(before[stays])
     net(torch.rand(3, 2)).sum().backward()  # adds to what is left
     assert net[0].weight.grad.shape == (2, 2)
+
+
+def test_a_file_of_tied_weights_with_removed_channels_loads(tmp_path):
+    class Tied(Wide):
+        def __init__(self):
+            super().__init__()
+            self.encoder.insert(2, nn.Linear(16, 16))
+            self.encoder.insert(3, nn.Linear(16, 16))
+            self.encoder[3].weight = self.encoder[2].weight
+
+    model = Tied()
+    run(tmp_path, model, ChannelPruning(**FAST))
+    small = model.encoder[2].weight.shape
+    assert small[0] < 16
+    save_compressed(model.encoder, tmp_path / "m.lcz")
+    loaded = load_compressed(tmp_path / "m.lcz", Tied().encoder)
+    assert loaded[3].weight is loaded[2].weight
+    assert loaded[2].weight.shape == small
+    x = torch.randn(5, 6)
+    assert torch.equal(loaded(x), model.encoder(x))
