@@ -335,11 +335,12 @@ def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
         raise
 
 
-def divergence_message(slot: ProjectedWeight) -> str:
-    """The message for a weight that is no longer finite."""
-    half = slot.parameter.dtype == torch.float16
+def divergence_message(*slots: ProjectedWeight) -> str:
+    """The message for parameters that are no longer finite."""
+    half = any(slot.parameter.dtype == torch.float16 for slot in slots)
+    paths = ", ".join(slot.path for slot in slots)
     return (
-        f"{slot.path} holds weights that are NaN or infinite: training has diverged. "
+        f"{paths} holds weights that are NaN or infinite: training has diverged. "
         f"{_HALF if half else 'Lower the learning rate, or look at the data'}"
     )
 

@@ -408,7 +408,11 @@ class GradualPruning(MaskCallback):
             del self.uncalled[layer]  # the next look takes it as a new target
         if len(self._used) >= len(self.slots):
             return
-        self._used |= {slot.path for slot in self.slots if slot.parameter.grad is not None}
+        self._used |= {
+            slot.path
+            for slot in self.slots
+            if slot.parameter.grad is not None or not slot.parameter.requires_grad
+        }
 
     def _leave_uncalled(self) -> None:
         if self._events or len(self._used) >= len(self.slots):

@@ -156,10 +156,8 @@ class MaskCallback(WeightCallback):
         ]
         if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
             broken = [one for one, count in zip(self.slots, counts, strict=True) if int(count)]
-            others = f" So have {[one.path for one in broken[1:5]]}" if broken[1:] else ""
             raise FloatingPointError(
-                f"{self.state_key}, step {self.events.last_step}: {divergence_message(broken[0])}."
-                f"{others}"
+                f"{self.state_key}, step {self.events.last_step}: {divergence_message(*broken[:5])}"
             )
 
     def on_event(self, trainer: Trainer) -> None:

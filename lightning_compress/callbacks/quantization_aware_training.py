@@ -72,7 +72,7 @@ class PostTrainingQuantization(Callback):
 
     Args:
         weight_bits: 2 to 8.
-        scheme: "symmetric" or "affine".
+        scheme: "symmetric", "affine", "codebook" or "entropy"; see `quantize_weights`.
         per_channel: one scale an output channel, else one a tensor.
         include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.

@@ -26,7 +26,7 @@ from lightning_compress.conversion.naming import check_names, rename
 from lightning_compress.conversion.program import onnx_program, plain_copy, with_next_sizes
 from lightning_compress.conversion.session import executed_ops, session_options
 from lightning_compress.conversion.signature import Signature, over_tensors, signature_of
-from lightning_compress.conversion.versions import Target, target_of
+from lightning_compress.conversion.versions import RuntimeTarget, runtime_target
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.lost_grids import lost_grids
@@ -190,7 +190,7 @@ def export_onnx(
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r} must be 0 or more")
-    target = target_of(for_onnxruntime, opset, int8=int8)
+    target = runtime_target(for_onnxruntime, opset, int8=int8)
     plain = plain_copy(module)
     signature, leaves = signature_of(plain, sample)
     inputs = tuple(part.detach().cpu() for part in leaves)
@@ -240,7 +240,7 @@ class _Job:
     axes: Axes
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    target: Target
+    target: RuntimeTarget
     tolerance: float | None
 
 
@@ -342,7 +342,7 @@ def _proto(model: Any, job: _Job) -> Any:
     return proto
 
 
-def _in_version(proto: Any, target: Target) -> Any:
+def _in_version(proto: Any, target: RuntimeTarget) -> Any:
     """The model in an older opset, and marked as of an older format, where one is given."""
     onnx = require("onnx", extra="onnx")
     actual = next(one.version for one in proto.opset_import if one.domain == "")

@@ -42,7 +42,7 @@ from lightning_compress.conversion.qdq import (
     set_apart,
 )
 from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_enlarged
-from lightning_compress.conversion.versions import Target
+from lightning_compress.conversion.versions import RuntimeTarget
 from lightning_compress.conversion.weight_storage import finished_models, seen_inputs
 from lightning_compress.grids import AffineGrid
 from lightning_compress.state import ActivationGrids, compression_state
@@ -95,7 +95,7 @@ def int8_model(
     inputs: tuple[Tensor, ...],
     axes: Axes,
     *,
-    target: Target,
+    target: RuntimeTarget,
     calibration: Calibration | None,
     percentile: float,
     shown: Sequence[tuple[Tensor, ...]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Target", "target_of"]
+__all__ = ["RuntimeTarget", "runtime_target"]
 
 # First ONNX Runtime, opset, IR version: https://onnxruntime.ai/docs/reference/compatibility.html
 TABLE = (
@@ -26,7 +26,7 @@ INT8_OPSET_BEFORE = 20
 
 
 @dataclass(frozen=True)
-class Target:
+class RuntimeTarget:
     """What a file may hold.
 
     Args:
@@ -36,8 +36,8 @@ class Target:
         several_zero_points: whether one weight may have several.
         name: of the ONNX Runtime; empty for the newest.
 
-    >>> target_of("1.17", None, int8=True)
-    Target(opset=20, ir=9, four_bits=False, several_zero_points=False, name='1.17')
+    >>> runtime_target("1.17", None, int8=True)
+    RuntimeTarget(opset=20, ir=9, four_bits=False, several_zero_points=False, name='1.17')
     """
 
     opset: int | None
@@ -47,7 +47,7 @@ class Target:
     name: str = ""
 
 
-def target_of(version: str | None, opset: int | None, *, int8: bool) -> Target:
+def runtime_target(version: str | None, opset: int | None, *, int8: bool) -> RuntimeTarget:
     """The target of an ONNX Runtime version and an opset.
 
     Raises:
@@ -55,7 +55,7 @@ def target_of(version: str | None, opset: int | None, *, int8: bool) -> Target:
     """
     if version is None:
         chosen = opset or (INT8_OPSET if int8 else None)
-        return Target(chosen, None, not int8 or (chosen or 0) >= INT8_OPSET, True)
+        return RuntimeTarget(chosen, None, not int8 or (chosen or 0) >= INT8_OPSET, True)
     found = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)*", version) if isinstance(version, str) else None
     if found is None:
         raise ValueError(f"for_onnxruntime={version!r}: give a version, such as '1.17'")
@@ -72,4 +72,4 @@ def target_of(version: str | None, opset: int | None, *, int8: bool) -> Target:
         best = INT8_OPSET if key >= FOUR_BITS else INT8_OPSET_BEFORE
         opset = min(most, best if int8 else 18)
     four_bits = key >= FOUR_BITS and opset >= INT8_OPSET
-    return Target(opset, ir, four_bits, key >= SEVERAL_ZERO_POINTS, version)
+    return RuntimeTarget(opset, ir, four_bits, key >= SEVERAL_ZERO_POINTS, version)

@@ -137,6 +137,7 @@ def distill_samples(
         "enable_model_summary": False, "devices": 1, "limit_val_batches": 0,
         "num_sanity_val_steps": 0, **trainer,
     }  # fmt: skip
+    student.train()
     Trainer(max_epochs=1, **quiet).fit(student, DataLoader(rows, batch_size=None))
     return student
 

@@ -221,7 +221,7 @@ class PartlyIdle(ThroughMethod):
 
 def test_a_network_that_is_never_called_beside_one_that_is(tmp_path):
     model = PartlyIdle()
-    with pytest.warns(UserWarning, match=r"no batch called what holds .*'decoder.net.layers.0"):
+    with pytest.warns(UserWarning, match=r"no batch called .*'decoder.net.layers.0"):
         run(tmp_path, model)
     assert model.encoder[1].out_features == 8
     assert model.decoder.net.layers[0].out_features == 16

@@ -66,7 +66,7 @@ def test_a_winning_discriminator_stops_the_clock(tmp_path, caplog):
 def test_the_end_is_never_shifted_beyond_the_run(tmp_path):
     script = [1.0] * 4 + [0.1] * 20
     guard = BalanceGuard(warmup=3, smoothing=0.0)
-    with pytest.warns(UserWarning, match="wait.*schedule"):
+    with pytest.warns(UserWarning, match="hold the schedule"):
         tape = run(tmp_path, script, guard)
     assert tape.rows[-1] == (12, round(0.8 * 72) / 72)
     assert guard.paused

@@ -306,7 +306,7 @@ def test_a_gan_of_other_names_keeps_its_discriminator_dense(tmp_path):
 
 @pytest.mark.parametrize("make", [GradualPruning, PostTrainingQuantization])
 def test_weights_beside_the_deployed_part_are_told_of(tmp_path, make):
-    told = r"weights of fc_mu are left.*deployed = \('encoder', 'decoder', 'fc_mu'\)"
+    told = r"weights of fc_mu are skipped.*deployed = \('encoder', 'decoder', 'fc_mu'\)"
     with pytest.warns(UserWarning, match=told):
         quiet_trainer(tmp_path, make()).fit(Headed(), batches())
 

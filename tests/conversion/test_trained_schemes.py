@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
+    EntropyGrid,
     GradualPruning,
     QuantizationAwareTraining,
     compression_state,
@@ -28,7 +29,7 @@ SCHEMES = {  # options, and whether whole numbers are computed with
     "affine": ({}, True),
     "learned_step": ({}, True),
     "codebook": ({"weight_bits": 4}, False),
-    "entropy": ({"step": 0.3, "weight_bits": 8}, True),
+    "entropy": ({"entropy": EntropyGrid(step=0.3), "weight_bits": 8}, True),
 }
 
 

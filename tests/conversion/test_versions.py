@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_compress.conversion.versions import target_of
+from lightning_compress.conversion.versions import runtime_target
 
 PUBLISHED = {  # version: opset, IR version; docs/reference/compatibility.md of ONNX Runtime
     "1.11": (16, 8),
@@ -21,8 +21,8 @@ PUBLISHED = {  # version: opset, IR version; docs/reference/compatibility.md of 
 @pytest.mark.parametrize("version", PUBLISHED)
 def test_no_file_asks_for_more_than_the_version_reads(version):
     opset, ir = PUBLISHED[version]
-    assert target_of(version, opset, int8=True).ir == ir
+    assert runtime_target(version, opset, int8=True).ir == ir
     for int8 in (False, True):
-        assert target_of(version, None, int8=int8).opset <= opset
+        assert runtime_target(version, None, int8=int8).opset <= opset
     with pytest.raises(ValueError, match=f"up to opset {opset}"):
-        target_of(version, opset + 1, int8=True)
+        runtime_target(version, opset + 1, int8=True)

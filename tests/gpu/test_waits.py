@@ -35,7 +35,7 @@ def found():
 CASES = [
     "nothing", "pruning", "threshold", "symmetric", "affine", "moving average", "percentile", "mse",
     "learned step", "codebook", "codebook, frozen", "entropy", "entropy, rate", "entropy, frozen",
-    "frozen", "non-finite guard", "projected average", "distillation", "all",
+    "rate and distortion", "frozen", "non-finite guard", "projected average", "distillation", "all",
 ]  # fmt: skip
 
 
