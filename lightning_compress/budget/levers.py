@@ -95,7 +95,7 @@ class Steerable(Protocol):
         ...
 
     @property
-    def steered_by(self) -> str | None:
+    def steered_by(self) -> str | Callable[[Limits], Lever] | None:
         """Kind of lever, a key of `KINDS`; None: not steered in this run."""
         ...
 
@@ -336,4 +336,6 @@ KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
 def lever_of(callback: Steerable, limits: Limits) -> Lever | None:
     """The lever that moves a callback, as far as `limits` says; None where it has none."""
     kind = callback.steered_by
-    return None if kind is None else KINDS[kind](callback, limits)
+    if kind is None or callable(kind):
+        return None if kind is None else kind(limits)
+    return KINDS[kind](callback, limits)
