@@ -10,7 +10,7 @@ from lightning_compress.budget.levers import KINDS, Limits, SparsityLever, Steer
 def callback(steered_by, **more):
     return SimpleNamespace(
         name="own", state_key="Own[own]", steered_by=steered_by, snapshot=dict,
-        roll_back_to=lambda _: None, paths=lambda: [], **more,
+        roll_back_to=lambda _: None, paths=list, **more,
     )  # fmt: skip
 
 
