@@ -96,7 +96,7 @@ class Steerable(Protocol):
 
     @property
     def steered_by(self) -> str | Callable[[Limits], Lever] | None:
-        """Kind of lever, a key of `KINDS`; None: not steered in this run."""
+        """A key of `KINDS`, or a function that makes the lever; None: not steered in this run."""
         ...
 
     def snapshot(self) -> dict[str, Any]:
