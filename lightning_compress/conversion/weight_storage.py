@@ -22,7 +22,7 @@ from lightning_compress.conversion.integer_weights import (
 from lightning_compress.conversion.nodes import WeightedNode, modules_of
 from lightning_compress.conversion.qdq import grid_key, initializer
 from lightning_compress.conversion.session import FOLD_WEIGHTS
-from lightning_compress.conversion.versions import Target
+from lightning_compress.conversion.versions import RuntimeTarget
 from lightning_compress.errors import require
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -473,7 +473,7 @@ def finished_models(
     weighted_nodes: Sequence[WeightedNode],
     stored: Mapping[str, StoredWeight],
     seen: Mapping[str, NDArray],
-    target: Target,
+    target: RuntimeTarget,
     *,
     channels_last: bool = True,
 ) -> tuple[list[Any], dict[str, str]]:
@@ -530,7 +530,7 @@ def _rests_high(grid: AffineGrid) -> bool:
     return int(grid.zero_point.max()) * 2 ** (8 - grid.bits) > HIGH
 
 
-def _check_zero_points(weighted_nodes: Sequence[WeightedNode], target: Target) -> None:
+def _check_zero_points(weighted_nodes: Sequence[WeightedNode], target: RuntimeTarget) -> None:
     """Refuse what an older ONNX Runtime has no kernel for."""
     for weighted in weighted_nodes:
         if target.several_zero_points or not weighted.whole:
@@ -581,7 +581,7 @@ def _finish(
     model: Any,
     placed: Mapping[str, StoredWeight],
     whole: Mapping[str, bool],
-    target: Target,
+    target: RuntimeTarget,
 ) -> None:
     common = require("onnx_ir.passes.common", extra="onnx")
     rewrite_storage(model.graph, placed, whole=whole, four_bits=target.four_bits)
