@@ -196,9 +196,8 @@ def test_yaml_of_the_lightning_cli_makes_them(tmp_path, monkeypatch):
         save_config_callback=None,
         seed_everything_default=0,
     )
-    kinds = [type(one) for one in cli.trainer.callbacks]
-    assert CompressedCheckpoint in kinds
-    assert CompressedEarlyStopping in kinds
+    for kind in (CompressedCheckpoint, CompressedEarlyStopping):
+        assert any(isinstance(one, kind) for one in cli.trainer.callbacks)
     assert zeros_in(cli.trainer.checkpoint_callback.best_model_path) > 0.5
 
 
