@@ -35,7 +35,7 @@ test-web: $(READY)  ## a compressed generator's page in headless Chromium (needs
 	$(BIN)/python -m pytest -rs -n 0 tests/web $(TOLD)
 
 bench-gpu: $(READY)  ## a step with each callback over one without, on a CUDA device
-	$(BIN)/python experiments/bench_gpu.py
+	$(BIN)/python experiments/benchmarks/bench_gpu.py
 
 mutants: $(READY)  ## sixty one-line breaks, each with the tests that should catch it (hours; resumes)
 	$(CLOCK) $(BIN)/python tests/mutants.py $(TOLD)
@@ -114,8 +114,8 @@ bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, unifo
 	$(BIN)/python experiments/benchmarks/bench_allocation.py outputs/bench/allocation.jsonl $(TOLD)
 
 bench-federated: $(READY)  ## bytes and quality of federated methods on Fashion-MNIST (hours; resumes)
-	$(BIN)/python experiments/bench_federated.py outputs/bench/federated.jsonl
-	$(BIN)/python experiments/show_federated.py outputs/bench/federated.jsonl
+	$(BIN)/python experiments/benchmarks/bench_federated.py outputs/bench/federated.jsonl
+	$(BIN)/python experiments/benchmarks/show_federated.py outputs/bench/federated.jsonl
 
 bench-pruning-speed: $(READY)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_pruning.py; \

@@ -10,6 +10,7 @@ Nothing here knows Lightning: `Projector.of(module)`, `add`, `attach(optimizers)
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -320,7 +321,7 @@ class ProjectedWeight:
 
 
 @contextmanager
-def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
+def naming_divergence(projected_weights: Sequence[ProjectedWeight]) -> Iterator[None]:
     """Name the weight that is no longer finite where that is why something failed.
 
     Raises:
@@ -329,16 +330,16 @@ def naming_divergence(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OverflowError) as error:
-        for slot in slots:
-            if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())):
-                raise FloatingPointError(divergence_message(slot)) from error
+        for projected in projected_weights:
+            if int(projected.partition.all_reduce_sum((~torch.isfinite(projected.values())).sum())):
+                raise FloatingPointError(divergence_message(projected)) from error
         raise
 
 
-def divergence_message(*slots: ProjectedWeight) -> str:
+def divergence_message(*projected_weights: ProjectedWeight) -> str:
     """The message for parameters that are no longer finite."""
-    half = any(slot.parameter.dtype == torch.float16 for slot in slots)
-    paths = ", ".join(slot.path for slot in slots)
+    half = any(projected.parameter.dtype == torch.float16 for projected in projected_weights)
+    paths = ", ".join(projected.path for projected in projected_weights)
     return (
         f"{paths} holds weights that are NaN or infinite: training has diverged. "
         f"{_HALF if half else 'Lower the learning rate, or look at the data'}"
@@ -350,8 +351,8 @@ class Projector:
 
     >>> layer = nn.Linear(2, 1)
     >>> projector = Projector.of(layer)
-    >>> slot = projector.add(Target("weight", layer, "weight", layer.weight))
-    >>> slot.set_mask(torch.tensor([[True, False]]))
+    >>> projected = projector.add(Target("weight", layer, "weight", layer.weight))
+    >>> projected.set_mask(torch.tensor([[True, False]]))
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     >>> projector.attach([optimizer])  # what no optimizer owns
     []
@@ -363,7 +364,7 @@ class Projector:
     """
 
     def __init__(self) -> None:
-        self.slots: dict[str, ProjectedWeight] = {}
+        self.projected_weights: dict[str, ProjectedWeight] = {}
         self.steps: list[int] = []
         # torch's loader of sharded optimizers makes a step of its own, with a rate of 0: while
         # asleep, steps are not the training's.
@@ -394,33 +395,36 @@ class Projector:
         return held.projector if held is not None and held.module() is module else None
 
     @staticmethod
-    def module_of(slot: ProjectedWeight) -> nn.Module | None:
-        """The module whose projector holds a slot."""
+    def module_of(projected: ProjectedWeight) -> nn.Module | None:
+        """The module whose projector holds a projected weight."""
         for module in _MODULES:
             projector = Projector.find(module)
-            if projector is not None and projector.slots.get(slot.path) is slot:
+            if (
+                projector is not None
+                and projector.projected_weights.get(projected.path) is projected
+            ):
                 return module
         return None
 
     def add(self, target: Target) -> ProjectedWeight:
-        """Take a parameter under projection, or return the slot it has.
+        """Take a parameter under projection, or return its `ProjectedWeight`.
 
-        A parameter that has taken another's place gets a slot of its own.
+        A parameter that has taken another's place gets a projected weight of its own.
         """
         path = clean_path(target.path)
-        slot = self.slots.get(path)
-        if slot is not None and slot.parameter is not target.parameter:
+        projected = self.projected_weights.get(path)
+        if projected is not None and projected.parameter is not target.parameter:
             self.drop(path)
-            slot = None
-        if slot is None:
-            slot = self.slots[path] = ProjectedWeight(target)
+            projected = None
+        if projected is None:
+            projected = self.projected_weights[path] = ProjectedWeight(target)
             if target.parameter.requires_grad:  # a frozen weight gets no gradient
-                self._gradients[path] = _hook_gradient(slot)
-        return slot
+                self._gradients[path] = _hook_gradient(projected)
+        return projected
 
     def drop(self, path: str) -> None:
         """Let go of a parameter that is no longer the module's."""
-        del self.slots[path]
+        del self.projected_weights[path]
         if (handle := self._gradients.pop(path, None)) is not None:
             handle.remove()
         self._owners.pop(path, None)
@@ -430,27 +434,35 @@ class Projector:
         self._handlers.append((order, handler))
         self._handlers.sort(key=lambda pair: pair[0])
 
+    @property
+    def slots(self) -> dict[str, ProjectedWeight]:
+        """Former name of `projected_weights`, which warns."""
+        warnings.warn("`slots` is `projected_weights` now", FutureWarning, stacklevel=2)
+        return self.projected_weights
+
     def attach(self, optimizers: Sequence[Optimizer], *, strict: bool = True) -> list[str]:
-        """Hook the optimizers that own the slots; calling again takes in new slots and optimizers.
+        """Hook the optimizers that own the weights; calling it again takes in what is new.
 
         An optimizer in another's place goes on with its clock; one more begins with that of the
         slowest owner.
 
         Args:
             optimizers: all of them.
-            strict: refuse slots that no optimizer owns.
+            strict: refuse weights that no optimizer owns.
 
         Returns:
-            Paths of slots that no optimizer owns.
+            Paths of weights that no optimizer owns.
 
         Raises:
-            TargetError: when an optimizer keeps weights of its own, or owns none of the slots.
+            TargetError: when an optimizer keeps weights of its own, or owns none of them.
         """
         groups = [parameter_ids(optimizer) for optimizer in optimizers]
-        for path, slot in self.slots.items():
-            self._owners[path] = [i for i, ids in enumerate(groups) if id(slot.parameter) in ids]
-            if slot.parameter.requires_grad and path not in self._gradients:  # thawed since
-                self._gradients[path] = _hook_gradient(slot)
+        for path, projected in self.projected_weights.items():
+            self._owners[path] = [
+                i for i, ids in enumerate(groups) if id(projected.parameter) in ids
+            ]
+            if projected.parameter.requires_grad and path not in self._gradients:  # thawed since
+                self._gradients[path] = _hook_gradient(projected)
         begun = min((self.steps[i] for i in self._in_use() if i < len(self.steps)), default=0)
         self.steps += [begun] * (len(optimizers) - len(self.steps))
         for index, optimizer in enumerate(optimizers):
@@ -465,7 +477,7 @@ class Projector:
         orphans = [
             path
             for path, owners in self._owners.items()
-            if not owners and self.slots[path].parameter.requires_grad
+            if not owners and self.projected_weights[path].parameter.requires_grad
         ]
         if orphans and strict:
             raise TargetError(
@@ -490,8 +502,8 @@ class Projector:
         for index in sorted({index for path in paths for index in self._owners.get(path, ())}):
             optimizer, mark = self._optimizers[index](), self._marks.get(index)
             if optimizer is not None and mark is not None:
-                slot = self.slots.get(mark.path)
-                found.append((optimizer, slot is not None and mark.moved(slot)))
+                projected = self.projected_weights.get(mark.path)
+                found.append((optimizer, projected is not None and mark.moved(projected)))
         return found
 
     def _in_use(self) -> set[int]:
@@ -504,8 +516,8 @@ class Projector:
 
     def detach(self) -> None:
         """Remove all hooks; the parameters stay visible."""
-        for slot in self.slots.values():
-            slot.hide(alone=True)
+        for projected in self.projected_weights.values():
+            projected.hide(alone=True)
         for index in list(self._handles):
             self._unhook(index)
         for handle in self._gradients.values():
@@ -529,13 +541,13 @@ class Projector:
 
     def settle(self) -> None:
         """Project what user code wrote into parameters since the last step."""
-        for slot in self.slots.values():
-            slot.settle()
+        for projected in self.projected_weights.values():
+            projected.settle()
 
     def project(self) -> None:
         """Make every parameter visible."""
-        for slot in self.slots.values():
-            slot.project()
+        for projected in self.projected_weights.values():
+            projected.project()
 
     def _hook(self, optimizer: Optimizer, index: int) -> None:
         def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -553,24 +565,26 @@ class Projector:
             self._marks[index] = _Mark(owned[0])
 
     def _owned(self, index: int) -> list[ProjectedWeight]:
-        return [self.slots[path] for path, owners in self._owners.items() if index in owners]
+        return [
+            self.projected_weights[path] for path, owners in self._owners.items() if index in owners
+        ]
 
     def _before_step(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        slots = self._owned(index)
+        projected_weights = self._owned(index)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            for slot in slots:
-                slot.prepare_update()
+            for projected in projected_weights:
+                projected.prepare_update()
             return None
 
         def visible_closure() -> Any:
             # Lightning runs forward and backward in here, and LBFGS does so several times: each
             # must see visible weights, and leave latent ones for the update that follows.
-            for slot in slots:
-                slot.hide()
+            for projected in projected_weights:
+                projected.hide()
             result = closure()
-            for slot in slots:
-                slot.prepare_update()
+            for projected in projected_weights:
+                projected.prepare_update()
             return result
 
         if "closure" in kwargs:
@@ -582,25 +596,25 @@ class Projector:
         self._marks.pop(index, None)
         for _, handler in self._handlers:
             handler()
-        for slot in self._owned(index):
-            slot.project()
+        for projected in self._owned(index):
+            projected.project()
 
 
 class _Mark:
     """A few values of a weight, to tell later whether it was updated."""
 
-    def __init__(self, slot: ProjectedWeight) -> None:
-        self.path, self.values = slot.path, self._few(slot)
+    def __init__(self, projected: ProjectedWeight) -> None:
+        self.path, self.values = projected.path, self._few(projected)
 
     @staticmethod
-    def _few(slot: ProjectedWeight) -> Tensor:
-        return slot.values().reshape(-1)[:_FEW].clone()
+    def _few(projected: ProjectedWeight) -> Tensor:
+        return projected.values().reshape(-1)[:_FEW].clone()
 
-    def moved(self, slot: ProjectedWeight) -> bool:
+    def moved(self, projected: ProjectedWeight) -> bool:
         """Whether the weight has other values now."""
-        now = self._few(slot)
+        now = self._few(projected)
         same = now.shape == self.values.shape and torch.equal(now, self.values)
-        return slot.overwritten or not same
+        return projected.overwritten or not same
 
 
 def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -614,11 +628,11 @@ def select_entries(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return tensor.contiguous()
 
 
-def _hook_gradient(slot: ProjectedWeight) -> RemovableHandle:
-    weight = slot.parameter
+def _hook_gradient(projected: ProjectedWeight) -> RemovableHandle:
+    weight = projected.parameter
     if is_sharded(weight):
-        return weight.register_post_accumulate_grad_hook(_untraced(slot.mask_sharded_gradient))
-    return weight.register_hook(_untraced(slot.mask_gradient))
+        return weight.register_post_accumulate_grad_hook(_untraced(projected.mask_sharded_gradient))
+    return weight.register_hook(_untraced(projected.mask_gradient))
 
 
 def _untraced(hook: Callable[..., Any]) -> Any:

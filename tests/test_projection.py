@@ -20,11 +20,11 @@ from lightning_compress.targets import Target, select
 def attach(module, *optimizers, bits=None, mask=False, include=None):
     projector = Projector.of(module)
     for target in select(module, include).targets:
-        slot = projector.add(target)
+        projected = projector.add(target)
         if mask:
-            slot.set_mask(torch.rand(target.parameter.shape) > 0.5)
+            projected.set_mask(torch.rand(target.parameter.shape) > 0.5)
         if bits:
-            slot.set_quantizer(lambda weight: affine_grid(weight, bits=bits))
+            projected.set_quantizer(lambda weight: affine_grid(weight, bits=bits))
     projector.attach(optimizers)
     projector.project()
     return projector
@@ -65,7 +65,7 @@ def test_twenty_steps_equal_a_fake_quantized_forward(name, bits, make):
     arguments = {"momentum": 0.9} if make == "SGD" else {}
     optimizer = getattr(torch.optim, make)(layer.parameters(), lr=0.01, **arguments)
     projector = attach(layer, optimizer, bits=bits, mask=True)
-    mask = (~projector.slots["weight"].pruned).float()
+    mask = (~projector.projected_weights["weight"].pruned).float()
     with torch.no_grad():
         twin.weight.mul_(mask)  # weight decay and momentum of what is masked play no part then
     parametrize.register_parametrization(twin, "weight", FakeQuantized(mask, bits))
@@ -89,11 +89,13 @@ def test_recurrent_and_embedding_weights_stay_on_mask_and_grid(kind):
         output, _ = module["cell"](module["table"](torch.randint(0, 7, (6, 2))))
         output.square().sum().backward()
         optimizer.step()
-    assert len(projector.slots) == 5
-    for slot in projector.slots.values():
-        assert torch.equal(slot.parameter[slot.pruned], torch.zeros(int(slot.pruned.sum())))
-        assert slot.parameter.unique().numel() <= 7
-        assert slot.parameter.unique().numel() > 1
+    assert len(projector.projected_weights) == 5
+    for projected in projector.projected_weights.values():
+        assert torch.equal(
+            projected.parameter[projected.pruned], torch.zeros(int(projected.pruned.sum()))
+        )
+        assert projected.parameter.unique().numel() <= 7
+        assert projected.parameter.unique().numel() > 1
     projector.detach()
 
 
@@ -103,12 +105,12 @@ def test_parametrized_weights_keep_their_zeros(wrap):
     layer = wrap(nn.Linear(6, 5))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     projector = attach(layer, optimizer, mask=True)
-    (slot,) = projector.slots.values()
+    (projected,) = projector.projected_weights.values()
     for _ in range(5):
         optimizer.zero_grad()
         layer(torch.randn(3, 6)).square().sum().backward()
         optimizer.step()
-    assert torch.equal(layer.weight == 0, slot.pruned)
+    assert torch.equal(layer.weight == 0, projected.pruned)
     projector.detach()
 
 
@@ -121,7 +123,7 @@ def test_a_closure_sees_visible_weights_each_time_it_is_called():
     def closure():
         optimizer.zero_grad()
         levels.append(layer.weight.unique().numel())
-        assert (layer.weight[projector.slots["weight"].pruned] == 0).all()
+        assert (layer.weight[projector.projected_weights["weight"].pruned] == 0).all()
         loss = layer(x).square().mean()
         loss.backward()
         return loss
@@ -158,7 +160,7 @@ def test_pruned_positions_stay_out_of_the_clipping_norm():
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     projector = attach(layer, optimizer, mask=True)
     layer(torch.randn(4, 6)).square().sum().backward()
-    pruned = projector.slots["weight"].pruned
+    pruned = projector.projected_weights["weight"].pruned
     assert (layer.weight.grad[pruned] == 0).all()
     norm = nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
     assert norm == pytest.approx(float(layer.weight.grad[~pruned].norm() * norm), rel=1e-4)
@@ -170,14 +172,14 @@ def test_what_others_write_survives_and_the_rest_keeps_its_latent(write):
     layer = nn.Linear(6, 5)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     projector = attach(layer, optimizer, bits=4)
-    latent = projector.slots["weight"].latent.clone()
+    latent = projector.projected_weights["weight"].latent.clone()
     bound = layer.weight.detach().abs().max().item() / 2
     touched = layer.weight.detach().abs() > bound
     with torch.no_grad():
         (layer.weight.data if write == "data" else layer.weight).clamp_(-bound, bound)
     layer(torch.randn(2, 6)).sum().backward()
     optimizer.step()
-    after = projector.slots["weight"].latent
+    after = projector.projected_weights["weight"].latent
     assert torch.equal(after[~touched], latent[~touched])
     assert torch.allclose(after[touched].abs(), torch.tensor(bound))
     assert touched.any()
@@ -243,9 +245,9 @@ def test_compiled_modules_train_without_graph_breaks_in_the_forward():
         optimizer.zero_grad()
         compiled(torch.randn(2, 6)).square().sum().backward()
         optimizer.step()
-    slot = projector.slots["weight"]
-    assert (layer.weight[slot.pruned] == 0).all()
-    assert (layer.weight.grad[slot.pruned] == 0).all()
+    projected = projector.projected_weights["weight"]
+    assert (layer.weight[projected.pruned] == 0).all()
+    assert (layer.weight.grad[projected.pruned] == 0).all()
     assert layer.weight.unique().numel() <= 15
     projector.detach()
 
@@ -278,9 +280,9 @@ def test_weights_without_an_optimizer_are_named():
 
 def test_a_mask_of_the_wrong_shape_is_refused():
     layer = nn.Linear(2, 2)
-    slot = Projector.of(layer).add(select(layer).targets[0])
+    projected = Projector.of(layer).add(select(layer).targets[0])
     with pytest.raises(TargetError, match="mask of weight has shape"):
-        slot.set_mask(torch.ones(3, dtype=torch.bool))
+        projected.set_mask(torch.ones(3, dtype=torch.bool))
     Projector.of(layer).detach()
 
 
@@ -293,27 +295,27 @@ def test_dense_gradients_equal_a_straight_through_mask(name, bits):
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
     twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
     projector = attach(layer, optimizer, bits=bits)
-    slot = projector.slots["weight"]
-    slot.dense_gradient = True
+    projected = projector.projected_weights["weight"]
+    projected.dense_gradient = True
     fake = DenselyFakeQuantized(bits)
     parametrize.register_parametrization(twin, "weight", fake)
     for step in range(20):
         if step % 4 == 1:  # masks move, and what returns has trained on meanwhile
             torch.manual_seed(step)
             fake.mask = (torch.rand(layer.weight.shape) > 0.5).float()
-            slot.set_mask(fake.mask.bool())
-            slot.project()
+            projected.set_mask(fake.mask.bool())
+            projected.project()
         for module, one in ((layer, optimizer), (twin, twin_optimizer)):
             one.zero_grad()
             module(x).square().mean().backward()
             one.step()
         torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=0)
     hidden = twin.parametrizations.weight.original.detach()
-    assert torch.equal(slot.values(), hidden)
-    assert hidden[slot.pruned].abs().sum() > 0
-    slot.dense_gradient = False
-    slot.project()
-    assert not slot.values()[slot.pruned].any()
+    assert torch.equal(projected.values(), hidden)
+    assert hidden[projected.pruned].abs().sum() > 0
+    projected.dense_gradient = False
+    projected.project()
+    assert not projected.values()[projected.pruned].any()
     projector.detach()
 
 
@@ -335,22 +337,22 @@ def test_what_others_write_over_hidden_values_counts():
     layer = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     projector = attach(layer, optimizer)
-    slot = projector.slots["weight"]
-    slot.dense_gradient = True
-    slot.set_mask(torch.tensor([True, True, False, False]).expand(3, 4))
-    slot.project()
-    hidden = slot.latent.clone()
+    projected = projector.projected_weights["weight"]
+    projected.dense_gradient = True
+    projected.set_mask(torch.tensor([True, True, False, False]).expand(3, 4))
+    projected.project()
+    hidden = projected.latent.clone()
     with torch.no_grad():
         layer.weight[0, 0] = 9.0
         layer.weight[0, 3] = 7.0
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     hidden[0, 0], hidden[0, 3] = 9.0, 7.0
-    assert torch.equal(slot.latent, hidden)
-    assert torch.equal(layer.weight, hidden * ~slot.pruned)
-    slot.set_values(torch.full((3, 4), 2.0))
-    slot.project()
-    assert torch.equal(layer.weight, torch.full((3, 4), 2.0) * ~slot.pruned)
+    assert torch.equal(projected.latent, hidden)
+    assert torch.equal(layer.weight, hidden * ~projected.pruned)
+    projected.set_values(torch.full((3, 4), 2.0))
+    projected.project()
+    assert torch.equal(layer.weight, torch.full((3, 4), 2.0) * ~projected.pruned)
     projector.detach()
 
 
@@ -358,15 +360,15 @@ def test_what_others_write_over_hidden_values_counts():
 def test_a_projector_ends_with_its_module_without_detach(attached):
     layer = nn.Linear(3, 2)
     projector = Projector.of(layer)
-    slot = projector.add(Target("weight", layer, "weight", layer.weight))
-    slot.set_mask(torch.ones(2, 3, dtype=torch.bool))
+    projected = projector.add(Target("weight", layer, "weight", layer.weight))
+    projected.set_mask(torch.ones(2, 3, dtype=torch.bool))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     if attached:
         projector.attach([optimizer])
         layer(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-    ends = [weakref.ref(layer), weakref.ref(projector), weakref.ref(slot)]
-    del layer, projector, slot, optimizer
+    ends = [weakref.ref(layer), weakref.ref(projector), weakref.ref(projected)]
+    del layer, projector, projected, optimizer
     gc.collect()
     assert [one() for one in ends] == [None] * 3
 

@@ -39,27 +39,31 @@ def main(millions: list[int]) -> None:
         rows = million * 1_000_000 // LAYERS // 1000
         model = nn.Sequential(*(nn.Linear(1000, rows, bias=False) for _ in range(LAYERS)))
         projector = Projector.of(model)
-        slots = [projector.add(target) for target in select(model).targets]
-        floors = {slot.path: 0.01 for slot in slots}
+        projected_weights = [projector.add(target) for target in select(model).targets]
+        floors = {projected.path: 0.01 for projected in projected_weights}
         plan = MaskPlan(
             make_granularity("unstructured"),
             SCOPES["global"],
             reopen=False,
-            layouts={slot.path: Layout() for slot in slots},
+            layouts={projected.path: Layout() for projected in projected_weights},
             floors=floors,
         )
         criterion, seconds, extra = make_criterion("magnitude"), [], 0.0
         for event in range(EVENTS):
             before = peak_megabytes(reset=True)
             start = time.perf_counter()
-            masks = plan.masks(slots, [criterion.scores(one) for one in slots], 0.5 + event / 10)
-            for slot, mask in zip(slots, masks, strict=True):
-                slot.set_mask(mask)
-                slot.project()
+            masks = plan.masks(
+                projected_weights,
+                [criterion.scores(one) for one in projected_weights],
+                0.5 + event / 10,
+            )
+            for projected, mask in zip(projected_weights, masks, strict=True):
+                projected.set_mask(mask)
+                projected.project()
             seconds.append(time.perf_counter() - start)
             del masks
             extra = max(extra, peak_megabytes() - before)
-        size = sum(slot.target.numel for slot in slots) * 4 / 2**20
+        size = sum(projected.target.numel for projected in projected_weights) * 4 / 2**20
         took = median(seconds)
         print(f"{million:15} | {took:16.3f} | {1e3 * took / million:12.1f} | {extra / size:.2f}")
         projector.detach()

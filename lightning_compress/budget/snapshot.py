@@ -18,11 +18,11 @@ __all__ = [
     "Snapshot",
     "all_tensors",
     "mask_in",
+    "projected_weights_of",
     "regrow",
     "regrow_average",
     "restore_masks",
     "restore_snapshot",
-    "slots_of",
     "take_snapshot",
 ]
 Snapshot = dict[str, Any]
@@ -39,10 +39,14 @@ def take_snapshot(module: nn.Module, optimizers: Sequence[Optimizer]) -> Snapsho
         module: in training, between two steps.
         optimizers: all of them.
     """
-    slots = slots_of(module)
+    projected_weights = projected_weights_of(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    hidden = {name: slots[name].values() for name in slots if slots[name].latent is not None}
-    masks = {name: slot.pruned for name, slot in slots.items()}
+    hidden = {
+        name: projected_weights[name].values()
+        for name in projected_weights
+        if projected_weights[name].latent is not None
+    }
+    masks = {name: projected.pruned for name, projected in projected_weights.items()}
     return {
         "tensors": {name: one.detach().clone() for name, one in all_tensors(module).items()},
         "structure": structure_of(module),
@@ -73,14 +77,16 @@ def restore_snapshot(
 
     Between two steps, before anything is projected: whoever makes grids restores them first.
     """
-    slots, parameters = slots_of(module), dict(module.named_parameters())
+    projected_weights, parameters = projected_weights_of(module), dict(module.named_parameters())
     for name, tensor in all_tensors(module).items():
-        if name not in slots:
+        if name not in projected_weights:
             tensor.copy_(snapshot["tensors"][name])
-    for name, slot in slots.items():
-        slot.set_mask(mask_in(snapshot, name))
-        slot.set_values(snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data))
-        slot.project()
+    for name, projected in projected_weights.items():
+        projected.set_mask(mask_in(snapshot, name))
+        projected.set_values(
+            snapshot["hidden"].get(name, snapshot["tensors"][name]).to(projected.data)
+        )
+        projected.project()
     for optimizer, states in zip(optimizers, snapshot["optimizers"], strict=True):
         owned = parameter_ids(optimizer)
         for name, parameter in parameters.items():
@@ -94,18 +100,18 @@ def restore_snapshot(
 @torch.no_grad()
 def restore_masks(module: nn.Module, snapshot: Snapshot) -> None:
     """Roll back masks alone: restored weights get their saved values, the others stay."""
-    for name, slot in slots_of(module).items():
+    for name, projected in projected_weights_of(module).items():
         mask = mask_in(snapshot, name)
-        mask = None if mask is None else mask.to(slot.data.device)
-        if slot.pruned is not None and not slot.dense_gradient:
-            reopened = slot.pruned if mask is None else slot.pruned & mask
-            before = snapshot["hidden"].get(name, snapshot["tensors"][name]).to(slot.data)
-            values = torch.where(reopened, before, slot.values())
-            slot.set_mask(mask)
-            slot.set_values(values)
+        mask = None if mask is None else mask.to(projected.data.device)
+        if projected.pruned is not None and not projected.dense_gradient:
+            reopened = projected.pruned if mask is None else projected.pruned & mask
+            before = snapshot["hidden"].get(name, snapshot["tensors"][name]).to(projected.data)
+            values = torch.where(reopened, before, projected.values())
+            projected.set_mask(mask)
+            projected.set_values(values)
         else:
-            slot.set_mask(mask)
-        slot.project()
+            projected.set_mask(mask)
+        projected.project()
 
 
 def mask_in(snapshot: Snapshot, name: str) -> Tensor | None:
@@ -114,13 +120,13 @@ def mask_in(snapshot: Snapshot, name: str) -> Tensor | None:
     return None if packed is None else unpack_mask(*packed)
 
 
-def slots_of(module: nn.Module) -> dict[str, ProjectedWeight]:
+def projected_weights_of(module: nn.Module) -> dict[str, ProjectedWeight]:
     """Projected parameters by the name that the module gives them."""
     projector = Projector.find(module)
-    known = projector.slots.values() if projector is not None else ()
-    by_id = {id(slot.parameter): slot for slot in known}
+    known = projector.projected_weights.values() if projector is not None else ()
+    by_id = {id(projected.parameter): projected for projected in known}
     pairs = ((name, by_id.get(id(one))) for name, one in module.named_parameters())
-    return {name: slot for name, slot in pairs if slot is not None}
+    return {name: projected for name, projected in pairs if projected is not None}
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -161,19 +167,23 @@ def regrow(
     if not changed:
         return False
     _regrow_states(optimizers, changed, snapshot, lost)
-    slots = {name: slot for name, slot in slots_of(module).items() if name in changed}
+    projected_weights = {
+        name: projected
+        for name, projected in projected_weights_of(module).items()
+        if name in changed
+    }
     masks = {}
-    for name, slot in slots.items():
-        if slot.pruned is not None:
+    for name, projected in projected_weights.items():
+        if projected.pruned is not None:
             then = mask_in(snapshot, name)
             whole = torch.ones(snapshot["tensors"][name].shape, dtype=torch.bool)
-            masks[name] = overlay(whole if then is None else then, ~slot.pruned, lost[name])
-    now = {**changed, **{name: slot.forget() for name, slot in slots.items()}}
+            masks[name] = overlay(whole if then is None else then, ~projected.pruned, lost[name])
+    now = {**changed, **{name: projected.forget() for name, projected in projected_weights.items()}}
     before = {**snapshot["tensors"], **snapshot["hidden"]}
     grown = {name: overlay(before[name], one.detach(), lost[name]) for name, one in now.items()}
     grow(module, grown, snapshot["structure"])
     for name, mask in masks.items():
-        slots[name].set_mask(mask)
+        projected_weights[name].set_mask(mask)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -203,7 +204,7 @@ class WeightCallback(Callback):
     ) -> None:
         self.include, self.exclude, self.name = include, exclude, name
         self.coverage: list[Coverage] = []
-        self.slots: list[ProjectedWeight] = []
+        self.projected_weights: list[ProjectedWeight] = []
         self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
         self._loaded: dict[str, Any] | None = None
@@ -211,6 +212,12 @@ class WeightCallback(Callback):
         self._warned_idle = False
         self._warned_unowned: set[str] = set()
         self.uncalled: dict[str, torch.nn.Parameter] = {}  # of layers that no forward calls
+
+    @property
+    def slots(self) -> list[ProjectedWeight]:
+        """Former name of `projected_weights`, which warns."""
+        warnings.warn("`slots` is `projected_weights` now", FutureWarning, stacklevel=2)
+        return self.projected_weights
 
     @property
     def state_key(self) -> str:
@@ -239,7 +246,9 @@ class WeightCallback(Callback):
         if stage != "fit":
             return
         layers = {id(layer) for layer in pl_module.modules()}
-        if self.slots and not any(id(slot.target.layer) in layers for slot in self.slots):
+        if self.projected_weights and not any(
+            id(projected.target.layer) in layers for projected in self.projected_weights
+        ):
             rank_zero_info(f"{self.state_key} is reset: its last fit was of another module")
             args, kwargs = self._made_with
             type(self).__init__(self, *args, **kwargs)
@@ -259,16 +268,20 @@ class WeightCallback(Callback):
         if self.include is None:
             warn_of_unselected(pl_module, trainer.optimizers)
             warn_of_low_coverage(pl_module, self.coverage)
-        masks = {slot.path: slot.pruned for slot in self.slots}
-        self.slots = [self.projector.add(target) for target in selection.targets]
+        masks = {projected.path: projected.pruned for projected in self.projected_weights}
+        self.projected_weights = [self.projector.add(target) for target in selection.targets]
         self.projector.attach(trainer.optimizers)
         self._groups, self._warned_idle, self._warned_unowned = [], False, set()
         self.projector.on_step(lambda: self.on_weight_step(trainer), order=self.order)
-        for slot in self.slots:  # a second fit goes on with the masks of the first
-            pruned = masks.get(slot.path)
-            if pruned is not None and slot.pruned is None and slot.values().shape == pruned.shape:
-                slot.set_mask(~pruned)
-            _adopt_known_mask(slot)
+        for projected in self.projected_weights:  # a second fit goes on with the masks of the first
+            pruned = masks.get(projected.path)
+            if (
+                pruned is not None
+                and projected.pruned is None
+                and projected.values().shape == pruned.shape
+            ):
+                projected.set_mask(~pruned)
+            _adopt_known_mask(projected)
 
     def _select(self, module: LightningModule) -> Selection:
         """Select the current targets; copies of trained weights follow these and are no targets."""
@@ -280,13 +293,19 @@ class WeightCallback(Callback):
         """Let go of targets in layers that no forward pass calls; they come back when one does."""
         before = set(self.uncalled)
         self.uncalled.update(layers)
-        paths = {slot.path for slot in self.slots if _layer_of(slot) in self.uncalled}
+        paths = {
+            projected.path
+            for projected in self.projected_weights
+            if _layer_of(projected) in self.uncalled
+        }
         if not paths:
             return
-        module: Any = Projector.module_of(self.slots[0])
+        module: Any = Projector.module_of(self.projected_weights[0])
         for path in paths:
             self.projector.drop(path)
-        self.slots = [slot for slot in self.slots if slot.path not in paths]
+        self.projected_weights = [
+            projected for projected in self.projected_weights if projected.path not in paths
+        ]
         self.coverage = [
             replace(row, selected=False, reason=_UNCALLED) if clean_path(row.path) in paths else row
             for row in self.coverage
@@ -381,9 +400,13 @@ class WeightCallback(Callback):
         """Add new targets, and drop those that are no longer the module's."""
         to_shards(module)
         own = {clean_path(path): one for path, one in module.named_parameters()}
-        kept = [slot for slot in self.slots if own.get(slot.path) is slot.parameter]
-        known = {slot.path for slot in kept}
-        gone = [slot for slot in self.slots if slot not in kept]
+        kept = [
+            projected
+            for projected in self.projected_weights
+            if own.get(projected.path) is projected.parameter
+        ]
+        known = {projected.path for projected in kept}
+        gone = [projected for projected in self.projected_weights if projected not in kept]
         try:
             selection = self._select(module)
         except TargetError:  # all of it is frozen or gone: what is left of the targets goes on
@@ -391,19 +414,19 @@ class WeightCallback(Callback):
         else:
             fresh = [one for one in selection.targets if clean_path(one.path) not in known]
             coverage = selection.coverage
-        for slot in gone:
-            if self.projector.slots.get(slot.path) is slot:
-                self.projector.drop(slot.path)
+        for projected in gone:
+            if self.projector.projected_weights.get(projected.path) is projected:
+                self.projector.drop(projected.path)
         added = [self.projector.add(target) for target in fresh]
-        self.slots = [*kept, *added]
+        self.projected_weights = [*kept, *added]
         self._warn_of_unowned(self.projector.attach(trainer.optimizers, strict=False))
         if not added and not gone:
             return
         self.coverage = coverage
-        for slot in added:
-            _adopt_known_mask(slot)
+        for projected in added:
+            _adopt_known_mask(projected)
         _report_target_changes(self.state_key, added, gone)
-        if self.slots:
+        if self.projected_weights:
             self.on_targets_changed(trainer, module, added)
 
     @deferred
@@ -419,7 +442,7 @@ class WeightCallback(Callback):
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
-        """React to targets that were added or removed in mid-run; `slots` are the current ones."""
+        """React to targets added or removed in mid-run; `self.projected_weights` are current."""
 
     def _warn_of_unowned(self, paths: Sequence[str]) -> None:
         own = set(self.paths())
@@ -446,18 +469,18 @@ class WeightCallback(Callback):
     def _warn_of_lost_masks(self) -> None:
         """Warn where zeros of an earlier run have no mask any more; a grid makes zeros too."""
         lost = []
-        for slot in self.slots:
-            mine = slot.owners.get("mask") in (None, self.state_key)
-            rounded = slot.owners.get("grid") not in (None, self.state_key)
-            grid = known_grid(slot.target.layer, slot.target.name)
+        for projected in self.projected_weights:
+            mine = projected.owners.get("mask") in (None, self.state_key)
+            rounded = projected.owners.get("grid") not in (None, self.state_key)
+            grid = known_grid(projected.target.layer, projected.target.name)
             rounded = rounded or grid is not None
             pruned = False
-            if grid is not None and slot.shards is None:
-                pruned = were_pruned(grid.quantize(slot.data))
-            if mine and slot.pruned is None and (pruned or not rounded):
-                zeros = (slot.data == 0).float().mean().item()
+            if grid is not None and projected.shards is None:
+                pruned = were_pruned(grid.quantize(projected.data))
+            if mine and projected.pruned is None and (pruned or not rounded):
+                zeros = (projected.data == 0).float().mean().item()
                 if _SOME_ZEROS <= zeros < 1:
-                    lost.append(f"{slot.path} ({zeros:.0%})")
+                    lost.append(f"{projected.path} ({zeros:.0%})")
         if lost:
             rank_zero_warn(
                 f"{self.state_key}: zeros that no mask keeps, so that training fills them: "
@@ -475,11 +498,11 @@ class WeightCallback(Callback):
         Raises:
             TargetError: where another callback has it.
         """
-        for slot in self.slots:
-            owner = slot.owners.setdefault(what, self.state_key)
+        for projected in self.projected_weights:
+            owner = projected.owners.setdefault(what, self.state_key)
             if owner != self.state_key:
                 raise TargetError(
-                    f"{slot.path} is {done} by {owner} and by {self.state_key}: include or "
+                    f"{projected.path} is {done} by {owner} and by {self.state_key}: include or "
                     "exclude it so that one of them has it"
                 )
 
@@ -487,7 +510,7 @@ class WeightCallback(Callback):
         """React to a step of an optimizer, before its weights are projected."""
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Apply what `state_dict` saved, to slots that exist."""
+        """Apply what `state_dict` saved, to projected weights that exist."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the weights are in place.
@@ -534,7 +557,7 @@ class WeightCallback(Callback):
         """Remove the hooks; a run that was over before it began keeps what its checkpoint says."""
         self.settle_copies()
         if self._loaded is not None:
-            with _as_loaded(self.slots):
+            with _as_loaded(self.projected_weights):
                 self.restore_state(self._loaded)
                 self.projector.project()
             self._loaded = None
@@ -558,21 +581,21 @@ class WeightCallback(Callback):
 
     def paths(self) -> list[str]:
         """Paths of the targets."""
-        return [slot.path for slot in self.slots]
+        return [projected.path for projected in self.projected_weights]
 
 
 @contextmanager
-def _as_loaded(slots: Sequence[ProjectedWeight]) -> Iterator[None]:
+def _as_loaded(projected_weights: Sequence[ProjectedWeight]) -> Iterator[None]:
     """Keep the weights and grids of a checkpoint while a state is restored."""
-    layers = [(slot.target.layer, slot.target.name) for slot in slots]
+    layers = [(projected.target.layer, projected.target.name) for projected in projected_weights]
     grids = [known_grid(layer, name) for layer, name in layers]
-    values = [slot.data.clone() for slot in slots]
+    values = [projected.data.clone() for projected in projected_weights]
     yield
     with torch.no_grad():
-        for slot, grid, value in zip(slots, grids, values, strict=True):
-            slot.data.copy_(value)
+        for projected, grid, value in zip(projected_weights, grids, values, strict=True):
+            projected.data.copy_(value)
             if grid is not None:
-                set_grid(slot.target.layer, slot.target.name, grid)
+                set_grid(projected.target.layer, projected.target.name, grid)
 
 
 def _warn_of_spawned(trainer: Trainer) -> None:
@@ -587,7 +610,7 @@ def _warn_of_spawned(trainer: Trainer) -> None:
 def _report_target_changes(
     key: str, added: Sequence[ProjectedWeight], gone: Sequence[ProjectedWeight]
 ) -> None:
-    fresh, left = {slot.path for slot in added}, {slot.path for slot in gone}
+    fresh, left = {projected.path for projected in added}, {projected.path for projected in gone}
     for word, paths in (
         ("new targets, taken from here on", fresh - left),
         ("targets whose parameter was replaced, taken anew", fresh & left),
@@ -597,8 +620,8 @@ def _report_target_changes(
             rank_zero_info(f"{key}: {word}: {', '.join(sorted(paths))}")
 
 
-def _layer_of(slot: ProjectedWeight) -> str:
-    return split_path(slot.target.path)[0]
+def _layer_of(projected: ProjectedWeight) -> str:
+    return split_path(projected.target.path)[0]
 
 
 def _why_idle(optimizer: Optimizer, *, moved: bool) -> str:
@@ -625,14 +648,14 @@ def _why_idle(optimizer: Optimizer, *, moved: bool) -> str:
     )
 
 
-def _adopt_known_mask(slot: ProjectedWeight) -> None:
+def _adopt_known_mask(projected: ProjectedWeight) -> None:
     """Go on with a mask that was restored, while the weight still has its zeros."""
-    mask = known_mask(slot.target.layer, slot.target.name)
-    if mask is None or slot.pruned is not None or mask.shape != slot.parameter.shape:
+    mask = known_mask(projected.target.layer, projected.target.name)
+    if mask is None or projected.pruned is not None or mask.shape != projected.parameter.shape:
         return
-    part = slot.partition.part(mask).to(slot.data.device)
-    if not slot.data[~part].any():
-        slot.set_mask(part)
+    part = projected.partition.part(mask).to(projected.data.device)
+    if not projected.data[~part].any():
+        projected.set_mask(part)
 
 
 def _state_now(trainer: Trainer, module: LightningModule) -> CompressionState:
@@ -640,9 +663,9 @@ def _state_now(trainer: Trainer, module: LightningModule) -> CompressionState:
     known = compression_state(module, masks=False)
     projector = Projector.find(module)
     masks = {
-        slot.target.path: ~slot.whole(slot.pruned)
-        for slot in (projector.slots.values() if projector is not None else ())
-        if slot.pruned is not None and "mask" not in slot.owners
+        projected.target.path: ~projected.whole(projected.pruned)
+        for projected in (projector.projected_weights.values() if projector is not None else ())
+        if projected.pruned is not None and "mask" not in projected.owners
     }
     activations = dict(known.activations)
     for one in trainer.callbacks:  # type: ignore[attr-defined]

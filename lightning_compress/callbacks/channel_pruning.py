@@ -268,18 +268,18 @@ class ChannelPruning(WeightCallback):
             TargetError: with sharded parameters, several processes or callbacks that cannot follow.
         """
         super().on_fit_start(trainer, pl_module)
-        if any(slot.shards is not None for slot in self.slots):
+        if any(projected.shards is not None for projected in self.projected_weights):
             raise TargetError(
                 f"{type(self).__name__} cannot prune sharded parameters (FSDP2): use GradualPruning"
             )
         claim_run(self, trainer)
         self.events.start(trainer)
-        weights = sum(slot.target.numel for slot in self.slots)
+        weights = sum(projected.target.numel for projected in self.projected_weights)
         rank_zero_info(
-            f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
-            f"{len(self.coverage) - len(self.slots)} parameters skipped"
+            f"{self.state_key}: {len(self.projected_weights)} targets with {weights:,} weights, "
+            f"{len(self.coverage) - len(self.projected_weights)} parameters skipped"
         )
-        targets = [slot.target for slot in self.slots]
+        targets = [projected.target for projected in self.projected_weights]
         self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
         self.plan, self.remover, self._leaving, self._fading = None, None, None, 0
         self.channel_budget.steered = None
@@ -442,8 +442,11 @@ class ChannelPruning(WeightCallback):
         assert self.remover is not None
         if self.criterion in ("magnitude", "batchnorm"):
             return self.remover.own_scores(str(self.criterion))
-        wanted = self._statistics[0].scores(self.slots, self.slots)
-        given = {slot.target.path: one for slot, one in zip(self.slots, wanted, strict=True)}
+        wanted = self._statistics[0].scores(self.projected_weights, self.projected_weights)
+        given = {
+            projected.target.path: one
+            for projected, one in zip(self.projected_weights, wanted, strict=True)
+        }
         return self.remover.given_scores(self.criterion, given)
 
     def _count(self) -> float:
@@ -471,7 +474,7 @@ class ChannelPruning(WeightCallback):
         self.sparsity = self._count()
         if added:
             rank_zero_warn(
-                f"{self.state_key}: channels of {[slot.path for slot in added]} stay: the layers "
+                f"{self.state_key}: channels of {[each.path for each in added]} stay: the layers "
                 "came after the channels were found, when training began"
             )
 
@@ -483,7 +486,11 @@ class ChannelPruning(WeightCallback):
     def look_ahead(self, step: int) -> None:
         """Start the statistics window when the next event is near."""
         self._statistics.look_ahead(
-            self.slots, self.events, step, pending=self.events.pending, needed=self.needed
+            self.projected_weights,
+            self.events,
+            step,
+            pending=self.events.pending,
+            needed=self.needed,
         )
 
     def before_event(self, trainer: Trainer, step: int) -> None:  # noqa: ARG002
@@ -630,7 +637,7 @@ class ChannelPruning(WeightCallback):
         self._resumed = state["leaving"]
         self._given = state.get("inputs")  # without them a resumed run looks at batches again
         step = self.projector.clock(self.paths())
-        self._statistics.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.projected_weights, step, state["gathering"])
         self.sparsity = self._count()
 
     def stop(self) -> None:

@@ -92,7 +92,7 @@ class Rewinder:
     Args:
         plan: where to, and what else is reset.
         module: the module in training.
-        slots: the targets: their optimizers' parameters are kept.
+        projected_weights: the targets: their optimizers' parameters are kept.
         optimizers: all optimizers.
         projector: knows the latent values of what is compressed.
     """
@@ -101,18 +101,20 @@ class Rewinder:
         self,
         plan: Rewinding,
         module: nn.Module,
-        slots: Sequence[ProjectedWeight],
+        projected_weights: Sequence[ProjectedWeight],
         optimizers: Sequence[Optimizer],
         projector: Projector,
     ) -> None:
         self.plan, self._projector = plan, projector
-        wanted = {id(slot.parameter) for slot in slots}
+        wanted = {id(projected.parameter) for projected in projected_weights}
         self._optimizers = [one for one in optimizers if wanted & parameter_ids(one)]
         owned = set().union(*(parameter_ids(one) for one in self._optimizers))
         self._parameters = {
             name: one for name, one in module.named_parameters() if id(one) in owned
         }
-        self._slots = {id(slot.parameter): slot for slot in projector.slots.values()}
+        self._projected_weights = {
+            id(projected.parameter): projected for projected in projector.projected_weights.values()
+        }
         self._buffers = {
             f"{path}.{name}" if path else name: buffer
             for path, layer in module.named_modules()
@@ -149,12 +151,12 @@ class Rewinder:
                 "to prune later, or rewind to an earlier step"
             )
         for name, parameter in self._parameters.items():
-            slot = self._slots.get(id(parameter))
+            projected = self._projected_weights.get(id(parameter))
             values = self.saved[name].to(parameter.device)
-            if slot is None:
+            if projected is None:
                 parameter.copy_(values)
             else:
-                slot.set_values(values)
+                projected.set_values(values)
         for name, buffer in self._buffers.items():
             buffer.copy_(self.saved[name])
         if self.plan.reset_optimizer:
@@ -164,8 +166,8 @@ class Rewinder:
         rank_zero_info(f"weights are rewound to those of to={self.plan.to!r}")
 
     def _values(self, parameter: nn.Parameter) -> Tensor:
-        slot = self._slots.get(id(parameter))
-        return parameter.detach() if slot is None else slot.values()
+        projected = self._projected_weights.get(id(parameter))
+        return parameter.detach() if projected is None else projected.values()
 
     def state_dict(self) -> dict[str, Any]:
         """The saved values."""
@@ -304,12 +306,12 @@ class GradualPruning(MaskCallback):
 
     def snapshot(self) -> dict[str, Any]:
         """State that belongs to the current masks, for a save point."""
-        return {"asked": {part.slots[0].path: part.requested for part in self.parts}}
+        return {"asked": {part.projected_weights[0].path: part.requested for part in self.parts}}
 
     def roll_back_to(self, snapshot: dict[str, Any]) -> None:
         """Restore the state of a snapshot."""
         for part in self.parts:
-            part.requested = snapshot["asked"].get(part.slots[0].path, 0.0)
+            part.requested = snapshot["asked"].get(part.projected_weights[0].path, 0.0)
         self.events.pending = False
 
     @property
@@ -328,35 +330,45 @@ class GradualPruning(MaskCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets of each group, and check bounds against the final sparsity."""
         super().on_fit_start(trainer, pl_module)
-        self.plan.layouts = {one.path: layout_of(pl_module, one.target.path) for one in self.slots}
-        self.plan.check(self.slots)
-        assign_targets(pl_module, self.parts, self.exclude, self.slots)
-        self.plan.floors = floors_by_path(pl_module, self.min_keep, self.slots)
+        self.plan.layouts = {
+            one.path: layout_of(pl_module, one.target.path) for one in self.projected_weights
+        }
+        self.plan.check(self.projected_weights)
+        assign_targets(pl_module, self.parts, self.exclude, self.projected_weights)
+        self.plan.floors = floors_by_path(pl_module, self.min_keep, self.projected_weights)
         for part in self.parts:
             final = part.target(self.events.end)
-            check_floors(part.slots, self.plan.floors, final, each=self.scope == "layer")
-        for note in self.plan.notes(self.slots):
+            check_floors(
+                part.projected_weights, self.plan.floors, final, each=self.scope == "layer"
+            )
+        for note in self.plan.notes(self.projected_weights):
             rank_zero_info(f"{self.state_key}: {note}")
         self._events, self.steered = 0, None
         self._used, self.uncalled = set(), {}
         if self.rewind is not None:
             self._rewinder = Rewinder(
-                self.rewind, pl_module, self.slots, trainer.optimizers, self.projector
+                self.rewind, pl_module, self.projected_weights, trainer.optimizers, self.projector
             )
 
     def on_targets_changed(
         self, trainer: Trainer, module: LightningModule, added: Sequence[ProjectedWeight]
     ) -> None:
         """Assign new targets to groups; the next event prunes them to the sparsity so far."""
-        before = {slot.path: part for part in self.parts for slot in part.slots}
-        self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
-        self.plan.check(self.slots)
-        assign_targets(module, self.parts, self.exclude, self.slots)
+        before = {
+            projected.path: part for part in self.parts for projected in part.projected_weights
+        }
+        self.plan.layouts = {
+            one.path: layout_of(module, one.target.path) for one in self.projected_weights
+        }
+        self.plan.check(self.projected_weights)
+        assign_targets(module, self.parts, self.exclude, self.projected_weights)
         shared = {path for part in self.parts for path in part.paths()}
-        for slot in self.slots:  # what is frozen by now is no target, but keeps its mask
-            if slot.path not in shared:
-                before[slot.path].slots.append(slot)
-        self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
+        for (
+            projected
+        ) in self.projected_weights:  # what is frozen by now is no target, but keeps its mask
+            if projected.path not in shared:
+                before[projected.path].projected_weights.append(projected)
+        self.plan.floors = floors_by_path(module, self.min_keep, self.projected_weights)
         self._statistics.reset()
         for part in self.parts:
             part.requested = min(part.requested, part.sparsity)
@@ -385,13 +397,13 @@ class GradualPruning(MaskCallback):
 
     def _mask_zeros(self) -> None:
         """Make masks of the zeros that the weights have; the sparsity continues from theirs."""
-        for slot in self.slots:
-            kept = slot.data != 0
+        for projected in self.projected_weights:
+            kept = projected.data != 0
             if (
-                slot.pruned is None
-                and 0 < int(slot.partition.all_reduce_sum(kept.sum())) < slot.target.numel
+                projected.pruned is None
+                and 0 < int(projected.partition.all_reduce_sum(kept.sum())) < projected.target.numel
             ):
-                slot.set_mask(kept)
+                projected.set_mask(kept)
         for part in self.parts:
             part.requested = max(part.requested, part.sparsity)
         self.project()
@@ -406,27 +418,27 @@ class GradualPruning(MaskCallback):
         """Weights that never have a gradient would be pruned in place of others: leave them."""
         for layer in [one for one, own in self.uncalled.items() if own.grad is not None]:
             del self.uncalled[layer]  # the next look takes it as a new target
-        if len(self._used) >= len(self.slots):
+        if len(self._used) >= len(self.projected_weights):
             return
         self._used |= {
-            slot.path
-            for slot in self.slots
-            if slot.parameter.grad is not None or not slot.parameter.requires_grad
+            projected.path
+            for projected in self.projected_weights
+            if projected.parameter.grad is not None or not projected.parameter.requires_grad
         }
 
     def _leave_uncalled(self) -> None:
-        if self._events or len(self._used) >= len(self.slots):
+        if self._events or len(self._used) >= len(self.projected_weights):
             return
         left: dict[str, nn.Parameter] = {}
         for part in self.parts:
-            idle = [one for one in part.slots if self._is_idle(one)]
-            if len(idle) < len(part.slots):
+            idle = [one for one in part.projected_weights if self._is_idle(one)]
+            if len(idle) < len(part.projected_weights):
                 left |= {split_path(one.target.path)[0]: one.parameter for one in idle}
         if left:
             self.leave_uncalled(left)
 
-    def _is_idle(self, slot: ProjectedWeight) -> bool:
-        return slot.path not in self._used and self.projector.clock([slot.path]) > 0
+    def _is_idle(self, projected: ProjectedWeight) -> bool:
+        return projected.path not in self._used and self.projector.clock([projected.path]) > 0
 
     def needed(self, position: float) -> bool:
         """Whether the sparsity rises or weights are exchanged at a position."""
@@ -458,11 +470,15 @@ class GradualPruning(MaskCallback):
     def look_ahead(self, step: int) -> None:
         """Start the statistics window when the next event is near."""
         self._statistics.look_ahead(
-            self.slots, self.events, step, pending=self.events.pending, needed=self.needed
+            self.projected_weights,
+            self.events,
+            step,
+            pending=self.events.pending,
+            needed=self.needed,
         )
 
     def _exchanges(self) -> bool:
-        masked = any(slot.pruned is not None for slot in self.slots)
+        masked = any(projected.pruned is not None for projected in self.projected_weights)
         return self.regrow == "gradient" and masked and not self.events.over
 
     @torch.no_grad()
@@ -470,18 +486,24 @@ class GradualPruning(MaskCallback):
         """Make new masks, exchange weights, rewind."""
         before, masks = self.sparsity, {}
         for part in self.parts:
-            scores = self._statistics[0].scores(self.slots, part.slots)
-            with naming_divergence(part.slots):
-                found = self.plan.masks(part.slots, scores, part.request(self._wanted(part)))
+            scores = self._statistics[0].scores(self.projected_weights, part.projected_weights)
+            with naming_divergence(part.projected_weights):
+                found = self.plan.masks(
+                    part.projected_weights, scores, part.request(self._wanted(part))
+                )
             masks.update(zip(part.paths(), found, strict=True))
         if self.regrowth is not None and self._exchanges():
             share = exchanged_fraction(self.regrowth.fraction, self.events.done)
-            for slot in self.slots:
-                growth = self._statistics[1].criterion.scores(slot)
-                mask = self.plan.exchanged(slot, masks[slot.path], growth, share)
-                reset_momenta(trainer.optimizers, slot, mask)
-                masks[slot.path] = mask
-        self.set_masks(self.slots, [masks[slot.path] for slot in self.slots], trainer)
+            for projected in self.projected_weights:
+                growth = self._statistics[1].criterion.scores(projected)
+                mask = self.plan.exchanged(projected, masks[projected.path], growth, share)
+                reset_momenta(trainer.optimizers, projected, mask)
+                masks[projected.path] = mask
+        self.set_masks(
+            self.projected_weights,
+            [masks[projected.path] for projected in self.projected_weights],
+            trainer,
+        )
         self._correct(trainer)
         self.project()
         if self._rewinder is not None and self.sparsity > before:
@@ -498,17 +520,19 @@ class GradualPruning(MaskCallback):
 
     def on_channels_restored(self, module: nn.Module) -> None:
         """Update layouts and drop statistics after weights changed their sizes."""
-        self.plan.layouts = {one.path: layout_of(module, one.target.path) for one in self.slots}
-        self.plan.floors = floors_by_path(module, self.min_keep, self.slots)
+        self.plan.layouts = {
+            one.path: layout_of(module, one.target.path) for one in self.projected_weights
+        }
+        self.plan.floors = floors_by_path(module, self.min_keep, self.projected_weights)
         self._statistics.reset()
         self.sparsity = self._count()
 
     def _correct(self, trainer: Trainer) -> None:
-        for slot in self.slots:
-            values = self._statistics[0].updated_values(slot)
+        for projected in self.projected_weights:
+            values = self._statistics[0].updated_values(projected)
             if values is not None:
                 shared = trainer.world_size > 1
-                slot.set_values(trainer.strategy.broadcast(values) if shared else values)
+                projected.set_values(trainer.strategy.broadcast(values) if shared else values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Check that the final sparsity was reached, unless a budget sets it.
@@ -544,7 +568,7 @@ class GradualPruning(MaskCallback):
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Restore everything; a checkpoint of other targets or patterns is a ValueError."""
-        layers = {split_path(one.target.path)[0]: one.parameter for one in self.slots}
+        layers = {split_path(one.target.path)[0]: one.parameter for one in self.projected_weights}
         uncalled = {one: layers[one] for one in state.get("uncalled", ()) if one in layers}
         self.leave_uncalled(uncalled)
         super().restore_state(state)
@@ -556,7 +580,7 @@ class GradualPruning(MaskCallback):
             part.requested = asked
         self._events = state["count"]
         step = self.projector.clock(self.paths())
-        self._statistics.restore(self.slots, step, state["gathering"])
+        self._statistics.restore(self.projected_weights, step, state["gathering"])
         if self._rewinder is not None and state["rewinder"] is not None:
             self._rewinder.load_state_dict(state["rewinder"])
 

@@ -98,19 +98,19 @@ class MaskCallback(WeightCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, hook their optimizers and say how many there are."""
-        earlier = {slot.path: slot for slot in self.slots}
+        earlier = {projected.path: projected for projected in self.projected_weights}
         super().on_fit_start(trainer, pl_module)
         self.claim("mask", "pruned")
-        if any(slot.shards is not None for slot in self.slots):
+        if any(projected.shards is not None for projected in self.projected_weights):
             self.check_sharded()
         self.events.start(trainer)
-        for slot in self.slots if self.dense_gradient else ():
-            slot.dense_gradient = True
-            _adopt_latent(slot, earlier.get(slot.path))
-        skipped = len(self.coverage) - len(self.slots)
-        weights = sum(slot.target.numel for slot in self.slots)
+        for projected in self.projected_weights if self.dense_gradient else ():
+            projected.dense_gradient = True
+            _adopt_latent(projected, earlier.get(projected.path))
+        skipped = len(self.coverage) - len(self.projected_weights)
+        weights = sum(projected.target.numel for projected in self.projected_weights)
         rank_zero_info(
-            f"{self.state_key}: {len(self.slots)} targets with {weights:,} weights, "
+            f"{self.state_key}: {len(self.projected_weights)} targets with {weights:,} weights, "
             f"{skipped} parameters skipped"
         )
 
@@ -122,8 +122,8 @@ class MaskCallback(WeightCallback):
     ) -> None:
         """Include new targets in the sparsity: they are dense until the next event."""
         self.claim("mask", "pruned")
-        for slot in added if self.dense_gradient else ():
-            slot.dense_gradient = True
+        for projected in added if self.dense_gradient else ():
+            projected.dense_gradient = True
         self.sparsity = self._count()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,20 +151,24 @@ class MaskCallback(WeightCallback):
     def _check_finite(self) -> None:
         """Raise for weights that are NaN or infinite: most criteria would not notice."""
         counts = [
-            slot.partition.all_reduce_sum((~torch.isfinite(slot.values())).sum())
-            for slot in self.slots
+            projected.partition.all_reduce_sum((~torch.isfinite(projected.values())).sum())
+            for projected in self.projected_weights
         ]
         if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
-            broken = [one for one, count in zip(self.slots, counts, strict=True) if int(count)]
+            broken = [
+                one for one, count in zip(self.projected_weights, counts, strict=True) if int(count)
+            ]
             raise FloatingPointError(
                 f"{self.state_key}, step {self.events.last_step}: {divergence_message(*broken[:5])}"
             )
 
     def on_event(self, trainer: Trainer) -> None:
         """Make new masks of weights whose pruned ones are 0."""
-        for slot in self.slots:  # the optimizer's momentum has just moved them away from it
-            if slot.pruned is not None and not slot.dense_gradient:
-                slot.values().masked_fill_(slot.pruned, 0.0)
+        for (
+            projected
+        ) in self.projected_weights:  # the optimizer's momentum has just moved them away from it
+            if projected.pruned is not None and not projected.dense_gradient:
+                projected.values().masked_fill_(projected.pruned, 0.0)
         self._check_finite()
         self.event(trainer)
 
@@ -175,28 +179,34 @@ class MaskCallback(WeightCallback):
 
     @torch.no_grad()
     def set_masks(
-        self, slots: Sequence[ProjectedWeight], masks: Sequence[Tensor], trainer: Trainer
+        self,
+        projected_weights: Sequence[ProjectedWeight],
+        masks: Sequence[Tensor],
+        trainer: Trainer,
     ) -> None:
         """Give each target its mask, the first process's everywhere."""
-        for slot, mask in zip(slots, masks, strict=True):
-            if trainer.world_size > 1 and slot.shards is None:
+        for projected, mask in zip(projected_weights, masks, strict=True):
+            if trainer.world_size > 1 and projected.shards is None:
                 shared = trainer.strategy.broadcast(pack_mask(mask))
                 mask = unpack_mask(shared, mask.shape)
-            slot.set_mask(mask)
+            projected.set_mask(mask)
 
     def project(self) -> None:
         """Project the weights onto the current masks, and update the sparsity."""
-        for slot in self.slots:
-            slot.project()
+        for projected in self.projected_weights:
+            projected.project()
         if self.projector.copies is not None:
             self.projector.copies.mask(self.projector)
         self.sparsity = self._count()
 
     def _count(self) -> float:
-        total = sum(slot.target.numel for slot in self.slots)
+        total = sum(projected.target.numel for projected in self.projected_weights)
         if not total:
             return 0.0
-        return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
+        return (
+            sum(projected.sparsity * projected.target.numel for projected in self.projected_weights)
+            / total
+        )
 
     def on_train_batch_end(
         self,
@@ -212,11 +222,13 @@ class MaskCallback(WeightCallback):
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), latent values, clock and position of the schedule."""
         packed = {}
-        for slot in self.slots:  # one after another: a sharded mask is gathered for it
-            if slot.pruned is not None:
-                pruned = slot.whole(slot.pruned)
-                packed[slot.path] = (pack_mask(~pruned), tuple(pruned.shape))
-        hidden = [one for one in self.slots if one.dense_gradient]
+        for (
+            projected
+        ) in self.projected_weights:  # one after another: a sharded mask is gathered for it
+            if projected.pruned is not None:
+                pruned = projected.whole(projected.pruned)
+                packed[projected.path] = (pack_mask(~pruned), tuple(pruned.shape))
+        hidden = [one for one in self.projected_weights if one.dense_gradient]
         return {
             "masks": packed,
             "latents": {
@@ -233,7 +245,7 @@ class MaskCallback(WeightCallback):
         Raises:
             ValueError: when the checkpoint holds masks for weights that are no targets now.
         """
-        by_path = {slot.path: slot for slot in self.slots}
+        by_path = {projected.path: projected for projected in self.projected_weights}
         if unknown := sorted(set(state["masks"]) - set(by_path)):
             raise ValueError(f"the checkpoint prunes {unknown}, which are no targets of this run")
         for path, (packed, shape) in state["masks"].items():
@@ -247,7 +259,7 @@ class MaskCallback(WeightCallback):
         self.sparsity = self._count()
 
 
-def _adopt_latent(slot: ProjectedWeight, earlier: ProjectedWeight | None) -> None:
+def _adopt_latent(projected: ProjectedWeight, earlier: ProjectedWeight | None) -> None:
     """Take over the latent values of an earlier fit, where the weight is unchanged since."""
-    if earlier is not None and earlier.latent is not None and slot.latent is None:
-        slot.latent, slot.grid = earlier.latent, earlier.grid
+    if earlier is not None and earlier.latent is not None and projected.latent is None:
+        projected.latent, projected.grid = earlier.latent, earlier.grid

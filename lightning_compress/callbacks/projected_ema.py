@@ -75,8 +75,10 @@ class ProjectedEMA(EMAWeightAveraging):
         self._projector = Projector.find(pl_module)
         if self._average_model is not None:  # a count that is read at each step
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
-        slots = self._projector.slots.values() if self._projector else ()
-        if sharded := [slot.path for slot in slots if slot.shards is not None]:
+        projected_weights = self._projector.projected_weights.values() if self._projector else ()
+        if sharded := [
+            projected.path for projected in projected_weights if projected.shards is not None
+        ]:
             raise TargetError(
                 f"ProjectedEMA cannot average {sharded}, which are sharded (FSDP2): leave it out, "
                 "or train with DDP"
@@ -97,10 +99,10 @@ class ProjectedEMA(EMAWeightAveraging):
 
     @contextmanager
     def _unprojected(self) -> Iterator[None]:
-        slots = self._projector.slots.values() if self._projector else ()
+        projected_weights = self._projector.projected_weights.values() if self._projector else ()
         with ExitStack() as stack:
-            for slot in slots:
-                stack.enter_context(slot.unprojected())
+            for projected in projected_weights:
+                stack.enter_context(projected.unprojected())
             yield
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,10 +139,10 @@ class ProjectedEMA(EMAWeightAveraging):
         if self._average_model is None or self._projector is None:
             return
         raw, grids = {}, {}
-        for slot in self._projector.slots.values():
-            path = slot.target.path
+        for projected in self._projector.projected_weights.values():
+            path = projected.target.path
             raw[path] = self._raw.get(path, checkpoint["state_dict"][path])
-            checkpoint["state_dict"][path], grid = slot.visible(raw[path])
+            checkpoint["state_dict"][path], grid = projected.visible(raw[path])
             if grid is not None:
                 grids[path] = grid
         checkpoint["averaging_state"][_RAW] = raw
@@ -172,11 +174,11 @@ class ProjectedEMA(EMAWeightAveraging):
     @torch.no_grad()
     def _project(self, module: nn.Module, *, keep_grids: bool = False) -> dict[str, Tensor]:
         raw, parameters = {}, dict(module.named_parameters())
-        for slot in self._projector.slots.values() if self._projector else ():
-            path = slot.target.path
+        for projected in self._projector.projected_weights.values() if self._projector else ():
+            path = projected.target.path
             raw[path] = parameters[path].detach().clone()
-            values, grid = slot.visible(raw[path])
+            values, grid = projected.visible(raw[path])
             parameters[path].copy_(values)
             if keep_grids and grid is not None:
-                set_grid(slot.target.layer, slot.target.name, grid)
+                set_grid(projected.target.layer, projected.target.name, grid)
         return raw

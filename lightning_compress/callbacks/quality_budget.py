@@ -161,7 +161,11 @@ class BudgetCallback(Callback):
                 "attribute of the model, deployed = (...)"
             )
         for one in steerable_callbacks(trainer):
-            if sharded := [slot.path for slot in one.slots if slot.shards is not None]:
+            if sharded := [
+                projected.path
+                for projected in one.projected_weights
+                if projected.shards is not None
+            ]:
                 raise TargetError(f"{self.state_key} cannot roll back sharded weights: {sharded}")
         found = [lever_of(one, self.limits) for one in others if isinstance(one, Steerable)]
         self.levers = [one for one in found if one is not None]

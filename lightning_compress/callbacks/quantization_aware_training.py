@@ -280,7 +280,7 @@ class QuantizationAwareTraining(WeightCallback):
             # What a budget came to in an earlier fit goes on.
             self.bits = {path: self.bits.get(path, n) for path, n in self.requested_bits.items()}
             earlier = self.weights
-            self.weights = WeightQuantizer(self.slots, self._make_quantizer, earlier)
+            self.weights = WeightQuantizer(self.projected_weights, self._make_quantizer, earlier)
             if earlier is None:
                 self._begin_from_known(self.weights)
         else:
@@ -297,11 +297,11 @@ class QuantizationAwareTraining(WeightCallback):
     @torch.no_grad()
     def _begin_from_known(self, weights: WeightQuantizer) -> None:
         """Go on with grids that the module carries, while its weights still lie on them."""
-        for slot, quantizer in weights.pairs:
-            grid = known_grid(slot.target.layer, slot.target.name)
-            if grid is None or slot.shards is not None:
+        for projected, quantizer in weights.pairs:
+            grid = known_grid(projected.target.layer, projected.target.name)
+            if grid is None or projected.shards is not None:
                 continue
-            if torch.equal(grid.project(slot.data), slot.data):
+            if torch.equal(grid.project(projected.data), projected.data):
                 begin_from(quantizer, grid)
 
     def _find_norms(self, module: LightningModule) -> None:
@@ -319,32 +319,35 @@ class QuantizationAwareTraining(WeightCallback):
         if self.weights is not None:
             self.claim("grid", "quantized")
             self.requested_bits = {**self.requested_bits, **self._find_bits(module)}
-            fresh = {slot.path for slot in added}
+            fresh = {projected.path for projected in added}
             self.bits = {
-                slot.path: self.requested_bits[slot.path]
-                if slot.path in fresh
-                else self.bits[slot.path]
-                for slot in self.slots
+                projected.path: self.requested_bits[projected.path]
+                if projected.path in fresh
+                else self.bits[projected.path]
+                for projected in self.projected_weights
             }
-            self.weights.change(self.slots, self._make_quantizer, started=self.started)
+            self.weights.change(self.projected_weights, self._make_quantizer, started=self.started)
             self._look_for_enlarged()
         if self.activations is not None:
             self.claim("activations", "quantized")
-            targets = [slot.target for slot in self.slots]
+            targets = [projected.target for projected in self.projected_weights]
             layers, self.activation_coverage = activation_layers(module, targets)
             self.activations.change(layers, batch_norms(module))
         self._find_norms(module)
-        self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        self._clocks = {
+            projected.path: self.projector.clock([projected.path])
+            for projected in self.projected_weights
+        }
         if self.weights is not None and self.started:
             self.weights.show()
 
     def _find_bits(self, module: LightningModule) -> dict[str, int]:
         given = self.weight_bits
         if not isinstance(given, Mapping):
-            return {slot.path: given or 8 for slot in self.slots}
-        groups = by_pattern(module, list(given), self.exclude, self.slots)
+            return {projected.path: given or 8 for projected in self.projected_weights}
+        groups = by_pattern(module, list(given), self.exclude, self.projected_weights)
         pairs = zip(given.values(), groups, strict=True)
-        return {slot.path: bits for bits, group in pairs for slot in group}
+        return {projected.path: bits for bits, group in pairs for projected in group}
 
     def steer(
         self,
@@ -393,7 +396,7 @@ class QuantizationAwareTraining(WeightCallback):
         """Weigh bits by lambda, as far as it has grown."""
         if self.weights is None or self.lmbda is None:
             return
-        total = sum(one.target.numel for one in self.slots)
+        total = sum(one.target.numel for one in self.projected_weights)
         self.weights.set_rate(min(self.events.done / _WARM_UP, 1.0) * self.lmbda / total)
 
     def snapshot(self) -> dict[str, Any]:
@@ -427,29 +430,32 @@ class QuantizationAwareTraining(WeightCallback):
 
     def _set_bits(self, path: str, bits: int) -> None:
         check_bits("bits", bits)
-        (slot,) = (slot for slot in self.slots if slot.path == path)
+        (projected,) = (projected for projected in self.projected_weights if projected.path == path)
         self.bits[path] = bits
         if self.weights is not None:
-            self.weights.replace(path, self._make_quantizer(slot), started=self.started)
+            self.weights.replace(path, self._make_quantizer(projected), started=self.started)
             if self.frozen:
                 self.weights.freeze_one(path)
 
-    def _make_quantizer(self, slot: ProjectedWeight) -> TensorQuantizer:
-        total = sum(one.target.numel for one in self.slots)
+    def _make_quantizer(self, projected: ProjectedWeight) -> TensorQuantizer:
+        total = sum(one.target.numel for one in self.projected_weights)
         given = self.entropy
         entropy = {"relative_step": given.step, "dead_zone": given.dead_zone}
         return make_quantizer(
             self.scheme,
-            bits=self.bits[slot.path],
-            axis=channel_axis(slot.target.layer) if self.per_channel else None,
+            bits=self.bits[projected.path],
+            axis=channel_axis(projected.target.layer) if self.per_channel else None,
             observer=self.observer,
             lr=self.lr,
             entropy={**entropy, "rate": given.rate / total},
-            partition=slot.partition,
+            partition=projected.partition,
         )
 
     def _find_activations(self, module: LightningModule) -> None:
-        targets, before = [slot.target for slot in self.slots], self.activations
+        targets, before = (
+            [projected.target for projected in self.projected_weights],
+            self.activations,
+        )
         layers, self.activation_coverage = activation_layers(module, targets)
         self.activations = ActivationQuantizer(
             layers,
@@ -475,7 +481,9 @@ class QuantizationAwareTraining(WeightCallback):
         if self._enlarged is not None:
             self._enlarged.stop()
         if self.weights is not None:
-            layers = {slot.path: slot.target.layer for slot in self.slots}
+            layers = {
+                projected.path: projected.target.layer for projected in self.projected_weights
+            }
             self._enlarged = EnlargedReaders(layers, self.weights.make_room)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -487,7 +495,10 @@ class QuantizationAwareTraining(WeightCallback):
             self._start()
         if self.weights is not None and self.started:
             self.weights.show()
-        self._clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        self._clocks = {
+            projected.path: self.projector.clock([projected.path])
+            for projected in self.projected_weights
+        }
         self._last_step = self.projector.clock(self.paths())
 
     def _start(self) -> None:
@@ -507,7 +518,10 @@ class QuantizationAwareTraining(WeightCallback):
     @torch.no_grad()
     def on_weight_step(self, trainer: Trainer) -> None:
         """Let grids follow a step of the weights; at an event do the costly part, and freeze."""
-        clocks = {slot.path: self.projector.clock([slot.path]) for slot in self.slots}
+        clocks = {
+            projected.path: self.projector.clock([projected.path])
+            for projected in self.projected_weights
+        }
         stepped = {path for path, clock in clocks.items() if clock != self._clocks.get(path)}
         self._clocks = clocks
         step = self.projector.clock(self.paths())
@@ -559,7 +573,7 @@ class QuantizationAwareTraining(WeightCallback):
         given = self.entropy
         if given.target_bytes is not None:
             return 8.0 * given.target_bytes
-        total = sum(slot.target.numel for slot in self.slots)
+        total = sum(projected.target.numel for projected in self.projected_weights)
         return None if given.target_bits is None else given.target_bits * total
 
     def _freeze(self) -> None:
@@ -771,8 +785,10 @@ class QuantizationAwareTraining(WeightCallback):
         for path in set(bits) & set(self.bits):
             if self.weights is not None and bits[path] != self.bits[path]:
                 self.bits[path] = bits[path]
-                (slot,) = (slot for slot in self.slots if slot.path == path)
-                self.weights.replace(path, self._make_quantizer(slot), started=False)
+                (projected,) = (
+                    projected for projected in self.projected_weights if projected.path == path
+                )
+                self.weights.replace(path, self._make_quantizer(projected), started=False)
 
 
 def _reduce(trainer: Trainer, values: Tensor, how: str) -> Tensor:

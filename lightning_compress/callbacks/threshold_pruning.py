@@ -112,13 +112,13 @@ class ThresholdPruning(MaskCallback):
         self._requested = self.threshold_at(self.events.position)
         rules = {"relative": self.relative == "std", "min_keep": self.min_keep}
         masks = []
-        for slot in self.slots:
-            closed = None if self.dense_gradient else slot.pruned
-            mask = threshold_mask(slot.values(), self._requested, closed=closed, **rules)
-            if (axis := normed_axis(slot.target)) is not None:
-                mask |= largest_in_rows(slot.values(), axis, closed)
+        for projected in self.projected_weights:
+            closed = None if self.dense_gradient else projected.pruned
+            mask = threshold_mask(projected.values(), self._requested, closed=closed, **rules)
+            if (axis := normed_axis(projected.target)) is not None:
+                mask |= largest_in_rows(projected.values(), axis, closed)
             masks.append(mask)
-        self.set_masks(self.slots, masks, trainer)
+        self.set_masks(self.projected_weights, masks, trainer)
         self.project()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002

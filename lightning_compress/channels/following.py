@@ -58,26 +58,26 @@ class FollowedCopies:
     def _pairs(self, projector: Projector) -> Iterator[tuple[ProjectedWeight, str, nn.Parameter]]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for one in self.live() if self.copies else ():
-            for slot in projector.slots.values():
-                path = _moved(slot.target.path, one)
-                if path is not None and slot.shards is None and path in parameters:
-                    yield slot, path, parameters[path]
+            for projected in projector.projected_weights.values():
+                path = _moved(projected.target.path, one)
+                if path is not None and projected.shards is None and path in parameters:
+                    yield projected, path, parameters[path]
 
     @torch.no_grad()
     def mask(self, projector: Projector) -> None:
         """Zeros of the trained weights are zeros of their averages."""
-        for slot, _, parameter in self._pairs(projector):
-            if slot.pruned is not None:
-                parameter.masked_fill_(slot.pruned, 0.0)
+        for projected, _, parameter in self._pairs(projector):
+            if projected.pruned is not None:
+                parameter.masked_fill_(projected.pruned, 0.0)
 
     @torch.no_grad()
     def show(self, projector: Projector) -> None:
         """Put averages onto masks and grids for a while; `hide` brings back what they were."""
         if self._raw:
             return
-        for slot, _, parameter in self._pairs(projector):
+        for projected, _, parameter in self._pairs(projector):
             self._raw.append((parameter, parameter.detach().clone()))
-            parameter.copy_(slot.visible(parameter.detach())[0])
+            parameter.copy_(projected.visible(parameter.detach())[0])
 
     @torch.no_grad()
     def hide(self) -> None:
@@ -90,8 +90,8 @@ class FollowedCopies:
     def settle(self, projector: Projector) -> None:
         """Leave averages on masks and grids, and let them know the grids."""
         self.hide()
-        for slot, path, parameter in self._pairs(projector):
-            values, grid = slot.visible(parameter.detach())
+        for projected, path, parameter in self._pairs(projector):
+            values, grid = projected.visible(parameter.detach())
             parameter.copy_(values)
             if grid is not None:
                 owner, _, name = path.rpartition(".")

@@ -180,10 +180,10 @@ class ChannelRemover:
         kept, sized = self.plan.kept(gone)
         cut = {parameters[path]: dims for path, dims in kept.items() if path in parameters}
         notes = select_optimizer_state(optimizers, cut)
-        slots = self._slots()
+        projected_weights = self._projected_weights()
         for parameter, dims in cut.items():
-            if (slot := slots.get(id(parameter))) is not None:
-                slot.select(dims)
+            if (projected := projected_weights.get(id(parameter))) is not None:
+                projected.select(dims)
         lost = self._lost(gone, kept, sized)
         shrink(module, kept, sized=sized)
         note_removed(module, lost)
@@ -194,22 +194,27 @@ class ChannelRemover:
 
     def _trained(self) -> dict[str, Tensor]:
         """The values that the optimizer updates, by path: latent ones where others show."""
-        slots = self._slots()
+        projected_weights = self._projected_weights()
         return {
-            path: slots[id(one)].values() if id(one) in slots else one.detach()
+            path: projected_weights[id(one)].values()
+            if id(one) in projected_weights
+            else one.detach()
             for path, one in self.plan.module.named_parameters()
         }
 
     def _write(self, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-        slot = self._slots().get(id(parameter))
-        if slot is None:
+        projected = self._projected_weights().get(id(parameter))
+        if projected is None:
             parameter.copy_(change(parameter.detach()))
         else:
-            slot.set_values(change(slot.values()))
-            slot.project()
+            projected.set_values(change(projected.values()))
+            projected.project()
 
-    def _slots(self) -> dict[int, ProjectedWeight]:
-        return {id(slot.parameter): slot for slot in self.projector.slots.values()}
+    def _projected_weights(self) -> dict[int, ProjectedWeight]:
+        return {
+            id(projected.parameter): projected
+            for projected in self.projector.projected_weights.values()
+        }
 
     def _lost(self, gone: Flags, kept: Kept, sized: Mapping[str, int]) -> RemovedChannels:
         tensors: dict[str, Any] = dict(self.plan.module.named_parameters())

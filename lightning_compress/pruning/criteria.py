@@ -51,15 +51,15 @@ class InputActivation(ForwardStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
+    def _blank(self, projected: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
         return matrix.new_zeros(matrix.shape[0], matrix.shape[2], dtype=torch.float32)
 
-    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
-        inputs = call.inputs(weight_name(slot))
+    def _seen(self, projected: ProjectedWeight, call: LayerCall) -> Tensor | None:
+        inputs = call.inputs(weight_name(projected))
         return None if inputs is None else inputs.energy()
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
-        return self._weight(slot, self._matrix(slot).abs() * sums.sqrt().unsqueeze(1))
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+        return self._weight(projected, self._matrix(projected).abs() * sums.sqrt().unsqueeze(1))
 
 
 class OutputActivation(ForwardStatistics):
@@ -74,35 +74,35 @@ class OutputActivation(ForwardStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
+    def _blank(self, projected: ProjectedWeight, matrix: Tensor) -> Tensor:  # noqa: ARG002
         return matrix.new_zeros(matrix.shape[0], matrix.shape[1], dtype=torch.float32)
 
-    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
-        outputs = call.outputs(weight_name(slot))
+    def _seen(self, projected: ProjectedWeight, call: LayerCall) -> Tensor | None:
+        outputs = call.outputs(weight_name(projected))
         if outputs is None:
             return None
-        return outputs.detach().float().abs().mean(0).view_as(self._sums[slot.path])
+        return outputs.detach().float().abs().mean(0).view_as(self._sums[projected.path])
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
-        return self._weight(slot, self._matrix(slot).abs() * (sums / calls).unsqueeze(2))
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
+        return self._weight(projected, self._matrix(projected).abs() * (sums / calls).unsqueeze(2))
 
 
 class GradientStatistics(StatisticsCriterion):
-    """Base of the criteria that read every gradient of a weight through its slot's taps."""
+    """Base of the criteria that read every gradient of a weight as it is projected."""
 
-    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
-        for slot in slots:
-            tap = partial(self._tap, slot)
-            slot.taps.append(tap)
-            self._removers.append(partial(slot.taps.remove, tap))
+    def _watch(self, projected_weights: Sequence[ProjectedWeight]) -> None:
+        for projected in projected_weights:
+            tap = partial(self._tap, projected)
+            projected.taps.append(tap)
+            self._removers.append(partial(projected.taps.remove, tap))
 
     @torch.no_grad()
-    def _tap(self, slot: ProjectedWeight, gradient: Tensor) -> None:
+    def _tap(self, projected: ProjectedWeight, gradient: Tensor) -> None:
         gradient = gradient.detach()
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        self._add(slot.path, self._amount(slot, gradient.float()))
+        self._add(projected.path, self._amount(projected, gradient.float()))
 
-    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
+    def _amount(self, projected: ProjectedWeight, gradient: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -118,10 +118,10 @@ class Taylor(GradientStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
-        return (slot.values() * gradient).abs()
+    def _amount(self, projected: ProjectedWeight, gradient: Tensor) -> Tensor:
+        return (projected.values() * gradient).abs()
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         return sums
 
 
@@ -138,11 +138,11 @@ class Fisher(GradientStatistics):
     def __init__(self, *, window: int = 10) -> None:
         super().__init__(window=window)
 
-    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:  # noqa: ARG002
+    def _amount(self, projected: ProjectedWeight, gradient: Tensor) -> Tensor:  # noqa: ARG002
         return gradient.square()
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
-        return slot.values().square() * (sums / calls) / 2
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
+        return projected.values().square() * (sums / calls) / 2
 
 
 class Movement(GradientStatistics):
@@ -170,10 +170,10 @@ class Movement(GradientStatistics):
         super().end()
         self._loaded = None
 
-    def _amount(self, slot: ProjectedWeight, gradient: Tensor) -> Tensor:
-        return -slot.values() * gradient
+    def _amount(self, projected: ProjectedWeight, gradient: Tensor) -> Tensor:
+        return -projected.values() * gradient
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
         return sums
 
 
@@ -197,10 +197,10 @@ class Hutchinson:
     >>> from lightning_compress.targets import Target
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
-    >>> slot = ProjectedWeight(Target("weight", layer, "weight", layer.weight))
+    >>> projected = ProjectedWeight(Target("weight", layer, "weight", layer.weight))
     >>> criterion = Hutchinson(lambda: (layer.weight ** 2 * torch.tensor([1.0, 3.0])).sum())
-    >>> criterion.begin([slot])
-    >>> criterion.scores(slot)
+    >>> criterion.begin([projected])
+    >>> criterion.scores(projected)
     tensor([[1., 3.]])
     """
 
@@ -212,45 +212,47 @@ class Hutchinson:
         if not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples={samples!r} must be an integer, 1 or more")
         self.loss_fn, self.samples, self.seed = loss_fn, samples, seed
-        self._slots: list[ProjectedWeight] = []
+        self._projected_weights: list[ProjectedWeight] = []
         self._diagonals: dict[str, Tensor] = {}
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Name the weights of the next event."""
-        self._slots, self._diagonals = list(slots), {}
+        self._projected_weights, self._diagonals = list(projected_weights), {}
 
     def end(self) -> None:
         """Free the estimate."""
-        self._slots, self._diagonals = [], {}
+        self._projected_weights, self._diagonals = [], {}
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Predicted change of the loss without each weight; the lowest go first.
 
         Raises:
             RuntimeError: outside `begin` and `end`, or for a loss that no weight takes part in.
         """
-        if slot not in self._slots:
-            raise RuntimeError(f"Hutchinson has no begin() with {slot.path}")
+        if projected not in self._projected_weights:
+            raise RuntimeError(f"Hutchinson has no begin() with {projected.path}")
         if not self._diagonals:
             self._estimate()
-        return slot.values().square() * self._diagonals[slot.path] / 2
+        return projected.values().square() * self._diagonals[projected.path] / 2
 
     def _estimate(self) -> None:
-        taps = [slot.taps for slot in self._slots]
-        devices = [d for d in {s.parameter.device for s in self._slots} if d.type == "cuda"]
+        taps = [projected.taps for projected in self._projected_weights]
+        devices = [
+            d for d in {s.parameter.device for s in self._projected_weights} if d.type == "cuda"
+        ]
         try:
-            for slot in self._slots:
-                slot.taps = []  # these gradients are no training step's
+            for projected in self._projected_weights:
+                projected.taps = []  # these gradients are no training step's
             with torch.enable_grad(), torch.random.fork_rng(devices=devices):
                 diagonals = self._products()
         finally:
-            for slot, mine in zip(self._slots, taps, strict=True):
-                slot.taps = mine
-        for slot, diagonal in zip(self._slots, diagonals, strict=True):
-            self._diagonals[slot.path] = over_processes(diagonal / self.samples)
+            for projected, mine in zip(self._projected_weights, taps, strict=True):
+                projected.taps = mine
+        for projected, diagonal in zip(self._projected_weights, diagonals, strict=True):
+            self._diagonals[projected.path] = over_processes(diagonal / self.samples)
 
     def _products(self) -> list[Tensor]:
-        weights = [slot.parameter for slot in self._slots]
+        weights = [projected.parameter for projected in self._projected_weights]
         loss = self.loss_fn()
         if not loss.requires_grad:
             raise RuntimeError("the loss of Hutchinson depends on no weight: is it detached?")
@@ -291,21 +293,21 @@ class Stateless:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Do nothing: no statistics are needed."""
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Scores of the weight's latent values.
 
         Raises:
             ValueError: when the function returns another shape, or no tensor.
         """
-        values = slot.values()
+        values = projected.values()
         scores = self.function(values)
         if not isinstance(scores, Tensor) or scores.shape != values.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"the criterion {self.function!r} gave {got} for {slot.path} of shape "
+                f"the criterion {self.function!r} gave {got} for {projected.path} of shape "
                 f"{tuple(values.shape)}: scores have the weight's shape"
             )
         return scores.detach()
@@ -329,14 +331,14 @@ class Random:
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Do nothing: no statistics are needed."""
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Scores in [0, 1)."""
-        seed = zlib.crc32(f"{self.seed} {slot.path}".encode())
+        seed = zlib.crc32(f"{self.seed} {projected.path}".encode())
         generator = torch.Generator().manual_seed(seed)
-        values = slot.values()
+        values = projected.values()
         return torch.rand(values.shape, generator=generator).to(values.device)
 
     def end(self) -> None:

@@ -247,7 +247,7 @@ def _slide(
     return x.movedim(1, 1 + dims)
 
 
-def weight_name(slot: ProjectedWeight) -> str:
+def weight_name(projected: ProjectedWeight) -> str:
     """The weight's name on the layer that uses it, without parametrization.
 
     >>> from lightning_compress.targets import Target
@@ -255,24 +255,24 @@ def weight_name(slot: ProjectedWeight) -> str:
     >>> weight_name(ProjectedWeight(Target("0.weight", layer, "weight", layer.weight)))
     'weight'
     """
-    name = slot.path.rsplit(".", 1)[-1]
+    name = projected.path.rsplit(".", 1)[-1]
     for suffix in ("_orig", "_v"):  # the older spectral_norm and weight_norm
         short = name.removesuffix(suffix)
-        if short != name and hasattr(slot.target.layer, short):
+        if short != name and hasattr(projected.target.layer, short):
             return short
     return name
 
 
-def find_owner(slot: ProjectedWeight) -> nn.Module | None:
+def find_owner(projected: ProjectedWeight) -> nn.Module | None:
     """The layer whose forward uses the weight; None when it is unknown.
 
     A parametrization list does not know its layer: that is looked up in the module whose
-    projector holds the slot.
+    projector holds the projected weight.
     """
-    layer = slot.target.layer
+    layer = projected.target.layer
     if not isinstance(layer, parametrize.ParametrizationList):
         return layer
-    root = Projector.module_of(slot)
+    root = Projector.module_of(projected)
     for module in root.modules() if root is not None else ():
         lists = getattr(module, "parametrizations", None)
         if isinstance(lists, nn.ModuleDict) and any(one is layer for one in lists.values()):

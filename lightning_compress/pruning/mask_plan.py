@@ -91,28 +91,34 @@ class MaskPlan:
         return min(sparsity / self.granularity.limit, 1.0)
 
     def masks(
-        self, slots: Sequence[ProjectedWeight], scores: Sequence[Tensor], sparsity: float
+        self,
+        projected_weights: Sequence[ProjectedWeight],
+        scores: Sequence[Tensor],
+        sparsity: float,
     ) -> list[Tensor]:
         """A mask for each target, True where a weight stays.
 
         Args:
-            slots: the targets.
+            projected_weights: the targets.
             scores: of each, low ones go first.
             sparsity: of all together, of their weights; met to half a unit.
         """
         signed = self.granularity.pools and any(bool((one < 0).any()) for one in scores)
-        units = [self._units(*pair, signed=signed) for pair in zip(slots, scores, strict=True)]
-        floors = [self._floor(*pair) for pair in zip(slots, units, strict=True)]
+        units = [
+            self._units(*pair, signed=signed)
+            for pair in zip(projected_weights, scores, strict=True)
+        ]
+        floors = [self._floor(*pair) for pair in zip(projected_weights, units, strict=True)]
         masks = self.scope(units, self.fraction(sparsity), floors)
         return [one.spread(mask) for one, mask in zip(units, masks, strict=True)]
 
     def exchanged(
-        self, slot: ProjectedWeight, mask: Tensor, growth: Tensor, fraction: float
+        self, projected: ProjectedWeight, mask: Tensor, growth: Tensor, fraction: float
     ) -> Tensor:
         """A target's mask after RigL's exchange of a fraction of its active units."""
-        layout, pools = self.layouts[slot.path], self.granularity.units
-        size = slot.values().abs()
-        if (axis := normed_axis(slot.target)) is not None:
+        layout, pools = self.layouts[projected.path], self.granularity.units
+        size = projected.values().abs()
+        if (axis := normed_axis(projected.target)) is not None:
             size = size.masked_fill(largest_in_rows(size, axis, ~mask), math.inf)
         magnitude = pools(size, layout, closed=~mask, signed=False)
         grown = pools(growth, layout, closed=None, signed=False)
@@ -120,46 +126,52 @@ class MaskPlan:
         active = ~shut if shut is not None else mask
         return magnitude.spread(exchange(active, magnitude.scores, grown.scores, fraction))
 
-    def check(self, slots: Sequence[ProjectedWeight]) -> None:
+    def check(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Check that the granularity fits the targets, and set the size of its units.
 
         Raises:
             TargetError: where it would take whole rows of a weight_norm.
         """
-        normed = [slot.path for slot in slots if normed_axis(slot.target) is not None]
+        normed = [
+            projected.path
+            for projected in projected_weights
+            if normed_axis(projected.target) is not None
+        ]
         if normed and self.granularity.pools:
             raise TargetError(
                 f"{normed} are under weight_norm, which divides by the norm of each row: single "
                 "weights can be pruned there (granularity='unstructured' or 'n:m'), whole rows not"
             )
-        for slot in slots:
-            size = self.granularity.size(slot.parameter.shape, self.layouts[slot.path])
-            slot.unit = largest(size)
+        for projected in projected_weights:
+            size = self.granularity.size(projected.parameter.shape, self.layouts[projected.path])
+            projected.unit = largest(size)
 
-    def notes(self, slots: Sequence[ProjectedWeight]) -> list[str]:
+    def notes(self, projected_weights: Sequence[ProjectedWeight]) -> list[str]:
         """Targets that the granularity cannot prune, in words."""
-        return self.granularity.rest({one.path: one.parameter.shape for one in slots}, self.layouts)
+        return self.granularity.rest(
+            {one.path: one.parameter.shape for one in projected_weights}, self.layouts
+        )
 
-    def _units(self, slot: ProjectedWeight, scores: Tensor, *, signed: bool) -> Units:
-        if scores.shape != slot.values().shape:
-            shapes = f"{tuple(scores.shape)}, the weight {tuple(slot.values().shape)}"
-            raise ValueError(f"the criterion's scores of {slot.path} have shape {shapes}")
-        closed = None if self.reopen else slot.pruned
-        layout = self.layouts[slot.path]
-        if (axis := normed_axis(slot.target)) is not None:
-            scores = scores.masked_fill(largest_in_rows(slot.values(), axis, closed), math.inf)
+    def _units(self, projected: ProjectedWeight, scores: Tensor, *, signed: bool) -> Units:
+        if scores.shape != projected.values().shape:
+            shapes = f"{tuple(scores.shape)}, the weight {tuple(projected.values().shape)}"
+            raise ValueError(f"the criterion's scores of {projected.path} have shape {shapes}")
+        closed = None if self.reopen else projected.pruned
+        layout = self.layouts[projected.path]
+        if (axis := normed_axis(projected.target)) is not None:
+            scores = scores.masked_fill(largest_in_rows(projected.values(), axis, closed), math.inf)
         units = self.granularity.units(scores, layout, closed=closed, signed=signed)
-        slot.unit = units.largest
-        if slot.shards is None:
+        projected.unit = units.largest
+        if projected.shards is None:
             return units
-        weight = slot.parameter
-        return replace(units, capacity=weight.numel(), shape=weight.shape, shards=slot.shards)
+        weight = projected.parameter
+        return replace(units, capacity=weight.numel(), shape=weight.shape, shards=projected.shards)
 
-    def _floor(self, slot: ProjectedWeight, units: Units) -> int:
+    def _floor(self, projected: ProjectedWeight, units: Units) -> int:
         total = units.scores.numel() if units.shards is None else units.capacity
-        kept = math.ceil(self.floors[slot.path] * total)
-        if (axis := normed_axis(slot.target)) is not None:
-            kept = max(kept, 1 if axis < 0 else slot.parameter.shape[axis])
+        kept = math.ceil(self.floors[projected.path] * total)
+        if (axis := normed_axis(projected.target)) is not None:
+            kept = max(kept, 1 if axis < 0 else projected.parameter.shape[axis])
         return max(0, min(kept, total) - (total - units.capacity))
 
 

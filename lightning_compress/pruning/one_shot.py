@@ -75,7 +75,7 @@ def prune_weights(
     """
     _check(sparsity, threshold, scope)
     units, judge = make_granularity(granularity), make_criterion(criterion)
-    slots = [
+    projected_weights = [
         ProjectedWeight(target) for target in select(module, include, exclude, frozen=True).targets
     ]
     if judge.window and data is None:
@@ -83,28 +83,32 @@ def prune_weights(
             f"criterion={criterion!r} looks at what goes through the layers: give data=[...], "
             "batches that the module is called with"
         )
-    judge.begin(slots)
+    judge.begin(projected_weights)
     try:
         if judge.window and data is not None:
-            _gather(module, slots, judge, calibration_batches(data, batch_to_args))
-        scores = [judge.scores(slot) for slot in slots]
-        for slot in slots:
-            slot.pruned = slot.data == 0
+            _gather(module, projected_weights, judge, calibration_batches(data, batch_to_args))
+        scores = [judge.scores(projected) for projected in projected_weights]
+        for projected in projected_weights:
+            projected.pruned = projected.data == 0
         if threshold is None:
             plan = MaskPlan(units, SCOPES[scope], reopen=False)
-            plan.layouts = {one.path: layout_of(module, one.target.path) for one in slots}
-            plan.check(slots)
+            plan.layouts = {
+                one.path: layout_of(module, one.target.path) for one in projected_weights
+            }
+            plan.check(projected_weights)
             wanted = units.limit if units.limit < 1 else float(sparsity or 0.0)
-            plan.floors = {one.path: min(MIN_KEEP, 1 - wanted) for one in slots}
-            masks = plan.masks(slots, scores, wanted)
+            plan.floors = {one.path: min(MIN_KEEP, 1 - wanted) for one in projected_weights}
+            masks = plan.masks(projected_weights, scores, wanted)
         else:
-            masks = [_above(*pair, threshold) for pair in zip(slots, scores, strict=True)]
-        for slot, mask in zip(slots, masks, strict=True):
-            slot.set_mask(mask & ~slot.pruned if slot.pruned is not None else mask)
+            masks = [
+                _above(*pair, threshold) for pair in zip(projected_weights, scores, strict=True)
+            ]
+        for projected, mask in zip(projected_weights, masks, strict=True):
+            projected.set_mask(mask & ~projected.pruned if projected.pruned is not None else mask)
             update = getattr(judge, "update", None)
-            if update is not None and (values := update(slot, mask)) is not None:
-                slot.set_values(values)
-            slot.project()
+            if update is not None and (values := update(projected, mask)) is not None:
+                projected.set_values(values)
+            projected.project()
     finally:
         judge.end()
     return module
@@ -124,18 +128,21 @@ def _check(sparsity: float | None, threshold: float | None, scope: str) -> None:
         raise ValueError(f"scope={scope!r}: valid are {list(SCOPES)}")
 
 
-def _above(slot: ProjectedWeight, scores: Tensor, threshold: float) -> Tensor:
+def _above(projected: ProjectedWeight, scores: Tensor, threshold: float) -> Tensor:
     mask = scores >= threshold
-    if (axis := normed_axis(slot.target)) is not None:  # its norm divides: no row may die
-        mask |= largest_in_rows(slot.values(), axis, None)
+    if (axis := normed_axis(projected.target)) is not None:  # its norm divides: no row may die
+        mask |= largest_in_rows(projected.values(), axis, None)
     return mask
 
 
 def _gather(
-    module: nn.Module, slots: Sequence[ProjectedWeight], judge: Criterion, batches: Sequence[object]
+    module: nn.Module,
+    projected_weights: Sequence[ProjectedWeight],
+    judge: Criterion,
+    batches: Sequence[object],
 ) -> None:
     gradients = isinstance(judge, GradientStatistics)
-    with _watched(module, slots, gradients=gradients):
+    with _watched(module, projected_weights, gradients=gradients):
         for batch in batches:
             with torch.set_grad_enabled(gradients):
                 out = run_batch(module, batch)
@@ -147,7 +154,9 @@ def _gather(
                     f"returns {_named(out)}: give a module that returns its loss, or another "
                     "criterion"
                 )
-            torch.autograd.backward(out, inputs=[slot.parameter for slot in slots])
+            torch.autograd.backward(
+                out, inputs=[projected.parameter for projected in projected_weights]
+            )
 
 
 def _named(out: object) -> str:
@@ -156,21 +165,23 @@ def _named(out: object) -> str:
 
 @contextmanager
 def _watched(
-    module: nn.Module, slots: Sequence[ProjectedWeight], *, gradients: bool
+    module: nn.Module, projected_weights: Sequence[ProjectedWeight], *, gradients: bool
 ) -> Iterator[None]:
     """Eval mode with gradients for the scored layers, within a block."""
     modes = {layer: layer.training for layer in module.modules()}
-    trained = {slot.parameter: slot.parameter.requires_grad for slot in slots}
-    before = {slot.parameter: slot.parameter.grad for slot in slots}
+    trained = {
+        projected.parameter: projected.parameter.requires_grad for projected in projected_weights
+    }
+    before = {projected.parameter: projected.parameter.grad for projected in projected_weights}
     module.eval()
-    for owner in filter(None, map(find_owner, slots)):
+    for owner in filter(None, map(find_owner, projected_weights)):
         owner.training = True  # statistics are of layers in training mode
     with ExitStack() as stack:
         if gradients:
-            for slot in slots:
-                slot.parameter.requires_grad = True
-                slot.parameter.grad = None
-                stack.callback(slot.parameter.register_hook(slot.mask_gradient).remove)
+            for projected in projected_weights:
+                projected.parameter.requires_grad = True
+                projected.parameter.grad = None
+                stack.callback(projected.parameter.register_hook(projected.mask_gradient).remove)
         try:
             yield
         finally:

@@ -202,44 +202,44 @@ class OptimalBrainSurgeon(ForwardStatistics):
         self._before: dict[str, Tensor | None] = {}  # masks at the time of the scores
         self._diagonal_only: set[str] = set()  # told already
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Start to gather the Hessians."""
-        super().begin(slots)
-        self._before = {slot.path: slot.pruned for slot in slots}
+        super().begin(projected_weights)
+        self._before = {projected.path: projected.pruned for projected in projected_weights}
 
     def end(self) -> None:
         """Remove the hooks and free the Hessians."""
         super().end()
         self._before = {}
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Scores of a weight, in its shape; the lowest go first.
 
         Raises:
             RuntimeError: outside `begin` and `end`.
         """
-        self._check(slot)
-        self._before[slot.path] = slot.pruned
-        return super().scores(slot)
+        self._check(projected)
+        self._before[projected.path] = projected.pruned
+        return super().scores(projected)
 
     @torch.no_grad()
-    def update(self, slot: ProjectedWeight, mask: Tensor) -> Tensor | None:
+    def update(self, projected: ProjectedWeight, mask: Tensor) -> Tensor | None:
         """Weights after pruning to the mask (True: stays); None where H is not known in full.
 
-        It may be asked for before or after the slot has the mask, once the scores were. In
+        It may be called before or after the mask is set, once the scores were computed. In
         distributed training every process must ask, and gets what the first one found.
 
         Raises:
             RuntimeError: outside `begin` and `end`.
         """
-        self._check(slot)
-        sums, calls = self._total(slot.path)
+        self._check(projected)
+        sums, calls = self._total(projected.path)
         if not calls or sums.dim() != 3:
             return None
-        values, before = slot.values(), self._before[slot.path]
+        values, before = projected.values(), self._before[projected.path]
         if before is not None:  # an optimizer's momentum may have moved them since
             values = values.masked_fill(before, 0.0)
-        owner, name = self._owners[slot.path], weight_name(slot)
+        owner, name = self._owners[projected.path], weight_name(projected)
         matrix, keep = to_matrix(values, owner, name), to_matrix(mask, owner, name)
         options = {"solver": self.solver, "block_size": self.block_size}
         new = [
@@ -249,42 +249,44 @@ class OptimalBrainSurgeon(ForwardStatistics):
         weight = from_matrix(torch.stack(new), owner, values.shape, name)
         return _of_first_process(weight.to(values).contiguous())
 
-    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
+    def _blank(self, projected: ProjectedWeight, matrix: Tensor) -> Tensor:
         groups, _, columns = matrix.shape
-        shape = (groups, columns) if self._diagonal(slot, columns) else (groups, columns, columns)
+        shape = (
+            (groups, columns) if self._diagonal(projected, columns) else (groups, columns, columns)
+        )
         return matrix.new_zeros(shape, dtype=torch.float32)
 
-    def _diagonal(self, slot: ProjectedWeight, columns: int) -> bool:
-        if isinstance(self._owners[slot.path], nn.Embedding):
+    def _diagonal(self, projected: ProjectedWeight, columns: int) -> bool:
+        if isinstance(self._owners[projected.path], nn.Embedding):
             return True
         if columns <= self.max_columns:
             return False
-        if slot.path not in self._diagonal_only:
-            self._diagonal_only.add(slot.path)
+        if projected.path not in self._diagonal_only:
+            self._diagonal_only.add(projected.path)
             warnings.warn(
-                f"OptimalBrainSurgeon keeps only the diagonal of the Hessian of {slot.path}: "
+                f"OptimalBrainSurgeon keeps only the diagonal of the Hessian of {projected.path}: "
                 f"{columns} columns are more than max_columns={self.max_columns}",
                 UserWarning,
                 stacklevel=2,
             )
         return True
 
-    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
-        inputs = call.inputs(weight_name(slot))
+    def _seen(self, projected: ProjectedWeight, call: LayerCall) -> Tensor | None:
+        inputs = call.inputs(weight_name(projected))
         if inputs is None:
             return None
-        if self._sums[slot.path].dim() != 3:
+        if self._sums[projected.path].dim() != 3:
             return inputs.energy()
-        seed = zlib.crc32(f"{slot.path} {self._calls[slot.path]}".encode())
+        seed = zlib.crc32(f"{projected.path} {self._calls[projected.path]}".encode())
         return inputs.gram(self.max_samples, seed)
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
-        matrix = self._matrix(slot)
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:  # noqa: ARG002
+        matrix = self._matrix(projected)
         rows = [
             saliency(rows, damped_hessian(gram, self.damping))
             for rows, gram in zip(matrix, sums, strict=True)
         ]
-        return self._weight(slot, torch.stack(rows).to(matrix.device, torch.float32))
+        return self._weight(projected, torch.stack(rows).to(matrix.device, torch.float32))
 
 
 def _of_first_process(weight: Tensor) -> Tensor:

@@ -87,24 +87,24 @@ class DenseGradients:
         self._gradients: dict[str, Tensor] = {}
         self._taps: list[tuple[ProjectedWeight, Callable[[Tensor], None]]] = []
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Read the gradients from now on."""
-        for slot in slots:
-            tap = self._tap(slot)
-            slot.taps.append(tap)
-            self._taps.append((slot, tap))
+        for projected in projected_weights:
+            tap = self._tap(projected)
+            projected.taps.append(tap)
+            self._taps.append((projected, tap))
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Absolute gradients of a weight, of all processes' batches; zeros where none arrived."""
-        gradient = self._gradients.get(slot.path)
-        gradient = torch.zeros_like(slot.values()) if gradient is None else gradient
+        gradient = self._gradients.get(projected.path)
+        gradient = torch.zeros_like(projected.values()) if gradient is None else gradient
         return over_processes(gradient).abs()
 
     def end(self) -> None:
         """Stop reading."""
-        for slot, tap in self._taps:
-            if tap in slot.taps:
-                slot.taps.remove(tap)
+        for projected, tap in self._taps:
+            if tap in projected.taps:
+                projected.taps.remove(tap)
         self._taps.clear()
         self._gradients.clear()
 
@@ -115,15 +115,15 @@ class DenseGradients:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
 
-    def _tap(self, slot: ProjectedWeight) -> Callable[[Tensor], None]:
+    def _tap(self, projected: ProjectedWeight) -> Callable[[Tensor], None]:
         def read(gradient: Tensor) -> None:
-            known, summed = self._gradients.get(slot.path), slot.parameter.grad
+            known, summed = self._gradients.get(projected.path), projected.parameter.grad
             # Where gradients accumulate over several batches, so do these.
             goes_on = known is not None and summed is not None and bool(summed.any())
             if known is not None and goes_on:
                 known += gradient.detach()
             else:
-                self._gradients[slot.path] = gradient.detach().clone()
+                self._gradients[projected.path] = gradient.detach().clone()
 
         return read
 
@@ -166,18 +166,20 @@ def exchange(mask: Tensor, magnitude: Tensor, growth: Tensor, fraction: float) -
 
 
 @torch.no_grad()
-def reset_momenta(optimizers: Sequence[Optimizer], slot: ProjectedWeight, mask: Tensor) -> None:
+def reset_momenta(
+    optimizers: Sequence[Optimizer], projected: ProjectedWeight, mask: Tensor
+) -> None:
     """Zero the momenta of regrown weights, as RigL does.
 
     Args:
         optimizers: all of them.
-        slot: the weight, with its mask until now.
+        projected: the weight, with its mask until now.
         mask: its next mask, True where a weight stays.
     """
-    if slot.pruned is None:
+    if projected.pruned is None:
         return
-    grown = mask & slot.pruned
+    grown = mask & projected.pruned
     for optimizer in optimizers:
-        for kept in optimizer.state.get(slot.parameter, {}).values():
+        for kept in optimizer.state.get(projected.parameter, {}).values():
             if isinstance(kept, Tensor) and kept.shape == grown.shape:
                 kept.masked_fill_(grown, 0.0)

@@ -39,25 +39,28 @@ class SparsityGroup:
         pattern: what chose them; None: all targets.
         curve: from position to sparsity.
         requested: the highest sparsity asked so far.
-        slots: the targets, in a fit.
+        projected_weights: the targets, in a fit.
         fixed: the pattern of n:m leaves dense what it does not fit: what was asked counts.
     """
 
     pattern: Pattern | None
     curve: Curve
     requested: float = 0.0
-    slots: list[ProjectedWeight] = field(default_factory=list)
+    projected_weights: list[ProjectedWeight] = field(default_factory=list)
     fixed: bool = False
 
     def paths(self) -> list[str]:
         """Paths of the targets."""
-        return [slot.path for slot in self.slots]
+        return [projected.path for projected in self.projected_weights]
 
     @property
     def sparsity(self) -> float:
         """Fraction of the group's weights that masks prune."""
-        total = sum(slot.target.numel for slot in self.slots)
-        return sum(slot.sparsity * slot.target.numel for slot in self.slots) / total
+        total = sum(projected.target.numel for projected in self.projected_weights)
+        return (
+            sum(projected.sparsity * projected.target.numel for projected in self.projected_weights)
+            / total
+        )
 
     def target(self, position: float) -> float:
         """The sparsity at a position.
@@ -88,10 +91,13 @@ class SparsityGroup:
             end: of the window.
             late: why the schedule did not come to its end, where it is not that the run ended.
         """
-        final, total = self.target(end), sum(slot.target.numel for slot in self.slots)
+        final, total = (
+            self.target(end),
+            sum(projected.target.numel for projected in self.projected_weights),
+        )
         reached = self.sparsity
         unreached = round(final * total) > round(self.requested * total)
-        units = [slot.unit for slot in self.slots]
+        units = [projected.unit for projected in self.projected_weights]
         near = max(max(units), sum(units) / 2)  # with scope="layer" each rounds by itself
         if not unreached and (self.fixed or (final - reached) * total <= near):
             return ""
@@ -152,14 +158,14 @@ def by_pattern(
     module: nn.Module,
     patterns: Sequence[Pattern],
     exclude: Sequence[Pattern] | Pattern,
-    slots: Sequence[ProjectedWeight],
+    projected_weights: Sequence[ProjectedWeight],
 ) -> list[list[ProjectedWeight]]:
     """Projected weights by the first pattern that matches each.
 
     Raises:
         TargetError: for a pattern that matches no target, or none that no earlier one has.
     """
-    left, groups = {slot.path: slot for slot in slots}, []
+    left, groups = {projected.path: projected for projected in projected_weights}, []
     for pattern in patterns:
         targets = select(module, pattern, exclude).targets
         paths = [clean_path(target.path) for target in targets]
@@ -173,13 +179,13 @@ def assign_targets(
     module: nn.Module,
     parts: Sequence[SparsityGroup],
     exclude: Sequence[Pattern] | Pattern,
-    slots: Sequence[ProjectedWeight],
+    projected_weights: Sequence[ProjectedWeight],
 ) -> None:
     """Assign each group its targets; arguments and errors as `by_pattern`."""
     patterns = [part.pattern for part in parts if part.pattern is not None]
-    groups = by_pattern(module, patterns, exclude, slots)
-    for part, own in zip(parts, groups or [list(slots)], strict=True):
-        part.slots = own
+    groups = by_pattern(module, patterns, exclude, projected_weights)
+    for part, own in zip(parts, groups or [list(projected_weights)], strict=True):
+        part.projected_weights = own
 
 
 def steered_sparsity(sparsity: float, final: float, highest: float) -> float:
@@ -202,10 +208,14 @@ def split_groups(parts: Sequence[SparsityGroup]) -> list[SparsityGroup]:
     """A group for each target, at the sparsity of its present mask."""
     return [
         SparsityGroup(
-            slot.path, part.curve, requested=slot.sparsity, slots=[slot], fixed=part.fixed
+            projected.path,
+            part.curve,
+            requested=projected.sparsity,
+            projected_weights=[projected],
+            fixed=part.fixed,
         )
         for part in parts
-        for slot in part.slots
+        for projected in part.projected_weights
     ]
 
 
@@ -227,7 +237,9 @@ def check_min_keep(
 
 
 def floors_by_path(
-    module: nn.Module, min_keep: float | Mapping[Pattern, float], slots: Sequence[ProjectedWeight]
+    module: nn.Module,
+    min_keep: float | Mapping[Pattern, float],
+    projected_weights: Sequence[ProjectedWeight],
 ) -> dict[str, float]:
     """Fraction of each target that stays, by path.
 
@@ -235,27 +247,31 @@ def floors_by_path(
         module: the model.
         min_keep: one for all, or by pattern: of two that match the first counts, and what none
             matches keeps `MIN_KEEP`.
-        slots: the targets.
+        projected_weights: the targets.
 
     Raises:
         TargetError: for a pattern that matches no target.
     """
     if not isinstance(min_keep, Mapping):
-        return {slot.path: min_keep for slot in slots}
-    floors = {slot.path: MIN_KEEP for slot in slots}
-    groups = by_pattern(module, list(min_keep), (), slots)
+        return {projected.path: min_keep for projected in projected_weights}
+    floors = {projected.path: MIN_KEEP for projected in projected_weights}
+    groups = by_pattern(module, list(min_keep), (), projected_weights)
     for value, group in zip(min_keep.values(), groups, strict=True):
-        floors.update({slot.path: value for slot in group})
+        floors.update({projected.path: value for projected in group})
     return floors
 
 
 def check_floors(
-    slots: Sequence[ProjectedWeight], floors: Mapping[str, float], final: float, *, each: bool
+    projected_weights: Sequence[ProjectedWeight],
+    floors: Mapping[str, float],
+    final: float,
+    *,
+    each: bool,
 ) -> None:
     """Check that the floors leave room for the final sparsity.
 
     Args:
-        slots: of one group.
+        projected_weights: of one group.
         floors: fraction of each that stays, by path.
         final: the sparsity in the end.
         each: every weight has to reach it, not only all together.
@@ -263,14 +279,14 @@ def check_floors(
     Raises:
         ValueError: when it does not; names the weight or the sum.
     """
-    for slot in slots if each else ():
-        if floors[slot.path] > 1 - final + 1e-9:
+    for projected in projected_weights if each else ():
+        if floors[projected.path] > 1 - final + 1e-9:
             raise ValueError(
-                f"min_keep={floors[slot.path]!r} of {slot.path} leaves no room for the "
+                f"min_keep={floors[projected.path]!r} of {projected.path} leaves no room for the "
                 f"sparsity {final!r}: at most {1 - final:.4g} may stay"
             )
-    total = sum(slot.target.numel for slot in slots)
-    kept = sum(floors[slot.path] * slot.target.numel for slot in slots)
+    total = sum(projected.target.numel for projected in projected_weights)
+    kept = sum(floors[projected.path] * projected.target.numel for projected in projected_weights)
     if kept > (1 - final + 1e-9) * total:
         raise ValueError(
             f"min_keep keeps {kept / total:.4g} of the weights, which leaves no room for the "

@@ -55,7 +55,7 @@ class StatisticsCriterion:
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window={window!r} must be an integer number of steps, 1 or more")
         self.window = window
-        self._slots: dict[str, ProjectedWeight] = {}
+        self._projected_weights: dict[str, ProjectedWeight] = {}
         self._sums: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._totals: dict[str, tuple[Tensor, int]] = {}  # over all processes, until more is added
@@ -64,25 +64,25 @@ class StatisticsCriterion:
         self._removers: list[Callable[[], None]] = []
         self._loaded: dict[str, Any] | None = None
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Start the window for these weights, empty or from a loaded state."""
         self.end()
-        for slot in slots:
-            self._slots[slot.path] = slot
-            self._sums[slot.path] = self._empty(slot)
-            self._calls[slot.path] = 0
+        for projected in projected_weights:
+            self._projected_weights[projected.path] = projected
+            self._sums[projected.path] = self._empty(projected)
+            self._calls[projected.path] = 0
         self._apply_loaded()
-        self._watch(slots)
+        self._watch(projected_weights)
 
     def end(self) -> None:
         """Remove the hooks and free the sums."""
         for remove in self._removers:
             remove()
         self._removers.clear()
-        for kept in (self._slots, self._sums, self._calls, self._totals, self._reasons):
+        for kept in (self._projected_weights, self._sums, self._calls, self._totals, self._reasons):
             kept.clear()
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Scores of a weight, in its shape; the lowest go first.
 
         Where nothing was seen, the scores are magnitudes in the unit of the others, with a
@@ -91,12 +91,12 @@ class StatisticsCriterion:
         Raises:
             RuntimeError: outside `begin` and `end`.
         """
-        self._check(slot)
-        sums, calls = self._total(slot.path)
+        self._check(projected)
+        sums, calls = self._total(projected.path)
         if calls:
-            return self._score(slot, sums, calls)
-        self._warn(slot.path)
-        return slot.values().abs() * self._unit()
+            return self._score(projected, sums, calls)
+        self._warn(projected.path)
+        return projected.values().abs() * self._unit()
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, so that a run resumed inside a window prunes the same."""
@@ -108,16 +108,16 @@ class StatisticsCriterion:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from saved sums, now or when the window begins."""
         self._loaded = state if state["sums"] else None
-        if self._slots:
+        if self._projected_weights:
             self._apply_loaded()
 
-    def _empty(self, slot: ProjectedWeight) -> Tensor:
-        return torch.zeros_like(slot.values(), dtype=torch.float32)
+    def _empty(self, projected: ProjectedWeight) -> Tensor:
+        return torch.zeros_like(projected.values(), dtype=torch.float32)
 
-    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
+    def _watch(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         raise NotImplementedError
 
-    def _score(self, slot: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
+    def _score(self, projected: ProjectedWeight, sums: Tensor, calls: int) -> Tensor:
         raise NotImplementedError
 
     def _add(self, path: str, amount: Tensor) -> None:
@@ -142,9 +142,9 @@ class StatisticsCriterion:
             mine.copy_(total)
             self._calls[path] = state["calls"][path]
 
-    def _check(self, slot: ProjectedWeight) -> None:
-        if self._slots.get(slot.path) is not slot:
-            raise RuntimeError(f"{type(self).__name__} has no begin() with {slot.path}")
+    def _check(self, projected: ProjectedWeight) -> None:
+        if self._projected_weights.get(projected.path) is not projected:
+            raise RuntimeError(f"{type(self).__name__} has no begin() with {projected.path}")
 
     def _total(self, path: str) -> tuple[Tensor, int]:
         if path not in self._totals:
@@ -155,8 +155,10 @@ class StatisticsCriterion:
 
     def _unit(self) -> float:
         """Mean score over mean magnitude of the weights that were seen."""
-        seen = [slot for path, slot in self._slots.items() if self._total(path)[1]]
-        size = sum(slot.values().abs().sum().item() for slot in seen)
+        seen = [
+            projected for path, projected in self._projected_weights.items() if self._total(path)[1]
+        ]
+        size = sum(projected.values().abs().sum().item() for projected in seen)
         scores = sum(self._score(one, *self._total(one.path)).abs().sum().item() for one in seen)
         return scores / size if size and scores else 1.0
 
@@ -213,46 +215,46 @@ class ForwardStatistics(StatisticsCriterion):
         super().end()
         self._owners.clear()
 
-    def _watch(self, slots: Sequence[ProjectedWeight]) -> None:
+    def _watch(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         by_owner: dict[nn.Module, list[ProjectedWeight]] = {}
-        for slot in slots:
-            owner = self._owners.get(slot.path)
+        for projected in projected_weights:
+            owner = self._owners.get(projected.path)
             if owner is not None:
-                by_owner.setdefault(owner, []).append(slot)
+                by_owner.setdefault(owner, []).append(projected)
         for owner, mine in by_owner.items():
             hook = _reacting(partial(self._react, mine))
             handle = owner.register_forward_hook(hook, with_kwargs=True)
             self._removers.append(handle.remove)
 
-    def _react(self, slots: Sequence[ProjectedWeight], call: LayerCall) -> None:
-        for slot in slots:
-            amount = self._seen(slot, call)
+    def _react(self, projected_weights: Sequence[ProjectedWeight], call: LayerCall) -> None:
+        for projected in projected_weights:
+            amount = self._seen(projected, call)
             if amount is None:
                 kind = type(call.owner).__name__
-                self._reasons[slot.path] = f"a {kind} does not show what this weight meets"
+                self._reasons[projected.path] = f"a {kind} does not show what this weight meets"
             else:
-                self._add(slot.path, amount)
+                self._add(projected.path, amount)
 
-    def _empty(self, slot: ProjectedWeight) -> Tensor:
-        owner = find_owner(slot)
+    def _empty(self, projected: ProjectedWeight) -> Tensor:
+        owner = find_owner(projected)
         if owner is None:
-            self._reasons[slot.path] = "the layer behind its parametrization is unknown"
-            return slot.values().new_zeros(0)
-        self._owners[slot.path] = owner
-        return self._blank(slot, self._matrix(slot))
+            self._reasons[projected.path] = "the layer behind its parametrization is unknown"
+            return projected.values().new_zeros(0)
+        self._owners[projected.path] = owner
+        return self._blank(projected, self._matrix(projected))
 
-    def _matrix(self, slot: ProjectedWeight) -> Tensor:
-        return to_matrix(slot.values(), self._owners[slot.path], weight_name(slot))
+    def _matrix(self, projected: ProjectedWeight) -> Tensor:
+        return to_matrix(projected.values(), self._owners[projected.path], weight_name(projected))
 
-    def _weight(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
-        values = slot.values()
-        owner = self._owners[slot.path]
-        return from_matrix(matrix, owner, values.shape, weight_name(slot))
+    def _weight(self, projected: ProjectedWeight, matrix: Tensor) -> Tensor:
+        values = projected.values()
+        owner = self._owners[projected.path]
+        return from_matrix(matrix, owner, values.shape, weight_name(projected))
 
-    def _blank(self, slot: ProjectedWeight, matrix: Tensor) -> Tensor:
+    def _blank(self, projected: ProjectedWeight, matrix: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _seen(self, slot: ProjectedWeight, call: LayerCall) -> Tensor | None:
+    def _seen(self, projected: ProjectedWeight, call: LayerCall) -> Tensor | None:
         raise NotImplementedError
 
 
@@ -260,8 +262,8 @@ class ForwardStatistics(StatisticsCriterion):
 class Criterion(Protocol):
     """Protocol of a pruning criterion.
 
-    Two more methods are optional: `update(slot, mask) -> Tensor | None` gives new latent values
-    after pruning (None: unchanged), and `state_dict` / `load_state_dict` carry statistics
+    Two more methods are optional: `update(projected, mask) -> Tensor | None` gives new latent
+    values after pruning (None: unchanged), and `state_dict` / `load_state_dict` carry statistics
     through a resume.
 
     Attributes:
@@ -271,10 +273,10 @@ class Criterion(Protocol):
 
     window: int
 
-    def begin(self, slots: Sequence[ProjectedWeight]) -> None:
+    def begin(self, projected_weights: Sequence[ProjectedWeight]) -> None:
         """Install hooks and start to gather for these weights."""
 
-    def scores(self, slot: ProjectedWeight) -> Tensor:
+    def scores(self, projected: ProjectedWeight) -> Tensor:
         """Scores in the weight's shape at the prune event; the lowest go first."""
         ...
 
@@ -296,7 +298,7 @@ class StatisticsWindow:
 
     def look_ahead(
         self,
-        slots: Sequence[ProjectedWeight],
+        projected_weights: Sequence[ProjectedWeight],
         events: EventClock,
         step: int,
         *,
@@ -306,7 +308,7 @@ class StatisticsWindow:
         """Begin when an event is near, or due and waiting; end when none will come.
 
         Args:
-            slots: the targets.
+            projected_weights: the targets.
             events: the clock.
             step: the present one.
             pending: an event waits for statistics.
@@ -322,7 +324,7 @@ class StatisticsWindow:
         if self.since is not None and not pending and not near:
             self.stop()
         elif self.since is None and (pending or near):
-            self.criterion.begin(slots)
+            self.criterion.begin(projected_weights)
             self.since = step
 
     def ready(self, step: int, *, late: bool = False) -> bool:
@@ -339,23 +341,27 @@ class StatisticsWindow:
         return gathered >= self.criterion.window or (late and gathered > 0)
 
     def scores(
-        self, slots: Sequence[ProjectedWeight], wanted: Sequence[ProjectedWeight]
+        self, projected_weights: Sequence[ProjectedWeight], wanted: Sequence[ProjectedWeight]
     ) -> list[Tensor]:
-        """Scores of some slots at an event; all of them name what a criterion begins with.
+        """Scores of some weights at an event; `projected_weights` are all that have statistics.
 
         Args:
-            slots: the targets.
+            projected_weights: the targets.
             wanted: those to score.
         """
         if not self.criterion.window and self.since is None:
-            self.criterion.begin(slots)
+            self.criterion.begin(projected_weights)
             self.since = 0  # until the event is over
-        return [self.criterion.scores(slot) for slot in wanted]
+        return [self.criterion.scores(projected) for projected in wanted]
 
-    def updated_values(self, slot: ProjectedWeight) -> Tensor | None:
+    def updated_values(self, projected: ProjectedWeight) -> Tensor | None:
         """New weight values under a new mask, of a criterion with a Hessian-based update."""
         update = getattr(self.criterion, "update", None)
-        return None if update is None or slot.pruned is None else update(slot, ~slot.pruned)
+        return (
+            None
+            if update is None or projected.pruned is None
+            else update(projected, ~projected.pruned)
+        )
 
     def after_event(self, ahead: float) -> None:
         """Free the statistics, unless the next window has begun already."""
@@ -379,11 +385,13 @@ class StatisticsWindow:
         own = getattr(self.criterion, "state_dict", None)
         return {"since": self.since, "criterion": None if own is None else own()}
 
-    def restore(self, slots: Sequence[ProjectedWeight], step: int, state: dict[str, Any]) -> None:
+    def restore(
+        self, projected_weights: Sequence[ProjectedWeight], step: int, state: dict[str, Any]
+    ) -> None:
         """Resume the window; a criterion without a saved state begins anew at this step."""
         load = getattr(self.criterion, "load_state_dict", None)
         if state["since"] is not None:
-            self.criterion.begin(slots)
+            self.criterion.begin(projected_weights)
             self.since = step if load is None else state["since"]
         if load is not None and state["criterion"] is not None:
             load(state["criterion"])
@@ -394,7 +402,7 @@ class StatisticsWindows(list[StatisticsWindow]):
 
     def look_ahead(
         self,
-        slots: Sequence[ProjectedWeight],
+        projected_weights: Sequence[ProjectedWeight],
         events: EventClock,
         step: int,
         *,
@@ -403,7 +411,7 @@ class StatisticsWindows(list[StatisticsWindow]):
     ) -> None:
         """As `StatisticsWindow.look_ahead`."""
         for one in self:
-            one.look_ahead(slots, events, step, pending=pending, needed=needed)
+            one.look_ahead(projected_weights, events, step, pending=pending, needed=needed)
 
     def after_event(self, ahead: float) -> None:
         """As `StatisticsWindow.after_event`."""
@@ -425,8 +433,8 @@ class StatisticsWindows(list[StatisticsWindow]):
         return [one.state_dict() for one in self]
 
     def restore(
-        self, slots: Sequence[ProjectedWeight], step: int, state: list[dict[str, Any]]
+        self, projected_weights: Sequence[ProjectedWeight], step: int, state: list[dict[str, Any]]
     ) -> None:
         """Put the state of each back."""
         for one, saved in zip(self, state, strict=True):
-            one.restore(slots, step, saved)
+            one.restore(projected_weights, step, saved)

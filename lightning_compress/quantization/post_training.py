@@ -129,7 +129,7 @@ def _put_on_grids(
     selection = select(module, include, exclude, frozen=True)
     for target in selection.targets:
         axis = channel_axis(target.layer) if per_channel else None
-        slot = ProjectedWeight(target)
+        projected = ProjectedWeight(target)
         quantizer = make_quantizer(
             scheme,
             bits=bits,
@@ -137,15 +137,15 @@ def _put_on_grids(
             observer=observer,
             lr=0.0,
             entropy={"relative_step": step},
-            partition=slot.partition,
+            partition=projected.partition,
         )
         if isinstance(quantizer, RangeGrids) and enlarged:
             quantizer.enlarged = enlarged.get(target.path, 1)
-        if int(slot.partition.all_reduce_sum((~torch.isfinite(slot.data)).sum())):
+        if int(projected.partition.all_reduce_sum((~torch.isfinite(projected.data)).sum())):
             raise ValueError(f"{target.path}: cannot find the range of NaN or infinite weights")
-        quantizer.start(slot.data)
-        slot.set_quantizer(quantizer.grid)
-        slot.project()
+        quantizer.start(projected.data)
+        projected.set_quantizer(quantizer.grid)
+        projected.project()
     return selection
 
 

@@ -96,32 +96,32 @@ class WeightQuantizer:
     """The weights of one callback, from the first projection to the last.
 
     Args:
-        slots: the weights.
-        make: the quantizer of a slot's grid.
+        projected_weights: the weights.
+        make: the quantizer of a projected weight's grid.
         earlier: of a fit before this one: its quantizers and latent weights go on.
     """
 
     def __init__(
         self,
-        slots: Sequence[ProjectedWeight],
+        projected_weights: Sequence[ProjectedWeight],
         make: Callable[[ProjectedWeight], TensorQuantizer],
         earlier: WeightQuantizer | None = None,
     ) -> None:
         self.pairs: list[tuple[ProjectedWeight, TensorQuantizer]] = []
         self.predicted_bytes = 0.0  # of all symbols at their entropy, when last counted
         before = {} if earlier is None else {one.path: (one, old) for one, old in earlier.pairs}
-        for slot in slots:
-            old, quantizer = before.get(slot.path, (None, None))
-            if old is None or quantizer is None or old.parameter.shape != slot.parameter.shape:
-                quantizer = make(slot)
-            elif slot.latent is None:  # the weight itself counts where it was changed since
-                slot.latent, slot.grid = old.latent, old.grid
+        for projected in projected_weights:
+            old, quantizer = before.get(projected.path, (None, None))
+            if old is None or quantizer is None or old.parameter.shape != projected.parameter.shape:
+                quantizer = make(projected)
+            elif projected.latent is None:  # the weight itself counts where it was changed since
+                projected.latent, projected.grid = old.latent, old.grid
             quantizer.thaw()
-            self.pairs.append((slot, quantizer))
+            self.pairs.append((projected, quantizer))
 
     def change(
         self,
-        slots: Sequence[ProjectedWeight],
+        projected_weights: Sequence[ProjectedWeight],
         make: Callable[[ProjectedWeight], TensorQuantizer],
         *,
         started: bool,
@@ -129,23 +129,26 @@ class WeightQuantizer:
         """Continue with other weights; new ones start, if the others have.
 
         Args:
-            slots: the weights of now.
-            make: the quantizer of a new slot's grid.
+            projected_weights: the weights of now.
+            make: the quantizer of a new projected weight's grid.
             started: whether the weights are on grids already.
         """
-        quantizers = {id(slot): quantizer for slot, quantizer in self.pairs}
-        fresh = [slot for slot in slots if id(slot) not in quantizers]
-        self.pairs = [(slot, quantizers.get(id(slot)) or make(slot)) for slot in slots]
-        for slot, quantizer in self.pairs if started else ():
-            if slot in fresh:
-                quantizer.start(masked(slot))
+        quantizers = {id(projected): quantizer for projected, quantizer in self.pairs}
+        fresh = [projected for projected in projected_weights if id(projected) not in quantizers]
+        self.pairs = [
+            (projected, quantizers.get(id(projected)) or make(projected))
+            for projected in projected_weights
+        ]
+        for projected, quantizer in self.pairs if started else ():
+            if projected in fresh:
+                quantizer.start(masked(projected))
         if started:
             self.install()
 
     @property
     def quantizers(self) -> dict[str, TensorQuantizer]:
         """The quantizers by path."""
-        return {slot.path: quantizer for slot, quantizer in self.pairs}
+        return {projected.path: quantizer for projected, quantizer in self.pairs}
 
     @property
     def relative_step(self) -> float | None:
@@ -154,21 +157,21 @@ class WeightQuantizer:
 
     def replace(self, path: str, quantizer: TensorQuantizer, *, started: bool) -> None:
         """Give a weight another quantizer, which looks at it at once if the others have begun."""
-        for index, (slot, old) in enumerate(self.pairs):
-            if slot.path != path:
+        for index, (projected, old) in enumerate(self.pairs):
+            if projected.path != path:
                 continue
             if isinstance(old, RangeGrids) and isinstance(quantizer, RangeGrids):
                 quantizer.enlarged = old.enlarged
             if started:
-                quantizer.start(masked(slot))
-                slot.set_quantizer(quantizer.grid)
-                slot.gradient_rule = partial(_rule, slot, quantizer)
-            self.pairs[index] = (slot, quantizer)
+                quantizer.start(masked(projected))
+                projected.set_quantizer(quantizer.grid)
+                projected.gradient_rule = partial(_rule, projected, quantizer)
+            self.pairs[index] = (projected, quantizer)
 
     def make_room(self, path: str, factor: int) -> None:
         """From its next range on, sums of a weight that reads an enlarged image fit int8."""
-        for slot, quantizer in self.pairs:
-            if slot.path == path and isinstance(quantizer, RangeGrids):
+        for projected, quantizer in self.pairs:
+            if projected.path == path and isinstance(quantizer, RangeGrids):
                 quantizer.enlarged = factor
 
     def set_rate(self, weight: float) -> None:
@@ -179,13 +182,13 @@ class WeightQuantizer:
 
     def set_step(self, relative_step: float) -> None:
         """Another step for all entropy grids, frozen ones too."""
-        for slot, quantizer in self.pairs:
+        for projected, quantizer in self.pairs:
             if isinstance(quantizer, EntropyGrids):
                 frozen = quantizer.held is not None
                 quantizer.thaw()
                 quantizer.relative_step = relative_step
                 if frozen:
-                    quantizer.freeze(masked(slot))
+                    quantizer.freeze(masked(projected))
 
     def start(self) -> None:
         """Look at the weights and put them onto grids, from the next projection on.
@@ -193,19 +196,19 @@ class WeightQuantizer:
         Raises:
             ValueError: for weights that are not finite.
         """
-        for slot, quantizer in self.pairs:
-            values = masked(slot)
-            if not _finite(slot, values):
-                raise ValueError(f"{slot.path} holds weights that are NaN or infinite")
+        for projected, quantizer in self.pairs:
+            values = masked(projected)
+            if not _finite(projected, values):
+                raise ValueError(f"{projected.path} holds weights that are NaN or infinite")
             quantizer.start(values)
         self.install()
 
     def install(self) -> None:
         """Attach the quantizers to the projected weights."""
-        for slot, quantizer in self.pairs:
-            if slot.gradient_rule is None:
-                slot.set_quantizer(quantizer.grid)
-                slot.gradient_rule = partial(_rule, slot, quantizer)
+        for projected, quantizer in self.pairs:
+            if projected.gradient_rule is None:
+                projected.set_quantizer(quantizer.grid)
+                projected.gradient_rule = partial(_rule, projected, quantizer)
 
     def follow(self, stepped: Collection[str], *, event: bool) -> None:
         """Update the grids of stepped weights; at an event those of all.
@@ -213,15 +216,15 @@ class WeightQuantizer:
         Raises:
             FloatingPointError: naming the parameter whose weights are no longer finite.
         """
-        for slot, quantizer in self.pairs:
-            if event or slot.path in stepped:
-                values = masked(slot)
-                if event and values.device.type != "cpu" and not _finite(slot, values):
-                    raise FloatingPointError(divergence_message(slot))
-                with naming_divergence([slot]):
+        for projected, quantizer in self.pairs:
+            if event or projected.path in stepped:
+                values = masked(projected)
+                if event and values.device.type != "cpu" and not _finite(projected, values):
+                    raise FloatingPointError(divergence_message(projected))
+                with naming_divergence([projected]):
                     moved = quantizer.step(values, event=event)
                 if moved is not None:
-                    slot.set_values(moved)
+                    projected.set_values(moved)
 
     def steer(self, bits: float | None) -> dict[str, str]:
         """Bring entropy grids to a target, in bits of all weights together; None: as they are.
@@ -229,44 +232,48 @@ class WeightQuantizer:
         Returns:
             What the user should know, by what it is about.
         """
-        pairs = [(slot, one) for slot, one in self.pairs if isinstance(one, EntropyGrids)]
+        pairs = [(projected, one) for projected, one in self.pairs if isinstance(one, EntropyGrids)]
         metrics = {}
         if pairs and bits is not None:
-            with naming_divergence([slot for slot, _ in pairs]):
-                found = steer([one for _, one in pairs], [masked(slot) for slot, _ in pairs], bits)
+            with naming_divergence([projected for projected, _ in pairs]):
+                found = steer(
+                    [one for _, one in pairs], [masked(projected) for projected, _ in pairs], bits
+                )
             if abs(found / bits - 1) > 0.05:
                 metrics["target"] = (
                     f"{found / 8:.0f} bytes is as near as a step comes to the target of "
                     f"{bits / 8:.0f}"
                 )
-        for slot, one in pairs:
+        for projected, one in pairs:
             if one.raised:
-                metrics[slot.path] = (
-                    f"the step of {slot.path} is raised above {one.relative_step:.3g} rms, so that "
-                    f"its range fits {one.bits} bits"
+                metrics[projected.path] = (
+                    f"the step of {projected.path} is raised above {one.relative_step:.3g} rms, "
+                    f"so that its range fits {one.bits} bits"
                 )
         return metrics
 
     def freeze(self) -> None:
         """Keep the grids."""
-        for slot, quantizer in self.pairs:
-            with naming_divergence([slot]):
-                quantizer.freeze(masked(slot))
+        for projected, quantizer in self.pairs:
+            with naming_divergence([projected]):
+                quantizer.freeze(masked(projected))
 
     def freeze_one(self, path: str) -> None:
         """Keep the grid of one weight."""
-        for slot, quantizer in self.pairs:
-            if slot.path == path:
-                quantizer.freeze(masked(slot))
+        for projected, quantizer in self.pairs:
+            if projected.path == path:
+                quantizer.freeze(masked(projected))
 
     def show(self) -> None:
         """Project all weights, those of other optimizers too, and count their bytes."""
         bits = 0.0
-        for slot, _ in self.pairs:
-            with naming_divergence([slot]):
-                slot.project()
-                if slot.grid is not None:
-                    bits += entropy_bits(slot.grid.quantize(slot.data), partition=slot.partition)
+        for projected, _ in self.pairs:
+            with naming_divergence([projected]):
+                projected.project()
+                if projected.grid is not None:
+                    bits += entropy_bits(
+                        projected.grid.quantize(projected.data), partition=projected.partition
+                    )
         self.predicted_bytes = bits / 8
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,21 +298,21 @@ class WeightQuantizer:
         self.predicted_bytes = state["predicted_bytes"]
         if started:
             self.install()
-        for slot, _ in self.pairs:
-            if (latent := state["latents"].get(slot.path)) is not None:
-                slot.set_values(slot.partition.part(latent))
+        for projected, _ in self.pairs:
+            if (latent := state["latents"].get(projected.path)) is not None:
+                projected.set_values(projected.partition.part(latent))
 
 
-def masked(slot: ProjectedWeight) -> Tensor:
+def masked(projected: ProjectedWeight) -> Tensor:
     """Latent values with 0 where the mask prunes."""
-    values = slot.values()
-    return values if slot.pruned is None else values.masked_fill(slot.pruned, 0.0)
+    values = projected.values()
+    return values if projected.pruned is None else values.masked_fill(projected.pruned, 0.0)
 
 
-def _finite(slot: ProjectedWeight, values: Tensor) -> bool:
+def _finite(projected: ProjectedWeight, values: Tensor) -> bool:
     """Whether all values are numbers, those of other processes too."""
-    return int(slot.partition.all_reduce_sum((~torch.isfinite(values)).sum())) == 0
+    return int(projected.partition.all_reduce_sum((~torch.isfinite(values)).sum())) == 0
 
 
-def _rule(slot: ProjectedWeight, quantizer: TensorQuantizer, gradient: Tensor) -> None:
-    quantizer.gradient(gradient, masked(slot))
+def _rule(projected: ProjectedWeight, quantizer: TensorQuantizer, gradient: Tensor) -> None:
+    quantizer.gradient(gradient, masked(projected))

@@ -18,19 +18,19 @@ class Spy:
         self.window, self.active, self.log, self.gathered = window, False, [], 0
         self.pruning = None
 
-    def begin(self, slots):
+    def begin(self, projected_weights):
         assert not self.active
-        assert [slot.path for slot in slots] == self.pruning.paths()
+        assert [projected.path for projected in projected_weights] == self.pruning.paths()
         self.active, self.gathered = True, 0
         self.log.append(("begin", self.step()))
 
     def step(self):
         return self.pruning.projector.steps[0]
 
-    def scores(self, slot):
+    def scores(self, projected):
         assert self.active
         self.log.append(("scores", self.step()))
-        return slot.values().abs()
+        return projected.values().abs()
 
     def end(self):
         if self.active:
@@ -143,7 +143,7 @@ def test_hutchinson_prunes_where_the_loss_is_flat(tmp_path):
         criterion=Hutchinson(loss), schedule=schedule, include=["decoder.weight"], scope="layer"
     )
     quiet_trainer(tmp_path, pruning, max_epochs=3).fit(model, batches(count=1))
-    kept = ~pruning.slots[0].pruned
+    kept = ~pruning.projected_weights[0].pruned
     assert int(kept.sum()) == 24
     assert torch.equal(kept.flatten(), torch.arange(48) >= 24)
 
@@ -155,12 +155,12 @@ class Gradients(Spy):
         super().__init__(window)
         self.sums, self.taps = {}, []
 
-    def begin(self, slots):
-        self.active, self.sums = True, {slot.path: 0.0 for slot in slots}
-        for slot in slots:
-            tap = self.tap(slot.path)
-            slot.taps.append(tap)
-            self.taps.append((slot, tap))
+    def begin(self, projected_weights):
+        self.active, self.sums = True, {projected.path: 0.0 for projected in projected_weights}
+        for projected in projected_weights:
+            tap = self.tap(projected.path)
+            projected.taps.append(tap)
+            self.taps.append((projected, tap))
 
     def tap(self, path):
         def add(gradient):
@@ -168,12 +168,12 @@ class Gradients(Spy):
 
         return add
 
-    def scores(self, slot):
-        return self.sums[slot.path]
+    def scores(self, projected):
+        return self.sums[projected.path]
 
     def end(self):
-        for slot, tap in self.taps:
-            slot.taps.remove(tap)
+        for projected, tap in self.taps:
+            projected.taps.remove(tap)
         self.taps = []
 
     def state_dict(self):
@@ -208,9 +208,9 @@ def test_statistics_go_through_a_checkpoint(tmp_path):
 
 def test_a_criterion_may_correct_the_weights_that_stay(tmp_path):
     class Surgeon(Spy):
-        def update(self, slot, mask):
+        def update(self, projected, mask):
             assert int((~mask).sum()) > 0
-            return slot.values() + 100.0 if "decoder" in slot.path else None
+            return projected.values() + 100.0 if "decoder" in projected.path else None
 
     spy = Surgeon(0)
     schedule = Constant(final_sparsity=0.5, begin=0, end=1)

@@ -32,8 +32,8 @@ class Watch(Callback):
             optimizer.register_step_post_hook(lambda *_: self.zeros.append(self.count()))
 
     def count(self):
-        slots = self.pruning.slots
-        return sum(int((slot.parameter == 0).sum()) for slot in slots)
+        projected_weights = self.pruning.projected_weights
+        return sum(int((projected.parameter == 0).sum()) for projected in projected_weights)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -76,7 +76,7 @@ def test_a_gan_prunes_by_the_generators_own_clock(tmp_path, raw, critic_steps):
     watch = Watch(pruning)
     quiet_trainer(tmp_path, pruning, watch).fit(model, batches())
     assert pruning.projector.steps == [16, 16 * critic_steps]
-    total = sum(slot.target.numel for slot in pruning.slots)
+    total = sum(projected.target.numel for projected in pruning.projected_weights)
     by_generator_step = watch.zeros[critic_steps :: critic_steps + 1]
     expected = [0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
     assert by_generator_step == [round(total * 0.9 * step / 12) for step in expected]

@@ -151,7 +151,7 @@ def test_layers_that_grow_are_compressed(tmp_path, end, scheme):
     both = [pruning, rounding(scheme=scheme, freeze=0.95 if end == 0.9 else 0.4)]
     with no_warnings_of_ours():
         quiet_trainer(tmp_path, *both, max_epochs=4).fit(model, batches())
-    assert len(pruning.slots) == 3
+    assert len(pruning.projected_weights) == 3
     assert pruning.sparsity == pytest.approx(0.75, abs=0.02)
     assert sparsity(model) == pytest.approx(0.75, abs=0.03)
     all_on_grids(model)

@@ -28,7 +28,7 @@ def test_masks_are_the_first_processs(processes, taken):
         return pack_mask(masks["first"])
 
     trainer = SimpleNamespace(world_size=processes, strategy=SimpleNamespace(broadcast=broadcast))
-    slot = Slot()
-    GradualPruning(final_sparsity=0.5).set_masks([slot], [masks["own"]], trainer)
-    assert torch.equal(slot.mask, masks[taken])
+    projected = Slot()
+    GradualPruning(final_sparsity=0.5).set_masks([projected], [masks["own"]], trainer)
+    assert torch.equal(projected.mask, masks[taken])
     assert [one.tolist() for one in sent] == [pack_mask(masks["own"]).tolist()] * (processes - 1)

@@ -67,10 +67,10 @@ def test_exact_sparsity(tmp_path, name, precision, scope):
     model = fit(tmp_path, name, pruning, precision=precision)
     if scope == "global":
         assert sparsity(model) == asked(model, 0.8)
-    for slot in pruning.slots:
-        assert torch.equal(slot.parameter == 0, slot.pruned)
+    for projected in pruning.projected_weights:
+        assert torch.equal(projected.parameter == 0, projected.pruned)
         if scope == "layer":
-            assert int(slot.pruned.sum()) == round(0.8 * slot.target.numel)
+            assert int(projected.pruned.sum()) == round(0.8 * projected.target.numel)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in MANUAL])

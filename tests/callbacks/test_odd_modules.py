@@ -169,9 +169,9 @@ class HeldAfterEveryStep(Callback):
 
     def _look(self, *_):
         self.looks += 1
-        for slot in self.pruning.slots:
-            if slot.pruned is not None:
-                assert not slot.parameter[slot.pruned].any(), slot.path
+        for projected in self.pruning.projected_weights:
+            if projected.pruned is not None:
+                assert not projected.parameter[projected.pruned].any(), projected.path
 
 
 def fit(folder, name, *callbacks, optimizer="AdamW", ckpt_path=None, **arguments):
@@ -201,8 +201,8 @@ def test_the_count_is_exact_and_masks_hold_after_every_step(tmp_path, name, opti
     held = HeldAfterEveryStep(pruning)
     model = fit(tmp_path, name, pruning, held, optimizer=optimizer)
     assert held.looks == 24
-    total = sum(slot.target.numel for slot in pruning.slots)
-    zeros = sum(int((slot.parameter == 0).sum()) for slot in pruning.slots)
+    total = sum(projected.target.numel for projected in pruning.projected_weights)
+    zeros = sum(int((projected.parameter == 0).sum()) for projected in pruning.projected_weights)
     assert zeros == round(0.8 * total)
     assert all(torch.isfinite(one).all() for one in model.state_dict().values())
 
@@ -227,11 +227,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path, name):
 def test_what_is_tied_or_frozen_is_pruned_once_or_not_at_all(tmp_path):
     pruning = pruning_of("tied")
     model = fit(tmp_path, "tied", pruning)
-    assert [slot.path for slot in pruning.slots] == ["net.first.weight"]
+    assert [projected.path for projected in pruning.projected_weights] == ["net.first.weight"]
     assert torch.equal(model.net.first.weight, model.net.last.weight)
     pruning = pruning_of("frozen")
     model = fit(tmp_path, "frozen", pruning)
-    assert [slot.path for slot in pruning.slots] == ["net.free.weight"]
+    assert [projected.path for projected in pruning.projected_weights] == ["net.free.weight"]
     assert model.net.frozen.weight.all()
 
 
@@ -247,16 +247,16 @@ def test_rows_under_weight_norm_never_die(tmp_path, name):
     pruning = pruning_of(name, final_sparsity=0.95, min_keep=0.0, scope="global")
     with pytest.warns(UserWarning, match=r"ended at sparsity 0\.9479 instead of 0\.9500"):
         model = fit(tmp_path, name, pruning)
-    for slot in pruning.slots:
-        assert (slot.parameter != 0).any(dim=1).all()
-    zeros = sum(int(slot.pruned.sum()) for slot in pruning.slots)
+    for projected in pruning.projected_weights:
+        assert (projected.parameter != 0).any(dim=1).all()
+    zeros = sum(int(projected.pruned.sum()) for projected in pruning.projected_weights)
     # 24 + 16 rows keep a weight each: more than the 38 of 768 that 95 % would leave
     assert zeros == 768 - 40
     assert torch.isfinite(model.net(torch.ones(1, 1, 4, 4))).all()
     thresholds = ThresholdPruning(threshold=3.0, relative="std", min_keep=0.0, end=0.9)
     fit(tmp_path, name, thresholds)
-    for slot in thresholds.slots:
-        assert (slot.parameter != 0).any(dim=1).all()
+    for projected in thresholds.projected_weights:
+        assert (projected.parameter != 0).any(dim=1).all()
 
 
 def test_whole_rows_under_weight_norm_are_refused(tmp_path):

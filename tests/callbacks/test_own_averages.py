@@ -148,8 +148,8 @@ def test_an_average_outside_of_the_module_is_projected_in_one_call():
     average = AveragedModel(model)
     projector = Projector.of(model)
     for target in select(model).targets:
-        slot = projector.add(target)
-        slot.set_mask(slot.values().abs() > slot.values().abs().median())
+        projected = projector.add(target)
+        projected.set_mask(projected.values().abs() > projected.values().abs().median())
     optimizer = torch.optim.Adam(model.parameters())
     projector.attach([optimizer])
     for _ in range(3):

@@ -61,9 +61,9 @@ def test_the_average_is_of_what_the_optimizer_moves(tmp_path):
 
     class Record(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            slot = Projector.find(pl_module).slots["decoder.weight"]
-            latents.append(slot.values().clone())
-            visible.append(slot.data.clone())
+            projected = Projector.find(pl_module).projected_weights["decoder.weight"]
+            latents.append(projected.values().clone())
+            visible.append(projected.data.clone())
 
     model = TinyAutoencoder()
     coarse = QuantizationAwareTraining(weight_bits=2, activation_bits=None)

@@ -76,21 +76,21 @@ def test_units_are_pruned_whole_and_zeros_are_exact_to_half_a_unit(tmp_path, gra
     pruning = GradualPruning(final_sparsity=0.5, granularity=granularity, scope=scope)
     fit(tmp_path, pruning)
     sizes = []
-    for slot in pruning.slots:
+    for projected in pruning.projected_weights:
         units = pruning.plan.granularity.units(
-            slot.parameter.detach().abs(),
-            pruning.plan.layouts[slot.path],
-            closed=slot.parameter == 0,
+            projected.parameter.detach().abs(),
+            pruning.plan.layouts[projected.path],
+            closed=projected.parameter == 0,
             signed=False,
         )
         if granularity != "column":  # a GRU's columns and rows overlap nowhere else
             spread = units.spread(~units.closed)
-            assert torch.equal(spread, slot.parameter != 0)
-        sizes.append(slot.parameter.numel() // units.capacity)
+            assert torch.equal(spread, projected.parameter != 0)
+        sizes.append(projected.parameter.numel() // units.capacity)
         assert int(units.closed.sum()) == units.capacity // 2 or scope != "layer"
         assert not units.closed.all()
-    weights = sum(slot.target.numel for slot in pruning.slots)
-    zeros = sum(int((slot.parameter == 0).sum()) for slot in pruning.slots)
+    weights = sum(projected.target.numel for projected in pruning.projected_weights)
+    zeros = sum(int((projected.parameter == 0).sum()) for projected in pruning.projected_weights)
     assert abs(zeros - 0.5 * weights) <= (0 if scope == "layer" else max(sizes) / 2)
     assert pruning.sparsity == pytest.approx(zeros / weights)
 
@@ -102,11 +102,11 @@ def test_zeros_rise_by_whole_units_that_never_return_by_themselves(tmp_path, sco
 
     class Watched(GradualPruning):
         def event(self, trainer):
-            before = [slot.pruned for slot in self.slots]
+            before = [projected.pruned for projected in self.projected_weights]
             super().event(trainer)
-            for slot, old in zip(self.slots, before, strict=True):
-                assert regrow or old is None or not (old & ~slot.pruned).any()
-            zeros = sum(int(slot.pruned.sum()) for slot in self.slots)
+            for projected, old in zip(self.projected_weights, before, strict=True):
+                assert regrow or old is None or not (old & ~projected.pruned).any()
+            zeros = sum(int(projected.pruned.sum()) for projected in self.projected_weights)
             seen.append(abs(zeros - self.parts[0].requested * WEIGHTS))
 
     options = {"granularity": "channel", "scope": scope, "regrow": regrow}
@@ -135,7 +135,9 @@ def test_the_total_is_exact_at_every_event(tmp_path, scope):
     class Watched(GradualPruning):
         def event(self, trainer):
             super().event(trainer)
-            zeros = sum(int((slot.parameter == 0).sum()) for slot in self.slots)
+            zeros = sum(
+                int((projected.parameter == 0).sum()) for projected in self.projected_weights
+            )
             seen.append(zeros - round(self.parts[0].requested * WEIGHTS))
 
     fit(tmp_path, Watched(final_sparsity=0.8, scope=scope))

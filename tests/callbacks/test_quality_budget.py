@@ -109,9 +109,15 @@ def test_what_fails_is_undone_to_the_last_bit(tmp_path):
                 for index, state in enumerate(optimizer.state.values())
                 for key, value in state.items()
             }
-            slots = prune.projector.slots
-            masks = {path: slot.pruned for path, slot in slots.items() if slot.pruned is not None}
-            latents = {path: slot.values().clone() for path, slot in slots.items()}
+            projected_weights = prune.projector.projected_weights
+            masks = {
+                path: projected.pruned
+                for path, projected in projected_weights.items()
+                if projected.pruned is not None
+            }
+            latents = {
+                path: projected.values().clone() for path, projected in projected_weights.items()
+            }
             weights = {key: value.clone() for key, value in module.state_dict().items()}
             return weights, moments, masks, latents
 
@@ -134,8 +140,8 @@ def test_a_soft_undo_reopens_what_was_pruned_and_keeps_what_was_trained(tmp_path
             self.checked = 0
 
         def on_validation_end(self, trainer, pl_module):
-            slots = prune.projector.slots
-            now = {p: (s.values().clone(), s.pruned) for p, s in slots.items()}
+            projected_weights = prune.projector.projected_weights
+            now = {p: (s.values().clone(), s.pruned) for p, s in projected_weights.items()}
             if budget._pending.keep:
                 self.kept = now
             self.before = now if budget._pending.soft else None
@@ -143,12 +149,12 @@ def test_a_soft_undo_reopens_what_was_pruned_and_keeps_what_was_trained(tmp_path
         def on_train_batch_start(self, trainer, pl_module, *_):
             if self.before is None:
                 return
-            for path, slot in prune.projector.slots.items():
+            for path, projected in prune.projector.projected_weights.items():
                 (kept, mask), (values, pruned) = self.kept[path], self.before[path]
                 back = torch.ones_like(pruned) if mask is None else ~mask
                 back &= pruned
-                assert torch.equal(slot.values(), torch.where(back, kept, values))
-                assert mask is None or torch.equal(slot.pruned, mask)
+                assert torch.equal(projected.values(), torch.where(back, kept, values))
+                assert mask is None or torch.equal(projected.pruned, mask)
             self.before = None
             self.checked += 1
 

@@ -187,10 +187,10 @@ class Snap(Callback):
         for index, state in enumerate(trainer.optimizers[0].state.values()):
             found |= {f"adam {index}.{key}": torch.as_tensor(one) for key, one in state.items()}
         masks = self.of[GradualPruning]
-        for path, slot in masks.projector.slots.items():
-            found[f"latent {path}"] = slot.values()
-            if slot.pruned is not None:
-                found[f"mask {path}"] = slot.pruned
+        for path, projected in masks.projector.projected_weights.items():
+            found[f"latent {path}"] = projected.values()
+            if projected.pruned is not None:
+                found[f"mask {path}"] = projected.pruned
         average = self.of[ProjectedEMA]._average_model
         found |= {f"average {key}": one for key, one in average.state_dict().items()}
         teacher = self.of[KnowledgeDistillation].session.teacher

@@ -99,8 +99,8 @@ def test_pruning_and_quantizing_in_either_order_are_the_same(tmp_path, scheme, b
     equal_models(model, other)
     on_grid(model)
     assert sparsity(model) >= 0.6
-    for slot in pruning.slots:
-        assert (slot.parameter[slot.pruned] == 0).all()
+    for projected in pruning.projected_weights:
+        assert (projected.parameter[projected.pruned] == 0).all()
     save_compressed(model, tmp_path / "model.lcz")
     fresh = load_compressed(tmp_path / "model.lcz", TinyAutoencoder())
     equal_models(fresh, model)
@@ -165,13 +165,13 @@ def test_a_checkpoint_loads_into_the_plain_model(tmp_path, scheme):
 def test_fit_test_fit_goes_on_from_the_latent_weights(tmp_path, scheme):
     model, callback = TinyAutoencoder(), quantizing(scheme)
     quiet_trainer(tmp_path, callback).fit(model, batches())
-    latent = callback.slots[0].latent.clone()
+    latent = callback.projected_weights[0].latent.clone()
     trainer = quiet_trainer(tmp_path, callback)
     trainer.validate(model, batches(), verbose=False)
 
     class Look(Callback):
         def on_train_start(self, trainer, pl_module):
-            self.values = callback.slots[0].values().clone()
+            self.values = callback.projected_weights[0].values().clone()
 
     look = Look()
     quiet_trainer(tmp_path, callback, look).fit(model, batches())
@@ -423,7 +423,7 @@ def test_predicted_bytes_are_logged_and_near_the_file(tmp_path):
         trainer.callback_metrics["quantize/predicted_bytes"] == callback.weights.predicted_bytes > 0
     )
     info = save_compressed(model, tmp_path / "model.lcz")
-    entries = [info.per_tensor[slot.path] for slot in callback.slots]
+    entries = [info.per_tensor[projected.path] for projected in callback.projected_weights]
     scales = 4 * len(entries)
     bound = sum(entry.bound_bytes for entry in entries) - scales
     assert bound == pytest.approx(callback.weights.predicted_bytes, abs=len(entries) + 1)
@@ -451,7 +451,7 @@ def test_a_range_beyond_its_bits_raises_the_step_and_says_so(tmp_path):
     )
     with pytest.warns(UserWarning, match=r"decoder\.weight .*0\.01 rms"):
         quiet_trainer(tmp_path, callback).fit(TinyAutoencoder(), batches())
-    assert callback.slots[0].grid.bits == 3
+    assert callback.projected_weights[0].grid.bits == 3
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,18 @@ class Recorded(GradualPruning):
         self.rows = []
 
     def event(self, trainer):
-        before = [None if slot.pruned is None else ~slot.pruned for slot in self.slots]
-        values = [slot.values().clone() for slot in self.slots]
-        growth = [self._statistics[-1].criterion.scores(slot).clone() for slot in self.slots]
+        before = [
+            None if projected.pruned is None else ~projected.pruned
+            for projected in self.projected_weights
+        ]
+        values = [projected.values().clone() for projected in self.projected_weights]
+        growth = [
+            self._statistics[-1].criterion.scores(projected).clone()
+            for projected in self.projected_weights
+        ]
         super().event(trainer)
-        after = [~slot.pruned for slot in self.slots]
-        shown = [slot.parameter.detach().clone() for slot in self.slots]
+        after = [~projected.pruned for projected in self.projected_weights]
+        shown = [projected.parameter.detach().clone() for projected in self.projected_weights]
         rows = zip(before, values, growth, after, shown, strict=True)
         self.rows.append((self.events.done, list(rows)))
 
@@ -115,7 +121,7 @@ def test_rigl_keeps_the_count_and_moves_by_gradient(tmp_path, make, schedule, sc
     torch.manual_seed(0)
     model = make()
     quiet_trainer(tmp_path, pruning, max_epochs=4).fit(model, batches())
-    total = sum(slot.target.numel for slot in pruning.slots)
+    total = sum(projected.target.numel for projected in pruning.projected_weights)
     moved = 0
     for (done, rows), step in zip(pruning.rows, (5, 10, 15, 20, 25, 30), strict=False):
         asked = pruning.schedule(step)
@@ -127,7 +133,7 @@ def test_rigl_keeps_the_count_and_moves_by_gradient(tmp_path, make, schedule, sc
     # Of the mask: what came back to a dead unit has no gradient and is still 0.
     assert pruning.sparsity == pytest.approx(round(0.75 * total) / total)
     assert sparsity(model) >= pruning.sparsity - 1e-9
-    assert all(slot.taps == [] for slot in pruning.slots)
+    assert all(projected.taps == [] for projected in pruning.projected_weights)
 
 
 def by_hand(row, share):
@@ -163,7 +169,7 @@ def test_rigl_whole_channels(tmp_path):
 
     def event(trainer):
         original(trainer)
-        gone = pruning.slots[1].pruned.all(0)  # what comes back starts at 0
+        gone = pruning.projected_weights[1].pruned.all(0)  # what comes back starts at 0
         assert model.decoder.weight.detach()[:, gone].eq(0).all()
         assert int(gone.sum()) == 4
         seen.add(tuple(gone.tolist()))
@@ -255,8 +261,8 @@ class Look(Callback):
         self.pruning, self.seen = pruning, seen
 
     def on_train_start(self, trainer, pl_module):
-        slot = self.pruning.slots[0]
-        self.seen.append(slot.latent[slot.pruned].clone())
+        projected = self.pruning.projected_weights[0]
+        self.seen.append(projected.latent[projected.pruned].clone())
 
 
 def test_hidden_weights_go_on_in_a_second_fit(tmp_path):
@@ -265,8 +271,8 @@ def test_hidden_weights_go_on_in_a_second_fit(tmp_path):
     )
     model = TinyAutoencoder()
     quiet_trainer(tmp_path, pruning).fit(model, batches())
-    slot = pruning.slots[0]
-    hidden = slot.latent[slot.pruned].clone()
+    projected = pruning.projected_weights[0]
+    hidden = projected.latent[projected.pruned].clone()
     assert hidden.abs().sum() > 0
     seen = []
     again = quiet_trainer(tmp_path, pruning, max_epochs=1)

@@ -13,17 +13,17 @@ class Checked(ThresholdPruning):
     seen = 0
 
     def event(self, trainer):
-        values = [slot.values().clone() for slot in self.slots]
-        closed = [slot.pruned for slot in self.slots]
+        values = [projected.values().clone() for projected in self.projected_weights]
+        closed = [projected.pruned for projected in self.projected_weights]
         super().event(trainer)
-        for slot, value, shut in zip(self.slots, values, closed, strict=True):
+        for projected, value, shut in zip(self.projected_weights, values, closed, strict=True):
             threshold = self.threshold_at(self.events.position)
             if self.relative:
                 threshold *= value.std(correction=0).item()
             mask = value.abs() >= threshold
             if shut is not None and not self.dense_gradient:
                 mask &= ~shut
-            assert torch.equal(slot.parameter, value * mask)
+            assert torch.equal(projected.parameter, value * mask)
         self.seen += 1
 
 

@@ -163,7 +163,7 @@ def test_a_frozen_part_that_is_named_is_pruned_beside_what_trains(tmp_path):
     pruning = GradualPruning(final_sparsity=0.5, include=["encoder.*", "decoder.*"])
     quiet_trainer(tmp_path, pruning).fit(model, batches())
     assert sparsity(model) == pytest.approx(0.5, abs=3e-3)
-    assert len(pruning.slots) == 4
+    assert len(pruning.projected_weights) == 4
     model = Wide()
     model.encoder.requires_grad_(requires_grad=False)
     alone = GradualPruning(final_sparsity=0.5, include=["encoder.*"])

@@ -115,9 +115,9 @@ def projected(values):
     with torch.no_grad():
         layer.weight.copy_(values)
     projector = Projector.of(layer)
-    slot = projector.add(Target("weight", layer, "weight", layer.weight))
-    slot.set_mask(values.abs() > 0.5)
-    slot.set_quantizer(lambda one: grid_of(one, axis=0))
+    projected = projector.add(Target("weight", layer, "weight", layer.weight))
+    projected.set_mask(values.abs() > 0.5)
+    projected.set_quantizer(lambda one: grid_of(one, axis=0))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, foreach=False)
     projector.attach([optimizer])
     projector.project()
@@ -126,7 +126,7 @@ def projected(values):
         (layer.weight * values).sum().backward()
         optimizer.step()
     projector.detach()
-    return layer.weight.detach(), slot.latent
+    return layer.weight.detach(), projected.latent
 
 
 FUNCTIONS = {

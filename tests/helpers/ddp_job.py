@@ -18,7 +18,7 @@ def fit(folder: Path, kind: str, processes: int) -> None:
     pruning = GradualPruning(final_sparsity=0.8, regrow="gradient" if kind == "plain" else None)
     trainer = quiet_trainer(folder, pruning, **on(processes))
     trainer.fit(model, share_of(processes))
-    masks = {slot.path: slot.pruned for slot in pruning.slots}
+    masks = {projected.path: projected.pruned for projected in pruning.projected_weights}
     state = {"model": model.state_dict(), "masks": masks, "steps": pruning.projector.steps}
     torch.save(state, folder / f"{kind}-{processes}-{trainer.global_rank}.pt")
 

@@ -22,12 +22,12 @@ from lightning_compress.pruning.statistics import Criterion
 from lightning_compress.targets import Target, select
 
 
-def slots_of(model):
+def projected_weights_of(model):
     projector = Projector.of(model)
     return [projector.add(target) for target in select(model).targets]
 
 
-def slot_of(weight, path="weight"):
+def projected_of(weight, path="weight"):
     layer = nn.Module()
     layer.register_parameter("weight", nn.Parameter(weight))
     return ProjectedWeight(Target(path, layer, "weight", layer.weight))
@@ -45,7 +45,7 @@ def test_every_name_makes_a_criterion(name):
 def test_magnitudes_order_alike():
     weight = torch.randn(4, 5)
     one, two = (
-        make_criterion(name).scores(slot_of(weight)) for name in ("magnitude", "magnitude_l2")
+        make_criterion(name).scores(projected_of(weight)) for name in ("magnitude", "magnitude_l2")
     )
     assert torch.equal(one, weight.abs())
     assert torch.equal(one.flatten().argsort(), two.flatten().argsort())
@@ -58,11 +58,11 @@ def test_a_function_and_an_object_of_ones_own():
     class Own:
         window = 3
 
-        def begin(self, slots):
+        def begin(self, projected_weights):
             pass
 
-        def scores(self, slot):
-            return slot.values()
+        def scores(self, projected):
+            return projected.values()
 
         def end(self):
             pass
@@ -71,13 +71,13 @@ def test_a_function_and_an_object_of_ones_own():
     assert make_criterion(own) is own
     criterion = make_criterion(lambda weight: -weight)
     assert isinstance(criterion, Stateless)
-    assert criterion.scores(slot_of(torch.ones(2, 2))).tolist() == [[-1.0] * 2] * 2
+    assert criterion.scores(projected_of(torch.ones(2, 2))).tolist() == [[-1.0] * 2] * 2
 
 
 @pytest.mark.parametrize("function", [lambda w: w.sum(), lambda w: 3.0])
 def test_scores_of_a_wrong_shape_are_named(function):
     with pytest.raises(ValueError, match=r"gave .* for weight of shape \(2, 2\)"):
-        make_criterion(function).scores(slot_of(torch.ones(2, 2)))
+        make_criterion(function).scores(projected_of(torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_what_is_no_criterion_is_named(given, message):
 def test_random_scores_depend_on_seed_and_path_alone():
     weight = torch.randn(50, 50)
     state = torch.get_rng_state()
-    first = Random(seed=1).scores(slot_of(weight))
+    first = Random(seed=1).scores(projected_of(weight))
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(7)
-    assert torch.equal(first, Random(seed=1).scores(slot_of(2 * weight)))
+    assert torch.equal(first, Random(seed=1).scores(projected_of(2 * weight)))
     for other in (
-        Random(seed=2).scores(slot_of(weight)),
-        Random(seed=1).scores(slot_of(weight, "b")),
+        Random(seed=2).scores(projected_of(weight)),
+        Random(seed=1).scores(projected_of(weight, "b")),
     ):
         assert not torch.equal(first, other)
     assert 0 <= first.min() < 0.01
@@ -133,48 +133,55 @@ def second_differences(weight, loss, step=1e-4):
     return diagonal.view_as(weight)
 
 
-def off_diagonal(slot, slots, loss):
+def off_diagonal(projected, projected_weights, loss):
     """Standard deviation of one sample: the norm of each Hessian row without its diagonal."""
-    weights = [one.parameter for one in slots]
-    (first,) = torch.autograd.grad(loss(), [slot.parameter], create_graph=True)
+    weights = [one.parameter for one in projected_weights]
+    (first,) = torch.autograd.grad(loss(), [projected.parameter], create_graph=True)
     rows = [torch.autograd.grad(one, weights, retain_graph=True) for one in first.flatten()]
     whole = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
-    start = sum(w.numel() for w in weights[: slots.index(slot)])
+    start = sum(w.numel() for w in weights[: projected_weights.index(projected)])
     own = whole[:, start : start + len(whole)].diagonal()
-    return (whole.square().sum(1) - own**2).sqrt().view_as(slot.parameter)
+    return (whole.square().sum(1) - own**2).sqrt().view_as(projected.parameter)
 
 
 def test_hutchinson_estimates_the_hessians_diagonal():
     net, loss = curved()
-    slots = slots_of(net)
+    projected_weights = projected_weights_of(net)
     criterion = Hutchinson(loss, samples=400)
     state = torch.get_rng_state()
-    criterion.begin(slots)
+    criterion.begin(projected_weights)
     with torch.no_grad():  # as in a prune event
-        scores = [criterion.scores(slot) for slot in slots]
+        scores = [criterion.scores(projected) for projected in projected_weights]
     assert torch.equal(state, torch.get_rng_state())
-    for slot, got in zip(slots, scores, strict=True):
-        expected = slot.values() ** 2 * second_differences(slot.parameter, loss) / 2
-        spread = slot.values() ** 2 * off_diagonal(slot, slots, loss) / 2 / 400**0.5
+    for projected, got in zip(projected_weights, scores, strict=True):
+        expected = projected.values() ** 2 * second_differences(projected.parameter, loss) / 2
+        spread = (
+            projected.values() ** 2
+            * off_diagonal(projected, projected_weights, loss)
+            / 2
+            / 400**0.5
+        )
         assert ((got - expected).abs() < 5 * spread + 1e-6).all()
-    assert all(slot.parameter.grad is None for slot in slots)
+    assert all(projected.parameter.grad is None for projected in projected_weights)
     criterion.end()
     with pytest.raises(RuntimeError, match=r"no begin\(\) with 0\.weight"):
-        criterion.scores(slots[0])
+        criterion.scores(projected_weights[0])
 
 
 def test_hutchinson_is_exact_where_the_hessian_is_diagonal_and_feeds_no_taps():
-    slot = slot_of(torch.tensor([[1.0, 2.0, 3.0]]))
-    slot.parameter.register_hook(slot.mask_gradient)
-    slot.taps.append(lambda gradient: pytest.fail("a gradient of no training step"))
-    criterion = Hutchinson(lambda: (slot.parameter**3).sum(), samples=1)
-    criterion.begin([slot])
-    torch.testing.assert_close(criterion.scores(slot), slot.values() ** 2 * 6 * slot.values() / 2)
-    assert len(slot.taps) == 1
-    linear = Hutchinson(lambda: slot.parameter.sum())
-    linear.begin([slot])
-    slot.taps.clear()
-    assert linear.scores(slot).tolist() == [[0.0] * 3]
+    projected = projected_of(torch.tensor([[1.0, 2.0, 3.0]]))
+    projected.parameter.register_hook(projected.mask_gradient)
+    projected.taps.append(lambda gradient: pytest.fail("a gradient of no training step"))
+    criterion = Hutchinson(lambda: (projected.parameter**3).sum(), samples=1)
+    criterion.begin([projected])
+    torch.testing.assert_close(
+        criterion.scores(projected), projected.values() ** 2 * 6 * projected.values() / 2
+    )
+    assert len(projected.taps) == 1
+    linear = Hutchinson(lambda: projected.parameter.sum())
+    linear.begin([projected])
+    projected.taps.clear()
+    assert linear.scores(projected).tolist() == [[0.0] * 3]
 
 
 @pytest.mark.parametrize(
@@ -190,20 +197,20 @@ def test_bad_arguments_of_hutchinson_are_named(arguments, message):
 
 
 def test_hutchinson_names_a_loss_without_a_graph():
-    slot = slot_of(torch.ones(1, 2))
+    projected = projected_of(torch.ones(1, 2))
     criterion = Hutchinson(lambda: torch.tensor(1.0))
-    criterion.begin([slot])
+    criterion.begin([projected])
     with pytest.raises(RuntimeError, match="depends on no weight"):
-        criterion.scores(slot)
+        criterion.scores(projected)
 
 
 def test_fisher_estimates_the_hessian_of_a_likelihood_at_its_optimum():
     """For a Gaussian likelihood with the true weights, E[g^2] is the Hessian's diagonal."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 1, bias=False)
-    (slot,) = slots_of(layer)
+    (projected,) = projected_weights_of(layer)
     criterion = Fisher()
-    criterion.begin([slot])
+    criterion.begin([projected])
     x = torch.randn(8000, 3) * torch.tensor([1.0, 2.0, 3.0])
     noise = torch.randn(8000, 1)
     target = layer(x).detach() + noise
@@ -213,18 +220,18 @@ def test_fisher_estimates_the_hessian_of_a_likelihood_at_its_optimum():
         layer.weight, lambda: (layer(x) - target).double().square().mean() / 2, step=0.1
     )
     expected = layer.weight.detach() ** 2 * hessian / 2
-    got = criterion.scores(slot)
+    got = criterion.scores(projected)
     criterion.end()
     torch.testing.assert_close(got.double(), expected, rtol=0.1, atol=0)
 
 
 def test_taylor_predicts_the_loss_without_a_weight_to_first_order():
     net, loss = curved()
-    slot = slots_of(net)[0]
+    projected = projected_weights_of(net)[0]
     criterion = Taylor()
-    criterion.begin([slot])
+    criterion.begin([projected])
     loss().backward()
-    scores, flat = criterion.scores(slot), slot.parameter.data.view(-1)
+    scores, flat = criterion.scores(projected), projected.parameter.data.view(-1)
     criterion.end()
     part = 1e-5  # of the way to zero
     with torch.no_grad():
@@ -245,17 +252,17 @@ def work(rank, folder):
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
     x = torch.randn(12, 4).chunk(2)[rank]
-    (slot,) = slots_of(layer)
+    (projected,) = projected_weights_of(layer)
     found = {}
     for kind in (InputActivation, OptimalBrainSurgeon, Taylor, Fisher):
         criterion = kind()
-        criterion.begin([slot])
+        criterion.begin([projected])
         layer(x).square().sum().backward()
-        found[kind.__name__] = criterion.scores(slot).clone()
+        found[kind.__name__] = criterion.scores(projected).clone()
         if kind is OptimalBrainSurgeon:
             mask = torch.ones(3, 4, dtype=torch.bool).triu()
-            found["update"] = criterion.update(slot, mask)
-        assert torch.equal(criterion.scores(slot), found[kind.__name__])  # summed up once
+            found["update"] = criterion.update(projected, mask)
+        assert torch.equal(criterion.scores(projected), found[kind.__name__])  # summed up once
         criterion.end()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

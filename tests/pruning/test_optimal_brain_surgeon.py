@@ -167,14 +167,14 @@ LAYERS = {
 
 def pruned(layer, x, criterion, sparsity=0.5):
     """Gather, score, mask and update one layer; returns (before, mask, after)."""
-    (slot,) = [Projector.of(layer).add(target) for target in select(layer).targets]
-    criterion.begin([slot])
+    (projected,) = [Projector.of(layer).add(target) for target in select(layer).targets]
+    criterion.begin([projected])
     for batch in x.split(4):
         layer(batch)
-    (mask,) = global_masks([criterion.scores(slot)], sparsity)
-    before = slot.values().clone()
-    slot.set_mask(mask)
-    after = criterion.update(slot, mask)
+    (mask,) = global_masks([criterion.scores(projected)], sparsity)
+    before = projected.values().clone()
+    projected.set_mask(mask)
+    after = criterion.update(projected, mask)
     criterion.end()
     return before, mask, after
 
@@ -221,54 +221,56 @@ def test_the_layers_update_is_a_local_optimum_of_its_own_output(name):
     assert gradients[1] < 1e-4 * gradients[0]
 
 
-def test_the_update_is_the_same_before_and_after_the_slot_has_the_mask():
+def test_the_update_is_the_same_before_and_after_the_projected_has_the_mask():
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 5), torch.randn(40, 6)
-    (slot,) = [Projector.of(layer).add(target) for target in select(layer).targets]
+    (projected,) = [Projector.of(layer).add(target) for target in select(layer).targets]
     criterion = OptimalBrainSurgeon()
-    criterion.begin([slot])
+    criterion.begin([projected])
     layer(x)
-    (mask,) = global_masks([criterion.scores(slot)], 0.5)
-    early = criterion.update(slot, mask)
-    slot.set_mask(mask)
-    late = criterion.update(slot, mask)
+    (mask,) = global_masks([criterion.scores(projected)], 0.5)
+    early = criterion.update(projected, mask)
+    projected.set_mask(mask)
+    late = criterion.update(projected, mask)
     assert torch.equal(early, late)
-    scores = criterion.scores(slot)  # the next event: what the mask took stays out of it
-    slot.parameter.data.add_(1.0)  # momentum, say
+    scores = criterion.scores(projected)  # the next event: what the mask took stays out of it
+    projected.parameter.data.add_(1.0)  # momentum, say
     (more,) = global_masks([scores.masked_fill(~mask, -torch.inf)], 0.6)
     expected = compensate(
-        (slot.values() * mask), more, damped_hessian(x.T @ x, 0.01), solver="exact"
+        (projected.values() * mask), more, damped_hessian(x.T @ x, 0.01), solver="exact"
     )
-    torch.testing.assert_close(criterion.update(slot, more), expected.float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        criterion.update(projected, more), expected.float(), rtol=1e-3, atol=1e-4
+    )
     criterion.end()
 
 
 def test_too_many_columns_keep_the_diagonal_and_say_so():
     layer, x = nn.Linear(6, 5), torch.randn(40, 6)
-    (slot,) = [Projector.of(layer).add(target) for target in select(layer).targets]
+    (projected,) = [Projector.of(layer).add(target) for target in select(layer).targets]
     criterion = OptimalBrainSurgeon(max_columns=5)
     with pytest.warns(UserWarning, match=r"diagonal of the Hessian of weight: 6 columns"):
-        criterion.begin([slot])
-    criterion.begin([slot])  # told once
+        criterion.begin([projected])
+    criterion.begin([projected])  # told once
     layer(x)
     diagonal = 2 * x.square().sum(0)
     expected = layer.weight.detach() ** 2 * (diagonal + 0.01 * diagonal.mean())
-    torch.testing.assert_close(criterion.scores(slot), expected)
-    assert criterion.update(slot, torch.ones(5, 6, dtype=torch.bool)) is None
+    torch.testing.assert_close(criterion.scores(projected), expected)
+    assert criterion.update(projected, torch.ones(5, 6, dtype=torch.bool)) is None
     criterion.end()
 
 
 def test_an_embedding_has_a_diagonal_by_nature():
     layer, tokens = nn.Embedding(4, 3), torch.tensor([0, 1, 1, 3])
-    (slot,) = [Projector.of(layer).add(t) for t in select(layer, ["weight"]).targets]
+    (projected,) = [Projector.of(layer).add(t) for t in select(layer, ["weight"]).targets]
     criterion = OptimalBrainSurgeon()
-    criterion.begin([slot])
+    criterion.begin([projected])
     layer(tokens)
     one_hot = nn.functional.one_hot(tokens, 4).double()
     inverse = torch.linalg.inv(damped_hessian(one_hot.T @ one_hot, 0.01))
     expected = layer.weight.detach() ** 2 / inverse.diagonal().float().unsqueeze(1)
-    torch.testing.assert_close(criterion.scores(slot), expected)
-    assert criterion.update(slot, torch.ones(4, 3, dtype=torch.bool)) is None
+    torch.testing.assert_close(criterion.scores(projected), expected)
+    assert criterion.update(projected, torch.ones(4, 3, dtype=torch.bool)) is None
     criterion.end()
 
 

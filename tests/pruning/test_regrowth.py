@@ -56,41 +56,41 @@ def test_the_fraction_falls_by_a_cosine(done):
 def test_gradients_are_dense_of_the_last_step_and_add_up_over_accumulation():
     layer = nn.Linear(3, 2, bias=False)
     projector = Projector.of(layer)
-    slot = projector.add(select(layer).targets[0])
-    slot.set_mask(torch.tensor([[True, False, True], [False, True, False]]))
+    projected = projector.add(select(layer).targets[0])
+    projected.set_mask(torch.tensor([[True, False, True], [False, True, False]]))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     projector.attach([optimizer])
     projector.project()
     growth, x = DenseGradients(), torch.tensor([[1.0, 2.0, 3.0]])
     assert growth.window == 1
-    assert torch.equal(growth.scores(slot), torch.zeros(2, 3))
-    growth.begin([slot])
+    assert torch.equal(growth.scores(projected), torch.zeros(2, 3))
+    growth.begin([projected])
     for set_to_none in (True, False):
         layer(x).sum().backward()
-        assert torch.equal(growth.scores(slot), x.expand(2, 3))
+        assert torch.equal(growth.scores(projected), x.expand(2, 3))
         layer(-2 * x).sum().backward()
-        assert torch.equal(growth.scores(slot), x.expand(2, 3))  # |1 - 2|
-        assert torch.equal(layer.weight.grad == 0, slot.pruned)
+        assert torch.equal(growth.scores(projected), x.expand(2, 3))  # |1 - 2|
+        assert torch.equal(layer.weight.grad == 0, projected.pruned)
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
     growth.end()
     growth.end()
-    assert slot.taps == []
-    assert not growth.scores(slot).any()
+    assert projected.taps == []
+    assert not growth.scores(projected).any()
     projector.detach()
 
 
 def test_weights_that_come_back_have_no_momentum():
     layer = nn.Linear(3, 2, bias=False)
     projector = Projector.of(layer)
-    slot = projector.add(select(layer).targets[0])
+    projected = projector.add(select(layer).targets[0])
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     projector.attach([optimizer])
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    slot.set_mask(torch.tensor([[True, False, True], [False, True, False]]))
+    projected.set_mask(torch.tensor([[True, False, True], [False, True, False]]))
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    reset_momenta([optimizer], slot, mask)
+    reset_momenta([optimizer], projected, mask)
     state = optimizer.state[layer.weight]
     for kept in (state["exp_avg"], state["exp_avg_sq"]):
         assert (kept == 0).tolist() == [[False, True, False], [False, False, False]]

@@ -25,16 +25,16 @@ from lightning_compress.targets import select
 GATHERING = ["activation", "output_activation", "taylor", "fisher", "obs", "movement"]
 
 
-def slots_of(model, include=None):
+def projected_weights_of(model, include=None):
     projector = Projector.of(model)
     return [projector.add(target) for target in select(model, include).targets]
 
 
-def gathered(criterion, slots, run):
+def gathered(criterion, projected_weights, run):
     """Scores by path after a run inside the window."""
-    criterion.begin(slots)
+    criterion.begin(projected_weights)
     run()
-    scores = {slot.path: criterion.scores(slot) for slot in slots}
+    scores = {projected.path: criterion.scores(projected) for projected in projected_weights}
     criterion.end()
     return scores
 
@@ -46,37 +46,39 @@ def hooks(model):
 @pytest.mark.parametrize("name", GATHERING)
 def test_hooks_and_memory_are_gone_after_the_end(name):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    criterion, slots = make_criterion(name), slots_of(model)
+    criterion, projected_weights = make_criterion(name), projected_weights_of(model)
     before = {key: value for key, value in vars(criterion).items() if key != "_warned"}
     before = copy.deepcopy(before)
-    criterion.begin(slots)
+    criterion.begin(projected_weights)
     model(torch.randn(3, 4)).sum().backward()
-    assert hooks(model) + sum(len(slot.taps) for slot in slots) == len(slots)
-    for slot in slots:
-        criterion.scores(slot)
+    assert hooks(model) + sum(len(projected.taps) for projected in projected_weights) == len(
+        projected_weights
+    )
+    for projected in projected_weights:
+        criterion.scores(projected)
     criterion.end()
     criterion.end()
     assert hooks(model) == 0
-    assert not any(slot.taps for slot in slots)
+    assert not any(projected.taps for projected in projected_weights)
     if name == "movement":
         criterion.reset()
     assert {key: vars(criterion)[key] for key in before} == before
     with pytest.raises(RuntimeError, match=r"no begin\(\) with 0\.weight"):
-        criterion.scores(slots[0])
+        criterion.scores(projected_weights[0])
 
 
 @pytest.mark.parametrize("name", ["activation", "output_activation", "obs"])
 def test_forwards_in_eval_mode_are_ignored(name):
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
-    slots = slots_of(model)
-    clean = gathered(make_criterion(name), slots, lambda: model(x))
+    projected_weights = projected_weights_of(model)
+    clean = gathered(make_criterion(name), projected_weights, lambda: model(x))
 
     def with_validation():
         model(x)
         model.eval()(100 * torch.randn(6, 4))
         model.train()
 
-    disturbed = gathered(make_criterion(name), slots, with_validation)
+    disturbed = gathered(make_criterion(name), projected_weights, with_validation)
     assert torch.equal(clean["0.weight"], disturbed["0.weight"])
 
 
@@ -112,7 +114,7 @@ def test_several_batches_accumulate_as_the_definition_says(name):
         for x in batches:
             (layer(x) ** 2).sum().backward()
 
-    scores = gathered(make_criterion(name), slots_of(layer), run)["weight"]
+    scores = gathered(make_criterion(name), projected_weights_of(layer), run)["weight"]
     expected = by_hand(name, weight, batches, gradients)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
@@ -121,37 +123,37 @@ def test_several_batches_accumulate_as_the_definition_says(name):
 def test_a_resume_inside_the_window_goes_on(name):
     layer = nn.Linear(4, 3)
     first, second = torch.randn(5, 4), torch.randn(5, 4)
-    slots = slots_of(layer)
+    projected_weights = projected_weights_of(layer)
 
     def step(x):
         layer(x).square().sum().backward()
 
-    whole = gathered(make_criterion(name), slots, lambda: [step(first), step(second)])
+    whole = gathered(make_criterion(name), projected_weights, lambda: [step(first), step(second)])
     early = make_criterion(name)
-    early.begin(slots)
+    early.begin(projected_weights)
     step(first)
     state = pickle.loads(pickle.dumps(early.state_dict()))
     early.end()
     late = make_criterion(name)
     late.load_state_dict(state)
     assert late.state_dict()["calls"] == {"weight": 1}
-    resumed = gathered(late, slots, lambda: step(second))
+    resumed = gathered(late, projected_weights, lambda: step(second))
     assert torch.equal(whole["weight"], resumed["weight"])
     other = nn.Linear(2, 2)
     late.load_state_dict(state)
     with pytest.raises(ValueError, match=r"saved statistics of weight have shape"):
-        late.begin(slots_of(other))
+        late.begin(projected_weights_of(other))
 
 
 def test_movement_goes_on_over_the_events_of_a_run():
     layer, criterion = nn.Linear(4, 3), Movement()
-    slots, sums = slots_of(layer), 0
+    projected_weights, sums = projected_weights_of(layer), 0
     for _ in range(3):
-        criterion.begin(slots)
+        criterion.begin(projected_weights)
         layer.zero_grad()
         layer(torch.randn(5, 4)).square().sum().backward()
         sums = sums - layer.weight.detach() * layer.weight.grad
-        torch.testing.assert_close(criterion.scores(slots[0]), sums)
+        torch.testing.assert_close(criterion.scores(projected_weights[0]), sums)
         criterion.end()
 
 
@@ -159,22 +161,24 @@ def test_movement_goes_on_over_the_events_of_a_run():
 def test_gradients_are_read_before_the_mask_and_overflows_are_left_out(criterion):
     layer = nn.Linear(2, 1, bias=False)
     nn.init.ones_(layer.weight)
-    (slot,) = slots_of(layer)
-    slot.set_mask(torch.tensor([[True, False]]))  # not projected yet: the weight is still there
-    criterion.begin([slot])
+    (projected,) = projected_weights_of(layer)
+    projected.set_mask(
+        torch.tensor([[True, False]])
+    )  # not projected yet: the weight is still there
+    criterion.begin([projected])
     layer(torch.ones(1, 2)).sum().backward()
     assert layer.weight.grad.tolist() == [[1.0, 0.0]]
-    before = criterion.scores(slot).clone()
+    before = criterion.scores(projected).clone()
     assert (before != 0).all()
     (layer(torch.ones(1, 2)).sum() * torch.inf).backward()
-    assert torch.isfinite(criterion.scores(slot)).all()
+    assert torch.isfinite(criterion.scores(projected)).all()
     criterion.end()
 
 
 def test_a_layer_used_twice_counts_both_calls():
     layer = nn.Linear(3, 3)
     x, y = torch.randn(4, 3), torch.randn(6, 3)
-    scores = gathered(InputActivation(), slots_of(layer), lambda: [layer(x), layer(y)])
+    scores = gathered(InputActivation(), projected_weights_of(layer), lambda: [layer(x), layer(y)])
     norm = torch.cat([x, y]).square().sum(0).sqrt()
     torch.testing.assert_close(scores["weight"], layer.weight.detach().abs() * norm)
 
@@ -182,15 +186,15 @@ def test_a_layer_used_twice_counts_both_calls():
 @pytest.mark.parametrize("name", GATHERING)
 def test_a_generator_scores_the_same_when_discriminator_steps_run_it_too(name):
     model = TinyGAN()
-    slots, z = slots_of(model.generator), torch.randn(16, 3)
+    projected_weights, z = projected_weights_of(model.generator), torch.randn(16, 3)
 
     def run(critic_steps):
         for _ in range(critic_steps):
             (model.discriminator(model.generator(z).detach())).mean().backward()
         (-model.discriminator(model.generator(z))).mean().backward()
 
-    alone = gathered(make_criterion(name), slots, lambda: run(0))
-    beside = gathered(make_criterion(name), slots, lambda: run(3))
+    alone = gathered(make_criterion(name), projected_weights, lambda: run(0))
+    beside = gathered(make_criterion(name), projected_weights, lambda: run(3))
     ratio = {"activation": 2.0, "obs": 4.0}.get(name, 1.0)  # sums over 4 forwards in place of 1
     for path, scores in alone.items():
         torch.testing.assert_close(beside[path], ratio * scores, rtol=1e-4, atol=1e-7)
@@ -226,8 +230,8 @@ def test_wanda_norms_equal_autograd_on_each_output(layer):
     channels = getattr(layer, "in_channels", 0)
     x = torch.randn(sizes.get(type(layer), (2, channels, *(4,) * (layer.weight.dim() - 2))))
     arguments = (x, torch.randn(5, 2)) if isinstance(layer, nn.Bilinear) else (x,)
-    slots = slots_of(layer)
-    scores = gathered(InputActivation(), slots, lambda: layer(*arguments))["weight"]
+    projected_weights = projected_weights_of(layer)
+    scores = gathered(InputActivation(), projected_weights, lambda: layer(*arguments))["weight"]
     squares = columns_of(layer, x, layer(*arguments))  # each unit's own inputs, no others
     torch.testing.assert_close(scores, layer.weight.detach().abs() * squares.sqrt())
 
@@ -242,7 +246,7 @@ def test_wanda_norms_equal_autograd_on_each_output(layer):
 )
 def test_mean_outputs_belong_to_the_units_that_a_weight_feeds(layer, shape, axis):
     x = torch.randn(shape)
-    scores = gathered(OutputActivation(), slots_of(layer), lambda: layer(x))["weight"]
+    scores = gathered(OutputActivation(), projected_weights_of(layer), lambda: layer(x))["weight"]
     means = layer(x).detach().abs().movedim(axis, -1).flatten(0, -2).mean(0)
     ratio = scores / layer.weight.detach().abs()
     if isinstance(layer, nn.ConvTranspose2d):  # (in, out / groups, kh, kw): 2 inputs a group
@@ -254,19 +258,19 @@ def test_mean_outputs_belong_to_the_units_that_a_weight_feeds(layer, shape, axis
 
 def test_embedding_rows_by_use_and_outputs_by_dimension():
     layer, tokens = nn.Embedding(4, 2), torch.tensor([[0, 1, 1], [3, 1, 0]])
-    slots, weight = slots_of(layer, ["weight"]), layer.weight.detach().abs()
-    scores = gathered(InputActivation(), slots, lambda: layer(tokens))["weight"]
+    projected_weights, weight = projected_weights_of(layer, ["weight"]), layer.weight.detach().abs()
+    scores = gathered(InputActivation(), projected_weights, lambda: layer(tokens))["weight"]
     torch.testing.assert_close(scores, weight * torch.tensor([2.0, 3, 0, 1]).sqrt()[:, None])
-    scores = gathered(OutputActivation(), slots, lambda: layer(tokens))["weight"]
+    scores = gathered(OutputActivation(), projected_weights, lambda: layer(tokens))["weight"]
     torch.testing.assert_close(scores, weight * layer(tokens).detach().abs().mean((0, 1)))
 
 
 def test_attention_projects_three_inputs_and_hides_the_fourth():
     layer = nn.MultiheadAttention(4, 2, batch_first=True)
     q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
-    slots = slots_of(layer)
+    projected_weights = projected_weights_of(layer)
     with pytest.warns(UserWarning, match=r"scores out_proj\.weight by magnitude"):
-        scores = gathered(InputActivation(), slots, lambda: layer(q, k, value=2 * k))
+        scores = gathered(InputActivation(), projected_weights, lambda: layer(q, k, value=2 * k))
     norms = [part.square().sum((0, 1)).sqrt() for part in (q, k, 2 * k)]
     expected = layer.in_proj_weight.detach().abs() * torch.stack(norms).repeat_interleave(4, 0)
     torch.testing.assert_close(scores["in_proj_weight"], expected)
@@ -307,11 +311,11 @@ def test_recurrent_layers_against_cells_run_by_hand(kind, layers, bidirectional,
     count = layers * (2 if bidirectional else 1)
     initial = tuple(torch.randn(count, 2, 4) for _ in range(2 if kind is nn.LSTM else 1))
     hx = initial if kind is nn.LSTM else initial[0]
-    slots = slots_of(layer)
+    projected_weights = projected_weights_of(layer)
     given_x = x.transpose(0, 1) if batch_first else x
     state = torch.get_rng_state()
-    inputs = gathered(InputActivation(), slots, lambda: layer(given_x, hx))
-    outputs = gathered(OutputActivation(), slots, lambda: layer(given_x, hx=hx))
+    inputs = gathered(InputActivation(), projected_weights, lambda: layer(given_x, hx))
+    outputs = gathered(OutputActivation(), projected_weights, lambda: layer(given_x, hx=hx))
     assert torch.equal(state, torch.get_rng_state())
     seen = cells_by_hand(layer, x, initial)
     assert set(seen) == set(inputs)
@@ -327,16 +331,16 @@ def test_recurrent_layers_against_cells_run_by_hand(kind, layers, bidirectional,
 def test_packed_sequences_count_their_own_steps_alone(layers):
     gru = nn.GRU(3, 4, layers, bidirectional=True)
     lengths, x = [2, 5, 3], torch.randn(5, 3, 3)
-    slots, hx = slots_of(gru), torch.randn(2 * layers, 3, 4)
+    projected_weights, hx = projected_weights_of(gru), torch.randn(2 * layers, 3, 4)
     packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
     assert isinstance(packed, PackedSequence)
-    together = gathered(InputActivation(), slots, lambda: gru(packed, hx))
+    together = gathered(InputActivation(), projected_weights, lambda: gru(packed, hx))
 
     def one_by_one():
         for i, length in enumerate(lengths):
             gru(x[:length, i], hx[:, i])  # without a batch axis
 
-    apart = gathered(InputActivation(), slots, one_by_one)
+    apart = gathered(InputActivation(), projected_weights, one_by_one)
     for name, scores in together.items():
         torch.testing.assert_close(scores, apart[name], rtol=1e-4, atol=1e-5)
     assert pad_packed_sequence(packed)[1].tolist() == lengths
@@ -346,7 +350,7 @@ def test_packed_sequences_count_their_own_steps_alone(layers):
 def test_a_projected_lstm_hides_its_projection_only():
     lstm, x = nn.LSTM(3, 4, proj_size=2), torch.randn(5, 2, 3)
     with pytest.warns(UserWarning, match=r"weight_hr_l0.*magnitude.*LSTM"):
-        scores = gathered(InputActivation(), slots_of(lstm), lambda: lstm(x))
+        scores = gathered(InputActivation(), projected_weights_of(lstm), lambda: lstm(x))
     before = torch.cat([torch.zeros(1, 2, 2), lstm(x)[0][:-1].detach()])
     expected = lstm.weight_hh_l0.detach().abs() * before.square().sum((0, 1)).sqrt()
     torch.testing.assert_close(scores["weight_hh_l0"], expected)
@@ -356,10 +360,10 @@ def test_a_projected_lstm_hides_its_projection_only():
 def test_cells(kind):
     cell, x, h = kind(3, 4), torch.randn(2, 3), torch.randn(2, 4)
     hx = (h, torch.randn(2, 4)) if kind is nn.LSTMCell else h
-    scores = gathered(InputActivation(), slots_of(cell), lambda: [cell(x, hx), cell(x)])
+    scores = gathered(InputActivation(), projected_weights_of(cell), lambda: [cell(x, hx), cell(x)])
     expected = cell.weight_hh.detach().abs() * h.square().sum(0).sqrt()  # the second starts at 0
     torch.testing.assert_close(scores["weight_hh"], expected)
-    outputs = gathered(OutputActivation(), slots_of(cell), lambda: cell(x, hx))
+    outputs = gathered(OutputActivation(), projected_weights_of(cell), lambda: cell(x, hx))
     state = cell(x, hx)
     mean = (state[0] if kind is nn.LSTMCell else state).detach().abs().mean(0)
     expected = cell.weight_ih.detach().abs() * mean.repeat(len(cell.weight_ih) // 4).unsqueeze(1)
@@ -370,21 +374,21 @@ def test_cells(kind):
 @pytest.mark.parametrize("name", GATHERING)
 def test_parametrized_layers_find_their_inputs(wrap, name):
     model = nn.Sequential(wrap(nn.Linear(4, 3)))
-    (slot,) = slots_of(model)
+    (projected,) = projected_weights_of(model)
     x = torch.randn(6, 4)
-    scores = gathered(make_criterion(name), [slot], lambda: model(x).square().sum().backward())
+    scores = gathered(make_criterion(name), [projected], lambda: model(x).square().sum().backward())
     assert scores["0.weight"].shape == (3, 4)
     if name == "activation":
-        expected = slot.values().abs() * x.square().sum(0).sqrt()
+        expected = projected.values().abs() * x.square().sum(0).sqrt()
         torch.testing.assert_close(scores["0.weight"], expected)
 
 
 def test_older_weight_norm_hooks_find_their_inputs():
     with pytest.warns(FutureWarning):
         model = nn.utils.weight_norm(nn.Linear(4, 3))
-    (slot,), x = slots_of(model), torch.randn(6, 4)
-    scores = gathered(InputActivation(), [slot], lambda: model(x))
-    expected = slot.values().abs() * x.square().sum(0).sqrt()
+    (projected,), x = projected_weights_of(model), torch.randn(6, 4)
+    scores = gathered(InputActivation(), [projected], lambda: model(x))
+    expected = projected.values().abs() * x.square().sum(0).sqrt()
     torch.testing.assert_close(scores["weight_v"], expected)
 
 
@@ -402,13 +406,13 @@ class OwnWeight(nn.Module):
 )
 def test_what_cannot_be_seen_falls_back_by_name_and_in_the_others_unit(criterion):
     model = nn.ModuleDict({"own": OwnWeight(), "seen": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
-    slots = slots_of(model, ["own.kernel", "seen.weight", "idle.weight"])
-    criterion.begin(slots)
+    projected_weights = projected_weights_of(model, ["own.kernel", "seen.weight", "idle.weight"])
+    criterion.begin(projected_weights)
     for _ in range(2):
         model["own"](torch.randn(2, 1, 5, 5))
         model["seen"](torch.randn(8, 4))
     with pytest.warns(UserWarning, match="by magnitude") as warned:
-        scores = {slot.path: criterion.scores(slot) for slot in slots}
+        scores = {projected.path: criterion.scores(projected) for projected in projected_weights}
     texts = sorted(str(one.message) for one in warned)
     assert len(texts) == 2
     assert "idle.weight by magnitude: nothing of it was seen in training mode" in texts[0]
@@ -421,28 +425,30 @@ def test_what_cannot_be_seen_falls_back_by_name_and_in_the_others_unit(criterion
 
 def test_copies_and_pickles_of_a_hooked_module_feed_nothing():
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
-    slots, criterion = slots_of(model), InputActivation()
-    criterion.begin(slots)
+    projected_weights, criterion = projected_weights_of(model), InputActivation()
+    criterion.begin(projected_weights)
     model(x)
-    expected = criterion.scores(slots[0]).clone()
+    expected = criterion.scores(projected_weights[0]).clone()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(100 * x)
         assert len(twin[0]._forward_hooks) == 1  # there, and inert
-    assert torch.equal(criterion.scores(slots[0]), expected)
+    assert torch.equal(criterion.scores(projected_weights[0]), expected)
     criterion.end()
 
 
 @pytest.mark.parametrize("name", GATHERING)
 def test_autocast_gathers_in_single_precision(name):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(36, 3))
-    slots, x = slots_of(model), torch.randn(4, 1, 5, 5)
+    projected_weights, x = projected_weights_of(model), torch.randn(4, 1, 5, 5)
 
     def run():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(x).square().sum().backward()
 
-    halves = gathered(make_criterion(name), slots, run)
-    whole = gathered(make_criterion(name), slots, lambda: model(x).square().sum().backward())
+    halves = gathered(make_criterion(name), projected_weights, run)
+    whole = gathered(
+        make_criterion(name), projected_weights, lambda: model(x).square().sum().backward()
+    )
     for path, scores in halves.items():
         assert scores.dtype == torch.float32
         assert (scores - whole[path]).norm() < 0.05 * whole[path].norm()
@@ -450,14 +456,14 @@ def test_autocast_gathers_in_single_precision(name):
 
 def test_a_recurrent_layer_under_autocast():
     gru, x = nn.GRU(3, 4, 2), torch.randn(5, 2, 3)
-    slots = slots_of(gru)
+    projected_weights = projected_weights_of(gru)
 
     def run():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             gru(x)
 
-    halves = gathered(InputActivation(), slots, run)
-    whole = gathered(InputActivation(), slots, lambda: gru(x))
+    halves = gathered(InputActivation(), projected_weights, run)
+    whole = gathered(InputActivation(), projected_weights, lambda: gru(x))
     for path, scores in halves.items():
         assert (scores - whole[path]).norm() < 0.05 * whole[path].norm()
 
@@ -467,10 +473,10 @@ def test_a_compiled_model_shows_its_inputs_in_every_window():
     criterion = InputActivation()  # made before the first compiled call: hooks are guarded
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     compiled = torch.compile(model, backend="eager")
-    slots, x = slots_of(model), torch.randn(6, 4)
+    projected_weights, x = projected_weights_of(model), torch.randn(6, 4)
     for scale in (1.0, 2.0, 3.0):
         compiled(x)  # between the windows
-        scores = gathered(criterion, slots, lambda factor=scale: compiled(factor * x))
+        scores = gathered(criterion, projected_weights, lambda factor=scale: compiled(factor * x))
         expected = model[0].weight.detach().abs() * scale * x.square().sum(0).sqrt()
         torch.testing.assert_close(scores["0.weight"], expected)
 

@@ -71,12 +71,12 @@ def test_steps_of_training_equal_autograds(kind, masked):
     layer = make()
     latent = layer.weight.detach().clone().requires_grad_()
     mask = (torch.rand_like(latent) > 0.4).float() if masked else torch.ones_like(latent)
-    slot = Projector.of(layer).add(Target("weight", layer, "weight", layer.weight))
-    slot.set_mask(mask.bool())
+    projected = Projector.of(layer).add(Target("weight", layer, "weight", layer.weight))
+    projected.set_mask(mask.bool())
     with torch.no_grad():
         latent.mul_(mask)
     quantizer = LearnedStepGrids(bits=3, axis=None, lr=0.01)
-    weights = WeightQuantizer([slot], lambda _: quantizer)
+    weights = WeightQuantizer([projected], lambda _: quantizer)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
     projector = Projector.of(layer)
     projector.attach([optimizer])
@@ -101,7 +101,7 @@ def test_steps_of_training_equal_autograds(kind, masked):
         other.step()
         reference.step(step.grad)
         torch.testing.assert_close(quantizer.learned.value, reference.value, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(slot.latent, latent.detach() * mask, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(projected.latent, latent.detach() * mask, rtol=1e-4, atol=1e-5)
     projector.detach()
 
 
@@ -153,12 +153,12 @@ def test_the_direction_is_adams():
         torch.testing.assert_close(number.value.log(), parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_slots_take_one_rule_and_it_sees_the_final_gradient():
+def test_projected_weights_take_one_rule_and_it_sees_the_final_gradient():
     layer = nn.Linear(2, 1, bias=False)
-    slot = Projector.of(layer).add(Target("weight", layer, "weight", layer.weight))
-    assert isinstance(slot, ProjectedWeight)
+    projected = Projector.of(layer).add(Target("weight", layer, "weight", layer.weight))
+    assert isinstance(projected, ProjectedWeight)
     seen = []
-    slot.gradient_rule = lambda gradient: seen.append(gradient.clone()) or gradient.zero_()
+    projected.gradient_rule = lambda gradient: seen.append(gradient.clone()) or gradient.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     Projector.of(layer).attach([optimizer])
     before = layer.weight.detach().clone()

@@ -45,7 +45,7 @@ def test_the_callback_quantizes_when_training_has_ended_and_keeps_the_mask(tmp_p
     quiet_trainer(tmp_path, *callbacks).fit(model, batches())
     assert sparsity(model) >= 0.75
     assert all(grid.bits == 4 for grid in compression_state(model).grids.values())
-    pruned = {slot.path: slot.pruned for slot in callbacks[1].slots}
+    pruned = {projected.path: projected.pruned for projected in callbacks[1].projected_weights}
     for path, mask in pruned.items():
         assert (model.get_parameter(path)[mask] == 0).all()
     info = save_compressed(model, tmp_path / "model.lcz")

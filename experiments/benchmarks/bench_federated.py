@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from federated_peers import PEERS, Peer, Tensors
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from shared.federated_peers import PEERS, Peer, Tensors
 
 from lightning_compress.federated import load_arrays, model_arrays, partition_rows
 from lightning_compress.federated.updates import add_update

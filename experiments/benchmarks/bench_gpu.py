@@ -1,6 +1,6 @@
 """A training step with each callback over one without, on a CUDA device: interleaved ratios.
 
-python experiments/bench_gpu.py [--width 1024] [--steps 100] [--rounds 5]
+python experiments/benchmarks/bench_gpu.py [--width 1024] [--steps 100] [--rounds 5]
 """
 
 from __future__ import annotations

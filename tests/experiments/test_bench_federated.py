@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HOME = Path(__file__).parents[1] / "experiments"
+HOME = Path(__file__).parents[2] / "experiments" / "benchmarks" / "shared"
 
 
 @pytest.fixture(scope="module")
