@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from types import ModuleType
+from typing import TypeVar
 
 __all__ = [
     "CorruptArtifactError",
     "MissingExtraError",
     "TargetError",
+    "check_choice",
     "require",
     "without_telemetry",
 ]
+
+
+T = TypeVar("T")
 
 
 class TargetError(ValueError):
@@ -33,6 +39,21 @@ def without_telemetry() -> None:
     It reads the variable when it is imported, so that every import comes after this.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def check_choice(name: str, value: T, choices: Iterable[object]) -> T:
+    """Return an argument's value, which must be one of its choices.
+
+    >>> check_choice("scope", "layer", ("global", "layer"))
+    'layer'
+
+    Raises:
+        ValueError: with the name, the value and the choices.
+    """
+    valid = list(choices)
+    if value not in valid:
+        raise ValueError(f"{name}={value!r}: valid are {valid}")
+    return value
 
 
 def require(module: str, *, extra: str) -> ModuleType:

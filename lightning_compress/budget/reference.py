@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.budget.levers import Lever
 from lightning_compress.budget.search import Trial, estimated_spread, recent
 from lightning_compress.deployment import deployed_part
+from lightning_compress.errors import check_choice
 from lightning_compress.quantization.entropy import entropy_bits
 from lightning_compress.state import Grid, compression_state
 from lightning_compress.targets import clean_path
@@ -74,8 +75,7 @@ class Reference:
     """
 
     def __init__(self, given: float | str | None, mode: str, spread: float | None = None) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode={mode!r}: valid are ['min', 'max']")
+        check_choice("mode", mode, ("min", "max"))
         if isinstance(given, str) and given != DENSE:
             raise ValueError(f"reference={given!r}: give a number, {DENSE!r} or None")
         if spread is not None and not 0 <= spread < math.inf:

@@ -25,7 +25,7 @@ from lightning_compress.channels.plan import ChannelPlan, roots_of
 from lightning_compress.channels.remover import ChannelBudget, ChannelRemover
 from lightning_compress.channels.resize import CHANNELS, match_channels
 from lightning_compress.channels.selection import ABSOLUTE, Compare, Rounding, Scores
-from lightning_compress.errors import TargetError
+from lightning_compress.errors import TargetError, check_choice
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.criteria import CRITERIA, make_criterion
 from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, StatisticsWindows
@@ -199,8 +199,7 @@ class ChannelPruning(WeightCallback):
         fading = fade if isinstance(fade, Fading) else Fading(steps=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
-        if on_miss not in ("warn", "raise"):
-            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        check_choice("on_miss", on_miss, ("warn", "raise"))
         channel_budget = ChannelBudget(
             final_sparsity,
             budget=budget,
@@ -213,8 +212,7 @@ class ChannelPruning(WeightCallback):
         if isinstance(criterion, str) and not by_norms and criterion not in CRITERIA:
             valid = sorted([*CRITERIA, "batchnorm"])
             raise ValueError(f"criterion={criterion!r}: valid are {valid}")
-        if scope not in _SCOPES:
-            raise ValueError(f"scope={scope!r}: valid are {list(_SCOPES)}")
+        check_choice("scope", scope, _SCOPES)
         spared = [[one] if isinstance(one, (str, type)) else [*one] for one in (exclude, protect)]
         super().__init__(include=include, exclude=[*spared[0], *spared[1]], name=name)
         self.channel_budget, self.criterion, self.scope = channel_budget, criterion, scope

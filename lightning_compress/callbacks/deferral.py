@@ -49,7 +49,7 @@ def wait_for_structure(trainer: Trainer, module: LightningModule) -> StructureRe
     return reader
 
 
-def settle(reader: StructureReader, module: LightningModule) -> bool:
+def note_structure(reader: StructureReader, module: LightningModule) -> bool:
     """Note the deployed part after a batch; return whether the search for it is over."""
     if known_by_name(module):
         return True
@@ -88,7 +88,7 @@ def deferred(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, trainer, pl_module, *args)
         if name == "on_train_batch_start":
             self.waiting.begin(args[0])
-        elif name == "on_train_batch_end" and settle(self.waiting, pl_module):
+        elif name == "on_train_batch_end" and note_structure(self.waiting, pl_module):
             self.waiting = None
             self.on_fit_start(trainer, pl_module)
             self.on_train_start(trainer, pl_module)

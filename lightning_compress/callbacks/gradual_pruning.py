@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_compress.callbacks.base import is_trial_run, run_progress
 from lightning_compress.callbacks.mask_callback import MaskCallback
 from lightning_compress.channels.graph import Kept
+from lightning_compress.errors import check_choice
 from lightning_compress.projection import (
     ProjectedWeight,
     Projector,
@@ -239,8 +240,8 @@ class GradualPruning(MaskCallback):
         on_miss: str = "warn",
         name: str = "prune",
     ) -> None:
-        _choice("scope", scope, SCOPES)
-        _choice("on_miss", on_miss, ("warn", "raise"))
+        check_choice("scope", scope, SCOPES)
+        check_choice("on_miss", on_miss, ("warn", "raise"))
         units = make_granularity(granularity)
         self.regrowth = make_regrowth(regrow, scope, fixed=units.limit < 1)
         self.regrow = None if self.regrowth is None else self.regrowth.kind
@@ -583,8 +584,3 @@ class GradualPruning(MaskCallback):
         self._statistics.restore(self.projected_weights, step, state["gathering"])
         if self._rewinder is not None and state["rewinder"] is not None:
             self._rewinder.load_state_dict(state["rewinder"])
-
-
-def _choice(what: str, given: object, valid: Sequence[object] | Mapping[str, object]) -> None:
-    if given not in valid:
-        raise ValueError(f"{what}={given!r}: valid are {list(valid)}")

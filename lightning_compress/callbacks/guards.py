@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_compress.errors import check_choice
+
 __all__ = ["BalanceGuard", "Guard", "PosteriorGuard"]
 
 _MEASURES = ("loss", "accuracy", "distance")
@@ -169,8 +171,7 @@ class BalanceGuard(Guard):
     def __init__(
         self, *, monitor: str = "train/d_loss", measure: str = "loss", **kwargs: Any
     ) -> None:
-        if measure not in _MEASURES:
-            raise ValueError(f"measure={measure!r}: valid are {list(_MEASURES)}")
+        check_choice("measure", measure, _MEASURES)
         super().__init__(monitor=monitor, **kwargs)
         self.measure = measure
 

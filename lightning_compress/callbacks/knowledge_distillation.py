@@ -33,7 +33,7 @@ from lightning_compress.distillation.teachers import (
     load_teacher,
     prepare_teacher,
 )
-from lightning_compress.errors import TargetError
+from lightning_compress.errors import TargetError, check_choice
 from lightning_compress.targets import clean_path
 
 __all__ = ["KnowledgeDistillation"]
@@ -92,8 +92,7 @@ class KnowledgeDistillation(Callback):
         check_weight("weight", weight)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r} must be above 0")
-        if balance not in BALANCES:
-            raise ValueError(f"balance={balance!r}: valid are {list(BALANCES)}")
+        check_choice("balance", balance, BALANCES)
         if not adapter_lr > 0:
             raise ValueError(f"adapter_lr={adapter_lr!r} must be above 0")
         self.teacher, self.checkpoint, self.pairs = teacher, checkpoint, pairs

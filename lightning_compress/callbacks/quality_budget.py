@@ -41,7 +41,7 @@ from lightning_compress.callbacks.rollback import (
 )
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
 from lightning_compress.channels.graph import Kept
-from lightning_compress.errors import TargetError
+from lightning_compress.errors import TargetError, check_choice
 
 __all__ = [
     "BudgetCallback",
@@ -317,8 +317,7 @@ class QualityBudget(BudgetCallback):
     ) -> None:
         check_goal(max_degradation, max_bytes)
         check_window_of_run(begin, end)
-        if on_miss not in ("warn", "raise"):
-            raise ValueError(f"on_miss={on_miss!r}: valid are ['warn', 'raise']")
+        check_choice("on_miss", on_miss, ("warn", "raise"))
         super().__init__(
             monitor,
             max_degradation,

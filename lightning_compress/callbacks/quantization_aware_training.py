@@ -27,6 +27,7 @@ from lightning_compress.callbacks.base import (
 from lightning_compress.callbacks.deferral import deferred
 from lightning_compress.channels.graph import Kept
 from lightning_compress.deployment import deployed_part
+from lightning_compress.errors import check_choice
 from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.lcz.lost_grids import lost_grids
 from lightning_compress.projection import ProjectedWeight
@@ -96,8 +97,7 @@ class PostTrainingQuantization(Callback):
         exclude: Sequence[Pattern] | Pattern = (),
     ) -> None:
         check_bits("weight_bits", weight_bits)
-        if scheme not in POST_TRAINING_SCHEMES:
-            raise ValueError(f"scheme={scheme!r}: valid are {list(POST_TRAINING_SCHEMES)}")
+        check_choice("scheme", scheme, POST_TRAINING_SCHEMES)
         self.weight_bits, self.scheme, self.per_channel = weight_bits, scheme, per_channel
         self.include, self.exclude = include, exclude
         self.coverage: list[Coverage] = []

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_compress.callbacks.base import is_trial_run
 from lightning_compress.callbacks.mask_callback import MaskCallback
+from lightning_compress.errors import check_choice
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.mask_plan import largest_in_rows, normed_axis, threshold_mask
 from lightning_compress.schedules import Linear, Schedule
@@ -66,10 +67,8 @@ class ThresholdPruning(MaskCallback):
     ) -> None:
         if not threshold > 0:
             raise ValueError(f"threshold={threshold!r} must be above 0")
-        if relative not in (None, "std"):
-            raise ValueError(f"relative={relative!r}: valid are [None, 'std']")
-        if regrow not in (None, "straight_through"):
-            raise ValueError(f"regrow={regrow!r}: valid are [None, 'straight_through']")
+        check_choice("relative", relative, (None, "std"))
+        check_choice("regrow", regrow, (None, "straight_through"))
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
         if schedule is not None and not callable(schedule):

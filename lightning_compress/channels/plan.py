@@ -23,13 +23,13 @@ from lightning_compress.targets import Target, clean_path, magnitude_path
 
 __all__ = [
     "ChannelPlan",
-    "compare",
-    "masked",
+    "exact_outputs",
     "masked_values",
-    "outputs_of",
+    "removal_fault",
     "removed",
     "roots_of",
     "sizes_after",
+    "zeroed_channels",
 ]
 TOLERANCE = 1e-5
 
@@ -74,7 +74,7 @@ def masked_values(
 
 
 @torch.no_grad()
-def masked(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
+def zeroed_channels(module: nn.Module, graph: ChannelGraph, gone: Flags) -> nn.Module:
     """A copy of a module with the units that go set to 0."""
     clone = copy_module(module)
     parameters = dict(clone.named_parameters())
@@ -97,7 +97,7 @@ def sizes_after(graph: ChannelGraph, gone: Flags) -> dict[str, int]:
     }
 
 
-def outputs_of(module: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+def exact_outputs(module: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
     """All tensors that a module gives in eval mode, without others' hooks."""
     with evaluating(module), bare(module), _exactly(module), torch.random.fork_rng(devices=[]):
         return [one.detach().clone() for one in tensors_in(module(*inputs))]
@@ -118,7 +118,7 @@ def _exactly(module: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compare(
+def removal_fault(
     small: nn.Module,
     inputs: Sequence[Any],
     expected: Sequence[Tensor],
@@ -135,7 +135,7 @@ def compare(
         gone: units that were removed.
     """
     try:
-        found = outputs_of(small, graph.inputs_of(inputs, gone))
+        found = exact_outputs(small, graph.inputs_of(inputs, gone))
     except Exception as error:  # whatever a forward pass raises
         return f"the smaller module does not run ({type(error).__name__}: {error})"
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -304,10 +304,10 @@ class ChannelPlan:
             part, graph = self.module.get_submodule(root), self.parts[root]
             if not gone.any():
                 continue
-            clone = masked(part, graph, gone)
-            expected = outputs_of(clone, self.inputs[root])
+            clone = zeroed_channels(part, graph, gone)
+            expected = exact_outputs(clone, self.inputs[root])
             small = removed(clone, graph, gone)
-            if why := compare(small, self.inputs[root], expected, graph, gone):
+            if why := removal_fault(small, self.inputs[root], expected, graph, gone):
                 return why
         return ""
 
@@ -318,7 +318,7 @@ class ChannelPlan:
     def outputs(self) -> dict[str, list[Tensor]]:
         """What each part gives on its sample inputs."""
         return {
-            root: outputs_of(self.module.get_submodule(root), inputs)
+            root: exact_outputs(self.module.get_submodule(root), inputs)
             for root, inputs in self.inputs.items()
         }
 
@@ -334,7 +334,7 @@ class ChannelPlan:
         """
         for root, flags in self._split(gone).items():
             part, graph = self.module.get_submodule(root), self.parts[root]
-            if why := compare(part, self.inputs[root], expected[root], graph, flags):
+            if why := removal_fault(part, self.inputs[root], expected[root], graph, flags):
                 raise RuntimeError(f"removing channels changed {root or 'the module'!r}: {why}")
 
     def after(self, gone: Flags) -> None:

@@ -27,7 +27,7 @@ from lightning_compress.conversion.program import onnx_program, plain_copy, with
 from lightning_compress.conversion.session import executed_ops, session_options
 from lightning_compress.conversion.signature import Signature, over_tensors, signature_of
 from lightning_compress.conversion.versions import RuntimeTarget, runtime_target
-from lightning_compress.errors import require
+from lightning_compress.errors import check_choice, require
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.lost_grids import lost_grids
 
@@ -184,8 +184,7 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, extra="onnx")
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r}: valid are {list(RUNTIMES)}")
+    check_choice("runtime", runtime, RUNTIMES)
     if calibration is not None and not int8:
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
     if tolerance is not None and not tolerance >= 0:

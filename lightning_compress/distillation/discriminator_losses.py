@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lightning_compress.distillation.losses import Loss, LossInputs
 from lightning_compress.distillation.pairs import find_module
-from lightning_compress.errors import TargetError
+from lightning_compress.errors import TargetError, check_choice
 from lightning_compress.hooks import Taps, tensors_of
 
 __all__ = ["Perceptual", "TeacherScore"]
@@ -97,8 +97,7 @@ class TeacherScore(Loss):
     name = "teacher_score"
 
     def __init__(self, network: str = "discriminator", loss: str = "match") -> None:
-        if loss not in SCORES:
-            raise ValueError(f"loss={loss!r}: valid are {list(SCORES)}")
+        check_choice("loss", loss, SCORES)
         self.path, self.loss = network, loss
         self._network: nn.Module | None = None
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         distill_samples,
     )
     from lightning_compress.federated.families import DistilledStrategy
-    from lightning_compress.federated.messages import record_of, tensors_of
+    from lightning_compress.federated.messages import record_of, tensors_of_record
     from lightning_compress.federated.mod import CompressedUpdates
     from lightning_compress.federated.partitions import partition_rows
     from lightning_compress.federated.simulation import simulate
@@ -57,7 +57,7 @@ __all__ = [
     "partition_rows",
     "record_of",
     "simulate",
-    "tensors_of",
+    "tensors_of_record",
 ]
 
 # Both read the environment when they are imported, and report how they are used unless told not to.
@@ -70,7 +70,7 @@ _HOMES = {
     "client": "ClientRound ProximalTerm lightning_client",
     "distillation": "TeacherSamples distill_outputs distill_samples",
     "families": "DistilledStrategy",
-    "messages": "record_of tensors_of",
+    "messages": "record_of tensors_of_record",
     "mod": "CompressedUpdates",
     "partitions": "partition_rows",
     "simulation": "simulate",

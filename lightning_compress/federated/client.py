@@ -25,7 +25,7 @@ from lightning.pytorch import (
 from torch import Tensor
 
 from lightning_compress.federated.arrays import load_arrays, model_arrays
-from lightning_compress.federated.messages import arrays_key, record_of, tensors_of
+from lightning_compress.federated.messages import arrays_key, record_of, tensors_of_record
 from lightning_compress.federated.mod import CompressedUpdates, client_name, store_of
 from lightning_compress.federated.strategy import refuse_secure_aggregation
 from lightning_compress.federated.updates import UpdateCodec
@@ -205,7 +205,7 @@ def _round_of(message: Message, context: Context) -> ClientRound:
 def _loaded(module: Callable[[], LightningModule], message: Message) -> LightningModule:
     model = module()
     key = arrays_key(message.content)
-    load_arrays(model, tensors_of(message.content.array_records[key]))
+    load_arrays(model, tensors_of_record(message.content.array_records[key]))
     return model
 
 

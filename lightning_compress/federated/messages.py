@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_compress.federated.updates import UpdateError
 
 __all__ = [
-    "FULL", "HELLO", "NOTE", "arrays_key", "note_of", "packed", "record_of", "replaced", "size_of",
-    "tensors_of", "unpacked",
+    "FULL", "HELLO", "NOTE", "arrays_key", "note_of", "payload_record", "record_of", "replaced",
+    "size_of", "tensors_of_record", "unpacked",
 ]  # fmt: skip
 
 HELLO = "query.lightning_compress"  # who are you, and which version do you hold?
@@ -31,7 +31,7 @@ def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({name: Array(one.detach().cpu().numpy()) for name, one in plain.items()})
 
 
-def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
+def tensors_of_record(record: ArrayRecord) -> dict[str, Tensor]:
     """The named tensors of a record.
 
     Raises:
@@ -43,7 +43,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
         raise UpdateError(f"damaged: no record of NumPy arrays: {error}") from None
 
 
-def packed(payloads: Mapping[str, bytes]) -> ArrayRecord:
+def payload_record(payloads: Mapping[str, bytes]) -> ArrayRecord:
     """Payloads as a record of arrays of bytes, which Flower transports as any other."""
     return ArrayRecord(
         {

@@ -21,10 +21,10 @@ from lightning_compress.federated.messages import (
     NOTE,
     arrays_key,
     note_of,
-    packed,
+    payload_record,
     record_of,
     replaced,
-    tensors_of,
+    tensors_of_record,
     unpacked,
 )
 from lightning_compress.federated.stores import FolderStore, RecordStore, Store
@@ -181,13 +181,13 @@ class CompressedUpdates:
         spent: float,
     ) -> Message:
         start, key = time.monotonic(), arrays_key(reply.content)
-        new = tensors_of(reply.content.array_records[key])
+        new = tensors_of_record(reply.content.array_records[key])
         sent = encode_update(new, state["arrays"], self.up, state["residual"])
         home = {name: one for name, one in new.items() if name not in sent.decoded}
         store.save(PART, number, {**state, "residual": sent.residual, "home": home})
         spent += time.monotonic() - start
         note = self._note(context, version=state["version"], codec_seconds=spent)
-        reply.content = replaced(reply.content, packed({PART: sent.payload}), note)
+        reply.content = replaced(reply.content, payload_record({PART: sent.payload}), note)
         return reply
 
     def _note(self, context: Context, **entries: Any) -> ConfigRecord:

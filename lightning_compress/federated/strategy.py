@@ -27,11 +27,11 @@ from lightning_compress.federated.messages import (
     NOTE,
     arrays_key,
     note_of,
-    packed,
+    payload_record,
     record_of,
     replaced,
     size_of,
-    tensors_of,
+    tensors_of_record,
     unpacked,
 )
 from lightning_compress.federated.updates import (
@@ -118,7 +118,7 @@ class CompressedStrategy(Strategy):
         evaluate_fn: Evaluate | None = None,
     ) -> Result:
         """Run the rounds that a checkpoint does not hold already; as Flower's `start`."""
-        self.begin(tensors_of(initial_arrays))
+        self.begin(tensors_of_record(initial_arrays))
         if self.checkpoint is not None and self.checkpoint.is_file():
             load_strategy(self, self.checkpoint)
         self.done = len(self.rounds)
@@ -210,7 +210,7 @@ class CompressedStrategy(Strategy):
             payloads, base = self._payloads(self.held.get(node, -1))
             note = ConfigRecord({"round": number, "version": self.version, "base": base,
                                  "digest": digest(self._comparable())})  # fmt: skip
-            content = replaced(message.content, packed(payloads), note)
+            content = replaced(message.content, payload_record(payloads), note)
             sent.append(
                 Message(
                     content,
@@ -297,7 +297,7 @@ class CompressedStrategy(Strategy):
         if arrays is None:
             return None, metrics
         start = time.monotonic()
-        self._advance({**_averaged(statistics), **tensors_of(arrays)})
+        self._advance({**_averaged(statistics), **tensors_of_record(arrays)})
         row["codec_seconds"] += time.monotonic() - start
         return record_of(self.exact), metrics
 

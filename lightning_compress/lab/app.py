@@ -148,7 +148,11 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.lab.workflow.experiment import run_experiment
     from lightning_compress.lab.workflow.federated import federated_training
     from lightning_compress.lab.workflow.resume import resume_command
-    from lightning_compress.lab.workflow.run_identity import check_record, run_folder, write_records
+    from lightning_compress.lab.workflow.run_identity import (
+        check_record,
+        run_folder,
+        write_run_records,
+    )
     from lightning_compress.lab.workflow.training import InterruptedRunError
 
     _quiet()
@@ -161,7 +165,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     folder = Path(runtime.runtime.output_dir)
     names = {key: str(runtime.runtime.choices[key]) for key in ("model", "data")}
     try:
-        begun = partial(write_records, cfg, folder)
+        begun = partial(write_run_records, cfg, folder)
         second = federated_training if "federated" in cfg else None
         results = run_experiment(cfg, folder, names=names, begun=begun, second=second)
         page = write_report([folder])

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from lightning_compress.errors import require
+from lightning_compress.errors import check_choice, require
 from lightning_compress.modes import evaluating
 
 __all__ = [
@@ -87,8 +87,7 @@ class GiveUp(Callback):
         after: float = 0.5,
         patience: int = 2,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode={mode!r}: valid are ['max', 'min']")
+        check_choice("mode", mode, ("min", "max"))
         if not max_loss > 0:
             raise ValueError(f"hopeless.max_loss={max_loss!r} must be above 0, or null")
         if not 0 <= after <= 1:

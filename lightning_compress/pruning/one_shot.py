@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.errors import check_choice
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.criteria import GradientStatistics, make_criterion
 from lightning_compress.pruning.granularity import layout_of, make_granularity
@@ -124,8 +125,7 @@ def _check(sparsity: float | None, threshold: float | None, scope: str) -> None:
         raise ValueError(f"sparsity={sparsity!r} must lie in [0, 1)")
     if threshold is not None and not threshold > 0:
         raise ValueError(f"threshold={threshold!r} must be above 0")
-    if scope not in SCOPES:
-        raise ValueError(f"scope={scope!r}: valid are {list(SCOPES)}")
+    check_choice("scope", scope, SCOPES)
 
 
 def _above(projected: ProjectedWeight, scores: Tensor, threshold: float) -> Tensor:

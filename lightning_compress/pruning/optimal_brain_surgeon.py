@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.errors import check_choice
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.pruning.layer_inputs import LayerCall, from_matrix, to_matrix, weight_name
 from lightning_compress.pruning.statistics import ForwardStatistics
@@ -189,8 +190,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         block_size: int = 128,
     ) -> None:
         super().__init__(window=window)
-        if solver not in SOLVERS:
-            raise ValueError(f"solver={solver!r}: valid are {list(SOLVERS)}")
+        check_choice("solver", solver, SOLVERS)
         if not damping > 0:
             raise ValueError(f"damping={damping!r} must be above 0: H may be singular without")
         sizes = {"max_columns": max_columns, "max_samples": max_samples, "block_size": block_size}

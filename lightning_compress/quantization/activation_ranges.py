@@ -14,7 +14,7 @@ from lightning_compress.grids import AffineGrid, grid_of_range, range_of_grid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
 from lightning_compress.quantization.learned_step import LearnedPositive
-from lightning_compress.quantization.ranges import RangeObserver, settle
+from lightning_compress.quantization.ranges import RangeObserver, merge_ranges
 from lightning_compress.sample_inputs import run_batch
 from lightning_compress.state import ActivationGrids, set_activation_grids
 
@@ -195,7 +195,7 @@ class Activation:
     >>> one = Activation(bits=8, observer="minmax")
     >>> one.change(torch.tensor([2.55]), training=True)
     tensor([2.5500])
-    >>> settle([one.observer]); one.grid().scale
+    >>> merge_ranges([one.observer]); one.grid().scale
     tensor([0.0100])
     """
 
@@ -414,7 +414,7 @@ class ActivationQuantizer:
         """Update the ranges after an optimizer step; all processes must call alike."""
         self._look()
         active = [one for one in self._all() if not one.frozen]
-        settle([one.observer for one in active], reduce)
+        merge_ranges([one.observer for one in active], reduce)
         for one in active:
             one.learn(reduce)
             one.settled()

@@ -17,10 +17,10 @@ __all__ = [
     "RangeObserver",
     "affine_grid",
     "find_range",
+    "merge_ranges",
     "minmax_range",
     "mse_range",
     "percentile_range",
-    "settle",
 ]
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PERCENTILE = 0.999  # of the values that the range holds, half of the rest on either side
@@ -177,9 +177,9 @@ def find_range(
 class RangeObserver:
     """The range of a tensor that is seen again and again, such as an activation.
 
-    `observe` gathers, `settle` takes what was gathered into the range: once an optimizer step, so
-    that all forward passes of a step, on all processes, use the same range. "minmax" widens, the
-    others go on as moving averages.
+    `observe` gathers, `merge_ranges` takes what was gathered into the range: once an optimizer
+    step, so that all forward passes of a step, on all processes, use the same range. "minmax"
+    widens, the others go on as moving averages.
 
     Args:
         observer: a name in `OBSERVERS`.
@@ -188,7 +188,7 @@ class RangeObserver:
     >>> one = RangeObserver("minmax")
     >>> one.observe(torch.tensor([1.0, 2.0])), one.observe(torch.tensor([-1.0]))
     (None, None)
-    >>> settle([one])
+    >>> merge_ranges([one])
     >>> one.range
     (-1.0, 2.0)
     """
@@ -280,7 +280,7 @@ class RangeObserver:
         self.gathered = state["gathered"]
 
 
-def settle(
+def merge_ranges(
     observers: Sequence[RangeObserver], reduce: Callable[[Tensor, str], Tensor] | None = None
 ) -> None:
     """Merge the gathered ranges of observers of one kind into their ranges.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_compress.errors import check_choice
 from lightning_compress.grids import AffineGrid, CodebookGrid, grid_of_range, range_of_grid
 from lightning_compress.quantization.codebook import CodebookGrids
 from lightning_compress.quantization.entropy import EntropyGrids
@@ -222,8 +223,7 @@ def make_quantizer(
     Raises:
         ValueError: for an unknown scheme.
     """
-    if scheme not in WEIGHT_SCHEMES:
-        raise ValueError(f"scheme={scheme!r}: valid are {list(WEIGHT_SCHEMES)}")
+    check_choice("scheme", scheme, WEIGHT_SCHEMES)
     if scheme == "learned_step":
         return LearnedStepGrids(bits=bits, axis=axis, lr=lr, partition=partition)
     if scheme == "rate_distortion":

@@ -141,7 +141,7 @@ class WeightQuantizer:
         ]
         for projected, quantizer in self.pairs if started else ():
             if projected in fresh:
-                quantizer.start(masked(projected))
+                quantizer.start(masked_latent(projected))
         if started:
             self.install()
 
@@ -163,7 +163,7 @@ class WeightQuantizer:
             if isinstance(old, RangeGrids) and isinstance(quantizer, RangeGrids):
                 quantizer.enlarged = old.enlarged
             if started:
-                quantizer.start(masked(projected))
+                quantizer.start(masked_latent(projected))
                 projected.set_quantizer(quantizer.grid)
                 projected.gradient_rule = partial(_rule, projected, quantizer)
             self.pairs[index] = (projected, quantizer)
@@ -188,7 +188,7 @@ class WeightQuantizer:
                 quantizer.thaw()
                 quantizer.relative_step = relative_step
                 if frozen:
-                    quantizer.freeze(masked(projected))
+                    quantizer.freeze(masked_latent(projected))
 
     def start(self) -> None:
         """Look at the weights and put them onto grids, from the next projection on.
@@ -197,7 +197,7 @@ class WeightQuantizer:
             ValueError: for weights that are not finite.
         """
         for projected, quantizer in self.pairs:
-            values = masked(projected)
+            values = masked_latent(projected)
             if not _finite(projected, values):
                 raise ValueError(f"{projected.path} holds weights that are NaN or infinite")
             quantizer.start(values)
@@ -218,7 +218,7 @@ class WeightQuantizer:
         """
         for projected, quantizer in self.pairs:
             if event or projected.path in stepped:
-                values = masked(projected)
+                values = masked_latent(projected)
                 if event and values.device.type != "cpu" and not _finite(projected, values):
                     raise FloatingPointError(divergence_message(projected))
                 with naming_divergence([projected]):
@@ -237,7 +237,9 @@ class WeightQuantizer:
         if pairs and bits is not None:
             with naming_divergence([projected for projected, _ in pairs]):
                 found = steer(
-                    [one for _, one in pairs], [masked(projected) for projected, _ in pairs], bits
+                    [one for _, one in pairs],
+                    [masked_latent(projected) for projected, _ in pairs],
+                    bits,
                 )
             if abs(found / bits - 1) > 0.05:
                 metrics["target"] = (
@@ -256,13 +258,13 @@ class WeightQuantizer:
         """Keep the grids."""
         for projected, quantizer in self.pairs:
             with naming_divergence([projected]):
-                quantizer.freeze(masked(projected))
+                quantizer.freeze(masked_latent(projected))
 
     def freeze_one(self, path: str) -> None:
         """Keep the grid of one weight."""
         for projected, quantizer in self.pairs:
             if projected.path == path:
-                quantizer.freeze(masked(projected))
+                quantizer.freeze(masked_latent(projected))
 
     def show(self) -> None:
         """Project all weights, those of other optimizers too, and count their bytes."""
@@ -303,7 +305,7 @@ class WeightQuantizer:
                 projected.set_values(projected.partition.part(latent))
 
 
-def masked(projected: ProjectedWeight) -> Tensor:
+def masked_latent(projected: ProjectedWeight) -> Tensor:
     """Latent values with 0 where the mask prunes."""
     values = projected.values()
     return values if projected.pruned is None else values.masked_fill(projected.pruned, 0.0)
@@ -315,4 +317,4 @@ def _finite(projected: ProjectedWeight, values: Tensor) -> bool:
 
 
 def _rule(projected: ProjectedWeight, quantizer: TensorQuantizer, gradient: Tensor) -> None:
-    quantizer.gradient(gradient, masked(projected))
+    quantizer.gradient(gradient, masked_latent(projected))

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_compress.channels.graph import channel_graph
-from lightning_compress.channels.plan import compare, masked, outputs_of, removed
+from lightning_compress.channels.plan import exact_outputs, removal_fault, removed, zeroed_channels
 from lightning_compress.channels.resize import check_sizes, match_channels, sizes_known
 from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 
@@ -61,7 +61,7 @@ def check_exact(module, inputs, **options):
     gone = every_other(graph)
     assert gone.any()
     with torch.no_grad():
-        zeroed = masked(module, graph, gone)
+        zeroed = zeroed_channels(module, graph, gone)
         small = removed(zeroed, graph, gone)
         for ours, theirs in zip(
             tensors(small(*graph.inputs_of(inputs, gone))), tensors(zeroed(*inputs)), strict=True
@@ -271,9 +271,9 @@ def test_sizes_are_read_without_a_step_of_spectral_norm(training):
     inputs = image()
     graph = channel_graph(module, inputs)
     gone = every_other(graph)
-    zeroed = masked(module, graph, gone)
+    zeroed = zeroed_channels(module, graph, gone)
     small = removed(zeroed, graph, gone)
-    assert compare(small, inputs, outputs_of(zeroed, inputs), graph, gone) == ""
+    assert removal_fault(small, inputs, exact_outputs(zeroed, inputs), graph, gone) == ""
     for path, one in module.state_dict().items():
         assert one.equal(before[path]), path
     full = match_channels(normed().train(training), small.state_dict())
@@ -359,9 +359,12 @@ def test_half_precision_is_compared_in_its_own_steps():
     inputs = (torch.rand(2, 64, dtype=torch.bfloat16),)
     graph = channel_graph(module, inputs)
     gone = every_other(graph)
-    zeroed = masked(module, graph, gone)
+    zeroed = zeroed_channels(module, graph, gone)
     assert (
-        compare(removed(zeroed, graph, gone), inputs, outputs_of(zeroed, inputs), graph, gone) == ""
+        removal_fault(
+            removed(zeroed, graph, gone), inputs, exact_outputs(zeroed, inputs), graph, gone
+        )
+        == ""
     )
 
 
@@ -369,7 +372,7 @@ def test_a_weight_norm_keeps_what_stays_of_a_weight():
     layers = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), weight_norm(nn.Linear(8, 4)))
     graph = channel_graph(layers, (torch.rand(2, 3),))
     gone = every_other(graph)
-    small = removed(masked(layers, graph, gone), graph, gone)
+    small = removed(zeroed_channels(layers, graph, gone), graph, gone)
     torch.testing.assert_close(small[2].weight, layers[2].weight[:, 1::2])
 
 

@@ -18,7 +18,7 @@ from lightning_compress.federated import (
     UpdateCodec,
     distill_outputs,
     record_of,
-    tensors_of,
+    tensors_of_record,
 )
 from lightning_compress.federated.arrays import load_arrays, model_arrays
 
@@ -54,7 +54,7 @@ def make_app():
     @app.train()
     def train(message, context):
         module = decoder(WIDTHS[family_of(str(context.node_config["partition-id"]))])
-        load_arrays(module, tensors_of(message.content["arrays"]))
+        load_arrays(module, tensors_of_record(message.content["arrays"]))
         with torch.no_grad():
             module[2].bias += 1 + context.node_config["partition-id"]
         content = {"arrays": record_of(model_arrays(module))}
@@ -84,7 +84,7 @@ def test_one_shot_of_two_widths():
     first = record_of(model_arrays(decoder(16)))
     result = strategy.start(LocalGrid(make_app(), 4), first, num_rounds=1, timeout=5)
     student = decoder(16)
-    load_arrays(student, tensors_of(result.arrays))
+    load_arrays(student, tensors_of_record(result.arrays))
     z = torch.randn(300, 4)
     with torch.no_grad():
         teachers = [decoder(width)(z) for width in (32, 32, 8, 8)]

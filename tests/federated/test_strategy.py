@@ -21,7 +21,7 @@ from lightning_compress.federated import (
     CompressedUpdates,
     UpdateCodec,
     record_of,
-    tensors_of,
+    tensors_of_record,
 )
 from lightning_compress.federated.strategy import refuse_secure_aggregation
 
@@ -43,7 +43,7 @@ def client(up, down, *, initial=model, folder=None, seen=None):
 
     @app.train()
     def train(message, context):
-        arrays = tensors_of(message.content["arrays"])
+        arrays = tensors_of_record(message.content["arrays"])
         place = context.node_config["partition-id"]
         if seen is not None:
             copied = {name: one.clone() for name, one in arrays.items()}
@@ -57,7 +57,7 @@ def client(up, down, *, initial=model, folder=None, seen=None):
 
     @app.evaluate()
     def evaluate(message, context):
-        arrays = tensors_of(message.content["arrays"])
+        arrays = tensors_of_record(message.content["arrays"])
         value = arrays["0.weight"].mean().item()
         content = {"metrics": MetricRecord({"num-examples": 1, "mean": value})}
         return Message(RecordDict(content), reply_to=message)
@@ -76,7 +76,7 @@ def run(grid, strategy, rounds=3, evaluate_fn=None):
 
 
 def arrays_of(result):
-    return tensors_of(result.arrays)
+    return tensors_of_record(result.arrays)
 
 
 @pytest.mark.parametrize("kind", [FedAvg, FedProx, FedAdam])
@@ -95,7 +95,7 @@ def plain_run(strategy):
 
     @app.train()
     def train(message, context):
-        arrays = tensors_of(message.content["arrays"])
+        arrays = tensors_of_record(message.content["arrays"])
         place = context.node_config["partition-id"]
         goal = torch.linspace(-1, 1, 600).reshape(30, 20) * (1 + place)
         arrays["0.weight"] += 0.5 * (goal - arrays["0.weight"])
@@ -224,7 +224,7 @@ def test_variances_stay_above_zero_under_an_adaptive_strategy():
 
         @found.train()
         def train(message, context):
-            arrays = tensors_of(message.content["arrays"])
+            arrays = tensors_of_record(message.content["arrays"])
             arrays["1.running_var"] = torch.linspace(1e-4, 3, 30)
             content = {"arrays": record_of(arrays)}
             content["metrics"] = MetricRecord({"num-examples": 1})

@@ -102,7 +102,7 @@ def observed(kind):
         for factor in (1.0, 0.5, 2.0):
             one.observe(values * factor)
             one.observe(values - factor)
-            ranges.settle([one])
+            ranges.merge_ranges([one])
         return one.bounds
 
     return run

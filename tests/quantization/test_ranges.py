@@ -13,10 +13,10 @@ from lightning_compress.quantization.ranges import (
     RangeObserver,
     affine_grid,
     find_range,
+    merge_ranges,
     minmax_range,
     mse_range,
     percentile_range,
-    settle,
 )
 
 
@@ -90,8 +90,8 @@ def test_a_step_settles_all_that_it_saw_at_once():
             moving.observe(values)
         before = widest.range
         assert moving.range == expected  # unmoved until the step ends
-        settle([widest])
-        settle([moving])
+        merge_ranges([widest])
+        merge_ranges([moving])
         joined = torch.cat(step)
         bounds = joined.min().item(), joined.max().item()
         if expected is None:
@@ -120,7 +120,7 @@ def test_processes_agree_on_what_they_saw_together(observer):
         return stacked.min(0).values if how == "min" else stacked.sum(0)
 
     for half in halves:
-        settle([half], reduce)
+        merge_ranges([half], reduce)
     assert halves[0].range == halves[1].range
     alone = [find_range(observer, values, symmetric=False) for values in rows]
     lows, highs = (torch.cat(bounds) for bounds in zip(*alone, strict=True))
@@ -134,13 +134,13 @@ def test_processes_agree_on_what_they_saw_together(observer):
 def test_nothing_seen_is_no_range_and_states_come_back():
     one = RangeObserver("minmax")
     one.observe(torch.empty(0))
-    settle([one])
+    merge_ranges([one])
     assert one.range is None
     one.observe(draw(1, 9))
-    settle([one])
+    merge_ranges([one])
     one.observe(5 * draw(2, 9))
     other = RangeObserver("minmax")
     other.load_state_dict(one.state_dict())
-    settle([one])
-    settle([other])
+    merge_ranges([one])
+    merge_ranges([other])
     assert one.range == other.range

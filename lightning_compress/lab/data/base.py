@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -28,7 +28,6 @@ __all__ = [
     "TensorSplit",
     "WholeBatches",
     "as_is",
-    "check_choice",
     "check_fractions",
     "check_integer",
     "fraction_split",
@@ -52,20 +51,6 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
         return value
     valid = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     raise ValueError(f"{name} must be an integer {valid}, got {value!r}")
-
-
-def check_choice(name: str, value: str, valid: Collection[str]) -> str:
-    """Return `value` when it is one of `valid`.
-
-    Raises:
-        ValueError: naming the argument, the value and the choices.
-
-    >>> check_choice("fit", "pad", ("pad", "resize"))
-    'pad'
-    """
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
-    return value
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -16,13 +16,13 @@ from torch.nn import functional
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.data.base import (
     Kind,
     SplitDataModule,
     SplitIndices,
     Splits,
     TensorSplit,
-    check_choice,
     check_integer,
     seeded_permutation,
 )

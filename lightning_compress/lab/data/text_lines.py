@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.data.base import (
     Kind,
     SplitDataModule,
     Splits,
     TensorSplit,
-    check_choice,
     check_fractions,
     check_integer,
     fraction_split,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.budget.sensitivity import LayerScan, Sensitivity
+from lightning_compress.errors import check_choice
 from lightning_compress.grids import check_bits
 from lightning_compress.modes import evaluating
 from lightning_compress.pruning.masks import global_masks
@@ -123,8 +124,7 @@ def check_scan(sparsities: Sequence[float], bits: Sequence[int], better: str = "
     Raises:
         ValueError: naming the value and the valid ones.
     """
-    if better not in ("lower", "higher"):
-        raise ValueError(f"better={better!r}: valid are ['lower', 'higher']")
+    check_choice("better", better, ("lower", "higher"))
     rising = all(a < b for a, b in pairwise(sparsities))
     if not rising or not all(0 < one < 1 for one in sparsities):
         raise ValueError(f"sparsities={list(sparsities)}: fractions in (0, 1), each above the last")

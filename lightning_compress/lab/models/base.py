@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -16,7 +15,6 @@ __all__ = [
     "CompressibleModel",
     "LatentModel",
     "Parts",
-    "check_choice",
     "check_count",
     "check_range",
     "scaled_width",
@@ -89,21 +87,6 @@ class LatentModel(BaseModel):
     def sample_latents(self) -> Tensor:
         """Sample inputs for an export, (2, latent_dim), on the CPU."""
         return self.latents(SAMPLE_BATCH, seed=0).cpu()
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """Return `value` if it is one of `choices`.
-
-    >>> check_choice("loss", "hinge", ("hinge", "non_saturating"))
-    'hinge'
-
-    Raises:
-        ValueError: with the valid choices.
-    """
-    valid = tuple(choices)
-    if value not in valid:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
-    return value
 
 
 def check_count(name: str, value: int | None, *, least: int = 1) -> int:

@@ -11,10 +11,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import (
     LatentModel,
     Parts,
-    check_choice,
     check_count,
     check_range,
     scaled_width,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import (
     SAMPLE_BATCH,
     Parts,
-    check_choice,
     check_count,
     check_range,
     scaled_width,

@@ -10,11 +10,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import (
     SAMPLE_BATCH,
     LatentModel,
     Parts,
-    check_choice,
     check_count,
     check_range,
     scaled_width,

@@ -30,9 +30,9 @@ __all__ = [
     "inputs_in_use",
     "int8_bytes",
     "int8_path",
-    "int8_rows",
-    "layer_rows",
+    "int8_records",
     "side_by_side_latency",
+    "tensor_records",
     "write_files",
     "write_graph_file",
     "write_int8_files",
@@ -104,7 +104,7 @@ def int8_bytes(infos: dict[str, OnnxInfo | OnnxMismatchError]) -> int | None:
     return sum(info.bytes for info in infos.values() if isinstance(info, OnnxInfo))
 
 
-def int8_rows(infos: dict[str, OnnxInfo | OnnxMismatchError]) -> dict[str, Any]:
+def int8_records(infos: dict[str, OnnxInfo | OnnxMismatchError]) -> dict[str, Any]:
     """Entry of the int8 files in `results.json`: operators, reasons, differences."""
     return {name: _row(info) for name, info in infos.items()}
 
@@ -247,7 +247,7 @@ def _readable(key: str) -> str:
     return f"{threads} thread{'' if threads == '1' else 's'}, batch {batch}"
 
 
-def layer_rows(artifact: ArtifactInfo) -> list[dict[str, Any]]:
+def tensor_records(artifact: ArtifactInfo) -> list[dict[str, Any]]:
     """One row a stored tensor, for the report."""
     return [
         {

@@ -29,9 +29,9 @@ from lightning_compress.lab.report.sample_grids import save_comparison, save_gri
 from lightning_compress.lab.workflow.costs import (
     deployed_cost,
     int8_bytes,
-    int8_rows,
-    layer_rows,
+    int8_records,
     side_by_side_latency,
+    tensor_records,
     write_files,
     write_graph_file,
     write_int8_files,
@@ -232,7 +232,7 @@ def _measure(
             sizes["lcz_graph"] = write_graph_file(home, infos)
         cost = deployed_cost(one.model)
         side = {"quality": quality, "bytes": sizes, **cost, "train_seconds": one.seconds}
-        sides.append({**side, "int8_ops": int8_rows(infos)})
+        sides.append({**side, "int8_ops": int8_records(infos)})
         artifacts.append(artifact)
     for side, times in zip(
         sides,
@@ -254,7 +254,7 @@ def _measure(
         "entropy_bound_bytes": artifacts[1].entropy_bound_bytes,
         "baseline_spread": spread,
         "verdict": evaluator.verdict(dense, dense_qualities, [sides[1]["quality"]]).record(),
-        "layers": layer_rows(artifacts[1]),
+        "layers": tensor_records(artifacts[1]),
         "samples": _write_samples(folder, dense, compressed, evaluator),
         "metric_info": {name: vars(metric) for name, metric in METRICS.items()},
     }

@@ -53,7 +53,7 @@ def federated_training(
         ValueError: for a setting out of its range.
     """
     require("flwr", extra="federated")
-    from lightning_compress.federated import record_of, simulate, tensors_of
+    from lightning_compress.federated import record_of, simulate, tensors_of_record
     from lightning_compress.federated.client import lightning_client
 
     settings = cfg.federated
@@ -83,7 +83,7 @@ def federated_training(
 
     def serve(grid: Any) -> Any:
         def evaluate(number: int, arrays: Any) -> Any:
-            return measure(number, tensors_of(arrays))
+            return measure(number, tensors_of_record(arrays))
 
         first = record_of(model_arrays(build_model(cfg, data, seed=cfg.seed)))
         return strategy.start(

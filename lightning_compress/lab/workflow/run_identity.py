@@ -30,7 +30,7 @@ __all__ = [
     "recorded_overrides",
     "run_folder",
     "with_recorded",
-    "write_records",
+    "write_run_records",
 ]
 DIGITS = 16
 PASSING = ("ckpt_path", "dense_cache")  # these do not change the result
@@ -204,7 +204,7 @@ def _leaves(cfg: Any) -> Iterator[tuple[str, object]]:
     return walk(OmegaConf.to_container(cfg, resolve=True), "")
 
 
-def write_records(cfg: DictConfig, folder: Path) -> None:
+def write_run_records(cfg: DictConfig, folder: Path) -> None:
     """Write the overrides, the config and Hydra's config, as Hydra itself does at the start.
 
     Hydra's would be there before the folder is locked, so that a second run, which is then refused,
