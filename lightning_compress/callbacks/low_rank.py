@@ -27,11 +27,11 @@ class LowRank(Callback):
     stay, with a reason in `coverage`. Optimizers get the factors in the weight's place, without
     its moments. Checkpoints and files hold two layers: a run resumes by itself, another module is
     brought to them by `match_factors`.
-    Pruning and quantization beside it take in the factors.
+    Pruning and quantization beside it quantize and prune the factors.
 
     Args:
         rank: r of each weight; or, below 1, the part of a weight's energy that its r keeps.
-        include: path globs or layer classes; None: the weights of the part that ships.
+        include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         begin: 0: before training; int: batches; float in (0, 1): fraction of the run.
 
@@ -52,7 +52,7 @@ class LowRank(Callback):
     ) -> None:
         whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
         if not whole and not (isinstance(rank, float) and 0 < rank < 1):
-            raise ValueError(f"rank={rank!r}: give a whole number from 1 on, or a part in (0, 1)")
+            raise ValueError(f"rank={rank!r}: give an integer from 1 on, or a part in (0, 1)")
         if begin != 0:
             check_window(0, begin)
         self.rank, self.include, self.exclude, self.begin = rank, include, exclude, begin

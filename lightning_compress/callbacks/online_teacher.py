@@ -74,15 +74,15 @@ class OnlineTeacher(LiveTeacher):
             raise TargetError("OnlineTeacher trains in one process: use devices=1")
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            twin = self._build(student)
-        if not is_lightning_module(twin):
+            module = self._build(student)
+        if not is_lightning_module(module):
             raise TargetError(
-                f"{type(twin).__name__} is no LightningModule: it cannot train itself"
+                f"{type(module).__name__} is no LightningModule: it cannot train itself"
             )
-        if twin is not self._model:  # a given one is frozen since it was started last
-            self._free = [one for one in twin.parameters() if one.requires_grad]
-        self._model, self._fabric = cast(LightningModule, twin), None
-        return twin
+        if module is not self._model:  # a given one is frozen since it was started last
+            self._free = [one for one in module.parameters() if one.requires_grad]
+        self._model, self._fabric = cast(LightningModule, module), None
+        return module
 
     def _build(self, student: nn.Module) -> nn.Module:
         if self.teacher is not None:
@@ -98,16 +98,16 @@ class OnlineTeacher(LiveTeacher):
 
     def on_batch(self, batch: Any, index: int) -> None:
         """Train the teacher on the batch."""
-        twin, fabric = self._ready()
+        module, fabric = self._ready()
         for parameter in self._free:
             parameter.requires_grad_(True)
-        twin.train()
-        with torch.enable_grad(), own_random_stream(twin):
-            loss = twin.training_step(batch, index)
-            if twin.automatic_optimization:
+        module.train()
+        with torch.enable_grad(), own_random_stream(module):
+            loss = module.training_step(batch, index)
+            if module.automatic_optimization:
                 self._step(fabric, loss)
-        fabric.global_step += 1 if twin.automatic_optimization else len(fabric.optimizers)
-        twin.eval().requires_grad_(False)
+        fabric.global_step += 1 if module.automatic_optimization else len(fabric.optimizers)
+        module.eval().requires_grad_(False)
 
     @staticmethod
     def _step(fabric: _TeacherFabric, loss: Any) -> None:
@@ -143,12 +143,12 @@ class OnlineTeacher(LiveTeacher):
         fabric.global_step = state["steps"]
 
 
-def _optimizers(twin: LightningModule) -> list[Optimizer]:
-    found = twin.configure_optimizers()
+def _optimizers(module: LightningModule) -> list[Optimizer]:
+    found = module.configure_optimizers()
     listed = list(found) if isinstance(found, (list, tuple)) else [found]
     if not all(isinstance(one, Optimizer) for one in listed):
         raise TargetError(
-            f"{type(twin).__name__}.configure_optimizers gives schedulers too, which an online "
+            f"{type(module).__name__}.configure_optimizers gives schedulers too, which an online "
             "teacher has no trainer for: give optimizers only"
         )
     return listed  # type: ignore[return-value]

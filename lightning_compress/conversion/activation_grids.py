@@ -14,7 +14,7 @@ from lightning_compress.conversion.nodes import WeightedNode, is_move, modules_o
 from lightning_compress.conversion.qdq import is_rounded, norm_behind, output_points
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized, why_float
-from lightning_compress.quantization.ranges import affine_grid
+from lightning_compress.quantization.ranges import RangeObserver, affine_grid, merge_ranges
 from lightning_compress.state import (
     ActivationGrids,
     activation_grids,
@@ -27,36 +27,7 @@ __all__ = [
     "calibrate_weighted_nodes",
     "find_float_layers",
 ]
-KEPT_VALUES = 2**18  # of one batch at one place, for percentiles
 INNER = "weights only: its forward changes what its product reads, or what that gives"
-
-
-class _Range:
-    """Smallest and largest value seen, or a percentile of a sample of them."""
-
-    def __init__(self, percentile: float) -> None:
-        self.tail = (100 - percentile) / 100
-        self.low = self.high = 0.0
-        self.kept: list[Tensor] = []
-        self.seen = False
-
-    def update(self, values: Tensor) -> None:
-        self.seen = True
-        low, high = (float(edge) for edge in values.aminmax())
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        if self.tail > 0:
-            flat = values.flatten()
-            self.kept.append(flat[:: -(-flat.numel() // KEPT_VALUES)])
-
-    def grid(self) -> AffineGrid:
-        low, high = self.low, self.high
-        if self.tail > 0:
-            values = torch.cat(self.kept).sort().values
-            last = values.numel() - 1
-            # A rectified output is mostly zeros: the lower tail of it is zero already.
-            low = min(0.0, float(values[round(self.tail * last)]))
-            high = max(0.0, float(values[round((1 - self.tail) * last)]))
-        return affine_grid(torch.tensor([low, high]), bits=8, symmetric=False)
 
 
 @torch.no_grad()
@@ -84,13 +55,15 @@ def calibrate_layers(
     """
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile={percentile!r}: valid are numbers above 50 and up to 100")
-    ranges: dict[tuple[str, str], _Range] = {}
+    ranges: dict[tuple[str, str], RangeObserver] = {}
+    inside = 2 * percentile / 100 - 1  # what lies between the two ends
+    observer = "minmax" if percentile == 100 else "percentile"
     handles = []
     for path, (reads, gives) in places.items():
         layer = module.get_submodule(path)
         sides = [side for side, wanted in (("input", reads), ("output", gives)) if wanted]
         for side in sides:
-            found = ranges[path, side] = _Range(percentile)
+            found = ranges[path, side] = RangeObserver(observer, percentile=inside)
             handles.append(_watch(layer, side, partial(_see, found, f"the {side} of {path!r}")))
     try:
         with fake_quantized(module):
@@ -99,9 +72,11 @@ def calibrate_layers(
         for handle in handles:
             handle.remove()
     for (path, side), found in ranges.items():
-        if not found.seen:
+        merge_ranges([found])
+        if found.bounds is None:
             raise ValueError(f"no calibration input reached {path!r}: it never ran")
-        _give(module.get_submodule(path), side, found.grid())
+        grid = affine_grid(found.bounds.float(), bits=8, symmetric=False)
+        _give(module.get_submodule(path), side, grid)
 
 
 def _run(module: nn.Module, calibration: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
@@ -123,10 +98,10 @@ def _watch(layer: nn.Module, side: str, see: Any) -> Any:
     return layer.register_forward_hook(lambda _, __, output: see(output))
 
 
-def _see(found: _Range, place: str, values: Tensor) -> None:
+def _see(found: RangeObserver, place: str, values: Tensor) -> None:
     if not values.isfinite().all():
         raise ValueError(f"{place} is NaN or infinite on the calibration inputs")
-    found.update(values)
+    found.observe(values)
 
 
 def _give(layer: nn.Module, side: str, grid: AffineGrid) -> None:

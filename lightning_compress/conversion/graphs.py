@@ -24,7 +24,7 @@ def sampled_parts(model: Any, shipped: nn.Module, seen: tuple[Any, ...] | None) 
     """What there is to export, with sample inputs: name -> (module, inputs); "" names a single one.
 
     Args:
-        model: may say by `parts()` what ships and what it is given.
+        model: may say by `parts()` the deployed modules and their inputs.
         shipped: the module that is saved.
         seen: inputs that it was given; None: it was not called.
 

@@ -210,19 +210,19 @@ def _with_statistics(contents: Contents, module: nn.Module, batches: Sequence[ob
     """BatchNorm's statistics of the data, with the weights of the file."""
     if not batches or not any(isinstance(one, _NORMS) for one in module.modules()):
         return contents
-    twin = copy.deepcopy(module).eval()
-    keys = {stored_name(key): key for key in twin.state_dict()}
-    twin.load_state_dict({keys[name]: one for name, one in contents.tensors.items()})
-    norms = {path: one for path, one in twin.named_modules() if isinstance(one, _NORMS)}
+    clone = copy.deepcopy(module).eval()
+    keys = {stored_name(key): key for key in clone.state_dict()}
+    clone.load_state_dict({keys[name]: one for name, one in contents.tensors.items()})
+    norms = {path: one for path, one in clone.named_modules() if isinstance(one, _NORMS)}
     norms = {path: one for path, one in norms.items() if one.track_running_stats}
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    with own_random_stream(twin):
+    with own_random_stream(clone):
         torch.manual_seed(_SEED)
         for batch in batches:
-            run_batch(twin, batch)
+            run_batch(clone, batch)
     tensors = dict(contents.tensors)
     for path, norm in norms.items():
         for key in ("running_mean", "running_var"):

@@ -160,6 +160,7 @@ def find_range(
     *,
     bits: int = 8,
     symmetric: bool = True,
+    percentile: float = PERCENTILE,
     check: bool = True,
 ) -> Range:
     """Range of one tensor after an observer's name; a moving average starts as min/max.
@@ -168,7 +169,7 @@ def find_range(
     (tensor([-1.]), tensor([3.]))
     """
     if observer == "percentile":
-        return percentile_range(values, axis, check=check)
+        return percentile_range(values, axis, percentile=percentile, check=check)
     if observer == "mse":
         return mse_range(values, axis, bits=bits, symmetric=symmetric, check=check)
     return minmax_range(values, axis, check=check)
@@ -184,6 +185,7 @@ class RangeObserver:
     Args:
         observer: a name in `OBSERVERS`.
         bits: of the grid, for "mse".
+        percentile: the fraction of the values that the range holds, for "percentile".
 
     >>> one = RangeObserver("minmax")
     >>> one.observe(torch.tensor([1.0, 2.0])), one.observe(torch.tensor([-1.0]))
@@ -193,8 +195,8 @@ class RangeObserver:
     (-1.0, 2.0)
     """
 
-    def __init__(self, observer: str, bits: int = 8) -> None:
-        self.observer, self.bits = observer, bits
+    def __init__(self, observer: str, bits: int = 8, *, percentile: float = PERCENTILE) -> None:
+        self.observer, self.bits, self.percentile = observer, bits, percentile
         self.bounds: Tensor | None = None  # (2,) where the values are: low, high
         self.gathered: Tensor | None = None  # low, -high, number of tensors
 
@@ -228,7 +230,14 @@ class RangeObserver:
         if not self.extreme:
             flat = flat[:: max(1, flat.numel() // MOST_VALUES)]
         here = values.device.type == "cpu"
-        low, high = find_range(self.observer, flat, bits=self.bits, symmetric=False, check=here)
+        low, high = find_range(
+            self.observer,
+            flat,
+            bits=self.bits,
+            symmetric=False,
+            percentile=self.percentile,
+            check=here,
+        )
         new = torch.cat([low, -high, torch.ones_like(low)])
         if self.gathered is None:
             self.gathered = new

@@ -167,7 +167,7 @@ def write_files(
         folder: of the files.
         export: the config.
         lossy: whether `float_dtype` and `fold_batchnorm` of the config count. The model then has
-            the values of its file, so that what is measured next is what ships.
+            the values of its file, so that what is measured next is what is deployed.
     """
     module, path = model.deployed_module(), folder / "model.lcz"
     choices = {name: export.get(name) for name in ("float_dtype", "fold_batchnorm")}
