@@ -104,7 +104,7 @@ def _bounded(entry: object) -> object:
 
 def _decode_memory(record: TensorRecord) -> int:
     """Upper bound of the working memory to decode a tensor, beside its own, in bytes."""
-    if "coded" in record.packing or record.codec == "context":
+    if record.packing in ("coded", "octaves") or record.codec == "context":
         return 160 * record.extent
     return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
 

@@ -55,7 +55,11 @@ DTYPES: dict[str, Dtype] = {
     "uint8": Dtype(1, is_signed=False),
     "bool": Dtype(1, is_signed=False),
 }
-PACKINGS = ("bytes", "planes", "coded")
+PACKINGS = ("bytes", "planes", "coded", "octaves")
+# Mantissa bits of the float32 nearest to 2^(i/16), i from 0 to 15; rising.
+_SIXTEENTHS = np.exp2(np.arange(16) / 16).astype(np.float32).view(np.uint32) & 0x7FFFFF
+_FIRST_OCTAVE = 127  # the exponent bits of 1.0
+_SAMPLE = 16  # words that show most floats to be no sixteenths of an octave
 
 Patterns = NDArray[np.unsignedinteger]
 
@@ -130,9 +134,10 @@ def from_patterns(bits: Patterns, dtype: torch.dtype, shape: tuple[int, ...]) ->
 def pack_patterns(
     bits: Patterns, *, coded: bool = True, most: int | None = None
 ) -> tuple[str, bytes]:
-    """The smallest of plain bytes, deflated byte planes and coded byte planes, and its name.
+    """The smallest of plain bytes, deflated or coded byte planes, and octaves, and its name.
 
     A plane holds one byte of every element: sign and exponent of like-sized weights repeat.
+    Octaves are float32 that are all powers of 2^(1/16), such as the steps of rate-distortion grids.
 
     Args:
         bits: (N,) patterns.
@@ -149,8 +154,53 @@ def pack_patterns(
         if sum(entropies) < 8 * limit:
             pairs = zip(planes, entropies, strict=True)
             forms["coded"] = b"".join(_code_plane(*pair) for pair in pairs)
+    if (octaves := _pack_octaves(bits)) is not None:
+        forms["octaves"] = octaves
     name = min(forms, key=lambda name: len(forms[name]))
     return name, forms[name]
+
+
+def _pack_octaves(bits: Patterns) -> bytes | None:
+    """Float32 words that are all 2^(k/16): the smallest k, and a coded plane of the rest over it.
+
+    Returns:
+        None where they are not, or reach over more than sixteen octaves.
+    """
+    if bits.itemsize != 4 or not len(bits):
+        return None
+    for some in (bits[:_SAMPLE], bits):
+        places = np.searchsorted(_SIXTEENTHS, some & 0x7FFFFF).clip(max=15)
+        exponents = (some >> 23).astype(np.int64)  # with the sign, which has to be 0
+        if (_SIXTEENTHS[places] != some & 0x7FFFFF).any() or not _is_normal(exponents):
+            return None
+    sixteenths = 16 * (exponents - _FIRST_OCTAVE) + places
+    least = int(sixteenths.min())
+    if int(sixteenths.max()) - least > 255:
+        return None
+    data = least.to_bytes(2, "little", signed=True)
+    if len(bits) == 1:
+        return data
+    plane = (sixteenths - least).astype(np.uint8)
+    return data + _code_plane(plane, _entropy(plane))
+
+
+def _is_normal(exponents: NDArray[np.int64]) -> bool:
+    return bool(((exponents > 0) & (exponents < 255)).all())
+
+
+def _unpack_octaves(data: bytes, count: int) -> Patterns:
+    reader = ByteReader(data)
+    least = int.from_bytes(
+        reader.take(2, "the least of sixteenths of an octave"), "little", signed=True
+    )
+    over = np.zeros(1, np.uint8) if count == 1 else _decode_plane(reader, count)
+    if reader.rest():
+        raise CorruptArtifactError("bytes after the end of sixteenths of an octave")
+    sixteenths = least + over.astype(np.int64)
+    exponents = sixteenths // 16 + _FIRST_OCTAVE
+    if not _is_normal(exponents):
+        raise CorruptArtifactError("a sixteenth of an octave that is no float32")
+    return (exponents.astype(np.uint32) << 23) | _SIXTEENTHS[sixteenths % 16]
 
 
 def _entropy(plane: NDArray[np.uint8]) -> float:
@@ -196,6 +246,8 @@ def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Pattern
     if packing == "planes":
         planes = np.frombuffer(inflate(data, count * size), np.uint8).reshape(size, count)
         return planes.T.copy().reshape(-1).view(f"<u{size}")
+    if packing == "octaves" and count and size == 4:
+        return _unpack_octaves(data, count)
     if packing == "coded" and count:
         reader = ByteReader(data)
         planes = np.stack([_decode_plane(reader, count) for _ in range(size)])

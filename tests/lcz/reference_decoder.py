@@ -170,20 +170,32 @@ def unpack(packing, data, count, size):
     if packing == "bytes":
         assert len(data) == count * size
         return [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
+    if packing == "octaves":
+        reader = Reader(data)
+        least = int.from_bytes(reader.take(2), "little", signed=True)
+        over = [0] if count == 1 else plane_of(reader, count)
+        assert not reader.rest()
+        values = [2.0 ** ((least + one) // 16) * sixteenth((least + one) % 16) for one in over]
+        return [struct.unpack("<I", struct.pack("<f", value))[0] for value in values]
     if packing == "planes":
         plain = zlib.decompress(data)
         planes = [plain[i * count : (i + 1) * count] for i in range(size)]
     else:
-        reader, planes = Reader(data), []
-        for _ in range(size):
-            length = reader.varint()
-            if length:
-                symbols = context(reader.take(length), [count])
-                planes.append([(s - 1) // 2 | (s & 1) << 7 for s in symbols])
-            else:
-                planes.append(reader.take(count))
+        reader = Reader(data)
+        planes = [plane_of(reader, count) for _ in range(size)]
         assert not reader.rest()
     return [sum(plane[i] << 8 * j for j, plane in enumerate(planes)) for i in range(count)]
+
+
+def plane_of(reader, count):
+    length = reader.varint()
+    if not length:
+        return reader.take(count)
+    return [(s - 1) // 2 | (s & 1) << 7 for s in context(reader.take(length), [count])]
+
+
+def sixteenth(j):
+    return struct.unpack("<f", struct.pack("<f", 2 ** (j / 16)))[0]
 
 
 def decode(codec, data, shape):

@@ -13,12 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_compress import compression_state, load_compressed, read_tensors, save_compressed
+from lightning_compress import (
+    compression_state,
+    inspect_compressed,
+    load_compressed,
+    read_tensors,
+    save_compressed,
+)
+from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.grids import AffineGrid, CodebookGrid
-from lightning_compress.lcz import context_model
+from lightning_compress.lcz import context_model, raw_bits
 from lightning_compress.lcz.codecs import CODECS, encode_symbols
-from lightning_compress.lcz.raw_bits import DTYPES, _code_plane, _entropy, pack_patterns, patterns
+from lightning_compress.lcz.raw_bits import (
+    DTYPES,
+    _code_plane,
+    _entropy,
+    pack_patterns,
+    patterns,
+    unpack_patterns,
+)
 from lightning_compress.quantization.ranges import affine_grid
+from lightning_compress.quantization.rate_distortion import octave_steps
 from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
 
 HERE = Path(__file__).parent
@@ -57,6 +72,43 @@ def test_the_reference_decoder_reads_every_packing(style):
     packing, data = pack_patterns(bits)
     assert packing == style
     assert reference.unpack(packing, data, len(bits), 4) == bits.tolist()
+
+
+@given(
+    steps=st.lists(st.integers(-126 * 16, 16 * 128 - 1), min_size=1, max_size=60),
+    spread=st.sampled_from([1, 30, 255]),
+)
+@settings(max_examples=60, deadline=None)
+def test_sixteenths_of_an_octave_are_a_byte_or_less_each(steps, spread):
+    near = [max(steps[0], -126 * 16) + (step - steps[0]) % (spread + 1) for step in steps]
+    near = [min(step, 16 * 128 - 1) for step in near]
+    bits = np.exp2(np.array(near, np.float64) / 16).astype(np.float32).view("<u4")
+    packing, data = pack_patterns(bits)
+    assert packing == "octaves" or len(data) < len(near)
+    data = raw_bits._pack_octaves(bits)
+    assert len(data) <= 2 + (len(bits) > 1) * (1 + len(bits))
+    assert unpack_patterns("octaves", data, len(bits), 4).tolist() == bits.tolist()
+    assert reference.unpack("octaves", data, len(bits), 4) == bits.tolist()
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0", b"\xff\x7f", b"\x00\x80", b"\0\0\0\1\2\3"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_damaged_octaves_are_refused(data, count):
+    with pytest.raises(CorruptArtifactError):
+        unpack_patterns("octaves", data, count, 4)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.1, math.inf, math.nan, 1e-40])
+def test_what_is_no_sixteenth_of_an_octave_is_packed_as_it_is(value):
+    bits = np.array([1.0, value], np.float32).view("<u4")
+    packing, data = pack_patterns(bits)
+    assert packing != "octaves"
+    assert unpack_patterns(packing, data, 2, 4).tolist() == bits.tolist()
+
+
+def test_the_steps_that_training_finds_are_such():
+    scale = octave_steps(torch.rand(300) / 100)
+    assert pack_patterns(patterns(scale))[0] == "octaves"
 
 
 @given(
@@ -164,6 +216,15 @@ def test_the_reference_decoder_reads_whole_files(tmp_path, codec):
 def test_golden_files_stay_readable(path):
     model = load_compressed(path, blank())
     assert digests(model) == json.loads(path.with_suffix(".json").read_text())
+
+
+def test_a_golden_file_of_octaves_stays_readable():
+    """Made once, when the packing came."""
+    found = read_tensors(GOLDEN / "packings" / "octaves.lcz")["weight"]
+    scale = octave_steps(torch.exp(torch.linspace(-6, -4, 24)))
+    steps = torch.arange(24 * 7).reshape(24, 7) % 5 - 2
+    assert torch.equal(found, steps * scale[:, None])
+    assert inspect_compressed(GOLDEN / "packings" / "octaves.lcz").per_tensor["weight"].bytes < 120
 
 
 def test_there_are_golden_files_of_this_version():
