@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import tensors_of
 from lightning_compress.lcz.module_state import Contents, shared_memory, stored_name
+from lightning_compress.lcz.rdoq_compensation import compensated, layer_hessians
 from lightning_compress.modes import evaluating, own_random_stream
+from lightning_compress.quantization.corrections import Dataflow, channel_means, correct_biases
 from lightning_compress.quantization.rate_distortion import RateTable
 from lightning_compress.sample_inputs import calibration_batches, run_batch
 
@@ -37,11 +39,15 @@ def check_rdoq(rdoq: float | None, *, has_data: bool) -> None:
         raise ValueError(f"rdoq={rdoq!r} must be a finite number above 0, such as 0.01")
 
 
-def code_lengths(symbols: Tensor) -> tuple[Tensor, Tensor]:
+def code_lengths(symbols: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Bits of a zero at each place, and of |q| = 0, 1, 2, ... where it is not one.
 
     The chance of a zero is that of its row (axis 0) and its column (axis 1) together, as the
     adaptive coder's contexts have it: their logits add, less the whole tensor's.
+
+    Args:
+        symbols: steps from 0.
+        most: largest |q| that gets a length; None: the largest there is.
 
     >>> zero, size = code_lengths(torch.tensor([[0, 0, 1], [0, 0, -2]]))
     >>> zero.shape, bool(zero[0, 0] < zero[0, 2])
@@ -59,7 +65,7 @@ def code_lengths(symbols: Tensor) -> tuple[Tensor, Tensor]:
 
     logits = logit(0) + (logit(1) - logit(None) if zeros.dim() > 1 else 0.0)
     zero = torch.nn.functional.softplus(-logits) / torch.log(torch.tensor(2.0))
-    table = RateTable(int(symbols.abs().max()))
+    table = RateTable(int(symbols.abs().max()) if most is None else most)
     counts = torch.bincount(symbols.abs().reshape(-1).long(), minlength=table.most + 1)
     counts[0] = 0
     table.look(counts)
@@ -84,9 +90,9 @@ def cheaper(symbols: Tensor, importance: Tensor, rdoq: float) -> Tensor:
     tensor([[0, 0, 0, 0, 0, 0, 0, 5]])
     """
     first = symbols.abs().long()
-    chosen = first
+    chosen, most = first, int(first.max())
     for _ in range(_ROUNDS):
-        zero, size = code_lengths(chosen)
+        zero, size = code_lengths(chosen, most)
         other = -(1 - torch.exp2(-zero)).clamp(min=1e-9).log2()  # bits of not being 0
         best, taken = torch.full_like(importance, float("inf")), first
         for candidate in (first, (first - 1).clamp(min=0), torch.zeros_like(first)):
@@ -167,20 +173,46 @@ def cheaper_contents(
             "with QuantizationAwareTraining, or call quantize_weights(module, scheme='entropy')"
         )
     batches = [] if data is None or module is None else calibration_batches(data, batch_to_args)
+    if batches:
+        _check_called(module)
     importance = _importance(contents, grids, module, batches)
     tensors = dict(contents.tensors)
     tied = shared_memory(contents.tensors, first=contents.grids)
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}  # before, after
     for name, grid in grids.items():
         value = tensors[name].detach()
-        if name in tied:
-            continue
         symbols = grid.quantize(value)
-        if symbols.numel() and torch.equal(grid.dequantize(symbols, value.dtype), value):
-            chosen = cheaper(symbols, importance[name], rdoq)
-            tensors[name] = grid.dequantize(chosen.to(symbols.dtype), value.dtype)
+        if name in tied or not symbols.numel():
+            continue
+        if torch.equal(grid.dequantize(symbols, value.dtype), value):
+            chosen[name] = (symbols, cheaper(symbols, importance[name], rdoq).to(symbols.dtype))
+    if module is not None and batches:
+        keys = {stored_name(key): key for key, _ in module.named_parameters()}
+        names = {keys[one]: one for one in chosen if grids[one].symmetric and one in keys}
+        for path, layer in layer_hessians(module, batches, list(names)):
+            name = names[path]
+            grid, (symbols, plain) = grids[name], chosen[name]
+            scale = grid._along_axis(grid.scale, symbols).expand(symbols.shape)
+            most = int(symbols.abs().max())  # the range stays: a file has the fewest bits for it
+            lengths = code_lengths(plain, most)
+            limits = -most, most
+            better = compensated(
+                symbols, plain, scale, importance[name], layer, lengths, rdoq, limits
+            )
+            chosen[name] = (symbols, better)
+    for name, (_, symbols) in chosen.items():
+        tensors[name] = grids[name].dequantize(symbols, tensors[name].dtype)
     tensors |= {name: tensors[source] for name, source in tied.items() if source in grids}
     contents = replace(contents, tensors=tensors)
-    return _with_statistics(contents, module, batches) if module is not None else contents
+    return _refitted(contents, module, batches) if module is not None and batches else contents
+
+
+def _check_called(module: nn.Module | None) -> None:
+    if module is not None and type(module).forward is nn.Module.forward:
+        raise ValueError(
+            f"rdoq: a {type(module).__name__} has no forward, so that data= cannot go through it: "
+            "save a module that is called (a LightningModule, one part), or give no data"
+        )
 
 
 def _importance(
@@ -206,27 +238,53 @@ def _importance(
 
 
 @torch.no_grad()
-def _with_statistics(contents: Contents, module: nn.Module, batches: Sequence[object]) -> Contents:
-    """BatchNorm's statistics of the data, with the weights of the file."""
-    if not batches or not any(isinstance(one, _NORMS) for one in module.modules()):
-        return contents
+def _refitted(contents: Contents, module: nn.Module, batches: Sequence[object]) -> Contents:
+    """BatchNorm's statistics and the biases re-fitted to the weights of the file.
+
+    Statistics are those of the data; then biases shift until layers have the mean outputs that
+    they had before, where no BatchNorm has taken it away (arXiv:1906.04721, section 4.2).
+    """
     clone = copy.deepcopy(module).eval()
-    keys = {stored_name(key): key for key in clone.state_dict()}
-    clone.load_state_dict({keys[name]: one for name, one in contents.tensors.items()})
+    layers = {
+        path: layer
+        for path, layer in clone.named_modules()
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and layer.bias is not None
+    }
+    with own_random_stream(clone):
+        torch.manual_seed(_SEED)
+        means = channel_means(clone, layers, batches)
+        keys = {stored_name(key): key for key in clone.state_dict()}
+        clone.load_state_dict({keys[name]: one for name, one in contents.tensors.items()})
+        changed = _refit_norms(clone, batches)
+        try:
+            normed = Dataflow.of(clone).norms
+        except Exception:  # what torch.fx cannot trace keeps its biases
+            means = {}
+        else:
+            means = {path: one for path, one in means.items() if path not in normed}
+        correct_biases(clone, layers, batches, means)
+        changed |= {f"{path}.bias" if path else "bias" for path in means}
+    state, tensors = clone.state_dict(), dict(contents.tensors)
+    for name in tensors:
+        if keys[name] in changed:
+            tensors[name] = state[keys[name]].to(tensors[name].dtype)
+    return replace(contents, tensors=tensors)
+
+
+def _refit_norms(clone: nn.Module, batches: Sequence[object]) -> set[str]:
+    """Give BatchNorms the statistics of the data; return the names of the buffers."""
     norms = {path: one for path, one in clone.named_modules() if isinstance(one, _NORMS)}
     norms = {path: one for path, one in norms.items() if one.track_running_stats}
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    with own_random_stream(clone):
-        torch.manual_seed(_SEED)
-        for batch in batches:
-            run_batch(clone, batch)
-    tensors = dict(contents.tensors)
-    for path, norm in norms.items():
-        for key in ("running_mean", "running_var"):
-            name = stored_name(f"{path}.{key}" if path else key)
-            if name in tensors and int(norm.num_batches_tracked or 0):
-                tensors[name] = getattr(norm, key).to(tensors[name].dtype)
-    return replace(contents, tensors=tensors)
+    for batch in batches if norms else ():
+        run_batch(clone, batch)
+    for norm in norms.values():
+        norm.eval()
+    return {
+        f"{path}.{key}" if path else key
+        for path, norm in norms.items()
+        for key in ("running_mean", "running_var")
+    }

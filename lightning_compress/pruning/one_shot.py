@@ -87,7 +87,9 @@ def prune_weights(
     judge.begin(projected_weights)
     try:
         if judge.window and data is not None:
-            _gather(module, projected_weights, judge, calibration_batches(data, batch_to_args))
+            gather_statistics(
+                module, projected_weights, judge, calibration_batches(data, batch_to_args)
+            )
         scores = [judge.scores(projected) for projected in projected_weights]
         for projected in projected_weights:
             projected.pruned = projected.data == 0
@@ -135,12 +137,13 @@ def _above(projected: ProjectedWeight, scores: Tensor, threshold: float) -> Tens
     return mask
 
 
-def _gather(
+def gather_statistics(
     module: nn.Module,
     projected_weights: Sequence[ProjectedWeight],
     judge: Criterion,
     batches: Sequence[object],
 ) -> None:
+    """Run batches through a module for a criterion between its `begin` and `end`."""
     gradients = isinstance(judge, GradientStatistics)
     with _watched(module, projected_weights, gradients=gradients):
         for batch in batches:

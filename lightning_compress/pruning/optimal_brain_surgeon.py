@@ -22,6 +22,7 @@ __all__ = [
     "exact_update",
     "saliency",
     "sequential_update",
+    "upper_factor",
 ]
 _EXACT_WORK = 2e10  # sum over rows of min(kept, pruned)^3: a second or two on one core
 SOLVERS = ("auto", "exact", "sequential")
@@ -124,7 +125,7 @@ def sequential_update(
     >>> sequential_update(row, torch.tensor([[False, True]]), hessian).round(decimals=6)
     tensor([[0., 4.]], dtype=torch.float64)
     """
-    factor = torch.linalg.cholesky(_inverse(hessian), upper=True)
+    factor = upper_factor(hessian)
     weights, columns = weights.clone(), weights.shape[1]
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -139,6 +140,11 @@ def sequential_update(
 
 def _added_error(change: Tensor, hessian: Tensor) -> Tensor:
     return (change @ hessian * change).sum(1)
+
+
+def upper_factor(hessian: Tensor) -> Tensor:
+    """U with H^-1 = U^T U: row q says how later weights make up for one of weight q."""
+    return torch.linalg.cholesky(_inverse(hessian), upper=True)
 
 
 def _inverse(hessian: Tensor) -> Tensor:
@@ -222,6 +228,18 @@ class OptimalBrainSurgeon(ForwardStatistics):
         self._before[projected.path] = projected.pruned
         return super().scores(projected)
 
+    def hessians(self, projected: ProjectedWeight) -> list[Tensor] | None:
+        """The damped H of each group, (C, C); None where it is not known in full.
+
+        Raises:
+            RuntimeError: outside `begin` and `end`.
+        """
+        self._check(projected)
+        sums, calls = self._total(projected.path)
+        if not calls or sums.dim() != 3:
+            return None
+        return [damped_hessian(gram, self.damping) for gram in sums]
+
     @torch.no_grad()
     def update(self, projected: ProjectedWeight, mask: Tensor) -> Tensor | None:
         """Weights after pruning to the mask (True: stays); None where H is not known in full.
@@ -232,9 +250,7 @@ class OptimalBrainSurgeon(ForwardStatistics):
         Raises:
             RuntimeError: outside `begin` and `end`.
         """
-        self._check(projected)
-        sums, calls = self._total(projected.path)
-        if not calls or sums.dim() != 3:
+        if (hessians := self.hessians(projected)) is None:
             return None
         values, before = projected.values(), self._before[projected.path]
         if before is not None:  # an optimizer's momentum may have moved them since
@@ -243,8 +259,8 @@ class OptimalBrainSurgeon(ForwardStatistics):
         matrix, keep = to_matrix(values, owner, name), to_matrix(mask, owner, name)
         options = {"solver": self.solver, "block_size": self.block_size}
         new = [
-            compensate(rows, kept, damped_hessian(gram, self.damping), **options)
-            for rows, kept, gram in zip(matrix, keep, sums, strict=True)
+            compensate(rows, kept, hessian, **options)
+            for rows, kept, hessian in zip(matrix, keep, hessians, strict=True)
         ]
         weight = from_matrix(torch.stack(new), owner, values.shape, name)
         return _of_first_process(weight.to(values).contiguous())

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from tiny import TinyAutoencoder, batches, quiet_trainer
 from torch import nn
 
@@ -16,7 +17,9 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.lab.commands import run_command
+from lightning_compress.lcz import rdoq as rdoq_module
 from lightning_compress.lcz.rdoq import cheaper, code_lengths, output_fisher
+from lightning_compress.lcz.rdoq_compensation import compensated_choice
 
 
 def gridded(seed=0, norm=True):
@@ -161,3 +164,98 @@ def test_pack_takes_it(tmp_path, capsys):
 def test_bad_arguments_are_named(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         save_compressed(TinyAutoencoder(), tmp_path / "m.lcz", **more)
+
+
+def autoencoder():
+    """On digits, a few hundred steps: what a file of it loses can be measured."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+        nn.Linear(256, 24), nn.ReLU(), nn.Linear(24, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)),
+        nn.ConvTranspose2d(16, 1, 4, 2, 1),
+    )  # fmt: skip
+    x = torch.from_numpy(load_digits().images).float()[:, None] / 16
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(300):
+        batch = x[torch.randint(0, 1400, (64,))]
+        optimizer.zero_grad()
+        (net(batch) - batch).square().mean().backward()
+        optimizer.step()
+    quantize_weights(net, 8, scheme="entropy", step=0.3)
+    return net.eval(), x
+
+
+def test_later_weights_make_up_for_earlier_ones(tmp_path, monkeypatch):
+    net, x = autoencoder()
+    data, test = [x[i : i + 100] for i in range(0, 1400, 100)], x[1400:]
+    wanted = net(test).detach()
+
+    def found(rdoq):
+        size = save_compressed(net, tmp_path / "m.lcz", rdoq=rdoq, data=data).bytes
+        back = load_compressed(tmp_path / "m.lcz", copy.deepcopy(net)).eval()
+        return size, float((back(test) - wanted).square().mean().detach())
+
+    with_them = [found(rdoq) for rdoq in (0.01, 0.02, 0.05)]
+    monkeypatch.setattr(rdoq_module, "layer_hessians", lambda *_: iter(()))
+    without = [found(rdoq) for rdoq in (0.05, 0.1)]
+    for size, error in without:
+        assert any(s < size and e < 0.6 * error for s, e in with_them)
+
+
+@pytest.mark.parametrize("rdoq", [0.01, 0.1, 1.0])
+def test_zeros_and_the_range_stay_under_compensation(tmp_path, rdoq):
+    net = gridded()
+    save_compressed(net, tmp_path / "m.lcz", rdoq=rdoq, data=images())
+    back = load_compressed(tmp_path / "m.lcz", gridded(3))
+    for path, grid in compression_state(net).grids.items():
+        old, new = grid.quantize(net.get_parameter(path)), grid.quantize(back.get_parameter(path))
+        assert torch.equal(grid.dequantize(new), back.get_parameter(path))
+        assert bool((new[old == 0] == 0).all())
+        assert int(new.abs().max()) <= int(old.abs().max())
+        assert not torch.equal(old, new)
+
+
+def test_with_unrelated_inputs_the_choice_is_each_weights_own():
+    torch.manual_seed(0)
+    symbols, scale = (torch.randn(6, 9) * 2).round().int(), torch.ones(6, 9)
+    lengths = code_lengths(symbols)
+    hessian = 2 * torch.eye(9, dtype=torch.float64)
+    worth, most = torch.full((6, 1), 0.3), int(symbols.abs().max())
+    new = compensated_choice(symbols, scale, hessian, lengths, worth, (-most, most))
+    zero, size = lengths
+    other = -(1 - torch.exp2(-zero)).log2()
+    for place in itertools.product(range(6), range(9)):
+        q = abs(int(symbols[place]))
+
+        def cost(c, q=q, place=place):
+            bits = float(zero[place] if c == 0 else other[place] + size[c])
+            return (q - c) ** 2 + 0.3 * bits
+
+        options = {q, max(q - 1, 0), 0} if q else {0}
+        assert cost(abs(int(new[place]))) <= min(map(cost, options)) + 1e-5
+
+
+def test_a_largest_symbol_that_falls_away_is_no_error():
+    symbols = torch.zeros(4, 50, dtype=torch.int32)
+    symbols[0, 0], symbols[1, 3], symbols[2, 9] = 40, 3, 1
+    chosen = cheaper(symbols, torch.full((4, 50), 1e-4), 0.1)
+    assert int(chosen.abs().max()) < 40
+
+
+def test_biases_are_refitted_where_no_norm_follows(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
+    quantize_weights(net, 8, scheme="entropy", step=0.5)
+    data = [torch.randn(200, 20) + 1 for _ in range(4)]
+    save_compressed(net, tmp_path / "m.lcz", rdoq=0.3, data=data)
+    back = load_compressed(tmp_path / "m.lcz", copy.deepcopy(net))
+    x = torch.cat(data)
+    assert torch.allclose(back(x).mean(0), net(x).mean(0), atol=1e-4)
+    assert not torch.equal(back[2].weight, net[2].weight)
+
+
+def test_data_for_what_has_no_forward_are_an_error(tmp_path):
+    net = nn.ModuleDict({"encoder": gridded()})
+    with pytest.raises(ValueError, match="ModuleDict has no forward"):
+        save_compressed(net, tmp_path / "m.lcz", rdoq=0.1, data=images())
+    assert not (tmp_path / "m.lcz").exists()
