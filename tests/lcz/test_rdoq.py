@@ -199,7 +199,7 @@ def test_later_weights_make_up_for_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(rdoq_module, "layer_hessians", lambda *_: iter(()))
     without = [found(rdoq) for rdoq in (0.05, 0.1)]
     for size, error in without:
-        assert any(s < size and e < 0.6 * error for s, e in with_them)
+        assert any(s < size and e < 0.7 * error for s, e in with_them)
 
 
 @pytest.mark.parametrize("rdoq", [0.01, 0.1, 1.0])
