@@ -62,7 +62,7 @@ def save_compressed(
     workers: int = 1,
     signed_zeros: bool = False,
     rdoq: float | None = None,
-    data: Iterable[object] | Tensor | None = None,
+    data: Iterable[object] | Tensor | Mapping[str, Any] | None = None,
     batch_to_args: Callable[[Any], Any] | None = None,
 ) -> ArtifactInfo:
     """Write every entry of a module's `state_dict` to one entropy-coded file.

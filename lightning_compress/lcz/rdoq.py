@@ -24,6 +24,7 @@ __all__ = ["cheaper", "cheaper_contents", "check_rdoq", "output_fisher"]
 _ROUNDS = 3  # of choosing with the lengths that the last choice has made
 _SEED = 0
 _NORMS = nn.modules.batchnorm._BatchNorm
+Data = Iterable[object] | Tensor | Mapping[str, Any]
 
 
 def check_rdoq(rdoq: float | None, *, has_data: bool) -> None:
@@ -148,7 +149,7 @@ def cheaper_contents(
     contents: Contents,
     rdoq: float,
     module: nn.Module | None = None,
-    data: Iterable[object] | Tensor | None = None,
+    data: Data | None = None,
     batch_to_args: Callable[[Any], Any] | None = None,
 ) -> Contents:
     """Contents whose weights on uniform grids lie on the points that `cheaper` chooses.
@@ -160,7 +161,8 @@ def cheaper_contents(
         contents: of the file.
         rdoq: what a bit is worth.
         module: that the contents are of; for data.
-        data: inputs of the module; for a Fisher diagonal and BatchNorm's statistics.
+        data: inputs of the module; for a Fisher diagonal, compensation, and what is fitted anew. Of
+            a container without a forward (ModuleDict): path of each network in it -> its inputs.
         batch_to_args: from a batch to what the module is called with.
 
     Raises:
@@ -172,9 +174,9 @@ def cheaper_contents(
             "rdoq= chooses among the points of uniform grids, and no tensor lies on one: train "
             "with QuantizationAwareTraining, or call quantize_weights(module, scheme='entropy')"
         )
+    if module is not None and data is not None and not _is_called(module):
+        return _of_networks(contents, rdoq, module, data, batch_to_args)
     batches = [] if data is None or module is None else calibration_batches(data, batch_to_args)
-    if batches:
-        _check_called(module)
     importance = _importance(contents, grids, module, batches)
     tensors = dict(contents.tensors)
     tied = shared_memory(contents.tensors, first=contents.grids)
@@ -207,12 +209,44 @@ def cheaper_contents(
     return _refitted(contents, module, batches) if module is not None and batches else contents
 
 
-def _check_called(module: nn.Module | None) -> None:
-    if module is not None and type(module).forward is nn.Module.forward:
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _of_networks(
+    contents: Contents,
+    rdoq: float,
+    module: nn.Module,
+    data: Data,
+    batch_to_args: Callable[[Any], Any] | None,
+) -> Contents:
+    """Choices in each network of a container by itself: rdoq means the same in all of them."""
+    if not isinstance(data, Mapping):
         raise ValueError(
             f"rdoq: a {type(module).__name__} has no forward, so that data= cannot go through it: "
-            "save a module that is called (a LightningModule, one part), or give no data"
+            "give a dict of the inputs of each network in it, such as "
+            f"{{{next((repr(name) for name, _ in module.named_children()), repr('decoder'))}: [x]}}"
         )
+    networks: dict[str, nn.Module] = dict(module.named_modules())
+    given: dict[str, Any] = {str(path): inputs for path, inputs in data.items()}
+    if unknown := [path for path in given if not path or path not in networks]:
+        raise ValueError(f"rdoq: data= names {unknown}, and there are {list(networks)[1:]}")
+    rest, tensors = dict(contents.grids), dict(contents.tensors)
+    for path, inputs in given.items():
+        inside = f"{stored_name(path)}."
+        part = replace(
+            contents,
+            tensors={k[len(inside) :]: v for k, v in tensors.items() if k.startswith(inside)},
+            grids={k[len(inside) :]: v for k, v in contents.grids.items() if k.startswith(inside)},
+        )
+        found = cheaper_contents(part, rdoq, networks[path], inputs, batch_to_args)
+        tensors |= {f"{inside}{name}": one for name, one in found.tensors.items()}
+        rest = {name: one for name, one in rest.items() if not name.startswith(inside)}
+    if rest:
+        raise ValueError(f"rdoq: data= has no inputs of the networks that hold {sorted(rest)[:4]}")
+    tied = shared_memory(contents.tensors, first=contents.grids)
+    tensors |= {name: tensors[source] for name, source in tied.items()}
+    return replace(contents, tensors=tensors)
 
 
 def _importance(

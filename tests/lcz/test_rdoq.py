@@ -254,8 +254,27 @@ def test_biases_are_refitted_where_no_norm_follows(tmp_path):
     assert not torch.equal(back[2].weight, net[2].weight)
 
 
-def test_data_for_what_has_no_forward_are_an_error(tmp_path):
+def test_networks_of_a_container_have_inputs_of_their_own(tmp_path):
+    nets = nn.ModuleDict({"one": gridded(), "two": gridded(1)})
+    save_compressed(nets, tmp_path / "m.lcz", rdoq=0.1, data={"one": images(), "two": images(2)})
+    back = load_compressed(tmp_path / "m.lcz", nn.ModuleDict({"one": gridded(), "two": gridded()}))
+    for name, data in {"one": images(), "two": images(2)}.items():
+        save_compressed(nets[name], tmp_path / "alone.lcz", rdoq=0.1, data=data)
+        alone = load_compressed(tmp_path / "alone.lcz", gridded())
+        for key, value in alone.state_dict().items():
+            assert torch.equal(back[name].state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (images(), "ModuleDict has no forward.*'encoder'"),
+        ({"decoder": images()}, "decoder.*encoder"),
+        ({"encoder.0": [torch.rand(4, 1, 8, 8)]}, "no inputs of the networks that hold"),
+    ],
+)
+def test_data_for_what_has_no_forward_are_an_error(tmp_path, data, message):
     net = nn.ModuleDict({"encoder": gridded()})
-    with pytest.raises(ValueError, match="ModuleDict has no forward"):
-        save_compressed(net, tmp_path / "m.lcz", rdoq=0.1, data=images())
+    with pytest.raises(ValueError, match=message):
+        save_compressed(net, tmp_path / "m.lcz", rdoq=0.1, data=data)
     assert not (tmp_path / "m.lcz").exists()

@@ -156,7 +156,12 @@ def deployed_cost(model: Any) -> dict[str, Any]:
 
 
 def write_files(
-    model: Any, folder: Path, export: DictConfig, *, lossy: bool = False
+    model: Any,
+    folder: Path,
+    export: DictConfig,
+    data: SplitDataModule | None = None,
+    *,
+    lossy: bool = False,
 ) -> tuple[dict[str, int | None], ArtifactInfo]:
     """Write a model's `.lcz` and ONNX files; sizes in bytes of all formats.
 
@@ -166,12 +171,19 @@ def write_files(
         model: the model.
         folder: of the files.
         export: the config.
-        lossy: whether `float_dtype` and `fold_batchnorm` of the config count. The model then has
-            the values of its file, so that what is measured next is what is deployed.
+        data: for `rdoq` of the config: its training data show what the weights are worth.
+        lossy: whether `float_dtype`, `fold_batchnorm` and `rdoq` count. The model then has the
+            values of its file, so that what is measured next is what is deployed.
     """
     module, path = model.deployed_module(), folder / "model.lcz"
     choices = {name: export.get(name) for name in ("float_dtype", "fold_batchnorm")}
     choices = {name: value for name, value in choices.items() if value and lossy}
+    if lossy and export.get("rdoq") and data is not None:
+        inputs = {
+            name: inputs_in_use(model, part, data) for name, (part, _) in model.parts().items()
+        }
+        single = inputs if isinstance(module, nn.ModuleDict) else next(iter(inputs.values()))
+        choices |= {"rdoq": export.rdoq, "data": single}
     artifact = save_compressed(module, path, codec=export.codec, **choices)
     if choices:
         load_compressed(path, module)

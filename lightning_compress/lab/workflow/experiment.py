@@ -224,7 +224,9 @@ def _measure(
     for one, home in zip(pair, folders, strict=True):
         home.mkdir(exist_ok=True)
         is_dense = one is pair[0]
-        sizes, artifact = write_files(one.model, home, cfg.export, lossy=not is_dense)
+        sizes, artifact = write_files(
+            one.model, home, cfg.export, evaluator.data, lossy=not is_dense
+        )
         quality = dense_qualities[0] if is_dense else evaluator.quality(compressed)
         infos = write_int8_files(one.model, home, evaluator.data) if int8 else {}
         if int8:
