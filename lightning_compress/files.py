@@ -56,7 +56,8 @@ def atomic_file(path: Path, *, what: str = "the file", parents: bool = False) ->
 
     They go to a temporary file in the same folder, which is flushed to the disk and renamed. What
     a killed process leaves behind is that hidden file, never half of the one asked for; the next
-    write of the same file removes it.
+    write of the same file removes it. A symbolic link is replaced, and what it leads to stays as it
+    was: a link in a stranger's folder decides nothing.
 
     Raises:
         OSError: naming the path, when it cannot be written; an older file stays as it was.

@@ -162,3 +162,12 @@ def test_an_empty_path_is_refused(tmp_path, monkeypatch, name):
     with pytest.raises(OSError, match="names a folder"):
         write_atomically(files.Path(name), b"new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "far").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "far").read_bytes() == b"old"
+    assert (tmp_path / "link").read_bytes() == b"new"
+    assert not (tmp_path / "link").is_symlink()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from lightning_compress.channels.agreement import joint_faults, norms_without_tensors
 from lightning_compress.channels.graph import Kept, free_reshapes
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import evaluating
@@ -27,6 +28,7 @@ __all__ = [
     "match_channels",
     "overlay",
     "rebuild_channels",
+    "resize_module",
     "resize_tensor",
     "select_optimizer_state",
     "set_sizes",
@@ -253,12 +255,34 @@ def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         The module.
 
     Raises:
-        TargetError: when the two differ in more than sizes along axes of known layers.
+        TargetError: when the two differ in more than sizes along axes of known layers, or sizes
+            do not fit each other, of one layer or of neighbours; the module is as it was.
 
     >>> small = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1)).state_dict()
     >>> net = match_channels(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 1)), small)
     >>> net[0].out_features, net[1].in_features
     (4, 4)
+    """
+    return resize_module(module, state)
+
+
+@torch.no_grad()
+def resize_module(
+    module: nn.Module, state: Mapping[str, Any], sized: Mapping[str, int] | None = None
+) -> nn.Module:
+    """`match_channels`, of layers without tensors too.
+
+    Args:
+        module: changed in place; as it was where an error is raised.
+        state: a `state_dict`, or shapes by name.
+        sized: new sizes of layers that know one and hold no tensors, by path.
+
+    Returns:
+        The module.
+
+    Raises:
+        TargetError: when the two differ in more than sizes along axes of known layers, for sizes
+            that do not fit each other, and for a layer that is not there or has no such size.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     shapes = {
@@ -267,7 +291,8 @@ def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         if name in state
     }
     other = {name: shape for name, shape in shapes.items() if shape != tensors[name].shape}
-    if not other:
+    bare = norms_without_tensors(module, sized or {})
+    if not other and all(bare[path].num_features == size for path, size in (sized or {}).items()):
         return module
     for name, shape in other.items():
         if len(shape) != tensors[name].dim():
@@ -275,16 +300,53 @@ def match_channels(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
                 f"{name}: {tuple(tensors[name].shape)} cannot become {tuple(shape)}: it is another "
                 "model, not one with fewer channels"
             )
-    known = sizes_known(module, other)
-    for name, shape in other.items():
-        own = tensors[name]
-        resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
-    for path, before in known.items():
-        fit_sizes(module.get_submodule(path), before)
-    free_reshapes(module)
-    if faults := check_sizes(module):
+    before = _sizes_by_id(module)
+    undo = _save_point(module, [tensors[name] for name in other])
+    try:
+        known = sizes_known(module, other)
+        for name, shape in other.items():
+            own = tensors[name]
+            resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
+        for path, sizes in known.items():
+            fit_sizes(module.get_submodule(path), sizes)
+        for path, size in (sized or {}).items():
+            bare[path].num_features = size
+        free_reshapes(module)
+        unknown = {id(one) for path, one in bare.items() if path not in (sized or {})}
+        now = {key: one for key, one in _sizes_by_id(module).items() if key not in unknown}
+        faults = check_sizes(module) or joint_faults(module, before, now)
+    except BaseException:
+        undo()
+        raise
+    if faults:
+        undo()
         raise TargetError(f"the sizes do not fit together: {'; '.join(faults[:3])}")
     return module
+
+
+def _sizes_by_id(module: nn.Module) -> dict[int, dict[str, int]]:
+    return {id(layer): sizes for layer in module.modules() if (sizes := _known(layer))}
+
+
+def _save_point(module: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Save point of tensors and layer sizes: returns the function that restores them."""
+    before = [(one, one.detach(), one.grad) for one in tensors]
+    sizes = sizes_of_layers(module)
+    folds = [
+        (one, one.unflattened_size) for one in module.modules() if isinstance(one, nn.Unflatten)
+    ]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for tensor, values, gradient in before:
+            tensor.grad = None
+            tensor.set_(values)  # type: ignore[call-overload]
+            tensor.grad = gradient
+        set_sizes(module, sizes)
+        for layer, size in folds:
+            layer.unflattened_size = size
+
+    return undo
 
 
 @torch.no_grad()
@@ -337,7 +399,7 @@ def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any] | None = N
         checkpoint: as `on_load_checkpoint` gets it; None: whatever is loaded later.
 
     Raises:
-        TargetError: when the two differ in more than channels.
+        TargetError: when the two differ in more than channels; the module is as it was.
 
     >>> rebuild_channels(nn.Linear(2, 2), {"state_dict": {}})
     >>> small, net = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 8))
@@ -353,10 +415,7 @@ def rebuild_channels(module: nn.Module, checkpoint: Mapping[str, Any] | None = N
     lost = checkpoint.get(CHANNELS)
     if lost is None:
         return
-    match_channels(module, checkpoint["state_dict"])
-    for path, size in lost["sizes"].items():
-        layer: Any = module.get_submodule(path)
-        layer.num_features = size
+    resize_module(module, checkpoint["state_dict"], lost["sizes"])
     note_removed(module, RemovedChannels(lost["shapes"], lost["sizes"], lost["kept"]))
 
 

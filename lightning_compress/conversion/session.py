@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.errors import require
+from lightning_compress.errors import CorruptArtifactError, require
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.arrays import onnx_model
 from lightning_compress.lcz.container import MAGIC
-from lightning_compress.lcz.protobuf import model_options
+from lightning_compress.lcz.protobuf import external_file, model_options, onnx_tensors
+from lightning_compress.terminal import printable
 
-__all__ = ["FOLD_WEIGHTS", "executed_ops", "make_session", "onnx_session", "session_options"]
+__all__ = [
+    "FOLD_WEIGHTS",
+    "check_tensors",
+    "executed_ops",
+    "make_session",
+    "onnx_session",
+    "session_options",
+]
 
 FOLD_WEIGHTS = "session.disable_quant_qdq"
 
+# The others name files that are read or written, libraries, threads: nothing a file may decide.
+_OPTIONS = {
+    FOLD_WEIGHTS, "session.enable_quant_qdq_cleanup", "session.qdqisint8allowed",
+    "session.set_denormal_as_zero", "session.disable_prepacking",
+    "session.disable_double_qdq_remover", "session.qdq_matmulnbits_accuracy_level",
+}  # fmt: skip
+_STRING = 8  # `data_type` of a tensor of texts
 INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
 MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "Concat", "Flatten"}
 MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "BitShift", "Identity", "Expand"}
@@ -43,33 +60,79 @@ def onnx_session(
         spinning: whether threads wait for the next call by spinning, as is ONNX Runtime's way.
 
     Raises:
+    A file of a stranger may be opened: external weights are read from the folder of the model
+    alone, of options in the metadata those that read or write no file count, and lengths are
+    compared with the bytes that are there. To run its graph is another matter: a model may ask for
+    any memory and any time, so run it in a process with limits.
+
+    Raises:
         MissingExtraError: when onnxruntime is not installed.
         CorruptArtifactError: when an `.lcz` file is damaged.
-        ValueError: for a file that is neither, or holds no such graph.
+        ValueError: for a file that is neither, holds no such graph, leads out of its folder, or
+            that ONNX Runtime does not open.
         OSError: when the file cannot be read.
     """
     require("onnxruntime", extra="onnx")
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError(f"{path} is a device, pipe or socket, no regular file")
     with Path(path).open("rb") as stream:
         packed = stream.read(len(MAGIC)) == MAGIC or Path(path).suffix == ".lcz"
     data = onnx_model(path, graph) if packed else Path(path).read_bytes()
     if graph is not None and not packed:
         raise ValueError(f"graph={graph!r}: {path} is no .lcz file and holds one graph")
+    fault = CorruptArtifactError if packed else ValueError
     try:
+        check_tensors(data, None if packed else Path(path).parent)
         settings = session_options(model_options(data))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise fault(f"{path}: {printable(str(error))}") from None
     if not spinning:
         settings["session.intra_op.allow_spinning"] = "0"
-    return make_session(data if packed else str(path), settings, threads=threads)
+    try:
+        return make_session(data if packed else str(path), settings, threads=threads)
+    except Exception as error:  # one class a reason, without a base class of their own
+        why = printable(str(error), lines=False)[:500]
+        raise fault(f"{path}: ONNX Runtime does not open it: {why}") from error
+
+
+def check_tensors(data: bytes, folder: Path | None) -> None:
+    """Check that the tensors of a model hold as much as they declare, inside its folder.
+
+    Args:
+        data: of the model.
+        folder: of the model; None: it is one file, without external weights.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for tensor in onnx_tensors(data):
+        held = sum(end - start for spans in tensor.values.values() for start, end in spans)
+        if tensor.external:
+            held = external_file(tensor, folder).stat().st_size
+        elements = math.prod(tensor.shape)
+        if elements > 8 * held and tensor.kind != _STRING:  # the narrowest elements have one bit
+            raise ValueError(
+                f"tensor {tensor.name!r} of shape {tensor.shape[:8]} holds {held} bytes"
+            )
 
 
 def session_options(metadata: Mapping[str, str]) -> dict[str, str]:
     """The entries of a model's metadata that are options of a session.
 
+    Options that are no matter of the model, such as a file that ONNX Runtime reads or writes, are
+    left out with a warning.
+
     >>> session_options({"session.disable_quant_qdq": "1", "author": "me"})
     {'session.disable_quant_qdq': '1'}
     """
-    return {key: value for key, value in metadata.items() if key.startswith("session.")}
+    asked = {key: value for key, value in metadata.items() if key.startswith("session.")}
+    if unknown := sorted(set(asked) - _OPTIONS):
+        warnings.warn(
+            f"session options of the file are not used: {printable(repr(unknown[:5]))}. Set them "
+            "in a session of your own if you trust the file",
+            stacklevel=3,
+        )
+    return {key: value for key, value in asked.items() if key in _OPTIONS}
 
 
 def make_session(

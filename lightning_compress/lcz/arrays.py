@@ -64,7 +64,7 @@ def onnx_model(
     Args:
         path: of the file.
         graph: its name; None: the only one of the file.
-        max_bytes: refuse a larger model.
+        max_bytes: refuse a larger model, and one whose tensors take more memory to decode.
 
     Raises:
         CorruptArtifactError: when the file is damaged, or its model above `max_bytes`.
@@ -77,6 +77,9 @@ def onnx_model(
             raise CorruptArtifactError(
                 f"an ONNX model of {chosen.onnx_bytes} bytes, above max_bytes={max_bytes}"
             )
+        # The default is what a message may hold; what decoding may take is another matter.
+        most = MAX_BYTES if max_bytes >= MAX_ONNX_BYTES else max_bytes
+        check_size([record for _, record in chosen.gaps], most, plain=chosen.onnx_bytes)
         return assemble_onnx(chosen, artifact.container, artifact.offsets())
 
 

@@ -16,6 +16,7 @@ from lightning_compress.lcz.protobuf import (
     RAW,
     UINT64S,
     OnnxTensor,
+    external_file,
     fields,
     message,
     onnx_tensors,
@@ -44,7 +45,7 @@ def inline_tensors(data: bytes, folder: Path | None) -> bytes:
             there or outside the folder.
         OSError: when that file cannot be read.
     """
-    if any(_needs_inlining(tensor) for tensor in onnx_tensors(data)):
+    if sum(map(_needs_inlining, onnx_tensors(data))):  # of all, so that their depth is checked
         return _rebuild(data, "model", 0, len(data), folder)
     return data
 
@@ -92,15 +93,7 @@ def _raw(data: bytes, tensor: OnnxTensor) -> bytes:
 
 
 def _read_external(tensor: OnnxTensor, folder: Path | None) -> bytes:
-    place = tensor.external.get("location", "")
-    if folder is None:
-        raise ValueError(
-            f"the weights of the model lie in another file ({place!r}): give the path of the "
-            "model, beside which that file lies"
-        )
-    path = folder / place
-    if not place or folder.resolve() not in path.resolve().parents:
-        raise ValueError(f"the weights of {tensor.name!r} lie outside the model's folder: {place}")
+    path = external_file(tensor, folder)
     try:
         at = int(tensor.external.get("offset", "0"))
         length = int(tensor.external.get("length", "-1"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_compress.channels.resize import match_channels, set_sizes, sizes_of_layers
+from lightning_compress.channels.resize import resize_module
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.lcz.channel_record import (
@@ -245,44 +245,17 @@ def fit_channels(
     Raises:
         CorruptArtifactError: when the sizes do not fit together.
     """
-    undo = _save_sizes(module, [paths[name] for name in shapes])
+    sized = {paths.get(path, path): size for path, size in lost.sizes.items()}
     try:
-        match_channels(module, {paths[name]: shape for name, shape in shapes.items()})
+        resize_module(module, {paths[name]: shape for name, shape in shapes.items()}, sized)
     except Exception as error:
-        undo()
         raise CorruptArtifactError(f"does not fit the module: {error}") from error
-    for path, size in lost.sizes.items():
-        layer: Any = module.get_submodule(paths.get(path, path))
-        layer.num_features = size
     own = RemovedChannels(
         {paths.get(path, path): shape for path, shape in lost.shapes.items()},
-        {paths.get(path, path): size for path, size in lost.sizes.items()},
+        sized,
         {paths.get(path, path): from_run_lengths(kept) for path, kept in lost.kept.items()},
     )
     note_removed(module, own)
-
-
-def _save_sizes(module: nn.Module, keys: Sequence[str]) -> Callable[[], None]:
-    """Save point of tensor and layer sizes: returns the function that restores them."""
-    tensors = dict(module.named_parameters(remove_duplicate=False))
-    tensors |= dict(module.named_buffers(remove_duplicate=False))
-    before = [(tensors[key], tensors[key].detach(), tensors[key].grad) for key in keys]
-    sizes = sizes_of_layers(module)
-    folds = [
-        (one, one.unflattened_size) for one in module.modules() if isinstance(one, nn.Unflatten)
-    ]
-
-    @torch.no_grad()
-    def undo() -> None:
-        for tensor, values, gradient in before:
-            tensor.grad = None
-            tensor.set_(values)  # type: ignore[call-overload]
-            tensor.grad = gradient
-        set_sizes(module, sizes)
-        for layer, size in folds:
-            layer.unflattened_size = size
-
-    return undo
 
 
 @dataclass(frozen=True)

@@ -109,18 +109,22 @@ def _decode_memory(record: TensorRecord) -> int:
     return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
 
 
-def check_size(records: list[TensorRecord], most: int, workers: int = 1) -> None:
+def check_size(
+    records: list[TensorRecord], most: int, workers: int = 1, plain: int | None = None
+) -> None:
     """Reject a file whose tensors, and the memory to decode them, would take over `most` bytes.
 
     Args:
         records: of the file.
         most: bytes.
         workers: threads; each decodes a tensor of its own.
+        plain: bytes of what the tensors are put into; None: they are the result.
 
     Raises:
         CorruptArtifactError: when they would.
     """
-    plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
+    if plain is None:
+        plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
     works = sorted(
         (_decode_memory(record) for record in records if record.kind != "tied"), reverse=True
     )

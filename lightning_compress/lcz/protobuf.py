@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from lightning_compress.lcz.bits import varint
 
-__all__ = ["Field", "OnnxTensor", "fields", "message", "model_options", "onnx_tensors"]
+__all__ = [
+    "Field",
+    "OnnxTensor",
+    "external_file",
+    "fields",
+    "message",
+    "model_options",
+    "onnx_tensors",
+]
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
@@ -21,10 +30,11 @@ _MAX_DEPTH = 100  # of messages in each other; protobuf's own limit
 # Which fields of a message hold messages that may hold tensors.
 NESTED = {
     "model": {7: "graph", 25: "function"},
-    "graph": {1: "node", 5: "tensor"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
     "function": {7: "node"},
     "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
 }
 _GRAPH, _METADATA = 7, 14  # of a model
 DIMS, KIND, FLOATS, INT32S, INT64S, NAME, RAW, DOUBLES, UINT64S, EXTERNAL, LOCATION = (
@@ -155,6 +165,30 @@ def read_tensor(data: bytes, start: int, end: int) -> OnnxTensor:
             found.values.setdefault(one.number, []).append((one.value, one.end))
     found.shape = tuple(dims)
     return found
+
+
+def external_file(tensor: OnnxTensor, folder: Path | None) -> Path:
+    """The file with a tensor's external values, in the folder of the model.
+
+    Args:
+        tensor: with external values.
+        folder: of the model; None: it is one file.
+
+    Raises:
+        ValueError: when it would not be in that folder, or is no regular file.
+    """
+    place = tensor.external.get("location", "")
+    if folder is None:
+        raise ValueError(
+            f"the weights of the model lie in another file ({place!r}): give the path of the "
+            "model, beside which that file lies"
+        )
+    path = folder / place
+    if not place or "\0" in place or folder.resolve() not in path.resolve().parents:
+        raise ValueError(f"the weights of {tensor.name!r} lie outside the model's folder: {place}")
+    if path.exists() and not path.is_file():  # to open a pipe would wait
+        raise ValueError(f"the weights of {tensor.name!r}: {place} is no regular file")
+    return path
 
 
 def packed(data: bytes, start: int, end: int) -> list[int]:

@@ -10,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from lightning_compress.channels.resize import match_channels, shrink, sizes_of_layers
+from lightning_compress.errors import TargetError
 from lightning_compress.grids import CodebookGrid
 from lightning_compress.projection import Projector
 from lightning_compress.pruning import criteria, masks
@@ -194,3 +196,21 @@ def test_what_cuda_refuses_is_refused_here():
         assert bool((away > 0).all())
         _ = away[away > 0], away.cpu(), away.tolist()
     assert sum(pretend.WAITS.values()) == 4
+
+
+def test_channels_are_removed_on_the_device_of_the_layers():
+    """Cut, matched and undone under FakeTensorMode, which refuses mixed devices."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        build = lambda: nn.Sequential(  # noqa: E731
+            nn.Linear(3, 8, device="cuda"), nn.ReLU(), nn.Linear(8, 2, device="cuda")
+        )
+        net, stay = build(), torch.arange(0, 8, 2)
+        shrink(net, {"0.weight": {0: stay}, "0.bias": {0: stay}, "2.weight": {1: stay}})
+        full = match_channels(build(), {name: one.shape for name, one in net.state_dict().items()})
+        with pytest.raises(TargetError, match="2 takes 4 channels, 0 makes 8"):
+            match_channels(build(), {"2.weight": (2, 4)})
+        for module in (net, full):
+            known = sizes_of_layers(module)
+            assert (known["0"]["out_features"], known["2"]["in_features"]) == (4, 4)
+            assert module(torch.zeros(5, 3, device="cuda")).shape == (5, 2)
+            assert {one.device.type for one in module.parameters()} == {"cuda"}
