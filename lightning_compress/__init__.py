@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         QuantizationAwareTraining,
         RandomState,
         Recipe,
-        RecipeReport,
         Regrowth,
         Rewinding,
         ScoreMonitor,
@@ -119,7 +118,6 @@ __all__ = [
     "Ramp",
     "RandomState",
     "Recipe",
-    "RecipeReport",
     "Regrowth",
     "Rewinding",
     "ScoreMonitor",
@@ -165,8 +163,8 @@ _HOMES = {
         "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
         "CompressedEarlyStopping CompressionSummary Fading GradualPruning Guard "
         "KnowledgeDistillation LowRank OnlineTeacher PosteriorGuard PostTrainingQuantization "
-        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Recipe RecipeReport "
-        "Regrowth Rewinding ScoreMonitor SearchRules StopOnNonFinite ThresholdPruning "
+        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Recipe Regrowth "
+        "Rewinding ScoreMonitor SearchRules StopOnNonFinite ThresholdPruning "
         "compression_recipe"
     ),
     "channels.following": "apply_compression",

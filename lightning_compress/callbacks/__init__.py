@@ -66,6 +66,7 @@ __all__ = [
     "SearchRules",
     "StopOnNonFinite",
     "ThresholdPruning",
+    "compression_recipe",
     "progress_callback",
 ]
 

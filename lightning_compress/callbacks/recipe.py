@@ -52,9 +52,7 @@ class RecipeReport(Callback):
     'max_loss=0.02 is not held: give monitor=<a logged metric> to compression_recipe'
     """
 
-    def __init__(
-        self, goal: str, max_loss: float, kind: str, budget: QualityBudget | None
-    ) -> None:
+    def __init__(self, goal: str, max_loss: float, kind: str, budget: QualityBudget | None) -> None:
         self.goal, self.max_loss, self.kind, self.budget = goal, max_loss, kind, budget
         self.held: bool | None = None
 
@@ -137,6 +135,12 @@ class Recipe(list[Callback]):
     def reasons(self) -> list[str]:
         """The reason of each callback, in the list's order; "added" for what was appended."""
         return [self._reasons.get(id(one), "added") for one in self]
+
+    @property
+    def held(self) -> bool | None:
+        """Whether the last fit ended within `max_loss`; None: not measured."""
+        reports = [one for one in self if isinstance(one, RecipeReport)]
+        return reports[0].held if reports else None
 
     def __repr__(self) -> str:
         """One line a callback, then the notes."""

@@ -39,7 +39,13 @@ from lightning_compress.lab.workflow.costs import (
 from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, spread_of
 from lightning_compress.lab.workflow.resume import Earlier, shared_checkpoint, sole_run
 from lightning_compress.lab.workflow.run_identity import check_same_run, config_hash, dense_recipe
-from lightning_compress.lab.workflow.training import Trained, build_model, load_trained, train
+from lightning_compress.lab.workflow.training import (
+    Trained,
+    build_model,
+    compression_callbacks,
+    load_trained,
+    train,
+)
 from lightning_compress.quantization.fake_quantize import fake_quantized
 
 __all__ = ["Second", "run_experiment"]
@@ -97,13 +103,13 @@ def _run(
         check_same_run(cfg, earlier.folder)
     earlier = earlier.carried_to(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg), what="the config")
-    compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
     data: SplitDataModule = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup()
-    kind = build_model(cfg, data, seed=cfg.seed).kind  # finds mistakes before anything trains
+    model: Any = build_model(_of_student(cfg), data, seed=cfg.seed)  # mistakes before training
     called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
-    evaluator = Evaluator(cfg.evaluate, data, str(kind), called["data"].rsplit(".", 1)[-1])
+    evaluator = Evaluator(cfg.evaluate, data, str(model.kind), called["data"].rsplit(".", 1)[-1])
+    compressors = _compressors(cfg, model, evaluator)
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
@@ -126,6 +132,12 @@ def _run(
     write_atomically(folder / "results.json", text, what="the results", parents=True)
     _write_curves(folder / "curves.csv", dense, compressed)
     return results
+
+
+def _compressors(cfg: DictConfig, model: Any, evaluator: Evaluator) -> list[Callback]:
+    least = evaluator.irreducible(model, evaluator.data.val_dataset).get("neg_elbo")
+    irreducible = {} if least is None else {"val/elbo": -least}
+    return compression_callbacks(cfg.compression, model, irreducible=irreducible)
 
 
 def _of_student(cfg: DictConfig) -> DictConfig:
