@@ -24,6 +24,7 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.evaluation.verdict import irreducible_nats
 from lightning_compress.lab.monitoring import GiveUp
 from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
 from lightning_compress.lab.workflow.costs import (
@@ -36,7 +37,13 @@ from lightning_compress.lab.workflow.costs import (
     write_graph_file,
     write_int8_files,
 )
-from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, spread_of
+from lightning_compress.lab.workflow.quality import (
+    METRICS,
+    Evaluator,
+    generate,
+    rows,
+    spread_of,
+)
 from lightning_compress.lab.workflow.resume import Earlier, shared_checkpoint, sole_run
 from lightning_compress.lab.workflow.run_identity import check_same_run, config_hash, dense_recipe
 from lightning_compress.lab.workflow.training import (
@@ -107,9 +114,9 @@ def _run(
     data.prepare_data()
     data.setup()
     model: Any = build_model(_of_student(cfg), data, seed=cfg.seed)  # mistakes before training
+    compressors = _compressors(cfg, model, data)
     called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
     evaluator = Evaluator(cfg.evaluate, data, str(model.kind), called["data"].rsplit(".", 1)[-1])
-    compressors = _compressors(cfg, model, evaluator)
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
@@ -134,9 +141,11 @@ def _run(
     return results
 
 
-def _compressors(cfg: DictConfig, model: Any, evaluator: Evaluator) -> list[Callback]:
-    least = evaluator.irreducible(model, evaluator.data.val_dataset).get("neg_elbo")
-    irreducible = {} if least is None else {"val/elbo": -least}
+def _compressors(cfg: DictConfig, model: Any, data: SplitDataModule) -> list[Callback]:
+    irreducible: dict[str, float] = {}
+    if (likelihood := getattr(model, "likelihood", None)) is not None:
+        std = getattr(model, "observation_std", 1.0)
+        irreducible["val/elbo"] = -irreducible_nats(rows(data.val_dataset)[0], likelihood, std=std)
     return compression_callbacks(cfg.compression, model, irreducible=irreducible)
 
 

@@ -164,17 +164,12 @@ class Evaluator:
             self._floor = noise_floor(_images(x, y)[0], self.extractor.module)
         return self._floor
 
-    def irreducible(self, model: Any, split: Any = None) -> dict[str, float]:
-        """The least value of each metric in nats that any model of its likelihood can have.
-
-        Args:
-            model: whose likelihood it is.
-            split: a data set; None: the test split.
-        """
+    def irreducible(self, model: Any) -> dict[str, float]:
+        """The least value of each metric in nats that any model of its likelihood can have."""
         likelihood = getattr(model, "likelihood", None)
         if likelihood is None:
             return {}
-        x, _ = rows(self.data.test_dataset if split is None else split)
+        x, _ = rows(self.data.test_dataset)
         least = irreducible_nats(x, likelihood, std=getattr(model, "observation_std", 1.0))
         found: dict[str, float] = dict.fromkeys(("neg_elbo", "neg_iwae", "reconstruction"), least)
         if hasattr(model, "steps_per_example"):
