@@ -26,7 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {  # what each does, and an example
     "advise": ("a recipe for a model, with its reasons", "advise outputs/digits-vae/<run>"),
     "federated": ("clients that train together", "federated federated.rounds=5 data=digits"),
 }
-_WIDTH = 110
+_WIDTH = 100
 _VALUED = {  # Hydra's options that the next word belongs to
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
     *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
@@ -47,7 +47,7 @@ def help_text() -> str:
         "Commands (COMMAND --help has their options):",
     ]
     for name, (what, example) in COMMANDS.items():
-        lines.append(f"  {name:<12} {what:<52} {PROGRAM} {example}")
+        lines += [f"  {name:<12} {what}", f"  {'':<12} {PROGRAM} {example}"]
     lines += [
         "",
         "Options: --help, --version, -m (a sweep: key=1,2,3), --cfg job (shows the config),",

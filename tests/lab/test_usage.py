@@ -24,15 +24,17 @@ def test_help_shows_commands_with_examples_then_each_choice_with_a_line(cli):
     commands, _, rest = out.partition("Options:")
     groups, _, config = rest.partition("Config of these words")
     for name in (*app.COMMANDS, "report", "federated"):
-        line = re.search(rf"^  {name} +(.{{20,}}) lightning-compress {name} \S", commands, re.M)
+        line = re.search(rf"^  {name} +\S.{{20,}}\n +lightning-compress {name} \S", commands, re.M)
         assert line, name
-    for path in config_dir().glob("*/*.yaml"):
-        assert re.search(rf"^    {path.stem} +\S.{{10,}}$", groups, re.M), path
+    for path in config_dir().glob("[!h]*/*.yaml"):
+        assert re.search(rf"^    {path.stem} +\S.{{10,}}$", groups, re.MULTILINE), path
     assert "final_sparsity: 0.9" in config
-    assert max(map(len, groups.splitlines())) <= 111
+    assert max(map(len, (commands + groups).splitlines())) <= 100
 
 
-@pytest.mark.parametrize("words", [["--help", "model=dcgan"], ["model=dcgan", "-h"], ["help", "model=dcgan"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [["--help", "model=dcgan"], ["model=dcgan", "-h"], ["help", "model=dcgan"]]
+)
 def test_help_of_a_choice_shows_its_config(cli, words):
     code, out, _ = cli(*words, small=False)
     assert code in (0, None)
@@ -96,7 +98,7 @@ def test_words_that_are_no_settings_say_what_was_meant(cli, words, expected):
         (["~trainer.max_epoch"], "Closest: trainer.max_epochs"),
         (["compression.channels.end=0.3"], "belongs to compression=channels, which is not chosen"),
         (["model=vea"], "model=vea: there is no such choice. Closest: vae"),
-        (["model=vea", "compression=[prone]"], "Closest: vae"),
+        (["model=vea", "compression=[prone]"], "Closest: prune"),
         (["compression=[prune,quantise]"], "Closest: quantize"),
         (["-m", "model=vae,vea"], "Closest: vae"),
         (["model.lr=[1"], "cannot read 'model.lr=[1'"),
