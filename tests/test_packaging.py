@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 VERSION = re.search(r'^version = "(.+)"$', PROJECT, re.MULTILINE)[1]
-MOST_MODULES = 40  # some thirty, all of the standard library; torch alone is more than a thousand
+MOST_MODULES = 60  # some forty, all of the standard library; torch alone is more than a thousand
 
 
 def test_the_import_loads_a_few_modules_and_neither_torch_nor_lightning():
