@@ -59,10 +59,8 @@ def help_text() -> str:
         lines.append(f"  {group}")
         for path in sorted((config_dir() / group).glob("*.yaml")):
             what = first_sentence(path)
-            lines.append(
-                textwrap.shorten(f"    {path.stem:<20} {what}", _WIDTH, placeholder=" ...")
-            )
-            lines[-1] = "    " + f"{path.stem:<20} " + lines[-1].strip()[len(path.stem) :].strip()
+            short = textwrap.shorten(what, _WIDTH - 25, placeholder=" ...")
+            lines.append(f"    {path.stem:<20} {short}".rstrip())
     return "\n".join(lines)
 
 
