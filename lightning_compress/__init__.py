@@ -33,12 +33,14 @@ if TYPE_CHECKING:
         QualityBudget,
         QuantizationAwareTraining,
         RandomState,
+        Recipe,
         Regrowth,
         Rewinding,
         ScoreMonitor,
         SearchRules,
         StopOnNonFinite,
         ThresholdPruning,
+        compression_recipe,
     )
     from lightning_compress.channels.following import apply_compression
     from lightning_compress.channels.low_rank import match_factors
@@ -115,6 +117,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "Ramp",
     "RandomState",
+    "Recipe",
     "Regrowth",
     "Rewinding",
     "ScoreMonitor",
@@ -126,6 +129,7 @@ __all__ = [
     "TeacherScore",
     "ThresholdPruning",
     "apply_compression",
+    "compression_recipe",
     "compression_state",
     "copy_module",
     "export_mobile",
@@ -159,8 +163,9 @@ _HOMES = {
         "ArtifactCallback BalanceGuard ChannelPruning CompressedCheckpoint "
         "CompressedEarlyStopping CompressionSummary Fading GradualPruning Guard "
         "KnowledgeDistillation LowRank OnlineTeacher PosteriorGuard PostTrainingQuantization "
-        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Regrowth Rewinding "
-        "ScoreMonitor SearchRules StopOnNonFinite ThresholdPruning"
+        "ProjectedEMA QualityBudget QuantizationAwareTraining RandomState Recipe Regrowth "
+        "Rewinding ScoreMonitor SearchRules StopOnNonFinite ThresholdPruning "
+        "compression_recipe"
     ),
     "channels.following": "apply_compression",
     "channels.low_rank": "match_factors",

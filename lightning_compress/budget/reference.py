@@ -64,6 +64,8 @@ class Reference:
         given: a number, "dense" for a curve that `take` brings, or None to measure it.
         mode: "min" or "max": which way the metric is better.
         spread: standard deviation of one reading; None: estimated.
+        irreducible: value of the metric that no model can better; fractions refer to the dense
+            model's distance from it.
 
     Raises:
         ValueError: for another word, another mode, or a negative spread.
@@ -72,15 +74,29 @@ class Reference:
     >>> reference.fix([], patience=4)
     >>> reference.worse(reference.cost(1.5), after=0)
     0.25
+    >>> bound = Reference(250.0, "min", irreducible=200.0)  # nats
+    >>> bound.fix([], patience=4)
+    >>> bound.worse(251.0, after=0)
+    0.02
     """
 
-    def __init__(self, given: float | str | None, mode: str, spread: float | None = None) -> None:
+    def __init__(
+        self,
+        given: float | str | None,
+        mode: str,
+        spread: float | None = None,
+        *,
+        irreducible: float = 0.0,
+    ) -> None:
         check_choice("mode", mode, ("min", "max"))
         if isinstance(given, str) and given != DENSE:
             raise ValueError(f"reference={given!r}: give a number, {DENSE!r} or None")
         if spread is not None and not 0 <= spread < math.inf:
             raise ValueError(f"spread={spread!r} must be 0 or more")
+        if not math.isfinite(irreducible):
+            raise ValueError(f"irreducible={irreducible!r} must be a finite value of the metric")
         self.given, self.mode, self._spread = given, mode, spread
+        self.irreducible = irreducible
         self.curve: list[tuple[float, float]] = []
         self.dense = self.spread = 0.0
 
@@ -116,7 +132,7 @@ class Reference:
     @property
     def scale(self) -> float:
         """Value that fractions refer to."""
-        return abs(self.dense) or 1.0
+        return abs(self.dense - self.cost(self.irreducible)) or 1.0
 
     def worse(self, cost: float, after: float) -> float:
         """Loss of a cost against the dense model's after as many batches, as a fraction."""

@@ -27,6 +27,7 @@ from lightning_compress.callbacks.quantization_aware_training import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
 )
+from lightning_compress.callbacks.recipe import Recipe, RecipeReport, compression_recipe
 from lightning_compress.callbacks.safeguards import RandomState, ScoreMonitor, StopOnNonFinite
 from lightning_compress.callbacks.summary import CompressionSummary
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
@@ -57,12 +58,15 @@ __all__ = [
     "QualityBudget",
     "QuantizationAwareTraining",
     "RandomState",
+    "Recipe",
+    "RecipeReport",
     "Regrowth",
     "Rewinding",
     "ScoreMonitor",
     "SearchRules",
     "StopOnNonFinite",
     "ThresholdPruning",
+    "compression_recipe",
     "progress_callback",
 ]
 

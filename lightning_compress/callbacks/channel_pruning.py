@@ -32,6 +32,7 @@ from lightning_compress.pruning.statistics import Criterion, StatisticsWindow, S
 from lightning_compress.state import removed_channels
 from lightning_compress.targets import Pattern
 
+_ON_MISS, _CLOSEST = ("warn", "raise"), "closest"
 _SCOPES = ("global", "layer")
 _EVENTS = 20
 
@@ -162,7 +163,8 @@ class ChannelPruning(WeightCallback):
         exclude: the same, taken away again.
         channelwise: functions and layer classes that are not known here and treat each channel
             by itself.
-        on_miss: "warn" or "raise" when training ends before enough is removed.
+        on_miss: "warn" or "raise" when training ends before enough is removed. With "closest"
+            sizes that do not allow so much are no error: what they allow is removed, and logged.
         name: prefix of what is logged, and the key of the state.
 
     Raises:
@@ -199,7 +201,7 @@ class ChannelPruning(WeightCallback):
         fading = fade if isinstance(fade, Fading) else Fading(steps=fade)
         if not 0 <= min_keep <= 1:
             raise ValueError(f"min_keep={min_keep!r} must lie in [0, 1]")
-        check_choice("on_miss", on_miss, ("warn", "raise"))
+        check_choice("on_miss", on_miss, (*_ON_MISS, _CLOSEST))
         channel_budget = ChannelBudget(
             final_sparsity,
             budget=budget,
@@ -231,6 +233,7 @@ class ChannelPruning(WeightCallback):
         self._tapped: dict[str, str] = {}
         self._inputs: dict[str, Any] | None = None  # of the model that came back
         self._steered = False  # whether a budget will decide how far to go
+        self.unable = ""  # why no channel may go, where on_miss lets that be
         self._leaving: Flags | None = None
         self._fading = 0  # steps since they were chosen
         self._resumed: tuple[list[int] | None, int] | None = None
@@ -280,6 +283,7 @@ class ChannelPruning(WeightCallback):
         targets = [projected.target for projected in self.projected_weights]
         self._samples = SampleInputs(pl_module, roots_of(pl_module, targets), targets)
         self.plan, self.remover, self._leaving, self._fading = None, None, None, 0
+        self.unable = ""
         self.channel_budget.steered = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,14 +321,21 @@ class ChannelPruning(WeightCallback):
     def _make_plan(
         self, module: nn.Module, inputs: Mapping[str, Sequence[Any]], *, tell: bool = True
     ) -> None:
-        self.plan = ChannelPlan(
-            module,
-            inputs,
-            targets=[*self.paths(), *self._embeddings()],
-            channelwise=self.channelwise,
-            tapped=self._tapped,
-            refused=self.refused,
-        )
+        try:
+            self.plan = ChannelPlan(
+                module,
+                inputs,
+                targets=[*self.paths(), *self._embeddings()],
+                channelwise=self.channelwise,
+                tapped=self._tapped,
+                refused=self.refused,
+            )
+        except TargetError as error:
+            if self.on_miss != _CLOSEST:
+                raise
+            self.unable = str(error)
+            rank_zero_info(f"{self.state_key}: all channels stay: {error}")
+            return
         channel_budget, first = self.channel_budget, self.channel_budget.begin(self.plan.graph)
         self.remover = ChannelRemover(
             self.plan,
@@ -336,7 +347,9 @@ class ChannelPruning(WeightCallback):
         )
         if first and (said := channel_budget.measure(self.remover, self._scores)):
             rank_zero_info(f"{self.state_key}: {said}")
-        channel_budget.check(self.plan.graph, steered=self._steered)
+        closest = self.on_miss == _CLOSEST
+        if said := channel_budget.check(self.plan.graph, steered=self._steered, closest=closest):
+            rank_zero_info(f"{self.state_key}: {said}")
         if self._resumed is not None and self._resumed[0] is not None:
             units, self._fading = self._resumed
             self._leaving = self.plan.graph.flags(np.array(units, dtype=np.int64))
@@ -522,7 +535,7 @@ class ChannelPruning(WeightCallback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Remove faded channels: no autograd graph of this batch is alive any more."""
-        if self.plan is None:
+        if self.plan is None and not self.unable:
             self._plan_from_calls(pl_module)
         if self._leaving is not None and self._fading >= self.fade:
             self.remove(trainer, pl_module)
@@ -573,6 +586,8 @@ class ChannelPruning(WeightCallback):
             self.on_event(trainer)
             if self._leaving is not None:
                 self.remove(trainer, pl_module)
+        if self.unable:
+            return
         if self.remover is None:
             self._miss(trainer, f"{self.state_key}: no batch went through {self._samples}")
             return

@@ -116,6 +116,7 @@ class BudgetCallback(Callback):
         self._seen = False
         self._stale: object = None
         self._progress = 0.0  # of the run, at the last reading
+        self.degradation: float | None = None
 
     @property
     def state_key(self) -> str:
@@ -129,7 +130,8 @@ class BudgetCallback(Callback):
 
     def fit_results(self) -> dict[str, Any]:
         """The search, for fits that run in another process."""
-        return {"search": self.search, "readings": self.readings}
+        kept = ("search", "readings", "degradation")
+        return {name: getattr(self, name) for name in kept}
 
     @property
     def history(self) -> list[Trial]:
@@ -280,6 +282,8 @@ class QualityBudget(BudgetCallback):
             "dense": of the dense run that the command line trains beside, after as many steps (but
             those that were undone): a model that still learns is compared with one that does.
         spread: standard deviation of one reading; None: from the readings before `begin`.
+        irreducible: value of the metric that no model can better, such as the entropy of the data
+            in nats under a -ELBO: `max_degradation` is of the dense model's distance from it.
         begin: fraction of the run when compression begins.
         end: fraction of the run after which nothing is tried any more: what was found trains on.
         search: `SearchRules` or their fields: patience, confidence, strides, and what a trial
@@ -290,6 +294,8 @@ class QualityBudget(BudgetCallback):
 
     Attributes:
         history: what was tried, one `Trial` each.
+        degradation: of the model that the fit ended with, as a fraction; None before, and where no
+            model was within the budget.
 
     Raises:
         ValueError: for values outside their range, and in training when nothing logs the metric.
@@ -308,6 +314,7 @@ class QualityBudget(BudgetCallback):
         mode: str = "min",
         reference: float | str | None = None,
         spread: float | None = None,
+        irreducible: float = 0.0,
         begin: float = 0.2,
         end: float = 0.85,
         search: SearchRules | Mapping[str, Any] | None = None,
@@ -322,7 +329,7 @@ class QualityBudget(BudgetCallback):
             monitor,
             max_degradation,
             max_bytes,
-            reference=Reference(reference, mode, spread),
+            reference=Reference(reference, mode, spread, irreducible=irreducible),
             limits=limits if isinstance(limits, Limits) else Limits(**dict(limits or {})),
             name=name,
         )
@@ -467,7 +474,7 @@ class QualityBudget(BudgetCallback):
             )
             return
         cost = self._kept if back or not self.lately else recent(self.lately)
-        worse = (cost - self.reference.dense) / self.reference.scale
+        worse = self.degradation = (cost - self.reference.dense) / self.reference.scale
         noise = self.search.rules.confidence * self.search.rules.spread
         if self.max_degradation is not None and worse > self.max_degradation + noise:
             self._miss(

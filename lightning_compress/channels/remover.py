@@ -343,29 +343,36 @@ class ChannelBudget:
     def _rounding(self) -> str:
         return f"round_to={self.rounding.to} and min_keep={self.rounding.least}"
 
-    def check(self, graph: ChannelGraph, *, steered: bool) -> None:
+    def check(self, graph: ChannelGraph, *, steered: bool, closest: bool = False) -> str:
         """Check that a model can come down to what is asked.
 
         Args:
             graph: of the model.
             steered: a `QualityBudget` sets how far it goes, and the schedule's end does not
                 count.
+            closest: ask for the least that there is, where a model cannot come down so far.
+
+        Returns:
+            What `closest` changed, in words.
 
         Raises:
             ValueError: when it cannot; with the closest that there is.
         """
         least = lowest_cost(graph, self.kind, rounding=self.rounding, dense=self.dense)
         self.least = least / self.total
-        if steered and self.least >= 1:
-            raise ValueError(f"{self._rounding} leave nothing that may go")
+        nothing = f"{self._rounding} leave nothing that may go"
+        if steered and self.least >= 1 and not closest:
+            raise ValueError(nothing)
         if steered or least <= self.total * self.final * (1 + 1e-9):
-            return
-        asked, closest = f"final_sparsity={1 - self.final:.4g}", 1 - self.least
+            return nothing if self.least >= 1 else ""
+        asked, nearest = f"final_sparsity={1 - self.final:.4g}", 1 - self.least
         if self.fraction is not None:
-            asked, closest = f"budget={{{self.kind!r}: {self.final:.4g}}}", self.least
-        raise ValueError(
-            f"{asked} cannot be met with {self._rounding}: the closest is {closest:.4f}"
-        )
+            asked, nearest = f"budget={{{self.kind!r}: {self.final:.4g}}}", self.least
+        said = f"{asked} cannot be met with {self._rounding}: the closest is {nearest:.4f}"
+        if not closest:
+            raise ValueError(said)
+        self.part.curve = make_schedules(1 - self.least, None, *self.window)[0].curve
+        return said
 
     def state_dict(self) -> dict[str, Any]:
         """Progress of the budget, as plain data."""

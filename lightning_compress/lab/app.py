@@ -1,6 +1,7 @@
 """Command line: `lightning-compress [key=value ...]`, `... report DIR ...`, `... inspect FILE`.
 
-`lightning-compress federated [key=value ...]` runs the first form with the config `federated`.
+`python -m lightning_compress` is the same. `lightning-compress federated [key=value ...]` runs the
+first form with the config `federated`.
 
 argparse parses `report` and the commands on files; all other words are Hydra overrides.
 """
@@ -31,9 +32,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import lightning_compress
 from lightning_compress.lab.config import config_dir, explain
 from lightning_compress.lab.sweeps import Outcome, run_sweep_job, sweep_folder
 from lightning_compress.lab.sweeps.jobs import PRUNED_EXIT_CODE, stop_with_launcher
+from lightning_compress.lab.usage import check_words, help_text, unknown_option
 from lightning_compress.terminal import printable
 
 __all__ = [
@@ -66,6 +69,7 @@ def terminable() -> Iterator[None]:
 
 OUT_HELP = "default: report.html in their common parent; a suffix .md or .csv selects that format"
 COMMANDS = ("inspect", "pack", "unpack", "diff", "sensitivity", "advise")
+USAGE = 2  # exit code of what argparse and we refuse before anything runs
 BROKEN_PIPE = 141  # as a shell has it for SIGPIPE
 
 # The typed words, where recorded overrides of a run folder are added to them; else None.
@@ -95,9 +99,10 @@ def _run_words(argv: list[str]) -> None:
         from lightning_compress.lab.commands import run_command  # with PyTorch, which takes seconds
 
         sys.exit(run_command(argv))
-    if "federated" in argv and "--config-name" not in argv:  # the same run, another config on top
-        argv = ["--config-name=federated", *(word for word in argv if word != "federated")]
-    argv = [_quote_partition(word) for word in argv]
+    if argv[:1] in (["--version"], ["-V"]):
+        print(f"lightning-compress {lightning_compress.__version__}")
+        return
+    argv = _hydra_words(argv)
     sweep = [word for word in argv if word in ("-m", "--multirun")]  # anywhere, as in git
     words = [word for word in argv if word not in sweep]
     if sweep and not any(word.startswith("hydra.sweep.dir=") for word in words):
@@ -119,6 +124,18 @@ def _run_words(argv: list[str]) -> None:
         _fail(_message(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _hydra_words(argv: list[str]) -> list[str]:
+    """The words for Hydra; prints the commands before its help, and refuses what it cannot mean."""
+    if argv[:1] == ["help"] or "--help" in argv or "-h" in argv:
+        argv = ["--help", *(word for word in argv if word not in ("help", "--help", "-h"))]
+        print(help_text(), end="\n\n", flush=True)
+    if "federated" in argv and "--config-name" not in argv:  # the same run, another config on top
+        argv = ["--config-name=federated", *(word for word in argv if word != "federated")]
+    if said := check_words(argv) or unknown_option(argv):
+        _fail(said, USAGE)
+    return [_quote_partition(word) for word in argv]
 
 
 def _quote_partition(word: str) -> str:
@@ -176,6 +193,10 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     except HopelessRunError as stop:
         print(f"pruned: {stop}", file=sys.stderr)
         sys.exit(PRUNED_EXIT_CODE)
+    except (HydraException, OmegaConfBaseException) as error:  # else Hydra prints one of its own
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
+            raise
+        _fail(explain(error, sys.argv[1:]))
     except _EXPECTED as error:
         if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
             raise
@@ -232,9 +253,9 @@ def _message(error: BaseException) -> str:
     return f"{text or type(error).__name__} (LIGHTNING_COMPRESS_TRACEBACK=1 shows where)"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     print(f"error: {printable(message)}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _display_path(path: Path) -> Path:

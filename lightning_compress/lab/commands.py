@@ -6,6 +6,7 @@ And on a dense model before compression: `sensitivity`, `advise`.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,9 +38,16 @@ def run_command(argv: Sequence[str]) -> int:
     """Run one of `COMMANDS`; 0 for success, 1 where `diff` finds a difference, 2 for an error."""
     chosen = _parser().parse_args(argv)
     try:
+        for name in ("file", "checkpoint", "one", "other"):
+            if (path := getattr(chosen, name, None)) is not None and not path.exists():
+                raise FileNotFoundError(errno.ENOENT, "there is no file", str(path))
         return COMMANDS[chosen.command](chosen)
     except BrokenPipeError:
         raise
+    except FileNotFoundError as error:
+        missing = f"there is no file {error.filename}" if error.filename else str(error)
+        print(f"error: {printable(missing)}", file=sys.stderr)
+        return TROUBLE
     except (OSError, ValueError, TypeError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return TROUBLE

@@ -24,26 +24,85 @@ def config_dir() -> Path:
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
-    """Hydra's message, and the closest valid keys or groups for each unknown override.
+    """One message for what Hydra raised: what is wrong, and the closest valid names.
 
     Args:
         error: what Hydra raised.
         overrides: the command line's `key=value` words.
     """
     chain, current = [], error
-    while current is not None and len(chain) < 3:
-        chain.append(str(current).strip())
+    while current is not None and len(chain) < 4:
+        chain.append(current)
         current = current.__cause__
-    text = "\n".join(dict.fromkeys(chain))
+    text = "\n".join(dict.fromkeys(str(one).strip() for one in chain))
+    if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
+        return _unknown_choice(*missing.groups()) or text
+    if wrong := re.search(r"Could not override '([^']+)'", text):
+        key = override_key(wrong[1])
+        return f"{_unknown_key(key, overrides)}; +{key}=... adds a new one"
+    if wrong := re.search(r"Could not delete from config\. .*?'([^']+)' does not exist", text):
+        return _unknown_key(override_key(wrong[1]), overrides)
+    if type(chain[0]).__name__ == "InstantiationException" and len(chain) > 1:
+        place = re.search(r"full_key: (\S+)", text)  # the constructor's own words say more
+        return f"{place[1]}: {chain[1]}" if place else str(chain[1])
+    text = re.sub(r"\nSee https://hydra\.cc\S* for details", "", text)
+    if override := getattr(chain[0], "override", None):  # whose grammar is Hydra's
+        return f"cannot read {override!r} (quote values with brackets or commas): {text}"
+    return re.sub(r"\n\s*(?:reference_type|object_type)=.*", "", text)
+
+
+def _unknown_choice(group: str, choice: str) -> str:
+    """The message for a choice that a group does not have; empty for a group of others."""
+    folder = config_dir() / group
+    valid = sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+    if not valid:
+        return ""
+    close = difflib.get_close_matches(choice, valid, n=1)
+    hint = f" Closest: {close[0]}." if close else ""
+    return f"{group}={choice}: there is no such choice.{hint} Valid are {', '.join(valid)}"
+
+
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+    """The message for a key that the config does not have."""
+    said = f"there is no key {key!r}"
+    known = list(dict.fromkeys(_keys(overrides)))
+    if key in known:  # of a group that the defaults list does not have
+        return f"{key!r} cannot be set here: give its group a choice"
+    for path in _files_with(key):
+        group, name = path.parent.name, path.stem
+        return f"{said}: it belongs to {group}={name}, which is not chosen: {group}=[...,{name}]"
+    close = _closest(key, known)
+    hint = f". Closest: {', '.join(close)}" if close else ""
+    return f"{said}{hint}"
+
+
+def _closest(key: str, known: Sequence[str]) -> list[str]:
+    """Up to four names near a key: beside it first, then of the same group, then of others."""
+    parent, _, last = key.rpartition(".")
+    top = key.partition(".")[0]
     groups = {path.name for path in config_dir().iterdir() if path.is_dir()}
-    known = [*groups, *_keys(overrides)]
-    for word in overrides:
-        key = override_key(word)
-        if word.startswith(("-", "+", "hydra")) or "=" not in word or key in known:
-            continue
-        if close := difflib.get_close_matches(key, known, n=4, cutoff=0.4):
-            text += f"\n{key!r} is no key of the config. Closest: {', '.join(close)}"
-    return text
+    beside = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == parent}
+    if not parent:
+        beside |= {one: one for one in groups}
+    names = difflib.get_close_matches(last, list(beside), n=4, cutoff=0.5)
+    near = [beside[one] for one in names]
+    if len(names) < 2:
+        same = [one for one in known if one.startswith(f"{top}.")]
+        near += difflib.get_close_matches(key, same, n=3, cutoff=0.6)
+    if not near:
+        near += difflib.get_close_matches(key, [*groups, *known], n=4, cutoff=0.5)
+        ends = {one for one in known if one.rpartition(".")[2] == last}
+        near += sorted(ends, key=len)[:2]
+    if not near and beside:
+        near += list(beside.values())[:8]  # all that stand there
+    return list(dict.fromkeys(near))[:8]
+
+
+def _files_with(key: str) -> Iterator[Path]:
+    """Files of multi-choice groups that hold a key."""
+    for path in sorted((config_dir() / "compression").glob("*.yaml")):
+        if key in _flat(path, "compression"):
+            yield path
 
 
 def override_key(word: str) -> str:
@@ -58,18 +117,35 @@ def override_key(word: str) -> str:
 def _keys(overrides: Sequence[str]) -> Iterator[str]:
     """All dotted keys of the configs; of a group with a choice, those of the chosen files."""
     root = config_dir()
-    chosen = dict(word.split("=", 1) for word in overrides if "=" in word)
+    chosen = _defaults(root / "train.yaml")
+    chosen |= dict(word.split("=", 1) for word in overrides if "=" in word)
+    if (experiment := root / "experiment" / f"{chosen.get('experiment')}.yaml").is_file():
+        chosen = {**chosen, **_defaults(experiment)}
     for path in sorted(root.glob("*.yaml")):
         yield from _flat(path, "")
     for group in sorted(path for path in root.iterdir() if path.is_dir()):
         choice = chosen.get(group.name, "")
-        names = [name for name in re.split(r"[\[\],\s]+", choice) if name]
+        names = [name for name in re.split(r"[\[\],\s']+", choice) if name]
         for path in sorted(group.glob("*.yaml")):
             if not names or path.stem in names:
                 yield from _flat(path, group.name)
 
 
+def _defaults(path: Path) -> dict[str, str]:
+    """The choices of a file's defaults list, as on the command line."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    pairs = [one for one in content.get("defaults", []) if isinstance(one, dict)]
+    return {
+        str(group).removeprefix("override ").lstrip("/"): str(choice)
+        for one in pairs
+        for group, choice in one.items()
+        if choice
+    }
+
+
 def _flat(path: Path, prefix: str) -> Iterator[str]:
+    """The dotted keys of a file."""
+
     def walk(node: object, at: str) -> Iterator[str]:
         if at:
             yield at

@@ -319,11 +319,10 @@ def _compression(results: wording.Results) -> str:
 
 
 def _meta(results: wording.Results) -> list[tuple[str, str]]:
-    compression = section(results, "compression")
     pairs = [
         ("Model", wording.model_name(results)),
         ("Data", results["data"]),
-        ("Compression", " + ".join(compression) or "none recorded"),
+        ("Compression", " + ".join(wording.methods(results)) or "none recorded"),
         ("Seed", results.get("seed")),
         ("Created", results.get("created")),
     ]

@@ -434,7 +434,7 @@ def differing_settings(runs: Sequence[Run], limit: int = 4) -> list[str]:
             f"{key}={_setting(settings[key])}" for key in keys if settings.get(key) is not None
         ]
         more = f", and {len(shown) - limit} more" if len(shown) > limit else ""
-        methods = ", ".join(section(run.results, "compression")) or "none recorded"
+        methods = ", ".join(wording.methods(run.results)) or "none recorded"
         texts.append(", ".join(shown[:limit]) + more if shown else methods)
     return texts
 

@@ -23,6 +23,7 @@ __all__ = [
     "count",
     "headline",
     "kilobytes",
+    "methods",
     "metric",
     "milliseconds",
     "model_name",
@@ -219,6 +220,19 @@ def model_name(results: Results) -> str:
     """Return the model as the field writes it."""
     model = str(results["model"])
     return MODEL_NAMES.get(model, model)
+
+
+def methods(results: Results) -> list[str]:
+    """Return the names of the compression methods, a recipe by its goal.
+
+    >>> methods({"compression": {"recipe": {"goal": "smallest"}, "prune": {"begin": 0.0}}})
+    ['recipe "smallest"', 'prune']
+    """
+    found = []
+    for name, settings in section(results, "compression").items():
+        goal = settings.get("goal") if isinstance(settings, Mapping) else None
+        found.append(f'{name} "{goal}"' if goal is not None else str(name))
+    return found
 
 
 def metric(results: Results, key: str) -> MetricLabel:

@@ -1,4 +1,4 @@
-"""Command `advise`: a recipe with reasons, from a layer profile and a sensitivity scan."""
+"""Command `advise`: recipes with reasons, from a layer profile and a sensitivity scan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from lightning_compress.budget.reference import part_bytes
 from lightning_compress.budget.sensitivity import LayerScan, Sensitivity
+from lightning_compress.callbacks.recipe import GOALS, compression_recipe
 from lightning_compress.deployment import deployed_part
+from lightning_compress.distillation.teachers import DENSE
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.evaluation.cost import torch_bytes
 from lightning_compress.lab.evaluation.profile import LayerProfile, profile_layers
@@ -28,6 +31,7 @@ from lightning_compress.lab.workflow.sensitivity import (
 
 __all__ = [
     "Findings",
+    "explain_recipes",
     "run_advise",
     "write_recipe",
 ]
@@ -226,7 +230,33 @@ def run_advise(
     path = folder / "experiment" / "advised.yaml"
     write_atomically(path, text, what="the recipe", parents=True)
     print(f"{path}\nTo run it:\n  lightning-compress --config-dir {folder} experiment=advised")
+    print(explain_recipes(model, layers, subject.overrides))
     return path
+
+
+def explain_recipes(
+    model: nn.Module, layers: Sequence[LayerProfile], overrides: Sequence[str] = ()
+) -> str:
+    """The callbacks of `compression_recipe` for each goal, why, and the command that runs them.
+
+    Args:
+        model: dense.
+        layers: its profile.
+        overrides: that lead to the model, as on the command line.
+    """
+    largest = sorted(layers, key=lambda one: one.bytes, reverse=True)[:2]
+    total = max(sum(one.bytes for one in layers), 1)
+    where = " and ".join(f"{one.path} ({one.bytes / total:.0%})" for one in largest)
+    lines = [f"\nReady-made recipes for this model, whose bytes are mostly in {where}:"]
+    words = " ".join(one for one in overrides if not one.startswith("compression"))
+    for goal in GOALS:
+        recipe = compression_recipe(goal, teacher=DENSE, model=model)
+        skipped = sorted({path for one in recipe for path in getattr(one, "exclude", ())})
+        lines += ["", repr(recipe)]
+        if skipped:
+            lines.append(f"  left dense, the smallest: {', '.join(map(str, skipped))}")
+        lines.append(f"  {' '.join(['lightning-compress', words, f'compression={goal}'])}")
+    return "\n".join(lines)
 
 
 def _findings(

@@ -24,6 +24,7 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.lab.data import SplitDataModule
+from lightning_compress.lab.evaluation.verdict import irreducible_nats
 from lightning_compress.lab.monitoring import GiveUp
 from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
 from lightning_compress.lab.workflow.costs import (
@@ -36,10 +37,22 @@ from lightning_compress.lab.workflow.costs import (
     write_graph_file,
     write_int8_files,
 )
-from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, spread_of
+from lightning_compress.lab.workflow.quality import (
+    METRICS,
+    Evaluator,
+    generate,
+    rows,
+    spread_of,
+)
 from lightning_compress.lab.workflow.resume import Earlier, shared_checkpoint, sole_run
 from lightning_compress.lab.workflow.run_identity import check_same_run, config_hash, dense_recipe
-from lightning_compress.lab.workflow.training import Trained, build_model, load_trained, train
+from lightning_compress.lab.workflow.training import (
+    Trained,
+    build_model,
+    compression_callbacks,
+    load_trained,
+    train,
+)
 from lightning_compress.quantization.fake_quantize import fake_quantized
 
 __all__ = ["Second", "run_experiment"]
@@ -97,13 +110,13 @@ def _run(
         check_same_run(cfg, earlier.folder)
     earlier = earlier.carried_to(folder)
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg), what="the config")
-    compressors = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
     data: SplitDataModule = instantiate(cfg.data, _convert_="all")
     data.prepare_data()
     data.setup()
-    kind = build_model(cfg, data, seed=cfg.seed).kind  # finds mistakes before anything trains
+    model: Any = build_model(_of_student(cfg), data, seed=cfg.seed)  # mistakes before training
+    compressors = _compressors(cfg, model, data)
     called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
-    evaluator = Evaluator(cfg.evaluate, data, str(kind), called["data"].rsplit(".", 1)[-1])
+    evaluator = Evaluator(cfg.evaluate, data, str(model.kind), called["data"].rsplit(".", 1)[-1])
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
@@ -126,6 +139,14 @@ def _run(
     write_atomically(folder / "results.json", text, what="the results", parents=True)
     _write_curves(folder / "curves.csv", dense, compressed)
     return results
+
+
+def _compressors(cfg: DictConfig, model: Any, data: SplitDataModule) -> list[Callback]:
+    irreducible: dict[str, float] = {}
+    if (likelihood := getattr(model, "likelihood", None)) is not None:
+        std = getattr(model, "observation_std", 1.0)
+        irreducible["val/elbo"] = -irreducible_nats(rows(data.val_dataset)[0], likelihood, std=std)
+    return compression_callbacks(cfg.compression, model, irreducible=irreducible)
 
 
 def _of_student(cfg: DictConfig) -> DictConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +29,13 @@ from lightning_compress.lab.report.wording import kilobytes
 from lightning_compress.lab.workflow.quality import Evaluator, rows
 from lightning_compress.lab.workflow.resume import Earlier
 from lightning_compress.lab.workflow.run_identity import run_folder
-from lightning_compress.lab.workflow.training import FINAL, LAST, Trained, build_model
+from lightning_compress.lab.workflow.training import (
+    FINAL,
+    LAST,
+    Trained,
+    build_model,
+    compression_callbacks,
+)
 
 __all__ = ["federated_training"]
 
@@ -244,7 +250,7 @@ class _ClientCallbacks:
     def __call__(self, now: Any) -> Sequence[Callback]:  # noqa: ARG002
         cfg, _, _ = _data_of(self.text)
         built = [instantiate(one, _convert_="all") for one in cfg.federated.callbacks.values()]
-        return [*built, *(instantiate(one, _convert_="all") for one in cfg.compression.values())]
+        return [*built, *compression_callbacks(cfg.compression, get_class(cfg.model._target_))]
 
 
 class _Measure:

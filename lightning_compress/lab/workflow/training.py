@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
+from torch import nn
 
 from lightning_compress.callbacks import RandomState, StopOnNonFinite
+from lightning_compress.callbacks.recipe import KINDS
 from lightning_compress.channels.resize import rebuild_channels
 from lightning_compress.errors import TargetError, require
 from lightning_compress.lab.checkpointing import EpochCheckpoint
@@ -26,6 +28,7 @@ __all__ = [
     "Trained",
     "build_model",
     "close_loggers",
+    "compression_callbacks",
     "load_trained",
     "mlflow_logger",
     "train",
@@ -81,6 +84,7 @@ def close_loggers(loggers: Iterable[Any]) -> None:
             logger.experiment.finish()
 
 
+RECIPE = "lightning_compress.compression_recipe"
 FINAL, LAST, INTERRUPTED = "final.ckpt", "last.ckpt", "interrupted.ckpt"
 
 
@@ -115,6 +119,33 @@ def build_model(cfg: DictConfig, data: SplitDataModule, *, seed: int) -> Lightni
         )
     seed_everything(seed, verbose=False)
     return instantiate(cfg.model, **sizes, _convert_="all")
+
+
+def compression_callbacks(
+    settings: DictConfig, model: Any, *, irreducible: Mapping[str, float] | None = None
+) -> list[Callback]:
+    """The callbacks of the config's `compression`; those of a recipe are made for the model.
+
+    Args:
+        settings: by method, or a recipe.
+        model: the model, or its class.
+        irreducible: values of logged metrics that no model can better.
+    """
+    found: list[Callback] = []
+    for one in settings.values():
+        if one._target_ != RECIPE:
+            found.append(instantiate(one, _convert_="all"))
+            continue
+        kind = model if isinstance(model, nn.Module) else _kind_of_class(model)
+        given: dict[str, Any] = {"model": kind} if one.model is None else {}
+        if one.irreducible is None:
+            given["irreducible"] = (irreducible or {}).get(one.monitor, 0.0)
+        found += instantiate(one, _convert_="all", _partial_=True)(**given)
+    return found
+
+
+def _kind_of_class(kind: Any) -> str:
+    return kind.kind if getattr(kind, "kind", None) in KINDS else "other"
 
 
 def train(

@@ -6,6 +6,7 @@ in the way.
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -15,12 +16,17 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from lightning_compress import load_compressed, onnx_model
+from lightning_compress import compression_recipe, load_compressed, onnx_model
+from lightning_compress.callbacks.recipe import GOALS
 from lightning_compress.lab.config import config_dir
 from lightning_compress.lab.data import DigitRows, Digits
 from lightning_compress.lab.workflow.experiment import run_experiment
 from lightning_compress.lab.workflow.quality import generate
-from lightning_compress.lab.workflow.training import build_model, load_trained
+from lightning_compress.lab.workflow.training import (
+    build_model,
+    compression_callbacks,
+    load_trained,
+)
 
 QUICK = [
     "trainer.max_epochs=1",
@@ -81,7 +87,7 @@ def instantiated(cfg):
     data.prepare_data()
     data.setup()
     model = build_model(cfg, data, seed=0)
-    callbacks = [instantiate(one, _convert_="all") for one in cfg.compression.values()]
+    callbacks = compression_callbacks(cfg.compression, model)
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=False, _convert_="all")
     assert all(one in trainer.callbacks for one in callbacks)
     return model, data
@@ -120,6 +126,37 @@ def test_each_compression_is_instantiated(compression):
     cfg = composed(f"compression=[{compression}]", f"model={model}", "model.width_multiplier=0.25")
     assert len(cfg.compression) == 1  # each file holds one top key
     instantiated(cfg)
+
+
+def settings(callback):
+    """What a callback was made with, in words."""
+    kept = {key: value for key, value in vars(callback).items() if not key.startswith("_")}
+    budget = getattr(callback, "channel_budget", None)
+    more = [] if budget is None else [budget.kind, budget.fraction, budget.window]
+    shown = {
+        key: repr(value) for key, value in kept.items() if isinstance(value, (str, float, list))
+    }
+    shown = {key: re.sub(r" at 0x\w+", "", text) for key, text in shown.items()}
+    return type(callback).__name__, shown, more
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("model", ["vae", "dcgan"])
+def test_a_recipe_on_the_command_line_is_the_list_of_the_function(goal, model):
+    words = [f"compression={goal}", f"model={model}", "model.width_multiplier=0.25"]
+    cfg = composed(*words)
+    made, _ = instantiated(cfg)
+    given = compression_callbacks(cfg.compression, made)
+    expected = compression_recipe(goal, teacher="dense", model=made)
+    assert [settings(one) for one in given] == [settings(one) for one in expected]
+    held = composed(
+        *words, "compression.recipe.monitor=val/elbo", "compression.recipe.max_loss=0.1"
+    )
+    budget = compression_callbacks(held.compression, made, irreducible={"val/elbo": -7.0})[-2]
+    assert (budget.monitor, budget.max_degradation) == ("val/elbo", 0.1)
+    assert (budget.reference.mode, budget.reference.irreducible) == ("max", -7.0)
+    by_class = compression_callbacks(cfg.compression, type(made))
+    assert [type(one) for one in by_class] == [type(one) for one in given] or goal == "smallest"
 
 
 @pytest.mark.parametrize("logger", names("logger"))

@@ -6,7 +6,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from lightning_compress import compression_recipe
 from lightning_compress.budget.sensitivity import Sensitivity
+from lightning_compress.callbacks.recipe import GOALS
+from lightning_compress.lab.evaluation.profile import profile_layers
+from lightning_compress.lab.models import VAE
+from lightning_compress.lab.workflow.advising import explain_recipes
 
 SMALL = [
     "model.width_multiplier=0.25",
@@ -87,3 +92,13 @@ def test_mistakes_end_with_one_clear_message(cli, words, message):
     assert code == 2
     assert message in out + err
     assert "Traceback" not in out + err
+
+
+def test_advice_explains_each_ready_made_recipe_for_the_model():
+    model = VAE(image_size=8, width=16)
+    text = explain_recipes(model, profile_layers(model.parts()), ["model=vae", "data=digits"])
+    for goal in GOALS:
+        recipe = compression_recipe(goal, teacher="dense", model=model)
+        assert repr(recipe) in text
+        assert f"lightning-compress model=vae data=digits compression={goal}" in text
+    assert "bytes are mostly in" in text
