@@ -8,13 +8,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_compress.terminal import ShownArguments
+
 __all__ = ["BalanceGuard", "Guard", "PosteriorGuard"]
 
 _MEASURES = ("loss", "accuracy", "distance")
 _STATE = ("readings", "paused", "recent", "reference")
 
 
-class Guard(Callback):
+class Guard(ShownArguments, Callback):
     """Watch a logged metric against its own moving average; pruning waits while it is off.
 
     Every pruning callback of the same Trainer asks the guard and holds its schedule's clock, up
