@@ -34,6 +34,9 @@ class Guard(ShownArguments, Callback):
 
     Raises:
         ValueError: for values outside their range, and in training when nothing logs the metric.
+
+    >>> Guard(monitor="val/kl", warmup=5)
+    Guard(monitor='val/kl', warmup=5)
     """
 
     def __init__(
