@@ -10,6 +10,7 @@ import pytest
 import torch
 from reporting import make_results, make_run
 
+from lightning_compress.lab.evaluation.verdict import verdict
 from lightning_compress.lab.report.loading import Run
 from lightning_compress.lab.report.media import MOST_FILES, samples
 from lightning_compress.lab.report.page import write_report
@@ -134,3 +135,20 @@ def test_the_file_to_take_comes_first(tmp_path):
     results["compressed"]["bytes"] = {"lcz": 100}
     (run / "results.json").write_text(json.dumps(results))
     assert "weights alone</strong>" in write_report([run]).read_text()
+
+
+def test_the_banner_of_one_run_and_of_all_seeds_says_what_fell(tmp_path):
+    for seed in range(2):
+        dense = {"neg_elbo": 25.0 + seed, "active_units": 13}
+        compressed = {"neg_elbo": 25.0 + seed, "active_units": 7}
+        results = make_results(place=seed, ratio=31.2)
+        results["compression"] = {"prune": {}}
+        for side, quality in (("dense", dense), ("compressed", compressed)):
+            results[side]["quality"] = quality
+        results["baseline_spread"] = {}
+        results["verdict"] = verdict("neg_elbo", [dense], [compressed]).record()
+        make_run(tmp_path / "m" / str(seed), results, curves=False, samples=False)
+    source = write_report([tmp_path / "m"]).read_text("utf-8")
+    lead = '<p class="verdict unknown"><strong>No loss: not established; active units fell from '
+    assert source.count(lead + "13 to 7.</strong>") == 2 + 1  # each run, and both together
+    assert "in 2 a measure beside it fell" in source
