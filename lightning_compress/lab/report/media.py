@@ -1,8 +1,8 @@
 """Samples of a run as the page shows them: the file's suffix says whether they are seen or heard.
 
 `results.json` names them under `samples`: a key, and a file in the run's folder. `grid` is the
-comparison, `dense` and `compressed` are its two sides; further pairs are `dense_<name>` and
-`compressed_<name>`. Any model may add files: nothing here knows what a model draws.
+comparison, `dense` and `compressed` are its two sides, `real` what they should be; further ones are
+`dense_<name>`, `compressed_<name>` and `real_<name>`. Nothing here knows what a model draws.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ AUDIO_TYPES = {
     ".flac": "audio/flac",
 }
 MOST_BYTES = 1 << 25  # of a sample file
-MOST_FILES = 24  # of one run
+MOST_FILES = 40  # of one run
 CAPTIONS = {
     "grid": "Samples from the same latents: each dense row above its compressed row",
     "dense": "Dense samples",
     "compressed": "Compressed samples",
+    "real": "Real samples",
 }
 
 
@@ -68,22 +69,26 @@ class SampleView:
         grid: dense rows above compressed rows.
         dense: one side.
         compressed: the other side.
+        real: what they should be, where that is known.
     """
 
     title: str = ""
     grid: Sample | None = None
     dense: Sample | None = None
     compressed: Sample | None = None
+    real: Sample | None = None
 
     @property
     def sides(self) -> list[Sample]:
-        """Both sides, as far as they are there."""
-        return [one for one in (self.dense, self.compressed) if one is not None]
+        """Both sides and the real one, as far as they are there."""
+        every = (self.real, self.dense, self.compressed)
+        return [one for one in every if one is not None]
 
     @property
     def has_difference(self) -> bool:
         """Whether both sides are images, which can be laid over each other."""
-        return len(self.sides) == 2 and all(one.kind == "image" for one in self.sides)
+        both = (self.dense, self.compressed)
+        return all(one is not None and one.kind == "image" for one in both)
 
 
 def samples(run: Run) -> tuple[list[SampleView], list[str]]:

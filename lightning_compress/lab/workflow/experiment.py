@@ -263,22 +263,7 @@ def _measure(
 def _write_samples(
     folder: Path, dense: Any, compressed: Any, evaluator: Evaluator
 ) -> dict[str, str]:
-    """Grids of samples from the same latents, for models that draw.
-
-    A model with a method `write_samples(folder, side)` writes its own, images or audio, and
-    returns their names: {"": "dense.wav"}, or more, each under a name of its own.
-    """
-    if callable(getattr(dense, "write_samples", None)):
-        with fake_quantized(compressed):
-            written = {
-                side: model.write_samples(folder, side)
-                for side, model in (("dense", dense), ("compressed", compressed))
-            }
-        return {
-            f"{side}_{key}".rstrip("_"): name
-            for side, names in written.items()
-            for key, name in names.items()
-        }
+    """Grids of samples from the same latents, for models that draw."""
     if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
         return {}
     with fake_quantized(compressed):

@@ -3,10 +3,7 @@
 import base64
 import json
 import wave
-from types import SimpleNamespace
 
-import numpy as np
-import pytest
 import torch
 from reporting import make_results, make_run
 
@@ -14,35 +11,14 @@ from lightning_compress.lab.evaluation.verdict import verdict
 from lightning_compress.lab.report.loading import Run
 from lightning_compress.lab.report.media import MOST_FILES, samples
 from lightning_compress.lab.report.page import write_report
-from lightning_compress.lab.report.sample_audio import save_audio
 from lightning_compress.lab.report.sample_grids import save_grid
-from lightning_compress.lab.workflow.experiment import _write_samples
 
 
-def test_a_waveform_comes_back_as_it_was(tmp_path):
-    waves = torch.rand(2, 1, 100) * 2 - 1
-    with wave.open(str(save_audio(waves, tmp_path / "a.wav", sample_rate=400))) as found:
-        assert (found.getframerate(), found.getnchannels()) == (400, 1)
-        heard = np.frombuffer(found.readframes(found.getnframes()), "<i2") / 32767
-    assert len(heard) == 100 + 100 + 100  # a quarter of a second between
-    np.testing.assert_allclose(heard[:100], waves[0, 0].numpy(), atol=1e-4)
-    np.testing.assert_allclose(heard[200:], waves[1, 0].numpy(), atol=1e-4)
-    assert not heard[100:200].any()
-
-
-@pytest.mark.parametrize(
-    ("waves", "rate", "message"),
-    [
-        (torch.zeros(2, 2, 5), 8, r"got \(2, 2, 5\)"),
-        (torch.zeros(0, 5), 8, r"got \(0, 5\)"),
-        (torch.full((1, 5), float("nan")), 8, "finite"),
-        (torch.zeros(1, 5), 0, "at least 1, got 0"),
-    ],
-)
-def test_wrong_waveforms_are_refused(tmp_path, waves, rate, message):
-    with pytest.raises(ValueError, match=message):
-        save_audio(waves, tmp_path / "a.wav", sample_rate=rate)
-    assert not list(tmp_path.iterdir())
+def save_audio(path):
+    """A short 16-bit waveform."""
+    with wave.open(str(path), "wb") as stream:
+        stream.setparams((1, 2, 8000, 0, "NONE", ""))
+        stream.writeframes(bytes(range(256)))
 
 
 def test_audio_is_played_and_colour_is_shown(tmp_path):
@@ -52,11 +28,14 @@ def test_audio_is_played_and_colour_is_shown(tmp_path):
         "dense_maps": "d.png",
         "compressed_maps": "c.png",
         "input": "input.png",
+        "real": "real.png",
+        "real_0.wav": "real.wav",
+        "dense_0.wav": "dense.wav",
     }
     run = make_run(tmp_path / "run", make_results(samples=named), samples=False)
-    for name in ("dense.wav", "compressed.wav"):
-        save_audio(torch.rand(1, 64), run / name, sample_rate=8000)
-    for name in ("d.png", "c.png", "input.png"):
+    for name in ("dense.wav", "compressed.wav", "real.wav"):
+        save_audio(run / name)
+    for name in ("d.png", "c.png", "input.png", "real.png"):
         save_grid(torch.rand(2, 3, 4, 4), run / name)
     source = write_report([run]).read_text("utf-8")
     for name in ("dense.wav", "compressed.wav"):
@@ -64,7 +43,10 @@ def test_audio_is_played_and_colour_is_shown(tmp_path):
         assert f'<audio controls preload="metadata" src="data:audio/wav;base64,{held}"' in source
     assert "media-src data:" in source
     assert source.count('class="stack"') == 1  # of the images: sounds have no difference view
-    assert source.count("data:image/png;base64," + _held(run / "input.png")) == 1
+    for name in ("input.png", "real.png"):
+        assert source.count("data:image/png;base64," + _held(run / name)) == 1
+    assert "Real samples, 0.wav</figcaption>" in source
+    assert source.count("<audio ") == 2 + 2
 
 
 def _held(path):
@@ -81,6 +63,13 @@ def test_difference_lays_one_side_over_the_other(tmp_path):
     assert source.count(" checked>") == 1
 
 
+def test_a_comparison_alone_is_shown(tmp_path):
+    run = make_run(tmp_path / "run", make_results(samples={"grid": "samples.png"}))
+    source = write_report([run]).read_text("utf-8")
+    assert source.count(_held(run / "samples.png")) == 1
+    assert 'class="stack"' not in source
+
+
 def test_files_outside_or_of_another_kind_are_named(tmp_path):
     (tmp_path / "secret.wav").write_bytes(b"secret")
     named = {"dense": "../secret.wav", "compressed": "gone.wav", "dense_x": "a.html"}
@@ -94,24 +83,6 @@ def test_files_outside_or_of_another_kind_are_named(tmp_path):
         notes[0] == f"Samples: {MOST_FILES + 3} files are named, the first {MOST_FILES} are shown."
     )
     assert len(notes) == 1 + MOST_FILES
-
-
-def test_a_model_may_write_samples_of_its_own(tmp_path):
-    class Vocoder(torch.nn.Module):
-        def write_samples(self, folder, side):
-            name = f"{side}.wav"
-            save_audio(torch.rand(1, 64), folder / name, sample_rate=8000)
-            return {"": name, "mel": f"{side}.png"}
-
-    evaluator = SimpleNamespace(kind="gan", data=SimpleNamespace(kind="image"))
-    names = _write_samples(tmp_path, Vocoder(), Vocoder(), evaluator)
-    assert names == {
-        "dense": "dense.wav",
-        "dense_mel": "dense.png",
-        "compressed": "compressed.wav",
-        "compressed_mel": "compressed.png",
-    }
-    assert (tmp_path / "compressed.wav").is_file()
 
 
 def test_the_command_that_made_the_run_can_be_copied(tmp_path):
