@@ -377,6 +377,9 @@ class Projector:
         self._gradients: dict[str, RemovableHandle] = {}  # on parameters, by path
         self._marks: dict[int, _Mark] = {}  # of optimizers that have made no step yet
 
+    def __repr__(self) -> str:
+        return f"Projector({len(self.projected_weights)} weights, steps={self.steps})"
+
     @classmethod
     def of(cls, module: nn.Module) -> Projector:
         """The projector that all callbacks of one module share; made at the first call."""

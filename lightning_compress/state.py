@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_compress.grids import AffineGrid, CodebookGrid
 from lightning_compress.removed import RemovedChannels
 from lightning_compress.sharding import full_tensor
+from lightning_compress.terminal import html_table, shape_text
 
 __all__ = [
     "ActivationGrids",
@@ -53,7 +54,7 @@ class ActivationGrids:
     dynamic: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressionState:
     """Compression state of a module.
 
@@ -71,6 +72,35 @@ class CompressionState:
     channels: RemovedChannels = field(default_factory=RemovedChannels)
     dynamic: frozenset[str] = frozenset()
 
+    def __repr__(self) -> str:
+        parts = {
+            "masks": len(self.masks),
+            "grids": len(self.grids),
+            "activations": len(self.rounding),
+            "smaller shapes": len(self.channels.shapes),
+        }
+        return f"CompressionState({', '.join(f'{n} {what}' for what, n in parts.items())})"
+
+    def _repr_html_(self) -> str:
+        paths = dict.fromkeys([*self.masks, *self.grids, *self.channels.shapes])
+        rows = [(path, *self._row(path)) for path in paths]
+        header = ("Parameter", "Zeros", "Grid", "Bits", "Shape after removal")
+        text = html_table(repr(self), header, rows)
+        if self.rounding:
+            sides = [
+                (path, *(_bits(grid) for grid in (one.input, one.output)), one.dynamic)
+                for path, one in self.rounding.items()
+            ]
+            text += html_table("Activations", ("Layer", "Input", "Output", "Dynamic"), sides)
+        return text
+
+    def _row(self, path: str) -> tuple[str, str, str, str]:
+        mask, grid = self.masks.get(path), self.grids.get(path)
+        zeros = "" if mask is None else f"{1 - mask.float().mean().item():.2%}"
+        kind = "" if grid is None else type(grid).__name__.removesuffix("Grid").lower()
+        shape = self.channels.shapes.get(path)
+        return zeros, kind, _bits(grid), "" if shape is None else shape_text(shape)
+
     @property
     def rounding(self) -> dict[str, ActivationGrids]:
         """`activations` and `dynamic` in one, as files hold them."""
@@ -79,6 +109,10 @@ class CompressionState:
             for path in self.dynamic
         }
         return self.activations | marked
+
+
+def _bits(grid: Grid | None) -> str:
+    return "" if grid is None else str(grid.bits)
 
 
 def note_removed(module: nn.Module, lost: RemovedChannels) -> None:

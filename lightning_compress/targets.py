@@ -16,9 +16,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lightning_compress.copies import adapters, frozen_copies
 from lightning_compress.deployment import deployed_part, unnamed_networks
 from lightning_compress.errors import TargetError
+from lightning_compress.terminal import html_table, shape_text
 
 __all__ = [
     "Coverage",
+    "CoverageTable",
     "Pattern",
     "Selection",
     "Target",
@@ -91,12 +93,36 @@ class Coverage:
     reason: str = ""
 
 
+class CoverageTable(list[Coverage]):
+    """Coverage of the parameters or layers of a module, a row each; a table in a notebook.
+
+    >>> CoverageTable([Coverage("bias", (2,), False, "a bias")])._repr_html_()[:48]
+    '<table><caption>Coverage: 0 of 1 compressed</cap'
+    """
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                clean_path(row.path),
+                shape_text(row.shape),
+                "yes" if row.selected else "no",
+                row.reason,
+            )
+            for row in self
+        ]
+        title = f"Coverage: {sum(row.selected for row in self)} of {len(self)} compressed"
+        return html_table(title, ("Parameter", "Shape", "Compressed", "Why not"), rows)
+
+
 @dataclass(frozen=True)
 class Selection:
     """The targets found in a module and the coverage table of all its parameters."""
 
     targets: list[Target] = field(default_factory=list)
-    coverage: list[Coverage] = field(default_factory=list)
+    coverage: CoverageTable = field(default_factory=CoverageTable)
+
+    def _repr_html_(self) -> str:
+        return self.coverage._repr_html_()
 
 
 def split_path(path: str) -> tuple[str, str]:

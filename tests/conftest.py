@@ -18,7 +18,7 @@ import torch
 
 TAKES_LONG = re.compile(
     r"\b(Trainer|quiet_trainer|subprocess|multiprocessing|forkserver|executable|run_experiment|runpy|cli|main"
-    r"|export_onnx|write_int8_files|KMeans|federated)\b|\bexec\("
+    r"|run_blocks|export_onnx|write_int8_files|KMeans|federated)\b|\bexec\("
     r"|^from (distilling|kill_job|processes|shrinking) import",
     re.MULTILINE,
 )

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch import Callback, seed_everything
-from tiny import TinyAutoencoder, batches
+from pages import python_blocks, run_blocks
+from tiny import TinyAutoencoder
 
 import lightning_compress
 
@@ -30,28 +30,11 @@ class MyVAE(TinyAutoencoder):
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seed_everything(0, verbose=False)
-    monkeypatch.setattr("lightning.pytorch.Trainer", _quiet)
-    names = {
-        "__name__": "page",
-        "MyVAE": MyVAE,
-        "train_loader": batches(),
-        "val_loader": batches(seed=1),
-        "sample": torch.randn(2, 6),
-    }
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 10
-    for block in blocks:
-        exec(block, names)
+    assert len(python_blocks(PAGE)) == 10
+    run_blocks(PAGE, monkeypatch, MyVAE=MyVAE)
     small, large = tmp_path / "best.lcz", tmp_path / "plain.lcz"
     assert small.stat().st_size > 0
     assert large.stat().st_size > 0
-
-
-def _quiet(**arguments):
-    from lightning.pytorch.trainer.trainer import Trainer
-
-    quiet = ("enable_progress_bar", "enable_model_summary", "logger")
-    return Trainer(accelerator="cpu", **dict.fromkeys(quiet, False), **arguments)
 
 
 def test_the_yaml_names_callbacks():

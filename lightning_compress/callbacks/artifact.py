@@ -20,11 +20,12 @@ from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.lcz.codecs import check_codec
 from lightning_compress.lcz.info import ArtifactInfo
 from lightning_compress.sharding import is_sharded, local_part
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["ArtifactCallback"]
 
 
-class ArtifactCallback(Callback):
+class ArtifactCallback(ShownArguments, Callback):
     """Write the compressed file of a model when `fit` ends.
 
     To get the weights back, in any program:

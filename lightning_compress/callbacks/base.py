@@ -49,6 +49,7 @@ from lightning_compress.state import (
 from lightning_compress.structure import StructureReader
 from lightning_compress.targets import (
     Coverage,
+    CoverageTable,
     Pattern,
     Selection,
     clean_path,
@@ -57,6 +58,7 @@ from lightning_compress.targets import (
     split_path,
     unselected,
 )
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "WeightCallback",
@@ -169,7 +171,7 @@ def check_even_batches(trainer: Trainer) -> None:
         )
 
 
-class WeightCallback(Callback):
+class WeightCallback(ShownArguments, Callback):
     """Base of the callbacks that project weights while they train.
 
     Args:
@@ -191,7 +193,7 @@ class WeightCallback(Callback):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         bring_results_back()  # in the processes of a spawned fit too, which unpickle it
-        one = super().__new__(cls)
+        one = super().__new__(cls, *args, **kwargs)
         one._made_with = args, kwargs
         return one
 
@@ -203,7 +205,7 @@ class WeightCallback(Callback):
         name: str,
     ) -> None:
         self.include, self.exclude, self.name = include, exclude, name
-        self.coverage: list[Coverage] = []
+        self.coverage = CoverageTable()
         self.projected_weights: list[ProjectedWeight] = []
         self._made_with: tuple[tuple[Any, ...], dict[str, Any]]
         self._projector: Projector | None = None
@@ -306,10 +308,10 @@ class WeightCallback(Callback):
         self.projected_weights = [
             projected for projected in self.projected_weights if projected.path not in paths
         ]
-        self.coverage = [
+        self.coverage = CoverageTable(
             replace(row, selected=False, reason=_UNCALLED) if clean_path(row.path) in paths else row
             for row in self.coverage
-        ]
+        )
         if set(self.uncalled) - before:
             rank_zero_warn(f"{self.state_key} leaves {sorted(paths)} as they are: {_UNCALLED}")
         self.on_targets_changed(module.trainer, module, [])

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_compress.callbacks.namespaces import BothNamespaces
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["CompressedCheckpoint", "CompressedEarlyStopping", "Scheduled", "unfinished_schedules"]
 
@@ -39,7 +40,7 @@ def unfinished_schedules(trainer: Trainer) -> list[str]:
     ]
 
 
-class CompressedCheckpoint(BothNamespaces, ModelCheckpoint):
+class CompressedCheckpoint(ShownArguments, BothNamespaces, ModelCheckpoint):
     """Lightning's ModelCheckpoint that compares scores of compressed models alone.
 
     Until every compression schedule has ended (pruning at its `end`, quantization at its `freeze`,
@@ -90,7 +91,7 @@ class CompressedCheckpoint(BothNamespaces, ModelCheckpoint):
         self._save_checkpoint(trainer, self.best_model_path)
 
 
-class CompressedEarlyStopping(BothNamespaces, EarlyStopping):
+class CompressedEarlyStopping(ShownArguments, BothNamespaces, EarlyStopping):
     """Lightning's EarlyStopping that counts its patience from when every schedule has ended.
 
     A score that is NaN or infinite still stops a run at once (`check_finite`).

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_compress.errors import check_choice
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["BalanceGuard", "Guard", "PosteriorGuard"]
 
@@ -16,7 +17,7 @@ _MEASURES = ("loss", "accuracy", "distance")
 _STATE = ("readings", "paused", "recent", "reference")
 
 
-class Guard(Callback):
+class Guard(ShownArguments, Callback):
     """Watch a logged metric against its own moving average; pruning waits while it is off.
 
     Every pruning callback of the same Trainer asks the guard and holds its schedule's clock, up
@@ -34,6 +35,9 @@ class Guard(Callback):
 
     Raises:
         ValueError: for values outside their range, and in training when nothing logs the metric.
+
+    >>> Guard(monitor="val/kl", warmup=5)
+    Guard(monitor='val/kl', warmup=5)
     """
 
     def __init__(

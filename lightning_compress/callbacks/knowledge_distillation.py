@@ -35,13 +35,14 @@ from lightning_compress.distillation.teachers import (
 )
 from lightning_compress.errors import TargetError, check_choice
 from lightning_compress.targets import clean_path
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["KnowledgeDistillation"]
 
 BALANCES = (None, "gradient_norm")
 
 
-class KnowledgeDistillation(Callback):
+class KnowledgeDistillation(ShownArguments, Callback):
     """Train the model with a teacher's losses beside its own training step.
 
     The losses enter the student's backward pass where its output enters: the training step and

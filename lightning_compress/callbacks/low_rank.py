@@ -15,12 +15,13 @@ from lightning_compress.callbacks.channel_pruning import ChannelPruning
 from lightning_compress.channels.low_rank import factorize, match_factors, replace_layer, why_whole
 from lightning_compress.errors import TargetError
 from lightning_compress.schedules import check_window
-from lightning_compress.targets import Coverage, Pattern, Target, select
+from lightning_compress.targets import CoverageTable, Pattern, Target, select
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["LowRank"]
 
 
-class LowRank(Callback):
+class LowRank(ShownArguments, Callback):
     """Let wide weights become two factors at an event, which train on and ship as two layers.
 
     Linear layers and convolutions of one group, where two factors hold fewer weights; the others
@@ -56,7 +57,7 @@ class LowRank(Callback):
         if begin != 0:
             check_window(0, begin)
         self.rank, self.include, self.exclude, self.begin = rank, include, exclude, begin
-        self.coverage: list[Coverage] = []
+        self.coverage = CoverageTable()
         self.done = False
         self._module: int | None = None  # whose factors they are
 
@@ -90,10 +91,10 @@ class LowRank(Callback):
             for one in selection.targets
             if (why := why_whole(one.layer, one.name, self.rank))
         }
-        self.coverage = [
+        self.coverage = CoverageTable(
             replace(row, selected=False, reason=reasons[row.path]) if row.path in reasons else row
             for row in selection.coverage
-        ]
+        )
         found = [one for one in selection.targets if one.path not in reasons]
         if not found:
             raise TargetError(f"LowRank(rank={self.rank!r}): no weight becomes smaller: {reasons}")

@@ -21,13 +21,14 @@ from lightning_compress.errors import TargetError
 from lightning_compress.lcz.restoring import STATE, pack_state
 from lightning_compress.projection import Projector
 from lightning_compress.state import CompressionState, set_grid
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["ProjectedEMA"]
 
 _RAW = "raw_average"  # key of the unprojected average in a checkpoint
 
 
-class ProjectedEMA(EMAWeightAveraging):
+class ProjectedEMA(ShownArguments, EMAWeightAveraging):
     """Lightning's EMAWeightAveraging for compressed models: its average is projected.
 
     The average of pruned or quantized weights is neither pruned nor on the grid. Here validation,

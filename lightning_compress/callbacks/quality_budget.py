@@ -42,6 +42,7 @@ from lightning_compress.callbacks.rollback import (
 from lightning_compress.callbacks.threshold_pruning import ThresholdPruning
 from lightning_compress.channels.graph import Kept
 from lightning_compress.errors import TargetError, check_choice
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "BudgetCallback",
@@ -71,7 +72,7 @@ def check_company(owner: Any, others: Sequence[Any]) -> None:
         )
 
 
-class BudgetCallback(Callback):
+class BudgetCallback(ShownArguments, Callback):
     """Base of `QualityBudget`: search, save point and state, without the hooks of a fit.
 
     Args:

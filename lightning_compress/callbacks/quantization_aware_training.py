@@ -60,7 +60,8 @@ from lightning_compress.state import (
     known_grid,
 )
 from lightning_compress.structure import StructureReader
-from lightning_compress.targets import Coverage, Pattern, clean_path, select
+from lightning_compress.targets import CoverageTable, Pattern, clean_path, select
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "PostTrainingQuantization",
@@ -68,7 +69,7 @@ __all__ = [
 ]
 
 
-class PostTrainingQuantization(Callback):
+class PostTrainingQuantization(ShownArguments, Callback):
     """Quantize the weights at the end of `fit`, over the min/max range of each channel.
 
     Args:
@@ -100,7 +101,7 @@ class PostTrainingQuantization(Callback):
         check_choice("scheme", scheme, POST_TRAINING_SCHEMES)
         self.weight_bits, self.scheme, self.per_channel = weight_bits, scheme, per_channel
         self.include, self.exclude = include, exclude
-        self.coverage: list[Coverage] = []
+        self.coverage = CoverageTable()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Find mistakes in the patterns before anything is trained."""
@@ -256,7 +257,7 @@ class QuantizationAwareTraining(WeightCallback):
         self.events = EventClock(begin, freeze, frequency)
         self.weights: WeightQuantizer | None = None
         self.activations: ActivationQuantizer | None = None
-        self.activation_coverage: list[Coverage] = []
+        self.activation_coverage = CoverageTable()
         self.started = self.frozen = self._left = False
         self.bits: dict[str, int] = {}  # of each target, by path
         self.requested_bits: dict[str, int] = {}
@@ -285,9 +286,9 @@ class QuantizationAwareTraining(WeightCallback):
                 self._begin_from_known(self.weights)
         else:
             why = "weights stay as they are: weight_bits is None"
-            self.coverage = [
+            self.coverage = CoverageTable(
                 replace(row, selected=False, reason=row.reason or why) for row in self.coverage
-            ]
+            )
         if self.activation_bits is not None:
             self.claim("activations", "quantized")
             self._find_activations(pl_module)
@@ -588,10 +589,10 @@ class QuantizationAwareTraining(WeightCallback):
         side.freeze(spare=True)
         for path, why in bare.items():
             rank_zero_warn(f"{self.state_key}: activations of {path} stay as they are: {why}")
-        self.activation_coverage = [
+        self.activation_coverage = CoverageTable(
             replace(row, selected=False, reason=bare[row.path]) if row.path in bare else row
             for row in self.activation_coverage
-        ]
+        )
 
     def _show(self) -> None:
         if self.weights is not None:

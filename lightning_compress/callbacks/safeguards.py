@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.modes import evaluating
 from lightning_compress.sharding import local_part
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "RandomState",
@@ -25,7 +26,7 @@ _ADVICE = (
 )
 
 
-class ScoreMonitor(Callback):
+class ScoreMonitor(ShownArguments, Callback):
     """Log the scores that a function computes of the model, after every few validation epochs.
 
     The function sees the model in eval mode, without gradients, and with a random stream of its
@@ -59,7 +60,7 @@ class ScoreMonitor(Callback):
                 pl_module.log(name, value, on_epoch=True, batch_size=1)
 
 
-class StopOnNonFinite(Callback):
+class StopOnNonFinite(ShownArguments, Callback):
     """Raise when a logged value or a weight is NaN or infinite, before a checkpoint holds it.
 
     Values are checked after each batch, weights after each epoch. Values in another device's memory
@@ -160,7 +161,7 @@ def _broken_weights(module: nn.Module) -> list[str]:
     ]
 
 
-class RandomState(Callback):
+class RandomState(ShownArguments, Callback):
     """Carry torch's CPU random stream in checkpoints, so that a resumed run draws the same noise.
 
     >>> list(RandomState().state_dict())

@@ -17,11 +17,12 @@ from lightning_compress.callbacks.quantization_aware_training import (
 from lightning_compress.sharding import UNSHARDED, local_part, shards_of, to_shards
 from lightning_compress.state import compression_state
 from lightning_compress.targets import clean_path
+from lightning_compress.terminal import ShownArguments
 
 __all__ = ["CompressionSummary"]
 
 
-class CompressionSummary(Callback):
+class CompressionSummary(ShownArguments, Callback):
     """Print a coverage table when training starts and an achieved table when it ends.
 
     Args:

@@ -24,6 +24,7 @@ from lightning_compress.errors import require
 from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.fake_quantize import fake_quantized
 from lightning_compress.state import activation_grids
+from lightning_compress.terminal import html_table
 
 __all__ = [
     "SAME",
@@ -68,6 +69,17 @@ class Parity:
     largest: float
     max_abs_error: float
     elements: int
+
+    def _repr_html_(self, where: str = "") -> str:
+        rows: list[tuple[str, object]] = [
+            ("equal", f"{self.equal:.4%}"),
+            ("one step apart", f"{self.one_step:.4%}"),
+            ("further apart", f"{self.more:.4%}"),
+            ("largest difference, in steps", f"{self.largest:.3g}"),
+            ("largest difference", f"{self.max_abs_error:.3g}"),
+            ("numbers compared", self.elements),
+        ]
+        return html_table(f"Parity with PyTorch{where}", ("", ""), rows)
 
 
 def compare(

@@ -30,6 +30,7 @@ from lightning_compress.conversion.versions import RuntimeTarget, runtime_target
 from lightning_compress.errors import check_choice, require
 from lightning_compress.files import write_atomically
 from lightning_compress.lcz.lost_grids import lost_grids
+from lightning_compress.terminal import html_table
 
 __all__ = [
     "OnnxInfo",
@@ -111,6 +112,23 @@ class OnnxInfo:
     weights: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Parity] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("bytes", self.bytes),
+            ("inputs", ", ".join(self.inputs)),
+            ("outputs", ", ".join(self.outputs)),
+            ("operators on integers", _counted(self.int8_ops)),
+            ("operators in floating point", _counted(self.float_ops)),
+            ("largest difference from PyTorch", f"{self.max_abs_error:.3g}"),
+            *((f"stays in floating point: {name}", why) for name, why in self.reasons.items()),
+        ]
+        parity = "".join(one._repr_html_(f", in {name}") for name, one in self.parity.items())
+        return html_table(self.path.name, ("", ""), rows) + parity
+
+
+def _counted(operators: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in operators.items())
 
 
 def export_onnx(

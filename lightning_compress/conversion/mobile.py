@@ -27,6 +27,7 @@ from lightning_compress.conversion.signature import output_tensors, signature_of
 from lightning_compress.errors import require
 from lightning_compress.files import write_atomically
 from lightning_compress.state import compression_state
+from lightning_compress.terminal import html_table
 
 __all__ = ["MobileInfo", "MobileMismatchError", "export_mobile"]
 
@@ -56,6 +57,11 @@ class MobileInfo:
     runtime: str
     quantized: bool
     parity: Parity | None
+
+    def _repr_html_(self) -> str:
+        rows = [("bytes", self.bytes), ("runtime", self.runtime), ("quantized", self.quantized)]
+        checked = "" if self.parity is None else self.parity._repr_html_()
+        return html_table(self.path.name, ("", ""), rows) + checked
 
 
 def export_mobile(

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import tensors_of
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "LOSSES",
@@ -265,7 +266,7 @@ class LossInputs:
     inputs: tuple[Any, ...] = ()
 
 
-class Loss:
+class Loss(ShownArguments):
     """A loss of `LossInputs`; subclasses may look up networks of the teacher in `bind`."""
 
     name = "loss"

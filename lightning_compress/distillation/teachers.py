@@ -13,6 +13,7 @@ from lightning_compress.channels.resize import rebuild_channels
 from lightning_compress.copies import copy_module
 from lightning_compress.errors import TargetError
 from lightning_compress.lcz.artifact import load_compressed
+from lightning_compress.terminal import ShownArguments
 
 __all__ = [
     "DENSE",
@@ -28,7 +29,7 @@ _WAYS = "give a copy (copy.deepcopy), or EMATeacher() for self-distillation"
 TeacherSpec = nn.Module | Mapping[str, Any] | Callable[[], nn.Module] | str | Path
 
 
-class LiveTeacher:
+class LiveTeacher(ShownArguments):
     """A teacher that changes while the student trains."""
 
     def start(self, student: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_compress.lcz.graph import GraphRecord
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.raw_bits import DTYPES
+from lightning_compress.terminal import html_table, shape_text
 
 __all__ = ["ArtifactInfo", "GraphInfo", "TensorInfo", "artifact_info"]
 
@@ -42,6 +43,26 @@ class TensorInfo:
     bound_bytes: int
 
 
+_HEADER = ("Tensor", "Shape", "Kind", "Codec", "Bits", "Not 0", "Values", "Bytes", "Bound")
+
+
+def _rows(tensors: dict[str, TensorInfo]) -> list[tuple[str | int, ...]]:
+    return [
+        (
+            name,
+            shape_text(one.shape),
+            one.kind,
+            one.codec,
+            one.bits,
+            one.nonzero,
+            one.elements,
+            one.bytes,
+            one.bound_bytes,
+        )
+        for name, one in tensors.items()
+    ]
+
+
 @dataclass(frozen=True)
 class GraphInfo:
     """A runnable graph of an artifact: an ONNX model.
@@ -60,6 +81,10 @@ class GraphInfo:
     per_tensor: dict[str, TensorInfo]
     shared: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        title = f"Graph: {self.bytes:,} bytes, its ONNX file {self.onnx_bytes:,}"
+        return html_table(title, _HEADER, _rows(self.per_tensor))
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,18 @@ class ArtifactInfo:
     entropy_bound_bytes: int
     per_tensor: dict[str, TensorInfo]
     graphs: dict[str, GraphInfo] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        title = f"{self.path.name}: {self.bytes:,} bytes, {self.ratio:.1f} times smaller"
+        totals = [
+            ("file", self.bytes),
+            ("header and checksum", self.header_bytes),
+            ("entropy bound of the symbols", self.entropy_bound_bytes),
+            *((f"graph {name!r}" if name else "graph", g.bytes) for name, g in self.graphs.items()),
+        ]
+        tensors = html_table("Tensors", _HEADER, _rows(self.per_tensor))
+        folded = f"<details><summary>{len(self.per_tensor)} tensors</summary>{tensors}</details>"
+        return html_table(title, ("Part", "Bytes"), totals) + folded
 
 
 def artifact_info(

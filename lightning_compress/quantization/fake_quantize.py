@@ -15,7 +15,7 @@ from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.state import activation_grids, rounds_dynamically
-from lightning_compress.targets import Coverage, Target, split_path
+from lightning_compress.targets import Coverage, CoverageTable, Target, split_path
 
 __all__ = [
     "activation_layers",
@@ -154,7 +154,7 @@ def dynamic_fake_quantize(x: Tensor) -> Tensor:
 
 def activation_layers(
     module: nn.Module, targets: Sequence[Target]
-) -> tuple[dict[str, nn.Module], list[Coverage]]:
+) -> tuple[dict[str, nn.Module], CoverageTable]:
     """Layers with a target weight whose input is quantized, by path, and why others are skipped.
 
     All layers that hold a tied weight are among them: each reads something else.
@@ -174,7 +174,7 @@ def activation_layers(
         rows[path] = Coverage(path, (), not reason, reason)
         if not reason:
             layers[path] = layer
-    return layers, list(rows.values())
+    return layers, CoverageTable(rows.values())
 
 
 def batch_norms(module: nn.Module) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from lightning_compress.quantization.weight_quantizers import RangeGrids, make_q
 from lightning_compress.sample_inputs import calibration_batches, run_batch
 from lightning_compress.sharding import to_shards
 from lightning_compress.state import set_activation_grids, set_dynamic
-from lightning_compress.targets import Coverage, Pattern, Selection, select
+from lightning_compress.targets import Coverage, CoverageTable, Pattern, Selection, select
 
 __all__ = [
     "POST_TRAINING_SCHEMES",
@@ -51,10 +51,21 @@ class PostTrainingReport:
         corrected: the same, for biases.
     """
 
-    weights: list[Coverage]
-    activations: list[Coverage] = field(default_factory=list)
-    equalized: list[Coverage] = field(default_factory=list)
-    corrected: list[Coverage] = field(default_factory=list)
+    weights: CoverageTable
+    activations: CoverageTable = field(default_factory=CoverageTable)
+    equalized: CoverageTable = field(default_factory=CoverageTable)
+    corrected: CoverageTable = field(default_factory=CoverageTable)
+
+    def _repr_html_(self) -> str:
+        tables = {
+            "Weights": self.weights,
+            "Activations": self.activations,
+            "Equalized": self.equalized,
+            "Biases corrected": self.corrected,
+        }
+        return "".join(
+            f"<p>{title}</p>{table._repr_html_()}" for title, table in tables.items() if table
+        )
 
 
 @torch.no_grad()
@@ -190,7 +201,9 @@ def quantize_dynamic(
         set_dynamic(layer, True)
     why = "its range is found when it runs"
     activations = [Coverage(path, (), False, why) for path in layers]
-    return PostTrainingReport(selection.coverage, activations, equalized)
+    return PostTrainingReport(
+        selection.coverage, CoverageTable(activations), CoverageTable(equalized)
+    )
 
 
 def quantize_static(
@@ -271,7 +284,8 @@ def quantize_static(
         )
         calibrate(module, side, batches)
         side.leave_grids()
-    return PostTrainingReport(selection.coverage, activations, equalized, corrected)
+    tables = map(CoverageTable, (equalized, corrected))
+    return PostTrainingReport(selection.coverage, activations, *tables)
 
 
 @torch.enable_grad()

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.report import federated, plots, scatter, tables, wording
+from lightning_compress.lab.report.deployed import deployed_file
 from lightning_compress.lab.report.loading import (
     RESULTS,
     Run,
@@ -25,6 +26,7 @@ from lightning_compress.lab.report.loading import (
     load_runs,
     run_name,
 )
+from lightning_compress.lab.report.media import data_uri, samples
 from lightning_compress.lab.report.pooled import pooled_verdicts
 from lightning_compress.lab.report.wording import (
     DASH,
@@ -36,62 +38,18 @@ from lightning_compress.lab.report.wording import (
     times,
 )
 
-__all__ = [
-    "data_uri",
-    "image_uri",
-    "write_report",
-]
-
-# Raster formats every browser shows; SVG is left out since it may carry scripts.
-MEDIA_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".gif": "image/gif",
-    ".webp": "image/webp",
-}
-MOST_BYTES = 1 << 25  # of an image
-
-
-def data_uri(content: str | bytes, media_type: str) -> str:
-    """Return a `data:` address that carries the content itself.
-
-    >>> data_uri("a", "text/csv")
-    'data:text/csv;base64,YQ=='
-    """
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def image_uri(folder: Path, name: str) -> str:
-    """Inline an image that lies inside a run folder.
-
-    Raises:
-        ValueError: when the name leaves the folder, is no raster image, or does not exist.
-    """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"image {name!r} lies outside the run folder")
-    if path.suffix.lower() not in MEDIA_TYPES:
-        raise ValueError(f"image {name!r} is none of {', '.join(sorted(MEDIA_TYPES))}")
-    if not path.is_file():
-        raise ValueError(f"image {name!r} is named in results.json but not in the folder")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"image {name!r} takes {size} bytes, above {MOST_BYTES}")
-    return data_uri(path.read_bytes(), MEDIA_TYPES[path.suffix.lower()])
-
+__all__ = ["write_report"]
 
 FILE_NAME, PLOT_FOLDER = "report.html", "plots"
 
 
 @dataclass(frozen=True)
 class ReportImage:
-    """A figure of the page: either an inline SVG or the address of a raster image."""
+    """A figure of the page as an inline SVG."""
 
     caption: str
     alt: str
-    svg: Markup | None = None
-    uri: str | None = None
+    svg: Markup
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -194,7 +152,9 @@ def _title(runs: Sequence[Run]) -> str:
         return wording.headline(runs[0].results)
     verdicts = [wording.verdict_of(run.results) for run in runs]
     counts = Counter(one.banner[0].lower() + one.banner[1:] for one in verdicts)
-    return f"{len(runs)} runs: {', '.join(f'{n} {words}' for words, n in counts.items())}"
+    fallen = sum(bool(one.fallen) for one in verdicts)
+    beside = f"; in {fallen} a measure beside it fell" if fallen else ""
+    return f"{len(runs)} runs: {', '.join(f'{n} {words}' for words, n in counts.items())}{beside}"
 
 
 def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -203,7 +163,7 @@ def _several_view(runs: Sequence[Run], names: Sequence[str], folder: Path) -> di
     return {
         "header": tables.OVERVIEW_HEADER,
         "rows": tables.overview_rows(runs, names),
-        "states": [wording.verdict_of(run.results).state for run in runs],
+        "states": [wording.verdict_of(run.results).tone for run in runs],
         "plots": _inlined(images, place, "all"),
         "notes": [*notes, *unsaved],
         "pooled": pooled_verdicts(runs),
@@ -214,7 +174,7 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
     """Return everything the template shows about one run."""
     results = run.results
     prefix, folder = f"run{place}", run.folder / PLOT_FOLDER
-    images, image_notes = _samples(run)
+    views, sample_notes = samples(run)
     details = [plots.layer_plot(results), plots.bytes_plot(results), plots.files_plot(results)]
     folder, unsaved = _plot_folder(folder)
     curves = [*federated.round_plots(results), *plots.curve_plots(run.curves, results)]
@@ -226,14 +186,15 @@ def _run_view(place: int, run: Run, name: str) -> dict[str, Any]:
         "verdict": wording.verdict_of(results),
         "meta": _meta(results),
         "facts": _facts(run),
-        "samples": images,
+        "samples": views,
+        "deployed": deployed_file(results),
         "groups": tables.main_groups(results),
         "curves": _inlined(curves, folder, prefix),
         "details": _inlined([plot for plot in details if plot is not None], folder, prefix),
         "layers": tables.layer_rows(results),
         "int8": tables.int8_rows(results),
         "notes": notes(results),
-        "missing": [*run.notes, *unsaved, *image_notes, *_missing(run)],
+        "missing": [*run.notes, *unsaved, *sample_notes, *_missing(run)],
         "command": run.command,
         "config": run.config or _compression(results),
         "json_uri": data_uri(json.dumps(results, indent=1), "application/json"),
@@ -261,32 +222,6 @@ def _inlined(figures: Sequence[plots.Plot], folder: Path | None, prefix: str) ->
         # matplotlib escapes every text it draws; nothing else in the SVG comes from the run.
         images.append(ReportImage(figure.caption, figure.alt, svg=Markup(svg)))
     return images
-
-
-def _samples(run: Run) -> tuple[list[ReportImage], list[str]]:
-    """Return the comparison where there is one, else both sides, and notes on what is missing."""
-    names = section(run.results, "samples")
-    wanted = {
-        "grid": ("Samples from the same latents: each dense row above its compressed row",),
-        "dense": ("Dense samples",),
-        "compressed": ("Compressed samples",),
-    }
-    images: list[ReportImage] = []
-    notes: list[str] = []
-    for key, (caption,) in wanted.items():
-        if not names.get(key):
-            continue
-        try:
-            uri = image_uri(run.folder, names[key])
-        except (ValueError, OSError) as error:
-            notes.append(f"Samples: {error}.")
-            continue
-        images.append(
-            ReportImage(caption, f"{caption} of {wording.model_name(run.results)}", uri=uri)
-        )
-        if key == "grid":
-            break  # the comparison shows both sides already
-    return images, notes
 
 
 def _missing(run: Run) -> list[str]:

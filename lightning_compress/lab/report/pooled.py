@@ -37,4 +37,15 @@ def _pooled(group: Iterable[Results]) -> Verdict:
         irreducible=scalar(first.get("irreducible")) or 0.0,
         floor=scalar(first.get("floor")) or 0.0,
     )
-    return paired_verdict(results[0], decided.record())
+    means = {side: {"quality": _means(results, side)} for side in ("dense", "compressed")}
+    return paired_verdict({**results[0], **means}, decided.record())
+
+
+def _means(results: Sequence[Results], side: str) -> dict[str, float]:
+    """Means over runs of the qualities that each of them has."""
+    every = [section(one[side], "quality") for one in results]
+    return {
+        key: sum(values) / len(values)  # type: ignore[arg-type]
+        for key in every[0]
+        if None not in (values := [scalar(quality.get(key)) for quality in every])
+    }

@@ -292,7 +292,7 @@ def print_summary(results: Results, console: Console | None = None) -> None:
     """
     console = console or Console()
     verdict, groups = wording.verdict_of(results), main_groups(results)
-    style = {"within": "green", "outside": "red", "unknown": "yellow"}[verdict.state]
+    style = {"within": "green", "outside": "red", "unknown": "yellow"}[verdict.tone]
     # Text objects, not strings: a model named "[red]" must not be read as markup.
     console.print(Text(printable(wording.headline(results)), style="bold"))
     notes = "; ".join(f"{group.title.split(',')[0]}: {group.change}" for group in groups)
@@ -307,7 +307,8 @@ def print_summary(results: Results, console: Console | None = None) -> None:
             table.add_row(*(Text(printable(cell)) for cell in row.cells()))
         table.add_section()
     console.print(table)
-    console.print(Text(printable(f"{verdict.word}. {verdict.sentence}"), style=style))
+    lead = f"{verdict.word}; {verdict.fallen}" if verdict.fallen else verdict.word
+    console.print(Text(printable(f"{lead}. {verdict.sentence}"), style=style))
 
 
 def markdown_table(results: Results) -> str:
@@ -507,7 +508,7 @@ def _markdown(runs: Sequence[Run], names: Sequence[str]) -> str:
         cells = [[cell.text for cell in row] for row in overview_rows(runs, names)]
         parts += ["# All runs", "", *markdown_lines(OVERVIEW_HEADER, cells), ""]
         for one in pooled_verdicts(runs):
-            parts += [f"**{one.banner}.** {one.sentence}", ""]
+            parts += [f"**{one.told}.** {one.sentence}", ""]
     for place, (run, name) in enumerate(zip(runs, names, strict=True), 1):
         parts += _one(place, run, name)
     return "\n".join(parts).rstrip() + "\n"
@@ -518,7 +519,8 @@ def _one(place: int, run: Run, name: str) -> list[str]:
     results = run.results
     layers, engines = layer_rows(results), int8_rows(results)
     parts = [f"## {place}. {name}", "", f"**{wording.headline(results)}**", ""]
-    parts += [wording.verdict_of(results).sentence, "", markdown_table(results)]
+    judged = wording.verdict_of(results)
+    parts += [f"**{judged.told}.** {judged.sentence}", "", markdown_table(results)]
     if engines:
         parts += ["### What runs on integers", "", *markdown_lines(INT8_HEADER, engines), ""]
     if layers:

@@ -13,6 +13,19 @@ from lightning_compress.lab.evaluation.verdict import (
     PAIRS,
     WORSE,
 )
+from lightning_compress.lab.report.formats import (
+    DASH,
+    MINUS,
+    TIMES,
+    count,
+    kilobytes,
+    milliseconds,
+    number,
+    percent,
+    scalar,
+    signed,
+    times,
+)
 
 __all__ = [
     "DASH",
@@ -38,115 +51,6 @@ __all__ = [
     "times",
     "verdict_of",
 ]
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-def scalar(value: object) -> float | None:
-    """Return a plain number as float; None for everything that is not one (bool included)."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:  # JSON allows integers of any length
-            return math.inf if value > 0 else -math.inf
-    return None
-
-
-def _special(value: float | None) -> str | None:
-    """Return the text of a missing, undefined or infinite value, else None."""
-    if value is None:
-        return DASH
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "\N{INFINITY}" if value > 0 else f"{MINUS}\N{INFINITY}"
-    return None
-
-
-def count(value: float | None) -> str:
-    """Format an integer with thousands separators.
-
-    >>> count(1234567), count(None)
-    ('1,234,567', '–')
-    """
-    special = _special(value)
-    return special if special is not None else f"{value or 0:,.0f}".replace("-", MINUS)
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Format with `digits` significant digits and thousands separators.
-
-    >>> number(239.54321), number(0.0312345), number(-12345.6), number(None)
-    ('239.5', '0.03123', '−12,346', '–')
-    """
-    special = _special(value)
-    if special is not None or value is None:
-        return special or DASH
-    if value != 0 and not 1e-4 <= abs(value) < 1e9:
-        text = f"{value:.{digits - 1}e}"
-    else:
-        exponent = math.floor(math.log10(abs(value))) if value else 0
-        text = f"{value:,.{max(digits - 1 - exponent, 0)}f}"
-    return text.replace("-", MINUS)
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """Format a difference, always with its sign.
-
-    >>> signed(0.5), signed(0.0)
-    ('+0.500', '0')
-    """
-    if value == 0:
-        return "0"
-    text = number(value, digits)
-    return f"+{text}" if value is not None and value > 0 else text
-
-
-def kilobytes(size: float | None) -> str:
-    """Format bytes as kB of 1000 bytes with one decimal.
-
-    >>> kilobytes(1_345_678)
-    '1,345.7 kB'
-    """
-    special = _special(size)
-    return special if special is not None else f"{(size or 0) / 1000:,.1f} kB"
-
-
-def milliseconds(value: float | None) -> str:
-    """Format milliseconds with three digits, without the unit.
-
-    >>> milliseconds(0.12345), milliseconds(1.2345), milliseconds(1234.5)
-    ('0.123', '1.23', '1,234')
-    """
-    special = _special(value)
-    if special is not None or value is None:
-        return special or DASH
-    decimals = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:,.{decimals}f}"
-
-
-def percent(fraction: float | None) -> str:
-    """Format a fraction as a percentage with one decimal.
-
-    >>> percent(0.9312)
-    '93.1 %'
-    """
-    special = _special(fraction)
-    return special if special is not None else f"{100 * (fraction or 0):.1f} %"
-
-
-def times(ratio: float | None) -> str:
-    """Format a ratio with three digits.
-
-    >>> times(31.234), times(1.0), times(171.3)
-    ('31.2×', '1.00×', '171×')
-    """
-    text = milliseconds(ratio) if ratio is None or abs(ratio) >= 1 else number(ratio, 2)
-    special = _special(ratio)
-    return special if special is not None else f"{text}{TIMES}"
-
-
 Results = Mapping[str, Any]
 
 # Names as the field writes them; any other model is shown as configured.
@@ -160,6 +64,7 @@ MODEL_NAMES = {
 }
 STATE_WORDS = {"within": "Within", "outside": "Not within", "unknown": "Not judged"}
 FALLING = {"kl": "KL (nats)", "active_units": "active units"}
+BESIDE_METRIC = ("active_units", "kl", "precision", "recall")  # as the banner names them
 # The verdict's word, how it is coloured, and the banner's words.
 VERDICTS = {
     ESTABLISHED: ("within", "No loss: established"),
@@ -190,12 +95,14 @@ class Verdict:
         clause: the short form for the headline.
         sentence: the long form with all numbers.
         decided: "established", "not established" or "worse"; empty in runs of older versions.
+        fallen: what stands beside the metric and fell: "active units fell from 13 to 7".
     """
 
     state: str
     clause: str
     sentence: str
     decided: str = ""
+    fallen: str = ""
 
     @property
     def word(self) -> str:
@@ -208,6 +115,16 @@ class Verdict:
         if self.decided:
             return VERDICTS[self.decided][1]
         return f"{self.word} the allowed difference" if self.state != "unknown" else self.word
+
+    @property
+    def tone(self) -> str:
+        """The colour: never that of success where something fell."""
+        return "unknown" if self.fallen and self.state == "within" else self.state
+
+    @property
+    def told(self) -> str:
+        """The banner with what fell beside the metric."""
+        return f"{self.banner}; {self.fallen}" if self.fallen else self.banner
 
 
 def section(results: Results, key: str) -> Mapping[str, Any]:
@@ -256,11 +173,15 @@ def size_ratio(results: Results) -> float | None:
 
 
 def verdict_of(results: Results) -> Verdict:
-    """Put the verdict of `results.json` into words; it is never decided anew here."""
+    """Put the verdict of `results.json` into words; it is never decided anew here.
+
+    What fell beside its metric is part of it: no loss of a bound with half of the active units gone
+    is not shown as if nothing had happened.
+    """
     verdict = section(results, "verdict")
     if not verdict:
         text = "quality not judged: results.json holds no verdict"
-        return Verdict("unknown", text, f"{text[0].upper()}{text[1:]}.")
+        return Verdict("unknown", text, f"{text[0].upper()}{text[1:]}.", fallen=_fallen(results))
     if verdict.get("word") in VERDICTS:
         return paired_verdict(results, verdict)
     states = {True: "within", False: "outside"}  # of runs before verdicts were paired by seed
@@ -271,11 +192,17 @@ def verdict_of(results: Results) -> Verdict:
         "outside": f"quality not within the allowed difference ({_change(results, verdict)})",
         "unknown": "quality not judged",
     }[state]
-    return Verdict(state, clause, _sentence(results, verdict))
+    fallen = _fallen(results)
+    return Verdict(state, clause, _sentence(results, verdict), fallen=fallen)
 
 
 def paired_verdict(results: Results, verdict: Mapping[str, Any]) -> Verdict:
-    """Put a verdict over pairs of seeds into words: in one sentence, with what fell beside it."""
+    """Put a verdict over pairs of seeds into words: in one sentence, with what fell beside it.
+
+    Args:
+        results: the run; of several, one with the mean qualities of all.
+        verdict: its record.
+    """
     decided = str(verdict["word"])
     faults = [str(fault) for fault in verdict.get("dense_faults") or ()]
     pairs = count(scalar(verdict.get("n")))
@@ -287,7 +214,61 @@ def paired_verdict(results: Results, verdict: Mapping[str, Any]) -> Verdict:
         WORSE: f"worse than the dense baseline ({lead})",
     }[decided]
     clause += f"; dense baseline: {'; '.join(faults)}" if faults else ""
-    return Verdict(VERDICTS[decided][0], clause, _paired_sentence(label, verdict), decided)
+    fallen = _fallen({**results, "verdict": verdict})
+    sentence = _paired_sentence(results, label, verdict)
+    return Verdict(VERDICTS[decided][0], clause, sentence, decided, fallen)
+
+
+def falls(results: Results) -> dict[str, Mapping[str, Any]]:
+    """What stands beside the metric and fell beyond its spread, by name: fall and spread.
+
+    As the verdict has it; runs of older versions, whose verdict names none, are held against the
+    same rule: with one dense seed every fall counts, with more a fall above their deviation.
+    """
+    verdict = section(results, "verdict")
+    named = verdict.get("falls")
+    if isinstance(named, Mapping):
+        return {key: fall for key, fall in named.items() if isinstance(fall, Mapping)}
+    found: dict[str, Mapping[str, Any]] = {}
+    for key in BESIDE_METRIC:
+        before, after = _both(results, key)
+        deviation = scalar(section(section(results, "baseline_spread"), key).get("std"))
+        if key == verdict.get("metric") or before is None or after is None:
+            continue
+        if before - after > (deviation or 0.0):
+            found[key] = {"fall": before - after, "dense_standard_deviation": deviation}
+    return found
+
+
+def _both(results: Results, key: str) -> tuple[float | None, float | None]:
+    """A quality of the dense and of the compressed model."""
+    before, after = (
+        scalar(section(section(results, side), "quality").get(key))
+        for side in ("dense", "compressed")
+    )
+    return before, after
+
+
+def _from_to(results: Results, key: str, fall: float | None) -> str:
+    """From which value to which; by how much alone, where the values are not those of the fall."""
+    before, after = _both(results, key)
+    gap = None if before is None or after is None else before - after
+    if gap is None or fall is None or not math.isclose(gap, fall, rel_tol=1e-6, abs_tol=1e-9):
+        return f"fell by {number(fall, 3)}"
+    whole = key == "active_units" and float(before or 0).is_integer() and float(after or 0) % 1 == 0
+    shown = count if whole else lambda value: number(value, 3)
+    return f"fell from {shown(before)} to {shown(after)}"
+
+
+def _fallen(results: Results) -> str:
+    """Everything that fell, in the banner's order: "active units fell from 13 to 7 and ..."."""
+    fell = falls(results)
+    ordered = [*(key for key in BESIDE_METRIC if key in fell), *sorted({*fell} - {*BESIDE_METRIC})]
+    parts = [
+        f"{FALLING.get(key, key)} {_from_to(results, key, scalar(fell[key].get('fall')))}"
+        for key in ordered
+    ]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _pairs(verdict: Mapping[str, Any]) -> str:
@@ -305,7 +286,7 @@ def _direction(verdict: Mapping[str, Any]) -> str:
     return f"{'worse' if difference > 0 else 'better'} by {number(abs(difference), 3)}"
 
 
-def _paired_sentence(label: str, verdict: Mapping[str, Any]) -> str:
+def _paired_sentence(results: Results, label: str, verdict: Mapping[str, Any]) -> str:
     """Both values, the paired difference with its error and bounds, the margin, what fell."""
     get = {key: scalar(verdict.get(key)) for key in verdict}
     over = " (means over pairs)" if (get.get("n") or 0) > 1 else ""
@@ -322,13 +303,13 @@ def _paired_sentence(label: str, verdict: Mapping[str, Any]) -> str:
             f"{signed((get['share'] or 0) * 100, 3)} % of what a model can influence "
             f"({number(get['irreducible'])} are irreducible)"
         )
-    for name, fall in section(verdict, "falls").items():
+    for name, fall in falls({**results, "verdict": verdict}).items():
         spread = scalar(fall.get("dense_standard_deviation"))
         known = "one dense seed, spread unknown"
         if spread is not None:
             known = f"standard deviation over dense seeds {number(spread, 3)}"
         parts.append(
-            f"{FALLING.get(name, name)} fell by {number(scalar(fall['fall']), 3)} ({known})"
+            f"{FALLING.get(name, name)} fell by {number(scalar(fall.get('fall')), 3)} ({known})"
         )
     if faults := verdict.get("dense_faults"):
         parts.append(f"dense baseline: {'; '.join(map(str, faults))}")
@@ -416,7 +397,9 @@ def headline(results: Results) -> str:
         size = "size ratio unknown"
     else:
         size = f"{times(ratio)} smaller" if ratio >= 1 else f"{times(1 / ratio)} larger"
-    return f"{model_name(results)} on {results['data']}: {size}, {verdict_of(results).clause}"
+    found = verdict_of(results)
+    fallen = f"; {found.fallen}" if found.fallen else ""
+    return f"{model_name(results)} on {results['data']}: {size}, {found.clause}{fallen}"
 
 
 def notes(results: Results) -> list[str]:

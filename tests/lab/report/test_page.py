@@ -75,7 +75,8 @@ def test_one_run_is_self_contained_and_well_formed(tmp_path):
     assert len(page.ids) == len(set(page.ids))
     assert '<html lang="en">' in page.source
     assert page.source.startswith("<!DOCTYPE html>")
-    assert len(page.images) == 1 + 3 + 3  # comparison, three curves, layers, bytes and files
+    # Comparison, both sides, both again for their difference; curves; layers, bytes and files.
+    assert len(page.images) == 1 + 2 + 2 + 3 + 3
     assert all(page.images)
     places = [page.source.index(f"{name} over training steps") for name in ORDER]
     assert places == sorted(places)
@@ -224,7 +225,7 @@ def test_several_runs_with_a_damaged_one(tmp_path):
     assert (
         "3 runs: 1 within the allowed difference, 2 not within the allowed difference" in page.text
     )
-    assert page.tags.count("details") == 3 + 3
+    assert page.tags.count("details") == 3 * (1 + 1 + 1)  # the run, its tensors, its config
     assert {"#run-1", "#run-2", "#run-3"} <= set(page.addresses)
     assert "prune.final_sparsity=0.83, quantize.weight_bits=7" in page.text
     assert len(page.ids) == len(set(page.ids))

@@ -105,6 +105,62 @@ def test_error_bounds_margin_and_falls_stand_in_one_sentence():
     assert "spread unknown" in verdict_of(pairs(1, 0.1, recall=0.7)).sentence
 
 
+def fallen(metric="neg_elbo", *, spread=None, **changes):
+    """A run that keeps its metric, before and after; `changes` fall or rise beside it."""
+    dense, compressed = {metric: 24.0}, {metric: 24.0}
+    for key, (before, after) in changes.items():
+        dense[key], compressed[key] = before, after
+    sides = {"dense": {"quality": dense}, "compressed": {"quality": compressed}}
+    found = {"metric": metric, "dense": 24.0, "compressed": 24.0, "allowed": 1.0, "within": True}
+    return {**BASE, **sides, "verdict": found, "baseline_spread": spread or {}}
+
+
+@pytest.mark.parametrize("kind", ["old", "paired", "unjudged"])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"active_units": (13, 7)}, "active units fell from 13 to 7"),
+        ({"kl": (9.5, 4.25)}, "KL (nats) fell from 9.50 to 4.25"),
+        ({"precision": (0.8, 0.5), "kl": (4.0, 5.0)}, "precision fell from 0.800 to 0.500"),
+        (
+            {"recall": (0.7, 0.2), "active_units": (13, 7)},
+            "active units fell from 13 to 7 and recall fell from 0.700 to 0.200",
+        ),
+    ],
+)
+def test_what_fell_beside_the_metric_is_told_in_the_banner(kind, changes, told):
+    results = fallen(**changes)
+    if kind == "paired":
+        sides = ([results[side]["quality"]] for side in ("dense", "compressed"))
+        results["verdict"] = judged("neg_elbo", *sides, irreducible=13.0).record()
+    elif kind == "unjudged":
+        results["verdict"] = None
+    found = verdict_of(results)
+    assert found.told == f"{found.banner}; {told}"
+    assert headline(results).endswith(told)
+    assert found.tone != "within"  # no green over a collapsed posterior
+
+
+def test_a_fall_within_the_dense_spread_is_not_told():
+    spread = {"active_units": {"std": 7.0, "n": 3}}
+    found = verdict_of(fallen(active_units=(13, 7), spread=spread))
+    assert (found.fallen, found.told, found.tone) == ("", found.banner, "within")
+    found = verdict_of(fallen("recall", recall=(24.0, 24.0)))
+    assert found.fallen == ""
+
+
+def test_pooled_falls_are_means():
+    runs = []
+    for seed in range(5):
+        dense, after = ({"neg_elbo": 240.0 + 9 * seed, "active_units": n} for n in (13, 7 + seed))
+        found = judged("neg_elbo", [dense], [after], irreducible=189.86).record()
+        sides = {"dense": {"quality": dense}, "compressed": {"quality": after}}
+        runs.append(SimpleNamespace(results={**BASE, **sides, "seed": seed, "verdict": found}))
+    (one,) = pooled_verdicts(runs)
+    assert one.told == "No loss: established; active units fell from 13 to 9"
+    assert one.tone == "unknown"
+
+
 def test_runs_that_differ_in_the_seed_alone_are_judged_together():
     runs = []
     for seed in range(5):

@@ -35,3 +35,19 @@ addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
 });
 reveal();
+// Without a script there is nothing to press: the button shows itself here.
+for (const button of document.querySelectorAll("button.copy")) {
+  const said = button.textContent;
+  const code = button.parentElement.querySelector("code");
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code); // no clipboard here: Ctrl+C takes the selection
+      button.textContent = document.execCommand("copy") ? "Copied" : "Selected: press Ctrl+C";
+    }
+    setTimeout(() => { button.textContent = said; }, 2000);
+  });
+}
