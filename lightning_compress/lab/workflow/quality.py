@@ -28,6 +28,9 @@ __all__ = ["METRICS", "Evaluator", "Metric", "spread_of"]
 
 SAMPLE_SEED = 12_345  # of the latents that are drawn for measurement
 MONITOR_SAMPLES = 500
+LEAST_IMAGES = (
+    8  # of a split: precision and recall look at the third neighbour, the floor at halves
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ _DEFAULT_METRIC = {
     "vae": "neg_elbo",
     "recurrent_vae": "neg_elbo",
     "classifier": "accuracy",
+    "conditional": "fid",
 }
 
 
@@ -73,6 +77,8 @@ class Evaluator:
         data: the data, set up.
         kind: of the models, such as "vae".
         name: of the data, such as "digits".
+        own_metric: that judges a loss of quality unless the settings name one; None: the usual
+            one of the kind.
     """
 
     settings: DictConfig
@@ -81,10 +87,12 @@ class Evaluator:
     name: str
     notes: list[str] = field(default_factory=list)
     extractor: FeatureExtractor | None = None
+    own_metric: str | None = None
     _floor: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        self.metric = self.settings.metric or _DEFAULT_METRIC[self.kind]
+        usual = self.own_metric or _DEFAULT_METRIC[self.kind]
+        self.metric = self.settings.metric or usual
         if self.metric not in METRICS:
             raise ValueError(f"evaluate.metric={self.metric!r}: valid are {sorted(METRICS)}")
         if self.kind != "classifier" and self.data.kind != "tokens":
@@ -104,8 +112,8 @@ class Evaluator:
             )
             return None
         return trained_feature_network(
-            _images(*rows(self.data.train_dataset)),
-            _images(*rows(self.data.test_dataset)),
+            self._images(self.data.train_dataset),
+            self._images(self.data.test_dataset),
             num_classes=self.data.dims["num_classes"],
             cache_dir=Path(self.settings.cache_dir),
             fingerprint=f"{self.name}:{self.data.fingerprint}",
@@ -128,19 +136,46 @@ class Evaluator:
             return accuracy(model, x, y)
         if self.kind in ("vae", "recurrent_vae"):
             found |= likelihood(model, x, importance_samples=self.settings.importance_samples)
+        made = self._generated(model, x, self.settings.samples or len(x))
+        if self.kind == "conditional":
+            found |= model.distances(made, y)
         if self.extractor is not None:
-            count = self.settings.samples or len(x)
-            found |= fidelity(generate(model, count), _images(x, y)[0], self.extractor.module)
+            real = self.data.as_images(y if self.data.paired else x)
+            found |= fidelity(self.data.as_images(made), real, self.extractor.module)
         return found
 
+    def _generated(self, model: Any, x: Tensor, count: int) -> Tensor:
+        """From all conditions x, or from so many latents; nothing where nothing would read it."""
+        if self.kind == "conditional":
+            return outputs(model, x)
+        return x[:0] if self.extractor is None else generate(model, count)
+
+    def shown(self, model: Any, count: int) -> Tensor:
+        """Samples to look at or listen to: of equal latents, or of the first test conditions."""
+        if self.kind == "conditional":
+            return outputs(model, rows(self.data.test_dataset)[0][:count])
+        return generate(model, count)
+
     def monitor(self, model: Any) -> dict[str, float]:
-        """A quick kernel distance on the validation split, for the curve over time."""
-        if self.extractor is None:
-            return {}
-        x, y = rows(self.data.val_dataset)
-        real = _images(x, y)[0][:MONITOR_SAMPLES]
-        made = generate(model, min(len(real), MONITOR_SAMPLES))
-        return {"val/kid": fidelity(made, real, self.extractor.module)["kid"]}
+        """A quick kernel distance on the validation split, for the curve over time.
+
+        Of a conditional model its distances to the targets too.
+        """
+        x, y = (part[:MONITOR_SAMPLES] for part in rows(self.data.val_dataset))
+        made = self._generated(model, x, len(x))
+        found: dict[str, float] = {}
+        if self.kind == "conditional":
+            found |= {f"val/{name}": value for name, value in model.distances(made, y).items()}
+        if self.extractor is not None and len(x) >= LEAST_IMAGES:
+            real = self.data.as_images(y if self.data.paired else x)
+            images = self.data.as_images(made)
+            found["val/kid"] = fidelity(images, real, self.extractor.module)["kid"]
+        return found
+
+    def _images(self, split: Any) -> tuple[Tensor, Tensor]:
+        """The real images of a split, which generated ones are compared with, and its labels."""
+        x, y = rows(split)
+        return self.data.as_images(y if self.data.paired else x), y
 
     def describe(self) -> dict[str, Any]:
         """The extractor, the sample count and the floor, which belong beside each number."""
@@ -160,8 +195,8 @@ class Evaluator:
         if self.extractor is None:
             return {}
         if self._floor is None:
-            x, y = rows(self.data.test_dataset)
-            self._floor = noise_floor(_images(x, y)[0], self.extractor.module)
+            real, _ = self._images(self.data.test_dataset)
+            self._floor = noise_floor(real, self.extractor.module)
         return self._floor
 
     def irreducible(self, model: Any) -> dict[str, float]:
@@ -206,7 +241,7 @@ def rows(dataset: Any) -> tuple[Tensor, Tensor]:
     if hasattr(dataset, "tensors"):
         return dataset.tensors
     pairs = [dataset[index] for index in range(len(dataset))]
-    return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+    return torch.stack([x for x, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
 
 
 def generate(model: Any, count: int, *, batch_size: int = 500) -> Tensor:
@@ -214,6 +249,13 @@ def generate(model: Any, count: int, *, batch_size: int = 500) -> Tensor:
     latents = model.latents(count, seed=SAMPLE_SEED)
     with evaluating(model):
         return torch.cat([model.images(z).float().cpu() for z in latents.split(batch_size)])
+
+
+def outputs(model: Any, conditions: Tensor, *, batch_size: int = 64) -> Tensor:
+    """What a conditional model generates from conditions (N, ...), on the CPU."""
+    with evaluating(model):
+        parts = conditions.split(batch_size)
+        return torch.cat([model.outputs(x.to(model.device)).float().cpu() for x in parts])
 
 
 def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -235,8 +277,3 @@ def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:
             "max": max(values),
         }
     return found
-
-
-def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as images: sequences (N, T, F) become (N, 1, T, F)."""
-    return (x.unsqueeze(1) if x.dim() == 3 else x), y
