@@ -330,6 +330,7 @@ class SplitDataModule(LightningDataModule, ABC):
 
     kind: ClassVar[Kind]
     paired: ClassVar[bool] = False
+    pretext: ClassVar[str] = "rotation"  # task of the feature network where there are no labels
 
     def __init__(self, *, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()

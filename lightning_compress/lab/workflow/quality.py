@@ -19,7 +19,9 @@ from lightning_compress.lab.evaluation.features import (
     trained_feature_network,
 )
 from lightning_compress.lab.evaluation.fidelity import fidelity, noise_floor
+from lightning_compress.lab.evaluation.given_features import given_extractor
 from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
+from lightning_compress.lab.evaluation.self_supervised import self_supervised_network
 from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats, verdict
 from lightning_compress.modes import evaluating
 from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -28,9 +30,8 @@ __all__ = ["METRICS", "Evaluator", "Metric", "spread_of"]
 
 SAMPLE_SEED = 12_345  # of the latents that are drawn for measurement
 MONITOR_SAMPLES = 500
-LEAST_IMAGES = (
-    8  # of a split: precision and recall look at the third neighbour, the floor at halves
-)
+LEAST_COMPARED = 4  # precision and recall look at the third neighbour
+LEAST_UNLABELLED = 16  # halves and subsets of the test split are compared too
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,11 @@ class Evaluator:
         if self.settings.feature == "inception":
             return inception_extractor()
         if self.settings.feature != "own":
-            raise ValueError(
-                f"evaluate.feature={self.settings.feature!r}: valid are ['inception', 'own']"
-            )
+            sample = self._images(self.data.test_dataset)[0][:2]
+            layer = self.settings.get("feature_layer")
+            return given_extractor(self.settings.feature, sample, layer=layer)
         if not self.data.labelled:
-            self.notes.append(
-                "The data have no labels, so no feature network of their own could be trained: "
-                "no Fréchet or kernel distance (evaluate.feature=inception would give them)."
-            )
-            return None
+            return self._self_supervised()
         return trained_feature_network(
             self._images(self.data.train_dataset),
             self._images(self.data.test_dataset),
@@ -119,6 +116,31 @@ class Evaluator:
             fingerprint=f"{self.name}:{self.data.fingerprint}",
             progress=print,
         )
+
+    def _self_supervised(self) -> FeatureExtractor | None:
+        """The data's own network without labels; none where there is too little to compare."""
+        examples = len(rows(self.data.test_dataset)[0])
+        if examples < LEAST_UNLABELLED:
+            self.notes.append(
+                f"The data have no labels, and {examples} test examples are too few for a Fréchet "
+                f"or kernel distance in self-supervised features: {LEAST_UNLABELLED} are needed."
+            )
+            return None
+        test, _ = self._images(self.data.test_dataset)
+        train, _ = self._images(self.data.train_dataset)
+        found = self_supervised_network(
+            train,
+            test,
+            task=self.data.pretext,
+            cache_dir=Path(self.settings.cache_dir),
+            fingerprint=f"{self.name}:{self.data.fingerprint}",
+            progress=print,
+        )
+        self.notes.append(
+            "The data have no labels: the feature network learned to predict the "
+            f"{found.task}, which it tells on {found.test_accuracy:.1%} of the test examples."
+        )
+        return found
 
     def quality(self, model: Any) -> dict[str, float]:
         """All metrics that apply to a model, on the test split.
@@ -166,7 +188,7 @@ class Evaluator:
         found: dict[str, float] = {}
         if self.kind == "conditional":
             found |= {f"val/{name}": value for name, value in model.distances(made, y).items()}
-        if self.extractor is not None and len(x) >= LEAST_IMAGES:
+        if self.extractor is not None and len(x) >= LEAST_COMPARED:
             real = self.data.as_images(y if self.data.paired else x)
             images = self.data.as_images(made)
             found["val/kid"] = fidelity(images, real, self.extractor.module)["kid"]
@@ -185,6 +207,7 @@ class Evaluator:
         return {
             "feature": self.extractor.name,
             "feature_accuracy": self.extractor.test_accuracy,
+            "feature_task": self.extractor.task,
             "samples": self.settings.samples or len(x),
             "floor": self.floor(),
             "notes": self.notes,
