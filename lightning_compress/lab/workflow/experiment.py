@@ -281,8 +281,11 @@ def _write_samples(
         return {}
     with fake_quantized(compressed):
         made = [evaluator.shown(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+    made += evaluator.targets(SHOWN_SAMPLES)
     grids = [evaluator.data.as_images(samples) for samples in made]
     names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
+    if len(grids) > len(names):
+        names["real"] = "samples_real.png"
     for images, name in zip(grids, names.values(), strict=True):
         save_grid(images, folder / name)
     save_comparison(grids[0], grids[1], folder / "samples.png")

@@ -57,6 +57,8 @@ METRICS = {
     "precision": Metric("precision", "higher"),
     "recall": Metric("recall", "higher"),
     "samples": Metric("images drawn", "neither"),
+    "mel_distance": Metric("log-mel distance", "lower"),
+    "stft_distance": Metric("multi-resolution STFT distance", "lower"),
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
@@ -177,6 +179,10 @@ class Evaluator:
         if self.kind == "conditional":
             return outputs(model, rows(self.data.test_dataset)[0][:count])
         return generate(model, count)
+
+    def targets(self, count: int) -> list[Tensor]:
+        """Of a conditional model: the real samples of the first test conditions, as one tensor."""
+        return [rows(self.data.test_dataset)[1][:count]] if self.data.paired else []
 
     def monitor(self, model: Any) -> dict[str, float]:
         """A quick kernel distance on the validation split, for the curve over time.
