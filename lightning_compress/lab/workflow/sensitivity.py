@@ -77,7 +77,7 @@ class Subject:
         """The metric of a model on so many rows of the validation split, latents always the same.
 
         Raises:
-            ValueError: for a GAN on data without labels: no feature network could be trained.
+            ValueError: for a GAN on so little unlabelled data that there is no feature network.
         """
         x, y = rows(self.data.val_dataset)
         x, y = x[:count], y[:count]

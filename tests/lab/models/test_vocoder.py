@@ -19,6 +19,7 @@ from lightning_compress.lab.models.vocoder import (
     feature_matching_loss,
     generator_loss,
 )
+from lightning_compress.lab.report.page import write_report
 from lightning_compress.lab.workflow.experiment import run_experiment
 from tests.helpers.sounds import chirps
 
@@ -122,6 +123,9 @@ def test_the_recipe_runs_from_wav_files_to_results(run):
     curves = (folder / "curves.csv").read_text()
     assert "val/mel_distance" in curves
     assert "val/mel_loss" in curves
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert "log-mel distance" in page
+    assert "self-supervised: test accuracy on direction of time and frequency band" in page
 
 
 def test_samples_are_sounds_and_spectrograms(run):
