@@ -62,7 +62,7 @@ def rotated(x: Tensor, way: int) -> Tensor:
 def direction_and_band(x: Tensor, way: int) -> Tensor:
     """Spectrograms (N, C, M, T), forwards or backwards, of which one band of three is kept.
 
-    The bands are 3/4 of the M rows wide and overlap: the lowest, the middle and the highest.
+    The bands are 3/4 of the M rows and overlap: the first, the middle and the last rows.
     """
     height = max(MIN_SIZE, x.shape[2] * 3 // 4)
     start = (x.shape[2] - height) * (way // 2) // 2

@@ -214,7 +214,7 @@ class Evaluator:
             "feature": self.extractor.name,
             "feature_accuracy": self.extractor.test_accuracy,
             "feature_task": self.extractor.task,
-            "samples": self.settings.samples or len(x),
+            "samples": len(x) if self.kind == "conditional" else self.settings.samples or len(x),
             "floor": self.floor(),
             "notes": self.notes,
         }
