@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean
+.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated bench-models test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean
 
 # Before the environment is made, so that its time stands apart.
 .PHONY: estimate-demo estimate-test
@@ -120,6 +120,10 @@ bench-deploy: $(READY)  ## sizes and speeds of the files one generator ships as;
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \
 	$(BIN)/python experiments/benchmarks/bench_allocation.py outputs/bench/allocation.jsonl $(TOLD)
+
+bench-models: $(READY)  ## generative models beyond 28 pixels, two seeds each (many hours; resumes)
+	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_models.py outputs/bench/models.jsonl; \
+	$(BIN)/python experiments/benchmarks/bench_models.py outputs/bench/models.jsonl --page docs/models.md $(TOLD)
 
 bench-federated: $(READY)  ## bytes and quality of federated methods on Fashion-MNIST (hours; resumes)
 	$(BIN)/python experiments/benchmarks/bench_federated.py outputs/bench/federated.jsonl

@@ -317,20 +317,33 @@ def _plain_name(path: str, known: Container[str]) -> str:
 def _scaled(grid: Grid, original: Tensor, weight: Tensor) -> AffineGrid | None:
     """The grid of `weight`, a multiple of `original` in each channel.
 
-    Where the channels of a weight_norm share a step before it, they have one each behind it.
+    Where the channels of a weight_norm share a step before it, they have one each behind it, along
+    the axis that the norm leaves out (its `dim`): the one whose factors explain the weight best.
     """
     if not isinstance(grid, AffineGrid) or original.shape != weight.shape:
         return None
-    axis = grid.axis or 0
-    before, after = (part.transpose(0, axis).flatten(1) for part in (original, weight))
-    factor = after.abs().amax(1) / before.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-    most = factor.max()
-    factor = torch.where(factor > 0, factor, most if most > 0 else torch.ones_like(most))
+    axes = range(weight.dim()) if grid.axis is None else (grid.axis,)
+    axis, factor = min(
+        ((axis, _factor(original, weight, axis)) for axis in axes),
+        key=lambda one: float((original * _spread(one[1], one[0], weight) - weight).abs().max()),
+    )
     if grid.axis is None and torch.allclose(factor, factor[0], rtol=SAME_FACTOR, atol=0.0):
         axis, factor = None, factor[:1]
     scale = grid.scale.cpu() * factor
     zero = grid.zero_point.cpu().expand_as(scale)
     return AffineGrid(scale, zero, grid.bits, grid.symmetric, axis)
+
+
+def _factor(original: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """What each channel along an axis was multiplied by; one without weights: the largest."""
+    before, after = (part.transpose(0, axis).flatten(1) for part in (original, weight))
+    factor = after.abs().amax(1) / before.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+    most = factor.max()
+    return torch.where(factor > 0, factor, most if most > 0 else torch.ones_like(most))
+
+
+def _spread(values: Tensor, axis: int, weight: Tensor) -> Tensor:
+    return values.view([-1 if at == axis else 1 for at in range(weight.dim())])
 
 
 @torch.no_grad()
@@ -353,7 +366,11 @@ def put_on_grids(
             continue
         grid = _fresh(grids.get(name), parameter)
         if grid is None and not everything and id(parameter) not in done:
-            left[name] = "it has no grid, while other weights have: it was left out on purpose"
+            left[name] = (
+                "it has left its grid, or has none behind the norm that is folded into it"
+                if name in grids
+                else "it has no grid, while other weights have: it was left out on purpose"
+            )
             continue
         if not parameter.isfinite().all():
             raise ValueError(f"{name} holds values that are NaN or infinite")

@@ -49,3 +49,40 @@ def test_a_norm_scales_the_steps_of_its_weight(form, per_channel, tmp_path):
     away = np.abs(run(info.path, (x,))[0] - expected)
     step = compression_state(module).activations["4"].output.scale.item()
     assert (away <= 1.01 * step).mean() > 0.99
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_norm_along_another_axis_scales_the_steps_of_that_axis(form, tmp_path):
+    """A transposed convolution's output channels are axis 1, and so is its norm's."""
+    torch.manual_seed(1)
+    up = FORMS[form].weight_norm(nn.ConvTranspose1d(6, 4, 8, 4, 2), dim=1)
+    module, x = nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), up).eval(), torch.randn(32, 3, 20)
+    with torch.no_grad():
+        dict(module.named_parameters())[
+            {"old": "2.weight_g", "new": "2.parametrizations.weight.original0"}[form]
+        ].mul_(torch.tensor([1.0, 2.0, 0.5, 3.0])[:, None])
+    quantize_static(module, [x], per_channel=False)
+    info = export_onnx(module, tmp_path / "m.onnx", x[:8], int8=True)
+    assert info.reasons == {}
+    assert info.weights["2.weight"].startswith("trained grid, symmetric, per channel")
+    assert info.int8_ops["QLinearConv"] == 2
+    with torch.no_grad(), fake_quantized(module):
+        expected = module(x).numpy()
+    step = compression_state(module).activations["2"].output.scale.item()
+    away = np.abs(run(info.path, (x,))[0] - expected)
+    assert (away <= 1.01 * step).mean() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:.*products run as float:UserWarning")
+def test_a_weight_that_has_left_its_grid_is_told_from_one_that_has_none(tmp_path):
+    torch.manual_seed(1)
+    module, x = (
+        nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3)),
+        torch.randn(9, 3, 9),
+    )
+    quantize_static(module.eval(), [x])
+    with torch.no_grad():
+        module[2].weight.mul_(0.77)
+    info = export_onnx(module, tmp_path / "m.onnx", x[:8], int8=True, tolerance=0.1)
+    assert info.reasons["2.weight"].startswith("it has left its grid")

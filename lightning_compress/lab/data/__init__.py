@@ -1,9 +1,10 @@
-"""LightningDataModules: images, real-valued sequences and tokens, all as `(x, y)` batches.
+"""LightningDataModules: images, real-valued sequences, tokens and sound, all as `(x, y)` batches.
 
 Every module here has `kind`, `labelled`, `dims`, `fingerprint` and the three splits of
 `SplitDataModule`, so that models and evaluation need no other knowledge of a data set.
 """
 
+from lightning_compress.lab.data.audio_folder import AudioFolder
 from lightning_compress.lab.data.base import SplitDataModule
 from lightning_compress.lab.data.digits import DigitRows, Digits
 from lightning_compress.lab.data.image_folder import ImageFolder
@@ -12,6 +13,7 @@ from lightning_compress.lab.data.text_lines import TextLines
 
 __all__ = [
     "CIFAR10",
+    "AudioFolder",
     "DigitRows",
     "Digits",
     "IdxImages",

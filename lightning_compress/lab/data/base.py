@@ -275,7 +275,7 @@ class LateLoader(DataLoader):
         yield from super().__iter__()
 
 
-Kind = Literal["image", "sequence", "tokens"]
+Kind = Literal["image", "sequence", "tokens", "image_pairs", "audio"]
 MAX_SEED = 2**32 - 1  # scikit-learn's limit
 
 
@@ -300,6 +300,7 @@ class SplitDataModule(LightningDataModule, ABC):
 
     Batches are `(x, y)`: images float32 (N, C, H, W) in [0, 1], sequences float32 (N, T, F) in
     [0, 1], tokens int64 (N, T); y int64 (N,), zeros where the source has no labels.
+    Where `paired` is true, x is the condition of a generator and y its target, of any shape.
     A subclass states `kind` and `dims` and writes `build`.
 
     Args:
@@ -313,6 +314,8 @@ class SplitDataModule(LightningDataModule, ABC):
     """
 
     kind: ClassVar[Kind]
+    paired: ClassVar[bool] = False
+    pretext: ClassVar[str] = "rotation"  # task of the feature network where there are no labels
 
     def __init__(self, *, batch_size: int = 128, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -330,7 +333,18 @@ class SplitDataModule(LightningDataModule, ABC):
     @property
     def labelled(self) -> bool:
         """Whether y carries classes."""
-        return True
+        return not self.paired
+
+    def as_images(self, samples: Tensor) -> Tensor:
+        """Rows, or what a model generated, as images (N, C, H, W) in [0, 1] for feature networks.
+
+        Sequences (N, T, F) become (N, 1, T, F); other data are images already.
+        """
+        return samples.unsqueeze(1) if samples.dim() == 3 else samples
+
+    def sample_files(self, samples: Tensor) -> dict[str, bytes]:  # noqa: ARG002
+        """Files of generated samples beside their images, such as `{"0.wav": ...}`, by suffix."""
+        return {}
 
     @abstractmethod
     def build(self) -> Splits:

@@ -25,6 +25,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureNetwork",
     "FrozenFeatures",
+    "cached_extractor",
     "default_epochs",
     "inception_extractor",
     "train_classifier",
@@ -169,12 +170,14 @@ class FeatureExtractor:
     Args:
         module: maps images (N, C, H, W) in [0, 1] to features (N, D); frozen, in eval mode.
         name: what the report prints beside each number, such as `"digits-cnn-1f0c2a9b"`.
-        test_accuracy: of the classifier on the test split; None where it is not known.
+        test_accuracy: of the network in its own task on the test split; None where unknown.
+        task: what the network was trained to predict: labels, or what a pretext task hides.
     """
 
     module: nn.Module
     name: str
     test_accuracy: float | None
+    task: str = "labels"
 
 
 def trained_feature_network(
@@ -217,15 +220,43 @@ def trained_feature_network(
         "training": f"Adam {LEARNING_RATE}, batch {BATCH_SIZE}, {epochs} epochs, seed {seed}",
         "features": "unit mean square",
     }
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    dataset = fingerprint.split(":")[0] if ":" in fingerprint else "data"
-    path = Path(cache_dir) / f"{dataset}-cnn-{digest[:16]}.safetensors"
-    if (score := _load(network, path)) is None:
+
+    def fit() -> float:
         train_classifier(network, x, y, epochs=epochs, seed=seed, progress=progress)
         network.eval().set_scale(x)
-        score = accuracy(network, *_tensors(test, "test", num_classes))["accuracy"]
-        score = _store(network, path, recipe, score)
-    return FeatureExtractor(FrozenFeatures(network), f"{dataset}-cnn-{digest[:8]}", score)
+        return accuracy(network, *_tensors(test, "test", num_classes))["accuracy"]
+
+    return cached_extractor(network, recipe, fit, name="cnn", cache_dir=cache_dir)
+
+
+def cached_extractor(
+    network: FeatureNetwork,
+    recipe: Mapping[str, str],
+    fit: Callable[[], float],
+    *,
+    name: str,
+    cache_dir: Path,
+    task: str = "labels",
+) -> FeatureExtractor:
+    """A feature network from the cache, or trained now and stored there.
+
+    Args:
+        network: untrained; filled in place.
+        recipe: everything that decides the trained weights; its hash names the file. `"data"`
+            identifies the data: what stands before its first colon begins the extractor's name.
+        fit: trains the network and returns its accuracy on held-out data.
+        name: of the kind of network.
+        cache_dir: folder of the cache.
+        task: of the network.
+    """
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    data = recipe["data"]
+    dataset = data.split(":")[0] if ":" in data else "data"
+    path = Path(cache_dir) / f"{dataset}-{name}-{digest[:16]}.safetensors"
+    if (score := _load(network, path)) is None:
+        score = _store(network, path, recipe, fit())
+    called = f"{dataset}-{name}-{digest[:8]}"
+    return FeatureExtractor(FrozenFeatures(network), called, score, task)
 
 
 def inception_extractor() -> FeatureExtractor:

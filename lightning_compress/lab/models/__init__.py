@@ -5,5 +5,15 @@ from lightning_compress.lab.models.classifier import ResNet18, SimpleNet
 from lightning_compress.lab.models.gan import DCGAN, WGANGP
 from lightning_compress.lab.models.recurrent_vae import RecurrentVAE
 from lightning_compress.lab.models.vae import VAE
+from lightning_compress.lab.models.vocoder import Vocoder
 
-__all__ = ["DCGAN", "VAE", "WGANGP", "CompressibleModel", "RecurrentVAE", "ResNet18", "SimpleNet"]
+__all__ = [
+    "DCGAN",
+    "VAE",
+    "WGANGP",
+    "CompressibleModel",
+    "RecurrentVAE",
+    "ResNet18",
+    "SimpleNet",
+    "Vocoder",
+]

@@ -13,6 +13,7 @@ from lightning_compress.channels.resize import rebuild_channels
 __all__ = [
     "BaseModel",
     "CompressibleModel",
+    "ConditionalModel",
     "LatentModel",
     "Parts",
     "check_count",
@@ -20,7 +21,7 @@ __all__ = [
     "scaled_width",
 ]
 
-Kind = Literal["gan", "vae", "recurrent_vae", "classifier"]
+Kind = Literal["gan", "vae", "recurrent_vae", "classifier", "conditional"]
 Parts = dict[str, tuple[nn.Module, tuple[Tensor, ...]]]
 
 SAMPLE_BATCH = 2  # torch.export treats a sample batch of 1 as a constant
@@ -30,9 +31,10 @@ SAMPLE_BATCH = 2  # torch.export treats a sample batch of 1 as a constant
 class CompressibleModel(Protocol):
     """The contract that callbacks, conversion and evaluation rely on.
 
-    Generative models (every kind but `"classifier"`) also have `latents(n, *, seed) -> (N, L)` and
+    Generative models that draw from latents also have `latents(n, *, seed) -> (N, L)` and
     either `images(z) -> (N, C, H, W)` in [0, 1] or, for tokens, `sequences(z) -> (N, T)` int64.
-    Models with an encoder also have `posterior`, `elbo_terms` and `log_weights`.
+    Models with an encoder also have `posterior`, `elbo_terms` and `log_weights`. Generators whose
+    input comes from the data are of kind `"conditional"`: see `ConditionalModel`.
 
     Attributes:
         deployed: paths of the deployed child modules.
@@ -56,6 +58,8 @@ class BaseModel(LightningModule):
 
     deployed: ClassVar[tuple[str, ...]]
     kind: ClassVar[Kind]
+    data_kinds: ClassVar[tuple[str, ...]] = ("image",)  # kinds of DataModule that feed it
+    quality_metric: ClassVar[str | None] = None  # judges a loss of quality; None: its kind's usual
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Cut the layers to the sizes of a checkpoint with removed channels, before it loads."""
@@ -71,6 +75,29 @@ class BaseModel(LightningModule):
         holder = nn.ModuleDict({path: self.get_submodule(path) for path in self.deployed})
         holder.training = self.training  # the flag of the holder alone: children keep their own
         return holder
+
+
+class ConditionalModel(BaseModel):
+    """A generator whose input comes from the data: image to image, spectrogram to waveform.
+
+    Its data are `paired`: batches are (condition, target). The evaluation runs `outputs` on the
+    conditions of a split and reports `distances` to the targets, beside the fidelity of what the
+    DataModule's `as_images` makes of both. A subclass sets `quality_metric` to one of the
+    distances.
+    """
+
+    kind: ClassVar = "conditional"
+
+    def outputs(self, condition: Tensor) -> Tensor:
+        """What the deployed generator makes of conditions, in the targets' shape and range.
+
+        Called in eval mode without gradients.
+        """
+        raise NotImplementedError
+
+    def distances(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Means of the paired metrics, each a key of `lab.workflow.quality.METRICS`."""
+        raise NotImplementedError
 
 
 class LatentModel(BaseModel):

@@ -186,6 +186,7 @@ class RecurrentVAE(BaseVAE):
     """
 
     kind = "recurrent_vae"
+    data_kinds = ("sequence", "tokens")
 
     def __init__(
         self,

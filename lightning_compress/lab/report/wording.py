@@ -419,7 +419,9 @@ def _evaluator_notes(evaluator: Mapping[str, Any]) -> list[str]:
     if not evaluator:
         return ["results.json does not say which feature network and how many samples were used."]
     accuracy = scalar(evaluator.get("feature_accuracy"))
-    known = f" (test accuracy {percent(accuracy)})" if accuracy is not None else ""
+    task = evaluator.get("feature_task", "labels")
+    what = "test accuracy" if task == "labels" else f"self-supervised: test accuracy on {task}"
+    known = f" ({what} {percent(accuracy)})" if accuracy is not None else ""
     texts = [
         f"Distances between distributions are taken in the features of "
         f"{evaluator.get('feature', 'an unnamed network')}{known}, with "

@@ -139,6 +139,8 @@ def inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tu
 
 def _uses(model: Any, data: SplitDataModule) -> Iterable[Callable[[], Any]]:
     batches = [batch[0] for batch in islice(data.train_dataloader(), BATCHES)]
+    if getattr(model, "kind", None) == "conditional":
+        return [lambda x=x: model.outputs(x) for x in batches]
     if not hasattr(model, "latents"):
         return [lambda x=x: model(x) for x in batches]
     draw = model.sequences if getattr(model, "discrete", False) else model.images

@@ -40,7 +40,6 @@ from lightning_compress.lab.workflow.costs import (
 from lightning_compress.lab.workflow.quality import (
     METRICS,
     Evaluator,
-    generate,
     rows,
     spread_of,
 )
@@ -116,7 +115,13 @@ def _run(
     model: Any = build_model(_of_student(cfg), data, seed=cfg.seed)  # mistakes before training
     compressors = _compressors(cfg, model, data)
     called = {"model": cfg.model._target_, "data": cfg.data._target_, **names}
-    evaluator = Evaluator(cfg.evaluate, data, str(model.kind), called["data"].rsplit(".", 1)[-1])
+    evaluator = Evaluator(
+        cfg.evaluate,
+        data,
+        str(model.kind),
+        called["data"].rsplit(".", 1)[-1],
+        own_metric=getattr(model, "quality_metric", None),
+    )
 
     dense = _dense(cfg, data, folder, evaluator, earlier)
     others = [_other_seed(cfg, data, folder, s, evaluator, earlier) for s in cfg.baseline_seeds]
@@ -162,13 +167,20 @@ def _run_pruner(cfg: DictConfig, evaluator: Evaluator, dense: Trained) -> list[C
     most = cfg.hopeless.max_loss
     if most is None:
         return []
-    name, mode, usual = WATCHED[evaluator.kind]
+    name, mode, usual = WATCHED.get(evaluator.kind) or _watched(evaluator)
     most = usual if most == "auto" else float(most)
     after, patience = cfg.hopeless.after, cfg.hopeless.patience
     pruner = GiveUp(
         dense.rows, monitor=name, mode=mode, max_loss=most, after=after, patience=patience
     )
     return [pruner]
+
+
+def _watched(evaluator: Evaluator) -> tuple[str, str, float]:
+    """Of a conditional model: its own metric on the validation split."""
+    if (own := evaluator.own_metric) is None:
+        return "val/kid", "min", 4.0
+    return f"val/{own}", "max" if METRICS[own].better == "higher" else "min", 0.25
 
 
 def _train(
@@ -286,16 +298,25 @@ def _measure(
 def _write_samples(
     folder: Path, dense: Any, compressed: Any, evaluator: Evaluator
 ) -> dict[str, str]:
-    """Grids of samples from the same latents, for models that draw."""
+    """Grids of samples from the same latents or conditions, for models that generate."""
     if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
         return {}
     with fake_quantized(compressed):
-        grids = [generate(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+        made = [evaluator.shown(model, SHOWN_SAMPLES) for model in (dense, compressed)]
+    made += evaluator.targets(SHOWN_SAMPLES)
+    grids = [evaluator.data.as_images(samples) for samples in made]
     names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
+    if len(grids) > len(names):
+        names["real"] = "samples_real.png"
     for images, name in zip(grids, names.values(), strict=True):
         save_grid(images, folder / name)
     save_comparison(grids[0], grids[1], folder / "samples.png")
-    return {**names, "grid": "samples.png"}
+    files: dict[str, str] = {}
+    for samples, side in zip(made, names, strict=True):
+        for suffix, content in evaluator.data.sample_files(samples).items():
+            name = files[f"{side}_{suffix}"] = f"samples_{side}_{suffix}"
+            write_atomically(folder / name, content, what="a sample")
+    return {**names, "grid": "samples.png", **files}
 
 
 def _write_curves(path: Path, dense: Trained, compressed: Trained) -> None:

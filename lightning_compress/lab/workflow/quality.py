@@ -19,7 +19,9 @@ from lightning_compress.lab.evaluation.features import (
     trained_feature_network,
 )
 from lightning_compress.lab.evaluation.fidelity import fidelity, noise_floor
+from lightning_compress.lab.evaluation.given_features import given_extractor
 from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
+from lightning_compress.lab.evaluation.self_supervised import self_supervised_network
 from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats, verdict
 from lightning_compress.modes import evaluating
 from lightning_compress.quantization.fake_quantize import fake_quantized
@@ -28,6 +30,8 @@ __all__ = ["METRICS", "Evaluator", "Metric", "spread_of"]
 
 SAMPLE_SEED = 12_345  # of the latents that are drawn for measurement
 MONITOR_SAMPLES = 500
+LEAST_COMPARED = 4  # precision and recall look at the third neighbour
+LEAST_UNLABELLED = 16  # halves and subsets of the test split are compared too
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ METRICS = {
     "precision": Metric("precision", "higher"),
     "recall": Metric("recall", "higher"),
     "samples": Metric("images drawn", "neither"),
+    "mel_distance": Metric("log-mel distance", "lower"),
+    "stft_distance": Metric("multi-resolution STFT distance", "lower"),
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
@@ -61,6 +67,7 @@ _DEFAULT_METRIC = {
     "vae": "neg_elbo",
     "recurrent_vae": "neg_elbo",
     "classifier": "accuracy",
+    "conditional": "fid",
 }
 
 
@@ -73,6 +80,8 @@ class Evaluator:
         data: the data, set up.
         kind: of the models, such as "vae".
         name: of the data, such as "digits".
+        own_metric: that judges a loss of quality unless the settings name one; None: the usual
+            one of the kind.
     """
 
     settings: DictConfig
@@ -81,10 +90,12 @@ class Evaluator:
     name: str
     notes: list[str] = field(default_factory=list)
     extractor: FeatureExtractor | None = None
+    own_metric: str | None = None
     _floor: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        self.metric = self.settings.metric or _DEFAULT_METRIC[self.kind]
+        usual = self.own_metric or _DEFAULT_METRIC[self.kind]
+        self.metric = self.settings.metric or usual
         if self.metric not in METRICS:
             raise ValueError(f"evaluate.metric={self.metric!r}: valid are {sorted(METRICS)}")
         if self.kind != "classifier" and self.data.kind != "tokens":
@@ -94,23 +105,44 @@ class Evaluator:
         if self.settings.feature == "inception":
             return inception_extractor()
         if self.settings.feature != "own":
-            raise ValueError(
-                f"evaluate.feature={self.settings.feature!r}: valid are ['inception', 'own']"
-            )
+            sample = self._images(self.data.test_dataset)[0][:2]
+            layer = self.settings.get("feature_layer")
+            return given_extractor(self.settings.feature, sample, layer=layer)
         if not self.data.labelled:
-            self.notes.append(
-                "The data have no labels, so no feature network of their own could be trained: "
-                "no Fréchet or kernel distance (evaluate.feature=inception would give them)."
-            )
-            return None
+            return self._self_supervised()
         return trained_feature_network(
-            _images(*rows(self.data.train_dataset)),
-            _images(*rows(self.data.test_dataset)),
+            self._images(self.data.train_dataset),
+            self._images(self.data.test_dataset),
             num_classes=self.data.dims["num_classes"],
             cache_dir=Path(self.settings.cache_dir),
             fingerprint=f"{self.name}:{self.data.fingerprint}",
             progress=print,
         )
+
+    def _self_supervised(self) -> FeatureExtractor | None:
+        """The data's own network without labels; none where there is too little to compare."""
+        examples = len(rows(self.data.test_dataset)[0])
+        if examples < LEAST_UNLABELLED:
+            self.notes.append(
+                f"The data have no labels, and {examples} test examples are too few for a Fréchet "
+                f"or kernel distance in self-supervised features: {LEAST_UNLABELLED} are needed."
+            )
+            return None
+        test, _ = self._images(self.data.test_dataset)
+        train, _ = self._images(self.data.train_dataset)
+        found = self_supervised_network(
+            train,
+            test,
+            task=self.data.pretext,
+            cache_dir=Path(self.settings.cache_dir),
+            fingerprint=f"{self.name}:{self.data.fingerprint}",
+            progress=print,
+        )
+        self.notes.append(
+            "The data have no labels: the feature network learned to predict the "
+            f"{found.task}, which it tells on {found.test_accuracy:.1%} of the test examples."
+        )
+        return found
 
     def quality(self, model: Any) -> dict[str, float]:
         """All metrics that apply to a model, on the test split.
@@ -128,19 +160,50 @@ class Evaluator:
             return accuracy(model, x, y)
         if self.kind in ("vae", "recurrent_vae"):
             found |= likelihood(model, x, importance_samples=self.settings.importance_samples)
+        made = self._generated(model, x, self.settings.samples or len(x))
+        if self.kind == "conditional":
+            found |= model.distances(made, y)
         if self.extractor is not None:
-            count = self.settings.samples or len(x)
-            found |= fidelity(generate(model, count), _images(x, y)[0], self.extractor.module)
+            real = self.data.as_images(y if self.data.paired else x)
+            found |= fidelity(self.data.as_images(made), real, self.extractor.module)
         return found
 
+    def _generated(self, model: Any, x: Tensor, count: int) -> Tensor:
+        """From all conditions x, or from so many latents; nothing where nothing would read it."""
+        if self.kind == "conditional":
+            return outputs(model, x)
+        return x[:0] if self.extractor is None else generate(model, count)
+
+    def shown(self, model: Any, count: int) -> Tensor:
+        """Samples to look at or listen to: of equal latents, or of the first test conditions."""
+        if self.kind == "conditional":
+            return outputs(model, rows(self.data.test_dataset)[0][:count])
+        return generate(model, count)
+
+    def targets(self, count: int) -> list[Tensor]:
+        """Of a conditional model: the real samples of the first test conditions, as one tensor."""
+        return [rows(self.data.test_dataset)[1][:count]] if self.data.paired else []
+
     def monitor(self, model: Any) -> dict[str, float]:
-        """A quick kernel distance on the validation split, for the curve over time."""
-        if self.extractor is None:
-            return {}
-        x, y = rows(self.data.val_dataset)
-        real = _images(x, y)[0][:MONITOR_SAMPLES]
-        made = generate(model, min(len(real), MONITOR_SAMPLES))
-        return {"val/kid": fidelity(made, real, self.extractor.module)["kid"]}
+        """A quick kernel distance on the validation split, for the curve over time.
+
+        Of a conditional model its distances to the targets too.
+        """
+        x, y = (part[:MONITOR_SAMPLES] for part in rows(self.data.val_dataset))
+        made = self._generated(model, x, len(x))
+        found: dict[str, float] = {}
+        if self.kind == "conditional":
+            found |= {f"val/{name}": value for name, value in model.distances(made, y).items()}
+        if self.extractor is not None and len(x) >= LEAST_COMPARED:
+            real = self.data.as_images(y if self.data.paired else x)
+            images = self.data.as_images(made)
+            found["val/kid"] = fidelity(images, real, self.extractor.module)["kid"]
+        return found
+
+    def _images(self, split: Any) -> tuple[Tensor, Tensor]:
+        """The real images of a split, which generated ones are compared with, and its labels."""
+        x, y = rows(split)
+        return self.data.as_images(y if self.data.paired else x), y
 
     def describe(self) -> dict[str, Any]:
         """The extractor, the sample count and the floor, which belong beside each number."""
@@ -150,7 +213,8 @@ class Evaluator:
         return {
             "feature": self.extractor.name,
             "feature_accuracy": self.extractor.test_accuracy,
-            "samples": self.settings.samples or len(x),
+            "feature_task": self.extractor.task,
+            "samples": len(x) if self.kind == "conditional" else self.settings.samples or len(x),
             "floor": self.floor(),
             "notes": self.notes,
         }
@@ -160,8 +224,8 @@ class Evaluator:
         if self.extractor is None:
             return {}
         if self._floor is None:
-            x, y = rows(self.data.test_dataset)
-            self._floor = noise_floor(_images(x, y)[0], self.extractor.module)
+            real, _ = self._images(self.data.test_dataset)
+            self._floor = noise_floor(real, self.extractor.module)
         return self._floor
 
     def irreducible(self, model: Any) -> dict[str, float]:
@@ -206,7 +270,7 @@ def rows(dataset: Any) -> tuple[Tensor, Tensor]:
     if hasattr(dataset, "tensors"):
         return dataset.tensors
     pairs = [dataset[index] for index in range(len(dataset))]
-    return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
+    return torch.stack([x for x, _ in pairs]), torch.stack([torch.as_tensor(y) for _, y in pairs])
 
 
 def generate(model: Any, count: int, *, batch_size: int = 500) -> Tensor:
@@ -214,6 +278,13 @@ def generate(model: Any, count: int, *, batch_size: int = 500) -> Tensor:
     latents = model.latents(count, seed=SAMPLE_SEED)
     with evaluating(model):
         return torch.cat([model.images(z).float().cpu() for z in latents.split(batch_size)])
+
+
+def outputs(model: Any, conditions: Tensor, *, batch_size: int = 64) -> Tensor:
+    """What a conditional model generates from conditions (N, ...), on the CPU."""
+    with evaluating(model):
+        parts = conditions.split(batch_size)
+        return torch.cat([model.outputs(x.to(model.device)).float().cpu() for x in parts])
 
 
 def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -235,8 +306,3 @@ def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:
             "max": max(values),
         }
     return found
-
-
-def _images(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as images: sequences (N, T, F) become (N, 1, T, F)."""
-    return (x.unsqueeze(1) if x.dim() == 3 else x), y

@@ -24,7 +24,7 @@ from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
 from lightning_compress.lab.evaluation.sensitivity import check_scan, scan_sensitivity
 from lightning_compress.lab.report.plots import draw, grid, shorten
 from lightning_compress.lab.trust import check_targets
-from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, rows
+from lightning_compress.lab.workflow.quality import METRICS, Evaluator, generate, outputs, rows
 from lightning_compress.lab.workflow.run_identity import recorded_overrides
 from lightning_compress.lab.workflow.training import build_model, load_trained, train
 
@@ -65,7 +65,8 @@ class Subject:
     @property
     def metric(self) -> str:
         """Name of the metric."""
-        return _METRIC.get(self.kind, "neg_elbo")
+        own = getattr(self.model, "quality_metric", None)
+        return str(own or _METRIC.get(self.kind, "neg_elbo"))
 
     @property
     def better(self) -> str:
@@ -76,12 +77,14 @@ class Subject:
         """The metric of a model on so many rows of the validation split, latents always the same.
 
         Raises:
-            ValueError: for a GAN on data without labels: no feature network could be trained.
+            ValueError: for a GAN on so little unlabelled data that there is no feature network.
         """
         x, y = rows(self.data.val_dataset)
         x, y = x[:count], y[:count]
         if self.kind == "classifier":
             return lambda model: accuracy(model, x, y)["cross_entropy"]
+        if self.kind == "conditional":
+            return lambda model: model.distances(outputs(model, x), y)[self.metric]
         if self.kind != "gan":
             return lambda model: likelihood(model, x)["neg_elbo"]
         evaluator = Evaluator(self.cfg.evaluate, self.data, self.kind, self.name)

@@ -110,9 +110,8 @@ def build_model(cfg: DictConfig, data: SplitDataModule, *, seed: int) -> Lightni
     """
     missing = [key for key, value in cfg.model.items() if value is None and key in data.dims]
     sizes = {key: data.dims[key] for key in missing}
-    kind = getattr(get_class(cfg.model._target_), "kind", None)
-    needed = ("sequence", "tokens") if kind == "recurrent_vae" else ("image",)
-    if kind is not None and data.kind not in needed:
+    needed = getattr(get_class(cfg.model._target_), "data_kinds", None)
+    if needed is not None and data.kind not in needed:
         raise ValueError(
             f"model {cfg.model._target_} takes data of kind {list(needed)}, "
             f"but {cfg.data._target_} gives {data.kind!r}"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lightning_compress.lab import data as data_package
 from lightning_compress.lab.data import SplitDataModule
+from tests.helpers.sounds import chirps
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "data").glob("*.yaml"))
 EXAMPLE = {"mnist": {"name": "mnist"}}  # the only values that differ from the code's defaults
@@ -71,6 +72,7 @@ def sources(tmp_path):
         "mnist": idx,
         "digits": {},
         "digit_rows": {},
+        "audio_folder": {"folder": str(chirps(tmp_path / "sounds", 20))},
     }
 
 

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parents[3] / "conf" / "model"
 DIMS = {"image_size": 16, "channels": 1, "num_classes": 10, "steps": 16, "features": 16}
+DIMS |= {"sample_rate": 8000, "n_fft": 256, "hop_length": 64, "num_mels": 40, "segment": 4096}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -26,4 +27,5 @@ def test_config_spells_out_the_constructor(path):
 
 def test_all_models_have_a_config():
     names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {"dcgan", "wgan_gp", "vae", "recurrent_vae", "simple_net", "resnet18"}
+    generative = {"dcgan", "wgan_gp", "vae", "recurrent_vae", "vocoder"}
+    assert names == generative | {"simple_net", "resnet18"}

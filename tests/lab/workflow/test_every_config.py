@@ -27,6 +27,7 @@ from lightning_compress.lab.workflow.training import (
     compression_callbacks,
     load_trained,
 )
+from tests.helpers.sounds import chirps
 
 QUICK = [
     "trainer.max_epochs=1",
@@ -38,7 +39,7 @@ QUICK = [
     "data.batch_size=8",
 ]
 TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over too late for it
-DATA_OF = {"recurrent_vae": "digit_rows"}
+DATA_OF = {"recurrent_vae": "digit_rows", "vocoder": "audio_folder"}
 
 
 # What runs to the end in `make test`: together an autoencoder, a GAN and a recurrent model.
@@ -101,17 +102,29 @@ def check_one_file(folder, parts):
         assert data == (folder / f"{part}.int8.onnx").read_bytes()
 
 
+@pytest.fixture(scope="session")
+def sounds(tmp_path_factory):
+    return chirps(tmp_path_factory.mktemp("sounds"), 90, seconds=0.5)
+
+
+def sounding(words, sounds):
+    """The words, with the folder of sounds where they choose data of that kind."""
+    chosen = {"data=audio_folder", "experiment=vocoder"} & set(words)
+    return [*words, f"data.folder={sounds}"] if chosen else words
+
+
 @pytest.mark.parametrize("model", names("model"))
-def test_each_model_is_instantiated(model):
-    words = [f"model={model}", f"data={DATA_OF.get(model, 'digits')}"]
+def test_each_model_is_instantiated(model, sounds):
+    words = sounding([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds)
     made, _ = instantiated(composed(*words, "model.width_multiplier=0.25"))
     for part, inputs in made.eval().parts().values():
         part(*inputs)
 
 
 @pytest.mark.parametrize("data", names("data"))
-def test_each_data_set_is_instantiated(folders, known_files, data):
+def test_each_data_set_is_instantiated(folders, known_files, sounds, data):
     words = ["model.width_multiplier=0.25", f"data={data}", "data.batch_size=8"]
+    words = sounding(words, sounds)
     words += [one.format(folders) for one in OWN_ARGUMENTS[data]]
     model, made = instantiated(composed(*words))
     batch = next(iter(made.train_dataloader()))
@@ -168,21 +181,20 @@ def test_each_logger_is_instantiated(tmp_path, logger):
 
 
 @pytest.mark.parametrize("experiment", names("experiment"))
-def test_each_experiment_is_instantiated(folders, experiment):
-    words = [f"experiment={experiment}", "model.width_multiplier=0.25"]
+def test_each_experiment_is_instantiated(folders, sounds, experiment):
+    words = sounding([f"experiment={experiment}", "model.width_multiplier=0.25"], sounds)
     if experiment.startswith("fashion"):
         words += [f"data.folder={folders}/idx", "data.val_size=20"]
     instantiated(composed(*words))
 
 
 @pytest.mark.parametrize("model", runs("model"))
-def test_each_model(tmp_path, cache, model):
+def test_each_model(tmp_path, cache, sounds, model):
     # The width of a quarter: what is tested is the way, not the training.
     _, results = run(
         tmp_path,
         cache,
-        f"model={model}",
-        f"data={DATA_OF.get(model, 'digits')}",
+        *sounding([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds),
         "model.width_multiplier=0.25",
         "export.onnx=true",
     )
@@ -282,23 +294,27 @@ OWN_ARGUMENTS = {
     "text_lines": ["data.file={0}/words.txt", "model=recurrent_vae", "model.hidden=16"],
     "digit_rows": ["model=recurrent_vae", "model.hidden=16"],
     "digits": [],
+    "audio_folder": ["model=vocoder"],
 }
 
 
 @pytest.mark.parametrize("data", runs("data"))
-def test_each_data_set(folders, cache, known_files, data):
-    overrides = [one.format(folders) for one in OWN_ARGUMENTS[data]]
+def test_each_data_set(folders, cache, known_files, sounds, data):
+    overrides = sounding([f"data={data}"], sounds)
+    overrides += [one.format(folders) for one in OWN_ARGUMENTS[data]]
     _, results = run(
         folders / "run",
         cache,
-        f"data={data}",
         "model.width_multiplier=0.25",
         "export.onnx=false",
         "evaluate.samples=8" if data == "image_folder" else "seed=0",
         *overrides,
     )
     quality = results["compressed"]["quality"]
-    assert quality["neg_elbo"] == pytest.approx(quality["reconstruction"] + quality["kl"])
+    if data == "audio_folder":
+        assert quality["mel_distance"] > 0
+    else:
+        assert quality["neg_elbo"] == pytest.approx(quality["reconstruction"] + quality["kl"])
     assert ("perplexity" in quality) == (data == "text_lines")
     assert ("fid" in quality) == (data != "text_lines")
 
@@ -416,8 +432,11 @@ READERS = {
 # A run of so few steps removes its last channels after pruning has ended.
 @pytest.mark.filterwarnings("ignore:.*zeros went with removed channels")
 @pytest.mark.parametrize("experiment", runs("experiment"))
-def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
-    overrides = ["trainer.limit_train_batches=12"]  # criteria look at some gradients first
+def test_each_experiment_composes_and_runs_small(folders, cache, sounds, experiment):
+    overrides = sounding([f"experiment={experiment}", "trainer.limit_train_batches=12"], sounds)
+    overrides = [
+        word for word in overrides if not word.startswith("experiment=")
+    ]  # criteria look at some gradients first
     if experiment.startswith("fashion"):
         overrides += [f"data.folder={folders}/idx", "data.val_size=20"]
     if experiment == "fashion_vae_fast":  # of so narrow a model too few channels are free
@@ -430,7 +449,8 @@ def test_each_experiment_composes_and_runs_small(folders, cache, experiment):
         "export.onnx=false",
         *overrides,
     )
-    assert results["verdict"]["metric"] == ("fid" if "dcgan" in experiment else "neg_elbo")
+    usual = "mel_distance" if experiment == "vocoder" else "neg_elbo"
+    assert results["verdict"]["metric"] == ("fid" if "dcgan" in experiment else usual)
     if cfg.baseline_seeds:
         assert results["baseline_spread"]["neg_elbo"]["n"] == 3
 

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from scipy import stats
 
 from lightning_compress import quantize_static
+from lightning_compress.lab.data import Digits, ImageFolder
 from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE
 from lightning_compress.lab.workflow.costs import write_files
@@ -81,6 +83,28 @@ def test_quality_is_measured_on_the_test_split_and_with_quantized_activations():
     assert found == pytest.approx(expected["test"], rel=1e-6)
     rounded = likelihood(model, splits["test"])["neg_elbo"]  # weights alone are on grids
     assert found != pytest.approx(rounded, rel=1e-4)
+
+
+def test_images_without_labels_have_a_frechet_distance(tmp_path):
+    """In a folder of loose files, as unlabelled data lie: the extractor's check is told."""
+    digits = Digits(image_size=16)
+    digits.setup()
+    for index, image in enumerate(digits.train_dataset.tensors[0][:200, 0]):
+        Image.fromarray((image * 255).byte().numpy()).save(tmp_path / f"{index}.png")
+    data = ImageFolder(tmp_path, image_size=16, grey=True, test_fraction=0.2)
+    data.setup()
+    assert not data.labelled
+    settings = {"metric": None, "feature": "own", "samples": None, "cache_dir": tmp_path / "cache"}
+    made = Evaluator(OmegaConf.create(settings), data, "gan", "loose")
+    described = made.describe()
+    assert described["feature"].startswith("loose-rotation-")
+    assert described["feature_task"] == "rotation"
+    assert 0.3 < described["feature_accuracy"] <= 1  # 0.25 by chance
+    assert f"{described['feature_accuracy']:.1%} of the test examples" in described["notes"][0]
+    torch.manual_seed(0)
+    model = DCGAN(image_size=16, width=8, discriminator_width=8).eval()
+    assert made.quality(model)["fid"] > 2 * described["floor"]["fid"]
+    assert made.monitor(model)["val/kid"] > 0
 
 
 def test_the_sizes_of_a_gan_are_those_of_its_generator(tmp_path):
