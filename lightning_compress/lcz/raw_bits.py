@@ -200,7 +200,8 @@ def _unpack_octaves(data: bytes, count: int) -> Patterns:
     exponents = sixteenths // 16 + _FIRST_OCTAVE
     if not _is_normal(exponents):
         raise CorruptArtifactError("a sixteenth of an octave that is no float32")
-    return (exponents.astype(np.uint32) << 23) | _SIXTEENTHS[sixteenths % 16]
+    words = exponents.astype(np.uint32) << np.uint32(23)
+    return (words | _SIXTEENTHS[sixteenths % 16]).astype(np.uint32)
 
 
 def _entropy(plane: NDArray[np.uint8]) -> float:
