@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept
 from lightning_compress.channels.plan import ChannelPlan
-from lightning_compress.channels.resize import select_optimizer_state, shrink
+from lightning_compress.channels.resize import scaled, select_optimizer_state, shrink
 from lightning_compress.channels.selection import (
     ABSOLUTE,
     Compare,
@@ -178,6 +178,8 @@ class ChannelRemover:
             self._write(parameters[path], lambda _, zeroed=zeroed: zeroed)
         expected = self.plan.outputs()
         kept, sized = self.plan.kept(gone)
+        for path, factors in kept.factors.items():
+            self._write(parameters[path], partial(scaled, factors=factors))
         cut = {parameters[path]: dims for path, dims in kept.items() if path in parameters}
         notes = select_optimizer_state(optimizers, cut)
         projected_weights = self._projected_weights()
@@ -185,7 +187,7 @@ class ChannelRemover:
             if (projected := projected_weights.get(id(parameter))) is not None:
                 projected.select(dims)
         lost = self._lost(gone, kept, sized)
-        shrink(module, kept, sized=sized)
+        shrink(module, dict(kept), sized=sized)  # what is scaled was written above
         note_removed(module, lost)
         tell(kept, sized)
         self.plan.check(expected, gone)
