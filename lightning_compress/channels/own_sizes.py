@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-__all__ = ["EPSILONS", "OwnSize", "heads_of", "known_sizes", "own_sizes", "set_own_sizes"]
+__all__ = ["EPSILONS", "OwnSize", "heads_of", "known_sizes", "own_sizes", "set_lengths", "set_own_sizes"]
 
 _PER_HEAD = re.compile(r"head_?(dim|size|channels|ch|width)$|^(dim|channels|d)_?(per_)?head$")
 _HEADS = re.compile(r"(^|_)n?_?heads?$|^n_?heads?$|num_?heads?$")
@@ -27,6 +27,7 @@ _SIZE = re.compile(
 )
 _READS_HEADS = re.compile(r"(^|_)(w?q|qs|query|queries|to_q|q_proj|qkv|to_qkv|wqkv|kv)(_|$)|qkv|query")
 EPSILONS = ("eps", "epsilon", "variance_epsilon")
+_LENGTHS = "_axes_lengths"  # of einops' layers: what they run with
 _ENDS = (
     ("in_features", "out_features"),
     ("in_channels", "out_channels"),
@@ -79,7 +80,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_own(layer: nn.Module) -> bool:
-    return not type(layer).__module__.startswith(("torch.nn", "lightning_compress.channels"))
+    kin = isinstance(layer, nn.MultiheadAttention)  # FewerHeads
+    return not (type(layer).__module__.startswith("torch.nn") or kin)
 
 
 def _ends(layer: Any) -> tuple[int, int] | None:
@@ -115,6 +117,25 @@ def own_sizes(module: nn.Module) -> list[OwnSize]:
         for name in named:
             if (one := _bind(path, layer, name, sized)) is not None:
                 found.append(one)
+    return found + _rearranged(module, found)
+
+
+def _rearranged(module: nn.Module, sizes: list[OwnSize]) -> list[OwnSize]:
+    """Heads that an einops layer holds as a length of its pattern, as the module around it does."""
+    found = []
+    for path, layer in module.named_modules():
+        lengths = getattr(layer, "axes_lengths", None)
+        if not isinstance(lengths, dict) or not hasattr(layer, _LENGTHS):
+            continue
+        around = [
+            one for one in sizes
+            if one.kind == "heads" and (not one.path or path.startswith(f"{one.path}."))
+        ]  # fmt: skip
+        for axis, value in lengths.items():
+            same = [one for one in around if one.value == value]
+            if same:
+                nearest = max(same, key=lambda one: len(one.path))
+                found.append(replace(nearest, path=path, name=f"{_LENGTHS}.{axis}"))
     return found
 
 
@@ -180,7 +201,18 @@ def set_own_sizes(module: nn.Module, sizes: list[OwnSize]) -> None:
             assert ends is not None
             now = ends[one.end == "out"]
         if now != one.size:
-            setattr(module.get_submodule(one.path), one.name, _after(one, now))
+            layer, (name, _, axis) = module.get_submodule(one.path), one.name.partition(".")
+            if not axis:
+                setattr(layer, name, _after(one, now))
+                continue
+            lengths = {**layer.axes_lengths, axis: _after(one, now)}  # type: ignore[dict-item]
+            set_lengths(layer, lengths)
+
+
+def set_lengths(layer: nn.Module, lengths: Mapping[str, int]) -> None:
+    """Set the lengths of the axes of an einops layer."""
+    layer.axes_lengths = dict(lengths)  # type: ignore[assignment]
+    setattr(layer, _LENGTHS, tuple(lengths.items()))
 
 
 def _after(one: OwnSize, now: int) -> Any:
@@ -196,4 +228,6 @@ def known_sizes(layer: nn.Module) -> Mapping[str, Any]:
     """Size attributes of a module that is not torch's own, as they are."""
     if not _is_own(layer):
         return {}
+    if hasattr(layer, _LENGTHS):
+        return {name: getattr(layer, name) for name in ("axes_lengths", _LENGTHS)}
     return {name: value for name, value in vars(layer).items() if _may_be_size(name, value)}

@@ -38,6 +38,7 @@ __all__ = [
     "ChannelBudget",
     "ChannelRemover",
 ]
+_SHOWN = 5  # groups that an error names
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
@@ -230,6 +231,25 @@ class ChannelRemover:
         return RemovedChannels(shapes, dict(sized), some)
 
 
+def _held(graph: ChannelGraph, kind: str, rounding: Rounding) -> str:
+    """What holds the most of a cost, and why, in words; "" where nothing is held."""
+    costs, shares = Costs(graph, kind), []
+    total = max(costs.total(), 1e-30)
+    for index, group in enumerate(graph.groups):
+        floor = rounding.floor(group, len(group.units))
+        if not floor or kind == "channels" and not len(group.free):
+            continue
+        part = costs.share(index) * floor / len(group.units) / total
+        unknown = f"{floor * group.width} of {len(group.units) * group.width} channels at least"
+        why = ", ".join(group.reasons) if len(group.free) < len(group.units) else unknown
+        shares.append((part, f"{group.name} ({part:.0%} of the {kind}: {why})"))
+    shares.sort(key=lambda one: -one[0])
+    names = [said for part, said in shares[:_SHOWN] if part > 0]
+    more = len([part for part, _ in shares if part > 0]) - len(names)
+    said = "; ".join(names) + (f"; and {more} more" if more > 0 else "")
+    return f". What holds it: {said}" if names else ""
+
+
 class ChannelBudget:
     """Channel budget: the fraction of a cost that is left, by a schedule or steered.
 
@@ -367,6 +387,7 @@ class ChannelBudget:
             asked, closest = f"budget={{{self.kind!r}: {self.final:.4g}}}", self.least
         raise ValueError(
             f"{asked} cannot be met with {self._rounding}: the closest is {closest:.4f}"
+            f"{_held(graph, self.kind, self.rounding)}"
         )
 
     def state_dict(self) -> dict[str, Any]:

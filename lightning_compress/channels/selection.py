@@ -143,6 +143,19 @@ class Costs:
         less = self._less(paths, block)
         return sum(self._term(path, {}) - self._term(path, less) for path in paths)
 
+    def share(self, group: int) -> float:
+        """Cost of the tensors that a group's units make: what it holds, if it stays."""
+        units = self.graph.groups[group].units
+        if self.kind == "channels":
+            return float(len(units))
+        made = 0.0
+        for path in self.touched.get(group, []):
+            for dim in range(len(self.graph.shapes[path])):
+                if self.graph.roles.get((path, dim)) == "out" and (path, dim) in self.counts:
+                    part = self.counts[path, dim][units].sum() / self.sizes[path, dim]
+                    made += self._term(path, {}) * float(part)
+        return made
+
     def take(self, group: int, block: Nodes) -> None:
         """Remove units of a group."""
         for key, count in self._less(dict.fromkeys(self.touched.get(group, [])), block).items():
