@@ -117,7 +117,7 @@ def notify_channels_removed(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print the requested reduction and the channels of each layer."""
-    graph, dense = owner.plan.graph, owner.channel_budget.dense
+    graph = owner.plan.graph
     wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} requested"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
@@ -126,9 +126,13 @@ def report_table(owner: Any) -> None:
         table.add_column(heading, justify=justify, overflow="fold")
     for group in graph.groups:
         why = ", ".join(group.reasons) if len(group.free) < len(group.units) else ""
-        before = dense.get(group.name, len(group.units)) * group.width
-        now = len(group.units) * group.width
-        table.add_row(short_names(group.layers), str(before), str(now), why)
+        counts = [graph.channels_of(one) for one in group.layers]
+        before = [owner.channel_budget.channels.get(one, count)
+                  for one, count in zip(group.layers, counts, strict=True)]  # fmt: skip
+        names = short_names(group.layers)
+        blank = "\n" * (names.count("\n") + 1 - len(counts))  # beside what they have in common
+        sides = (blank + "\n".join(map(str, one)) for one in (before, counts))
+        table.add_row(names, *sides, why)
     Console(soft_wrap=False).print(table)
 
 

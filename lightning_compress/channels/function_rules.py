@@ -86,7 +86,9 @@ REDUCE = frozenset(
 )
 SILENT = frozenset(
     """
-    __len__ device dim dtype is_cuda item ndim numel shape size stride tolist
+    __len__ device dim dtype element_size get_device has_names is_complex is_contiguous is_cpu
+    is_cuda is_floating_point is_meta is_quantized is_sparse is_tensor item layout ndim ndimension
+    nelement numel requires_grad shape size storage_offset stride tolist
     """.split()  # noqa: SIM905
 )
 SPATIAL = frozenset({"interpolate", "upsample", "pad", "grid_sample", "instance_norm"})

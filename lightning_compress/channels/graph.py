@@ -147,6 +147,19 @@ class ChannelGraph:
                 found.setdefault(path, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
         return ScaledKept(found, self.factors(gone))
 
+    def channels_of(self, layer: str) -> int:
+        """Channels that a layer makes: the fewest entries along an axis that counts them.
+
+        The rows of a recurrent weight are several for each channel, its columns one.
+        """
+        own = {key: units for key, units in self.axes.items() if split_path(key[0])[0] == layer}
+        made = [units for key, units in own.items() if self.roles[key] == "out"]
+        sizes = [
+            len(units) for units in own.values()
+            for one in made if set(units.tolist()) == set(one.tolist())
+        ]  # fmt: skip
+        return min(sizes, default=0)
+
     def flags(self, units: Nodes) -> Flags:
         """A flag for each unit, set for those that are given."""
         gone = np.zeros(self.count, dtype=bool)
@@ -313,9 +326,7 @@ def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
             layers = tuple(prefix + name for name in group.layers)
             units, free = group.units + offset, group.free + offset
             whole.groups.append(
-                ChannelGroup(
-                    prefix + group.name, layers, units, free, group.reasons, group.width
-                )
+                ChannelGroup(prefix + group.name, layers, units, free, group.reasons, group.width)
             )
         whole.axes |= {(prefix + path, dim): u + offset for (path, dim), u in one.axes.items()}
         whole.roles |= {(prefix + path, dim): role for (path, dim), role in one.roles.items()}

@@ -15,7 +15,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["EPSILONS", "OwnSize", "heads_of", "known_sizes", "own_sizes", "set_lengths", "set_own_sizes"]
+__all__ = [
+    "EPSILONS",
+    "OwnSize",
+    "heads_of",
+    "known_sizes",
+    "own_sizes",
+    "set_lengths",
+    "set_own_sizes",
+]
 
 _PER_HEAD = re.compile(r"head_?(dim|size|channels|ch|width)$|^(dim|channels|d)_?(per_)?head$")
 _HEADS = re.compile(r"(^|_)n?_?heads?$|^n_?heads?$|num_?heads?$")
@@ -25,7 +33,9 @@ _SIZE = re.compile(
     r"(^|_)(n?_?channels?|features?|dims?|filters?|width|size|ch|planes|embd|d_model|nf|ngf|nc)$"
     r"|^(c|c_in|c_out|inner_kv_dim|all_head_size|normalized_shape)$"
 )
-_READS_HEADS = re.compile(r"(^|_)(w?q|qs|query|queries|to_q|q_proj|qkv|to_qkv|wqkv|kv)(_|$)|qkv|query")
+_READS_HEADS = re.compile(
+    r"(^|_)(w?q|qs|query|queries|to_q|q_proj|qkv|to_qkv|wqkv|kv)(_|$)|qkv|query"
+)
 EPSILONS = ("eps", "epsilon", "variance_epsilon")
 _LENGTHS = "_axes_lengths"  # of einops' layers: what they run with
 _ENDS = (
@@ -218,7 +228,9 @@ def set_lengths(layer: nn.Module, lengths: Mapping[str, int]) -> None:
 def _after(one: OwnSize, now: int) -> Any:
     if one.kind == "size":
         return now if isinstance(one.value, int) else type(one.value)([now])
-    if one.kind == "eps":  # a mean of squares over fewer channels is larger, and so is what is added
+    if (
+        one.kind == "eps"
+    ):  # a mean of squares over fewer channels is larger, and so is what is added
         return one.value * one.size / now
     heads = one.value * now / one.size
     return int(heads) if heads.is_integer() else one.value

@@ -286,6 +286,7 @@ class ChannelBudget:
         self.rounding = rounding
         self.steered: float | None = None  # fraction that is left, set by `steer`
         self.dense: dict[str, int] = {}  # units of each group at first
+        self.channels: dict[str, int] = {}  # that each layer made at first
         self.total = 0.0  # cost at first
         self.least = 0.0  # part of it that no rounding can avoid
 
@@ -331,6 +332,8 @@ class ChannelBudget:
         first = not self.dense
         if first:
             self.dense = {one.name: len(one.units) for one in graph.groups}
+            layers = [layer for one in graph.groups for layer in one.layers]
+            self.channels = {layer: graph.channels_of(layer) for layer in layers}
         return first
 
     def measure(self, remover: ChannelRemover, scores: Callable[[], Scores]) -> str:
@@ -397,6 +400,7 @@ class ChannelBudget:
             "steered": self.steered,
             "cost": (self.kind, self.total, self.final),
             "dense": dict(self.dense),
+            "channels": dict(self.channels),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -406,3 +410,4 @@ class ChannelBudget:
         if kind != self.kind:  # a latency that was measured
             self._count_macs(final)
         self.dense = dict(state["dense"])
+        self.channels = dict(state.get("channels", {}))

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_compress.channels.own_sizes import own_sizes
 from lightning_compress.channels.trace import Nodes, Trace, tensors_in
 
 __all__ = ["absorb", "carry", "keeps_zero", "normalized", "refuse", "spread_tags", "summed"]
 
-_ADDED = 1e-2  # what is added to a mean is small beside it: an epsilon
+_ADDED = 1e-3  # what is added to a mean is small beside it: an epsilon; a trial says how small
 _HOMOGENEOUS = frozenset(
     """
     __abs__ __neg__ abs absolute bfloat16 clone contiguous cpu cuda data detach double dropout
@@ -174,14 +175,14 @@ def carry(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> bool:
     short = name.rstrip("_") if not name.startswith("__") else name
     if result is None:
         return False
-    if all(not any(one is not None for one in trace.axes(each)) for each in operands):
+    bare = [all(one is None for one in trace.axes(each)) for each in operands]
+    if any(tagged) and all(tag is not None or each for tag, each in zip(tagged, bare, strict=True)):
         tag = _of_sums(trace, short, args, operands)
         if tag is None:
             _give_up(trace, {event for one in found for event, _ in one})
-            return False
-        trace.set_axes(result, [None] * result.dim())
-        trace.set_tag(result, tag)
-        return True
+        else:
+            trace.set_tag(result, tag)
+        return False
     if _through(trace, short, args, operands, result):
         return True
     if not _passes(trace, short, args, operands):
@@ -225,15 +226,24 @@ def _of_sums(
             return event, power + sign * known[1][1]
         return (event, power) if isinstance(args[0], Tensor) and tags[0] is not None else None
     if name in _PLUS and operands:
-        least = float(operands[tags.index(known[0])].detach().abs().min())
+        least = float(operands[tags.index(known[0])].detach().abs().mean())
         others = [abs(one) for one in numbers]
         others += [float(one.abs().max()) for one, tag in zip(operands, tags, strict=True)
                    if tag is None]  # fmt: skip
+        if power == 1.0 and len(known) == 1 and numbers == others and _follows(trace, others):
+            return known[0]
         if all(one <= _ADDED * least for one in others) and len(known) == 1:
             return known[0]
         if len(set(known)) == 1 and not others:
             return known[0]
     return None
+
+
+def _follows(trace: Trace, numbers: list[float]) -> bool:
+    """Whether a number is the epsilon of the module that runs, which grows with the mean."""
+    layer = trace.stack[-1]
+    own = [one for one in own_sizes(layer) if one.kind == "eps" and not one.path]
+    return len(numbers) == 1 and any(one.value == numbers[0] for one in own)
 
 
 def _ratio_of(trace: Trace, event: int, number: float) -> float:
@@ -289,8 +299,10 @@ def _through(trace: Trace, name: str, args: Any, operands: list[Tensor], result:
                 return True
         classes = trace.dependencies.components() if power else None
         for dim, nodes in enumerate(axes):  # channels that others were made of, one by one
-            if classes is not None and nodes is not None and set(classes[nodes].tolist()) == set(
-                classes[list(own)].tolist()
+            if (
+                classes is not None
+                and nodes is not None
+                and set(classes[nodes].tolist()) == set(classes[list(own)].tolist())
             ):
                 axes[dim] = spread_tags(trace, nodes, event, sign * power)
                 trace.set_axes(result, axes)

@@ -259,7 +259,7 @@ class Trace(TorchFunctionMode):
             self.set_axes(tensor, axes[: tensor.dim()])
             self.input_axes.append(axes[: tensor.dim()])
         self.from_inputs = self.dependencies.count
-        with self._hooked(), self:
+        with self._hooked(), _scripts_inlined(), self:
             output = self.root(*inputs)
         for one in tensors_in(output):
             self.output_axes.append(self.axes(one))
@@ -404,6 +404,24 @@ class Trace(TorchFunctionMode):
         if path is not None:
             self.dependencies.use(path, dim, nodes, "out")
         return nodes
+
+
+@contextmanager
+def _scripts_inlined() -> Iterator[None]:
+    """Run functions of `torch.jit.script` as the Python that they were made of."""
+    kind: Any = torch.jit.ScriptFunction
+    scripted = kind.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(function, "_torchdynamo_inline", None)
+        run = partial(scripted, function) if plain is None else plain
+        return run(*args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = scripted
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
