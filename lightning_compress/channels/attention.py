@@ -39,7 +39,7 @@ class FewerHeads(nn.MultiheadAttention):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,
+        is_causal: bool = False,  # noqa: ARG002  # torch wants the mask as well
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
         q, k, v = (
@@ -139,10 +139,9 @@ def fit_attention(layer: nn.MultiheadAttention) -> None:
     width, made = _inner(layer), layer.out_proj.weight.shape[0]
     packed = layer.in_proj_weight if layer.in_proj_weight is not None else layer.q_proj_weight
     plain = width == packed.shape[1] == made
-    if plain and type(layer) is FewerHeads:
-        layer.__class__ = nn.MultiheadAttention
-    elif not plain and type(layer) is nn.MultiheadAttention:
-        layer.__class__ = FewerHeads
+    if type(layer) in (FewerHeads, nn.MultiheadAttention):  # not somebody's own
+        kind: Any = nn.MultiheadAttention if plain else FewerHeads
+        layer.__class__ = kind
 
 
 def attention_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> None:
@@ -155,22 +154,10 @@ def attention_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> 
     dependencies = trace.dependencies
     heads = dependencies.new_nodes(layer.num_heads, path)
     inner = np.repeat(heads, layer.head_dim)
-    reads = [trace.axes(one)[-1] for one in (query, key, value)]
     for one in (query, key, value):
         for nodes in trace.axes(one)[:-1]:
             dependencies.fix(nodes, f"mixed by {path}")
-    if layer.in_proj_weight is not None:
-        name = str(trace.path_of(layer.in_proj_weight))
-        for nodes in reads:
-            trace.reads(name, 1, nodes)
-        dependencies.use(name, 0, np.tile(inner, 3), "out")
-        dependencies.add_work(name, query.numel() / query.shape[-1] / trace.batch)
-    else:
-        for kind, one, nodes in zip("qkv", (query, key, value), reads, strict=True):
-            name = str(trace.path_of(getattr(layer, f"{kind}_proj_weight")))
-            trace.reads(name, 1, nodes)
-            dependencies.use(name, 0, inner, "out")
-            dependencies.add_work(name, one.numel() / one.shape[-1] / trace.batch)
+    _inputs(trace, layer, (query, key, value), inner)
     if layer.in_proj_bias is not None:
         bias = str(trace.path_of(layer.in_proj_bias))
         dependencies.use(bias, 0, np.tile(inner, 3), "through")
@@ -182,6 +169,18 @@ def attention_rule(trace: Trace, path: str, layer: Any, args: Any, out: Any) -> 
     trace.set_axes(out[0], [*trace.axes(query)[:-1], made])
     if out[1] is not None:
         trace.clear_axes(out[1])
+
+
+def _inputs(trace: Trace, layer: Any, tensors: tuple[Tensor, Tensor, Tensor], inner: Nodes) -> None:
+    """Queries, keys and values, by one weight or by three."""
+    packed = layer.in_proj_weight is not None
+    names = ["in_proj_weight"] if packed else [f"{one}_proj_weight" for one in "qkv"]
+    for name, one in zip(names * 3 if packed else names, tensors, strict=True):
+        trace.reads(trace.path_of(getattr(layer, name)), 1, trace.axes(one)[-1])
+    for name, one in zip(names, tensors, strict=False):
+        path = str(trace.path_of(getattr(layer, name)))
+        trace.dependencies.use(path, 0, np.tile(inner, 3) if packed else inner, "out")
+        trace.dependencies.add_work(path, one.numel() / one.shape[-1] / trace.batch)
 
 
 def _output(trace: Trace, path: str, layer: Any, inner: Nodes, out: Tensor) -> Nodes:

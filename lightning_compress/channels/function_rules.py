@@ -139,12 +139,19 @@ def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             elif axis is not None:
                 axes[index][axis] = own
         _equal_pieces(trace.dependencies, name, [own for _, own in carried])
-    tag = trace.tag_of(sources[0])
-    if tag is not None and joined:
+    _set_moved(trace, sources, axes, out, joined=joined)
+
+
+def _set_moved(
+    trace: Trace, sources: Sequence[Tensor], axes: Sequence[Axes], out: Any, *, joined: bool
+) -> None:
+    """Nodes of what was moved; a sum over channels is one wherever it is moved to."""
+    tag = None if joined else trace.tag_of(sources[0])
+    if joined and any(trace.tag_of(one) is not None for one in sources):
         refuse(trace, sources)
     for result, one in zip(tensors_in(out), axes, strict=True):
         trace.set_axes(result, one)
-        if tag is not None and not joined:
+        if tag is not None:
             trace.set_tag(result, tag)
 
 
@@ -370,10 +377,10 @@ def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
     dims = given if isinstance(given, (tuple, list)) else [given]
     dims = range(x.dim()) if None in dims or not dims else [dim % x.dim() for dim in dims]
     axes = trace.axes(x)
-    known = [dim for dim in dims if axes[dim] is not None]
+    known = [one for dim in dims if (one := axes[dim]) is not None]
     sums = name in ("sum", "mean") or place == 2
     if not (len(known) == 1 and sums and isinstance(out, Tensor)) or not summed(
-        trace, axes[known[0]], name, float(name == "mean"), out
+        trace, known[0], name, float(name == "mean"), out
     ):
         if known or name not in ("sum", "mean"):
             refuse(trace, x)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_compress.channels.function_rules import function_rule
 from lightning_compress.channels.layer_rules import layer_rule
 from lightning_compress.channels.scaled import refuse
-from lightning_compress.channels.trace import ChannelDependencies, Nodes, Scale, Trace, tensors_in
+from lightning_compress.channels.trace import ChannelDependencies, Nodes, Scale, Trace
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
 from lightning_compress.targets import split_path

@@ -99,9 +99,9 @@ def _ends(layer: Any) -> tuple[int, int] | None:
     if _is_own(layer) and not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
         return None
     for first, last in _ENDS:
-        sizes = getattr(layer, first, None), getattr(layer, last, None)
-        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-            return sizes
+        read, made = getattr(layer, first, None), getattr(layer, last, None)
+        if isinstance(read, int) and isinstance(made, int):
+            return read, made
     return None
 
 
@@ -124,9 +124,8 @@ def own_sizes(module: nn.Module) -> list[OwnSize]:
             continue
         below = [(name, _ends(one)) for name, one in layer.named_modules() if name]
         sized = [(name, ends) for name, ends in below if ends is not None]
-        for name in named:
-            if (one := _bind(path, layer, name, sized)) is not None:
-                found.append(one)
+        bound = (_bind(path, layer, name, sized) for name in named)
+        found += [one for one in bound if one is not None]
     return found + _rearranged(module, found)
 
 
@@ -236,7 +235,7 @@ def _after(one: OwnSize, now: int) -> Any:
     return int(heads) if heads.is_integer() else one.value
 
 
-def known_sizes(layer: nn.Module) -> Mapping[str, Any]:
+def known_sizes(layer: nn.Module) -> dict[str, Any]:
     """Size attributes of a module that is not torch's own, as they are."""
     if not _is_own(layer):
         return {}

@@ -162,7 +162,7 @@ def compare(
 
 
 def failed_line(error: BaseException) -> str:
-    """What went wrong in words: an assertion without any is named by its own source line.
+    """What went wrong in words: an assertion is named by its own source line.
 
     >>> try:
     ...     assert 1 == 2
@@ -172,9 +172,10 @@ def failed_line(error: BaseException) -> str:
     """
     said = str(error).strip().partition("\n")[0]
     frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, AssertionError) and not said and frames:
+    if isinstance(error, AssertionError) and frames:
         where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-        said = f"{frames[-1].line or 'an assertion'} ({where})"
+        line = f"{frames[-1].line or 'an assertion'} ({where})"
+        said = f"{line}: {said}" if said else line
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 

@@ -237,7 +237,7 @@ def _held(graph: ChannelGraph, kind: str, rounding: Rounding) -> str:
     total = max(costs.total(), 1e-30)
     for index, group in enumerate(graph.groups):
         floor = rounding.floor(group, len(group.units))
-        if not floor or kind == "channels" and not len(group.free):
+        if not floor or (kind == "channels" and not len(group.free)):
             continue
         part = costs.share(index) * floor / len(group.units) / total
         unknown = f"{floor * group.width} of {len(group.units) * group.width} channels at least"

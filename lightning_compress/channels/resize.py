@@ -150,6 +150,10 @@ def _wanted(layer: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layer, _CELLS):
         inputs, shown = _shape(layer, "weight_ih")[1], _shape(layer, "weight_hh")[1]
         return {"input_size": inputs, "hidden_size": shown}
+    return _wanted_of_more(layer, before)
+
+
+def _wanted_of_more(layer: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layer, nn.RNNBase):
         return _recurrent_sizes(layer)
     if isinstance(layer, nn.MultiheadAttention):

@@ -8,6 +8,7 @@ followed from the mean to that weight; where anything else meets them, the chann
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -224,22 +225,30 @@ def _of_sums(
             return event, power + sign * _ratio_of(trace, event, numbers[0])
         if len(known) == 2:
             return event, power + sign * known[1][1]
-        return (event, power) if isinstance(args[0], Tensor) and tags[0] is not None else None
-    if name in _PLUS and operands:
-        least = float(operands[tags.index(known[0])].detach().abs().mean())
-        others = [abs(one) for one in numbers]
-        others += [float(one.abs().max()) for one, tag in zip(operands, tags, strict=True)
-                   if tag is None]  # fmt: skip
-        if power == 1.0 and len(known) == 1 and numbers == others and _follows(trace, others):
-            return known[0]
-        if all(one <= _ADDED * least for one in others) and len(known) == 1:
-            return known[0]
-        if len(set(known)) == 1 and not others:
-            return known[0]
+        return known[0] if isinstance(args[0], Tensor) and tags[0] is not None else None
+    if name in _PLUS and _little_is_added(trace, numbers, operands, known[0]):
+        return known[0]
     return None
 
 
-def _follows(trace: Trace, numbers: list[float]) -> bool:
+def _little_is_added(
+    trace: Trace, numbers: Sequence[float], operands: list[Tensor], tag: tuple[int, float]
+) -> bool:
+    """Whether what is added to a sum over channels is of its kind, or an epsilon."""
+    tags = [trace.tag_of(one) for one in operands]
+    known = [one for one in tags if one is not None]
+    pairs = zip(operands, tags, strict=True)
+    others = [abs(one) for one in numbers]
+    others += [float(one.abs().max()) for one, own in pairs if own is None]
+    if len(known) > 1:
+        return len(set(known)) == 1 and not others
+    if tag[1] == 1.0 and numbers == others and _follows(trace, others):
+        return True
+    size = float(operands[tags.index(tag)].detach().abs().mean())
+    return all(one <= _ADDED * size for one in others)
+
+
+def _follows(trace: Trace, numbers: Sequence[float]) -> bool:
     """Whether a number is the epsilon of the module that runs, which grows with the mean."""
     layer = trace.stack[-1]
     own = [one for one in own_sizes(layer) if one.kind == "eps" and not one.path]
@@ -271,45 +280,45 @@ def _through(trace: Trace, name: str, args: Any, operands: list[Tensor], result:
     if name in _OVER and not isinstance(args[0], Tensor):
         return False
     if len(operands) == 1 and numbers:
-        axes = list(trace.axes(operands[0]))
-        changed = False
-        for dim, nodes in enumerate(axes):
-            events = {trace.dependencies.tags[one][0] for one in nodes.tolist()
-                      if one in trace.dependencies.tags} if nodes is not None else set()  # fmt: skip
-            if len(events) == 1 and nodes is not None:
-                event = events.pop()
-                power = sign * _ratio_of(trace, event, numbers[0])
-                if power:
-                    axes[dim], changed = spread_tags(trace, nodes, event, power), True
-        if changed:
-            trace.set_axes(result, axes)
-        return changed
+        return _times_number(trace, operands[0], numbers[0], sign, result)
     if len(operands) != 2:
         return False
     sums = [at for at, one in enumerate(operands) if trace.tag_of(one) is not None]
     if len(sums) == 1 and (name in _TIMES or sums == [1]):
-        event, power = trace.tag_of(operands[sums[0]]) or (0, 0.0)
-        source = operands[1 - sums[0]]
-        axes = _broadcast(trace, source, result)
-        own = set(trace.dependencies.events[event].nodes.tolist())
-        for dim, nodes in enumerate(axes):
-            if nodes is not None and own.intersection(nodes.tolist()):
-                axes[dim] = spread_tags(trace, nodes, event, sign * power)
-                trace.set_axes(result, axes)
-                return True
-        classes = trace.dependencies.components() if power else None
-        for dim, nodes in enumerate(axes):  # channels that others were made of, one by one
-            if (
-                classes is not None
-                and nodes is not None
-                and set(classes[nodes].tolist()) == set(classes[list(own)].tolist())
-            ):
-                axes[dim] = spread_tags(trace, nodes, event, sign * power)
-                trace.set_axes(result, axes)
-                return True
-        return False
-    if name in _TIMES:
-        return _absorbed(trace, operands, result)
+        return _times_sum(trace, operands[1 - sums[0]], operands[sums[0]], sign, result)
+    return name in _TIMES and _absorbed(trace, operands, result)
+
+
+def _times_number(trace: Trace, source: Tensor, number: float, sign: float, result: Tensor) -> bool:
+    """Channels times a number that is a power of how many they are."""
+    known, axes, changed = trace.dependencies.tags, list(trace.axes(source)), False
+    for dim, nodes in enumerate(axes):
+        if nodes is None:
+            continue
+        events = {known[one][0] for one in nodes.tolist() if one in known}
+        power = sign * _ratio_of(trace, next(iter(events)), number) if len(events) == 1 else 0.0
+        if power:
+            axes[dim], changed = spread_tags(trace, nodes, next(iter(events)), power), True
+    if changed:
+        trace.set_axes(result, axes)
+    return changed
+
+
+def _times_sum(trace: Trace, source: Tensor, total: Tensor, sign: float, result: Tensor) -> bool:
+    """Channels times a sum over themselves, or over others that they were made of one by one."""
+    event, power = trace.tag_of(total) or (0, 0.0)
+    axes, own = _broadcast(trace, source, result), trace.dependencies.events[event].nodes
+    classes = None
+    for dim, nodes in enumerate(axes):
+        if nodes is None:
+            continue
+        if not set(own.tolist()).intersection(nodes.tolist()):
+            classes = trace.dependencies.components() if classes is None else classes
+            if set(classes[nodes].tolist()) != set(classes[own].tolist()):
+                continue
+        axes[dim] = spread_tags(trace, nodes, event, sign * power)
+        trace.set_axes(result, axes)
+        return True
     return False
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from exact import check_exact, every_other, randomize
+from exact import check_exact, randomize
 from lightning.pytorch import LightningModule
 from tiny import quiet_trainer
 from torch import nn
@@ -239,9 +239,9 @@ def test_one_head_keeps_its_width():
     randomize(net)
     graph, _ = check_exact(net, (torch.randn(2, 1, 6, 6),))
     free = {one.name: len(one.free) for one in graph.groups}
-    assert free == {"first": 16, "block.q": 0, "block.k": 0, "block.v": 16, "last": 0}
-    reasons = {one.name: one.reasons for one in graph.groups}
-    assert reasons["block.q"] == ("__matmul__ sums over them",) or "matmul" in str(reasons)
+    assert free == {"first": 16, "block.q": 0, "block.v": 16, "last": 0}
+    reasons = next(one.reasons for one in graph.groups if one.name == "block.q")
+    assert "matmul sums over them" in reasons[0]
 
 
 def test_a_width_that_scales_attention_stays():
@@ -341,7 +341,7 @@ def test_fewer_heads_attend_as_torch_does(name, batch_first, options):
 def test_a_mask_for_heads_that_are_gone_is_refused():
     net = Text(Own)
     graph = channel_graph(net, (torch.randn(2, 5, 3),))
-    gone = every_other(graph)
+    gone = graph.flags(heads_group(graph).free[::2])
     small = removed(masked(net, graph, gone), graph, gone).block.attention
     x = torch.randn(2, 5, small.embed_dim)
     with pytest.raises(ValueError, match="attn_mask is for 4 heads, and 2 are left"):
