@@ -30,8 +30,13 @@ _HEADS = re.compile(r"(^|_)n?_?heads?$|^n_?heads?$|num_?heads?$")
 _OUTPUT = re.compile(r"(^|_)out(put)?(_|$)|^c_?out$")
 _INNER = re.compile(r"(^|_)(inner|mid|hidden|intermediate|ff|mlp|all_head)(_|$)")
 _SIZE = re.compile(
-    r"(^|_)(n?_?channels?|features?|dims?|filters?|width|size|ch|planes|embd|d_model|nf|ngf|nc)$"
+    r"(^|_)(n?_?channels?|features?|dims?|filters?|width|ch|planes|embd|d_model|nf|ngf|nc)$"
+    r"|(^|_)(hidden|embed|model|feature|intermediate)_size$"
     r"|^(c|c_in|c_out|inner_kv_dim|all_head_size|normalized_shape)$"
+)
+# Sizes that inputs and outputs of a network have: no channel of theirs goes.
+_OUTSIDE = re.compile(
+    r"latent|noise|image|img|spatial|cond|class|context|(^|_)z(_|$)|(^|_)n_?dims?$"
 )
 _READS_HEADS = re.compile(
     r"(^|_)(w?q|qs|query|queries|to_q|q_proj|qkv|to_qkv|wqkv|kv)(_|$)|qkv|query"
@@ -154,7 +159,7 @@ def _may_be_size(name: str, value: Any) -> bool:
     single = isinstance(value, (tuple, list)) and len(value) == 1 and _is_count(value[0])
     if not (_is_count(value) or single) or _PER_HEAD.search(name):
         return False
-    return bool(_HEADS.search(name) or _SIZE.search(name))
+    return bool(_HEADS.search(name) or (_SIZE.search(name) and not _OUTSIDE.search(name)))
 
 
 def _bind(
