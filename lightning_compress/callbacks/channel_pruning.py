@@ -118,17 +118,43 @@ def notify_channels_removed(
 @rank_zero_only
 def report_table(owner: Any) -> None:
     """Print the requested reduction and the channels of each layer."""
-    graph, dense = owner.plan.graph, owner.channel_budget.dense
+    graph = owner.plan.graph
     wanted = f"{owner.channel_budget.final:.4g} of the {owner.kind} requested"
     said = f"{owner.left:.4g} of the {owner.kind} stay" if owner.is_steered else wanted
     table = Table(title=f"Channels: {said}")
     for heading in ("layers", "before", "now", "why not fewer"):
-        table.add_column(heading, justify="right" if heading in ("before", "now") else "left")
+        justify = "right" if heading in ("before", "now") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for group in graph.groups:
         why = ", ".join(group.reasons) if len(group.free) < len(group.units) else ""
-        before = dense.get(group.name, len(group.units))
-        table.add_row(", ".join(group.layers), str(before), str(len(group.units)), why)
+        counts = [graph.channels_of(one) for one in group.layers]
+        before = [owner.channel_budget.channels.get(one, count)
+                  for one, count in zip(group.layers, counts, strict=True)]  # fmt: skip
+        names = short_names(group.layers)
+        blank = "\n" * (names.count("\n") + 1 - len(counts))  # beside what they have in common
+        sides = (blank + "\n".join(map(str, one)) for one in (before, counts))
+        table.add_row(names, *sides, why)
     Console(soft_wrap=False).print(table)
+
+
+def short_names(paths: Sequence[str]) -> str:
+    """Paths one under the other, what they begin with in common once, none cut.
+
+    >>> print(short_names(["net.up.0.conv1", "net.up.0.conv2"]))
+    net.up.0.
+      conv1
+      conv2
+    >>> short_names(["net.0"])
+    'net.0'
+    """
+    words = [path.split(".") for path in paths]
+    common = 0
+    while all(len(one) > common + 1 and one[common] == words[0][common] for one in words):
+        common += 1
+    if len(paths) < 2 or not common:
+        return "\n".join(paths)
+    rest = [".".join(one[common:]) for one in words]
+    return "\n  ".join([".".join(words[0][:common]) + ".", *rest])
 
 
 class ChannelPruning(WeightCallback):

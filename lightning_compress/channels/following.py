@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.graph import Kept
+from lightning_compress.channels.graph import Kept, ScaledKept
 from lightning_compress.channels.resize import shrink
 from lightning_compress.copies import Copy
 from lightning_compress.errors import TargetError
@@ -101,7 +102,8 @@ class FollowedCopies:
         """Remove the channels that the originals lose."""
         live = list(self.live())
         for one in self.copies:
-            mine = {moved: dims for path, dims in kept.items() if (moved := _moved(path, one))}
+            factors = kept.factors if isinstance(kept, ScaledKept) else {}
+            mine = ScaledKept(kept, factors).moved(partial(_moved, copy=one))
             if not mine:
                 continue
             if one not in live:

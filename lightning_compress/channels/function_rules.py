@@ -8,9 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_compress.channels.contractions import CONTRACTIONS, contraction
+from lightning_compress.channels.scaled import (
+    absorb,
+    carry,
+    keeps_zero,
+    normalized,
+    refuse,
+    summed,
+)
 from lightning_compress.channels.trace import Axes, ChannelDependencies, Nodes, Trace, tensors_in
 
 __all__ = [
@@ -71,12 +81,14 @@ ALONG = frozenset(
 REDUCE = frozenset(
     """
     all amax amin any argmax argmin count_nonzero logsumexp max mean median min nanmean nansum
-    norm prod std std_mean sum var var_mean
+    linalg_norm linalg_vector_norm norm prod std std_mean sum var var_mean vector_norm
     """.split()  # noqa: SIM905
 )
 SILENT = frozenset(
     """
-    __len__ device dim dtype is_cuda item ndim numel shape size stride tolist
+    __len__ device dim dtype element_size get_device has_names is_complex is_contiguous is_cpu
+    is_cuda is_floating_point is_meta is_quantized is_sparse is_tensor item layout ndim ndimension
+    nelement numel requires_grad shape size storage_offset stride tolist
     """.split()  # noqa: SIM905
 )
 SPATIAL = frozenset({"interpolate", "upsample", "pad", "grid_sample", "instance_norm"})
@@ -118,7 +130,7 @@ def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         )
         found = tensors_in(func(*moved_args, **moved_kwargs))
         target = _target_axis(name, dim, sources[0].dim(), moved_args, moved_kwargs)
-        carried = [_carry(trace.dependencies, one, target) for one in found]
+        carried = [_carry(trace, one, target) for one in found]
         _check_whole(trace.dependencies, name, nodes, carried)
         for index, (axis, own) in enumerate(carried):
             if axis is not None and axes[index][axis] is not None:
@@ -127,8 +139,20 @@ def move(trace: Trace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
             elif axis is not None:
                 axes[index][axis] = own
         _equal_pieces(trace.dependencies, name, [own for _, own in carried])
+    _set_moved(trace, sources, axes, out, joined=joined)
+
+
+def _set_moved(
+    trace: Trace, sources: Sequence[Tensor], axes: Sequence[Axes], out: Any, *, joined: bool
+) -> None:
+    """Nodes of what was moved; a sum over channels is one wherever it is moved to."""
+    tag = None if joined else trace.tag_of(sources[0])
+    if joined and any(trace.tag_of(one) is not None for one in sources):
+        refuse(trace, sources)
     for result, one in zip(tensors_in(out), axes, strict=True):
         trace.set_axes(result, one)
+        if tag is not None:
+            trace.set_tag(result, tag)
 
 
 def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
@@ -145,21 +169,33 @@ def _fill(trace: Trace, sources: Sequence[Tensor]) -> None:
                 trace.set_axes(one, known)
 
 
-def _carry(
-    dependencies: ChannelDependencies, moved: Tensor, target: int | None
-) -> tuple[int | None, Nodes]:
-    """The axis that nodes lie along after a move, and the nodes; others are connected."""
-    values = moved.numpy()
+def _carry(trace: Trace, moved: Tensor, target: int | None) -> tuple[int | None, Nodes]:
+    """The axis that nodes lie along after a move, and the nodes; others are connected.
+
+    Where channels are split into heads, whole heads stay together.
+    """
+    values, dependencies = moved.numpy(), trace.dependencies
     along = [dim for dim in range(values.ndim) if np.ptp(values, axis=dim).any()]
     if not along:
         single = [dim for dim in range(values.ndim) if values.shape[dim] == 1]
         axis = target if target in single else (single[-1] if single else None)
         return axis, np.unique(values)
     axis = target if target in along else along[0]
+    if len(along) > 1:
+        heads = [dim for dim in along if trace.has_heads(_distinct(values, dim))]
+        stacked = len(along) > 2 and values.shape[along[0]] == 3  # queries, keys and values
+        if heads:
+            axis = along[1] if stacked and along[1] in heads else heads[0]
     rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
     if len(along) > 1:
         dependencies.connect(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
     return axis, np.ascontiguousarray(rows[:, 0])
+
+
+def _distinct(values: NDArray[np.int64], dim: int) -> int:
+    """How many different entries there are along an axis, where all others are at the first."""
+    first = [slice(None) if one == dim else 0 for one in range(values.ndim)]
+    return len(np.unique(values[tuple(first)]))
 
 
 def _check_whole(
@@ -237,12 +273,18 @@ def function_rule(
         _glu(trace, args, kwargs, out)
     elif name == "linear":
         _linear(trace, args, kwargs, out)
+    elif name in CONTRACTIONS:
+        refuse(trace, (args, kwargs))
+        contraction(trace, name, args, kwargs, out)
     elif name not in SILENT:
+        refuse(trace, (args, kwargs))
         trace.unknown(name, (args, kwargs))
 
 
 def _pointwise(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
     operands = tensors_in((args, kwargs))
+    if trace.dependencies.events and carry(trace, name, args, kwargs, out):
+        return
     for result in tensors_in(out):
         axes: Axes = [None] * result.dim()
         for back in range(1, result.dim() + 1):
@@ -255,10 +297,32 @@ def _pointwise(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> Non
             if known and len(known) < len(found) and size > 1:
                 trace.dependencies.fix(known[0], f"meets a tensor of fixed size in {name}")
             axes[-back] = known[0] if known else None
+            if known and not keeps_zero(trace, name, args, kwargs, back):
+                axes[-back] = _nonzero(trace, known[0])
         trace.set_axes(result, axes)
 
 
+def _nonzero(trace: Trace, nodes: Nodes) -> Nodes:
+    """Nodes of values that are not 0 where those of other nodes are."""
+    dependencies = trace.dependencies
+    if dependencies.nonzero.issuperset(nodes.tolist()):
+        return nodes
+    fresh = dependencies.new_nodes(len(nodes), "a function that is not 0 at 0")
+    dependencies.connect(nodes, fresh)
+    dependencies.nonzero.update(fresh.tolist())
+    if dependencies.tags:
+        known = dependencies.tags
+        dependencies.tags |= {
+            new: known[old]
+            for old, new in zip(nodes.tolist(), fresh.tolist(), strict=True)
+            if old in known
+        }
+    return fresh
+
+
 def _spatial(trace: Trace, name: str, x: Tensor, out: Any, dims: int) -> None:
+    if name == "instance_norm" or trace.tag_of(x) is not None:
+        refuse(trace, x)
     for result in tensors_in(out):
         axes = trace.axes(x)
         kept = x.dim() - dims
@@ -277,9 +341,29 @@ def _along(trace: Trace, name: str, args: Any, kwargs: Any, out: Tensor) -> None
     axes, mixed = trace.axes(x), kwargs.get("dim", args[1] if len(args) > 1 else -1)
     if name in ("layer_norm", "rms_norm"):
         mixed = list(range(-len(mixed), 0)) if isinstance(mixed, (tuple, list)) else [-1]
-    for dim in mixed if isinstance(mixed, (tuple, list)) else [mixed]:
-        trace.dependencies.fix(axes[1 if dim is None else dim], f"{name} is taken over them")
+    mixed = mixed if isinstance(mixed, (tuple, list)) else [1 if mixed is None else mixed]
+    known = [dim for dim in mixed if axes[dim] is not None]
+    if name in ("rms_norm", "normalize") and len(known) == 1:
+        made = list(axes)
+        made[known[0]] = _normalized(trace, name, args, kwargs, axes[known[0]])
+        trace.set_axes(out, made)
+        return
+    refuse(trace, (args, kwargs))
+    for dim in mixed:
+        trace.dependencies.fix(axes[dim], f"{name} is taken over them")
     trace.set_axes(out, list(axes))
+
+
+def _normalized(trace: Trace, name: str, args: Any, kwargs: Any, nodes: Any) -> Nodes:
+    if name == "normalize":  # a sum of squares does not change
+        order = kwargs.get("p", args[1] if len(args) > 1 else 2.0)
+        return normalized(trace, nodes, f"normalize(p={order:g})", None, 0.0)
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+    weight = given.get("weight")
+    own = trace.path_of(weight)
+    if weight is not None and own is None:
+        trace.unknown("rms_norm, by a weight that is computed", weight)
+    return normalized(trace, nodes, name, own, -0.5)
 
 
 def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -288,12 +372,20 @@ def _reduce(trace: Trace, name: str, args: Any, kwargs: Any, out: Any) -> None:
         _pointwise(trace, name, args, kwargs, out)
         return
     x = operands[0]
-    given = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    place = 2 if name in ("norm", "linalg_norm", "linalg_vector_norm", "vector_norm") else 1
+    given = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
     dims = given if isinstance(given, (tuple, list)) else [given]
     dims = range(x.dim()) if None in dims or not dims else [dim % x.dim() for dim in dims]
     axes = trace.axes(x)
-    for dim in dims:
-        trace.dependencies.fix(axes[dim], f"{name} is taken over them")
+    known = [one for dim in dims if (one := axes[dim]) is not None]
+    sums = name in ("sum", "mean") or place == 2
+    if not (len(known) == 1 and sums and isinstance(out, Tensor)) or not summed(
+        trace, known[0], name, float(name == "mean"), out
+    ):
+        if known or name not in ("sum", "mean"):
+            refuse(trace, x)
+        for dim in dims:
+            trace.dependencies.fix(axes[dim], f"{name} is taken over them")
     for result in tensors_in(out):
         flat = [one for dim, one in enumerate(axes) if dim not in dims]
         full = [None if dim in dims else one for dim, one in enumerate(axes)]
@@ -317,6 +409,7 @@ def _linear(trace: Trace, args: Any, kwargs: Any, out: Tensor) -> None:
         trace.unknown("linear, by a weight that is computed", (args, kwargs))
         return
     trace.reads(path, 1, trace.axes(x)[-1])
+    absorb(trace, path, 1, trace.axes(x)[-1])
     made = trace.makes(path, 0, out.shape[-1], path.rpartition(".")[0])
     if (name := trace.path_of(bias)) is not None:
         trace.dependencies.use(name, 0, made, "through")

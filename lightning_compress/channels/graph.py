@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.function_rules import function_rule
 from lightning_compress.channels.layer_rules import layer_rule
-from lightning_compress.channels.trace import ChannelDependencies, Nodes, Trace
+from lightning_compress.channels.scaled import refuse
+from lightning_compress.channels.trace import ChannelDependencies, Nodes, Scale, Trace
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import bare, evaluating
 from lightning_compress.targets import split_path
@@ -22,7 +23,9 @@ from lightning_compress.targets import split_path
 __all__ = [
     "ChannelGraph",
     "ChannelGroup",
+    "Factors",
     "Kept",
+    "ScaledKept",
     "channel_graph",
     "combine",
     "free_reshapes",
@@ -30,7 +33,31 @@ __all__ = [
 ]
 
 Kept = dict[str, dict[int, Tensor]]  # path -> axis -> entries that stay
+Factors = dict[str, dict[int, Tensor]]  # path -> axis -> what its entries are multiplied with
 Flags = NDArray[np.bool_]
+
+
+class ScaledKept(Kept):
+    """Entries that stay, by path and axis, and factors of the tensors before any goes.
+
+    Args:
+        kept: entries that stay.
+        factors: by path and axis, one for each entry that there is.
+    """
+
+    def __init__(self, kept: Kept, factors: Factors) -> None:
+        super().__init__(kept)
+        self.factors = factors
+
+    def moved(self, path: Callable[[str], str | None]) -> ScaledKept:
+        """The same of a copy: by the paths that a function gives, without those that it lacks."""
+        sides = [
+            {new: dims for old, dims in side.items() if (new := path(old))}
+            for side in (self, self.factors)
+        ]
+        return ScaledKept(*sides)
+
+
 Protect = Callable[[str, str], str]  # (path of a tensor, role) to why it keeps its channels, or ""
 
 
@@ -44,6 +71,7 @@ class ChannelGroup:
         units: their numbers in the graph.
         free: of those, the units that may be removed.
         reasons: why the others are kept.
+        width: channels of each unit: of a group of a GroupNorm, say, or of an attention head.
     """
 
     name: str
@@ -51,6 +79,7 @@ class ChannelGroup:
     units: Nodes
     free: Nodes
     reasons: tuple[str, ...] = ()
+    width: int = 1  # channels of a unit: those of a group of a GroupNorm, of an attention head
 
     def __len__(self) -> int:
         return len(self.units)
@@ -70,6 +99,8 @@ class ChannelGraph:
         inputs: the unit of each entry along (input, axis), where callers give what has channels.
         outputs: the same of outputs.
         count: of units.
+        events: the units of each sum over channels that something makes up for.
+        scales: what makes up for it.
     """
 
     groups: list[ChannelGroup]
@@ -81,8 +112,29 @@ class ChannelGraph:
     inputs: dict[tuple[int, int], Nodes] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Nodes] = field(default_factory=dict)
     count: int = 0
+    events: list[Nodes] = field(default_factory=list)
+    scales: list[Scale] = field(default_factory=list)
 
-    def kept(self, gone: Flags) -> Kept:
+    def factors(self, gone: Flags) -> Factors:
+        """Factors of weights that make up for means over fewer channels.
+
+        Args:
+            gone: a flag for each unit.
+        """
+        found: Factors = {}
+        for one in self.scales:
+            units = self.events[one.event]
+            left = int((~gone[units]).sum())
+            if not one.power or left in (0, len(units)):
+                continue
+            size = self.shapes[one.path][one.dim]
+            values = found.setdefault(one.path, {}).setdefault(
+                one.dim, torch.ones(size, dtype=torch.float64)
+            )
+            values[torch.from_numpy(one.places)] *= (len(units) / left) ** -one.power
+        return found
+
+    def kept(self, gone: Flags) -> ScaledKept:
         """Entries of each tensor that stay when some units go; tensors that lose none are left out.
 
         Args:
@@ -93,7 +145,20 @@ class ChannelGraph:
             stays = ~gone[units]
             if not stays.all():
                 found.setdefault(path, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
-        return found
+        return ScaledKept(found, self.factors(gone))
+
+    def channels_of(self, layer: str) -> int:
+        """Channels that a layer makes: the fewest entries along an axis that counts them.
+
+        The rows of a recurrent weight are several for each channel, its columns one.
+        """
+        own = {key: units for key, units in self.axes.items() if split_path(key[0])[0] == layer}
+        made = [units for key, units in own.items() if self.roles[key] == "out"]
+        sizes = [
+            len(units) for units in own.values()
+            for one in made if set(units.tolist()) == set(one.tolist())
+        ]  # fmt: skip
+        return min(sizes, default=0)
 
     def flags(self, units: Nodes) -> Flags:
         """A flag for each unit, set for those that are given."""
@@ -159,7 +224,7 @@ def channel_graph(
     trace = Trace(module, layer_rule, function_rule, channelwise, tapped)
     try:
         with evaluating(module), bare(module), torch.random.fork_rng(devices=[]):
-            trace.run(inputs)
+            refuse(trace, trace.run(inputs))
     except Exception as error:
         raise TargetError(
             f"{type(module).__name__} does not run on its sample inputs, so its channels are not "
@@ -196,7 +261,7 @@ def read_graph(trace: Trace, protect: Protect = _unprotected) -> ChannelGraph:
     axes = {key: components[use.nodes] for key, use in dependencies.uses.items()}
     count = int(components.max()) + 1 if len(components) else 0
     return ChannelGraph(
-        _groups(dependencies, components, {key: axes[key] for key in made}, held),
+        _groups(dependencies, components, (axes, {key: axes[key] for key in made}), held),
         axes,
         {key: use.role for key, use in dependencies.uses.items()},
         dependencies.work,
@@ -205,15 +270,18 @@ def read_graph(trace: Trace, protect: Protect = _unprotected) -> ChannelGraph:
         _ends(trace.input_axes, components),
         _ends(trace.output_axes, components),
         count,
+        [components[one.nodes] for one in dependencies.events],
+        dependencies.scales,
     )
 
 
 def _groups(
     dependencies: ChannelDependencies,
     components: Nodes,
-    made: Mapping[tuple[str, int], Nodes],
+    sides: tuple[Mapping[tuple[str, int], Nodes], Mapping[tuple[str, int], Nodes]],
     held: Mapping[int, str],
 ) -> list[ChannelGroup]:
+    axes, made = sides
     linked = ChannelDependencies()
     linked.count = int(components.max()) + 1 if len(components) else 0
     for space in dependencies.ranges:
@@ -230,7 +298,19 @@ def _groups(
             groups[number] = ChannelGroup(split_path(path)[0], (), members, free, tuple(reasons))
         layers = (*groups[number].layers, split_path(path)[0])
         groups[number].layers = tuple(dict.fromkeys(layers))
+    widths = _widths(axes, linked.count)
+    for group in groups.values():
+        group.width = int(widths[group.units].min())
     return list(groups.values())
+
+
+def _widths(axes: Mapping[tuple[str, int], Nodes], count: int) -> Nodes:
+    """Channels of each unit: the fewest of its entries along any axis that has some."""
+    found = np.full(count, np.iinfo(np.int64).max)
+    for units in axes.values():
+        entries = np.bincount(units, minlength=count)
+        found = np.where(entries > 0, np.minimum(found, entries), found)
+    return np.where(found == np.iinfo(np.int64).max, 1, found)
 
 
 def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
@@ -246,13 +326,18 @@ def combine(parts: Mapping[str, ChannelGraph]) -> ChannelGraph:
             layers = tuple(prefix + name for name in group.layers)
             units, free = group.units + offset, group.free + offset
             whole.groups.append(
-                ChannelGroup(prefix + group.name, layers, units, free, group.reasons)
+                ChannelGroup(prefix + group.name, layers, units, free, group.reasons, group.width)
             )
         whole.axes |= {(prefix + path, dim): u + offset for (path, dim), u in one.axes.items()}
         whole.roles |= {(prefix + path, dim): role for (path, dim), role in one.roles.items()}
         whole.work |= {prefix + path: work for path, work in one.work.items()}
         whole.shapes |= {prefix + path: shape for path, shape in one.shapes.items()}
         whole.sized |= {prefix + path: units + offset for path, units in one.sized.items()}
+        first = len(whole.events)
+        whole.events += [units + offset for units in one.events]
+        whole.scales += [
+            replace(each, path=prefix + each.path, event=each.event + first) for each in one.scales
+        ]
         whole.count += one.count
     return whole
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_compress.channels.attention import attention_rule
+from lightning_compress.channels.scaled import absorb, normalized, refuse
 from lightning_compress.channels.trace import Nodes, Trace
 from lightning_compress.targets import older_norm
 
@@ -130,6 +132,8 @@ def layer_rule(trace: Trace, path: str, layer: nn.Module, args: Any, out: Any) -
     for kinds, rule in _RULES:
         if isinstance(layer, kinds):
             if out is not None:
+                if rule is not _matmul:  # nothing in it makes up for a mean over fewer channels
+                    refuse(trace, args)
                 rule(trace, path, layer, args, out)
             return True
     return False
@@ -179,12 +183,17 @@ def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None
     if weight is None or _why_unknown(extra):
         reason = _why_unknown(extra) or "a weight that is computed"
         trace.dependencies.fix(axes[channel], f"read by {path}, which has {reason}")
+        refuse(trace, args[0])
         trace.clear_axes(out)
         return
     groups = getattr(layer, "groups", 1)
     size = out.shape[channel]
     made = trace.dependencies.new_nodes(size, path)
     read = axes[channel]
+    if groups > 1 or extra:
+        refuse(trace, args[0])
+    else:
+        absorb(trace, weight, inside, read)
     if groups > 1:
         read = _grouped(trace, layer, weight, read, made)
     else:
@@ -278,6 +287,8 @@ def _norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
             trace.dependencies.use(name, 0, nodes, "through")
         if not any(named):
             trace.dependencies.sized[path] = nodes
+        if layer.weight is None and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            trace.dependencies.nonzero.update(nodes.tolist())  # less a mean of its own
     trace.set_axes(out, axes)
 
 
@@ -296,6 +307,22 @@ def _layer_norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> 
     for nodes in axes[-len(layer.normalized_shape) :]:
         trace.dependencies.fix(nodes, f"{path} takes means over them")
     trace.set_axes(out, list(axes))
+
+
+def _rms_norm(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:
+    axes = list(trace.axes(args[0]))
+    over = range(len(axes) - len(layer.normalized_shape), len(axes))
+    known = [dim for dim in over if axes[dim] is not None]
+    nodes = axes[known[0]] if known else None
+    if nodes is None or len(known) > 1 or len(over) > 1:
+        for dim in known:
+            trace.dependencies.fix(axes[dim], f"{path} takes means over them")
+    else:
+        weight = trace.path_of(layer.weight)
+        if layer.weight is not None and weight is None:
+            trace.dependencies.fix(nodes, f"read by {path}, which has a weight that is computed")
+        axes[known[0]] = normalized(trace, nodes, f"the mean of {path}", weight, -0.5)
+    trace.set_axes(out, axes)
 
 
 def _prelu(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None:  # noqa: ARG001
@@ -319,10 +346,12 @@ _RULES: list[tuple[Any, Any]] = [
     ((nn.Linear, _CONVS), _matmul),
     (_PLAIN, _norm),
     (nn.GroupNorm, _group_norm),
-    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _rms_norm),
     (nn.PReLU, _prelu),
     (nn.Embedding, _embedding),
     (nn.RNNBase, recurrent_rule),
     (CELLS, cell_rule),
-    ((nn.MultiheadAttention, nn.Bilinear, nn.EmbeddingBag), _opaque),
+    (nn.MultiheadAttention, attention_rule),
+    ((nn.Bilinear, nn.EmbeddingBag), _opaque),
 ]

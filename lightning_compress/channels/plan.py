@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.graph import ChannelGraph, Flags, Kept, channel_graph, combine
+from lightning_compress.channels.graph import (
+    ChannelGraph,
+    Flags,
+    ScaledKept,
+    channel_graph,
+    combine,
+)
 from lightning_compress.channels.resize import check_sizes, shrink
 from lightning_compress.channels.trace import Nodes, tensors_in
 from lightning_compress.copies import copy_module
@@ -137,7 +145,7 @@ def removal_fault(
     try:
         found = exact_outputs(small, graph.inputs_of(inputs, gone))
     except Exception as error:  # whatever a forward pass raises
-        return f"the smaller module does not run ({type(error).__name__}: {error})"
+        return f"the smaller module does not run ({failed_line(error)})"
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         theirs = select_entries(theirs, _stays(graph.outputs, number, gone))
         if ours.shape != theirs.shape:
@@ -151,6 +159,24 @@ def removal_fault(
         if not error <= max(TOLERANCE, 4 * torch.finfo(ours.dtype).eps):
             return f"output {number} of the smaller module is off by {error:.2g}"
     return "; ".join(check_sizes(small))
+
+
+def failed_line(error: BaseException) -> str:
+    """What went wrong in words: an assertion is named by its own source line.
+
+    >>> try:
+    ...     assert 1 == 2
+    ... except AssertionError as error:
+    ...     failed_line(error).partition(":")[0]
+    'AssertionError'
+    """
+    said = str(error).strip().partition("\n")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frames:
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        line = f"{frames[-1].line or 'an assertion'} ({where})"
+        said = f"{line}: {said}" if said else line
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _stays(ends: dict[tuple[int, int], Nodes], number: int, gone: Flags) -> dict[int, Tensor]:
@@ -322,7 +348,7 @@ class ChannelPlan:
             for root, inputs in self.inputs.items()
         }
 
-    def kept(self, gone: Flags) -> tuple[Kept, dict[str, int]]:
+    def kept(self, gone: Flags) -> tuple[ScaledKept, dict[str, int]]:
         """Entries that stay by path and axis, and sizes of layers without tensors."""
         return self.graph.kept(gone), sizes_after(self.graph, gone)
 

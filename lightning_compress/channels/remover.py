@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.channels.graph import ChannelGraph, Flags, Kept
 from lightning_compress.channels.plan import ChannelPlan
-from lightning_compress.channels.resize import select_optimizer_state, shrink
+from lightning_compress.channels.resize import scaled, select_optimizer_state, shrink
 from lightning_compress.channels.selection import (
     ABSOLUTE,
     Compare,
@@ -38,6 +38,7 @@ __all__ = [
     "ChannelBudget",
     "ChannelRemover",
 ]
+_SHOWN = 5  # groups that an error names
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
@@ -178,6 +179,8 @@ class ChannelRemover:
             self._write(parameters[path], lambda _, zeroed=zeroed: zeroed)
         expected = self.plan.outputs()
         kept, sized = self.plan.kept(gone)
+        for path, factors in kept.factors.items():
+            self._write(parameters[path], partial(scaled, factors=factors))
         cut = {parameters[path]: dims for path, dims in kept.items() if path in parameters}
         notes = select_optimizer_state(optimizers, cut)
         projected_weights = self._projected_weights()
@@ -185,7 +188,7 @@ class ChannelRemover:
             if (projected := projected_weights.get(id(parameter))) is not None:
                 projected.select(dims)
         lost = self._lost(gone, kept, sized)
-        shrink(module, kept, sized=sized)
+        shrink(module, dict(kept), sized=sized)  # what is scaled was written above
         note_removed(module, lost)
         tell(kept, sized)
         self.plan.check(expected, gone)
@@ -228,6 +231,25 @@ class ChannelRemover:
         return RemovedChannels(shapes, dict(sized), some)
 
 
+def _held(graph: ChannelGraph, kind: str, rounding: Rounding) -> str:
+    """What holds the most of a cost, and why, in words; "" where nothing is held."""
+    costs, shares = Costs(graph, kind), []
+    total = max(costs.total(), 1e-30)
+    for index, group in enumerate(graph.groups):
+        floor = rounding.floor(group, len(group.units))
+        if not floor or (kind == "channels" and not len(group.free)):
+            continue
+        part = costs.share(index) * floor / len(group.units) / total
+        unknown = f"{floor * group.width} of {len(group.units) * group.width} channels at least"
+        why = ", ".join(group.reasons) if len(group.free) < len(group.units) else unknown
+        shares.append((part, f"{group.name} ({part:.0%} of the {kind}: {why})"))
+    shares.sort(key=lambda one: -one[0])
+    names = [said for part, said in shares[:_SHOWN] if part > 0]
+    more = len([part for part, _ in shares if part > 0]) - len(names)
+    said = "; ".join(names) + (f"; and {more} more" if more > 0 else "")
+    return f". What holds it: {said}" if names else ""
+
+
 class ChannelBudget:
     """Channel budget: the fraction of a cost that is left, by a schedule or steered.
 
@@ -264,6 +286,7 @@ class ChannelBudget:
         self.rounding = rounding
         self.steered: float | None = None  # fraction that is left, set by `steer`
         self.dense: dict[str, int] = {}  # units of each group at first
+        self.channels: dict[str, int] = {}  # that each layer made at first
         self.total = 0.0  # cost at first
         self.least = 0.0  # part of it that no rounding can avoid
 
@@ -309,6 +332,8 @@ class ChannelBudget:
         first = not self.dense
         if first:
             self.dense = {one.name: len(one.units) for one in graph.groups}
+            layers = [layer for one in graph.groups for layer in one.layers]
+            self.channels = {layer: graph.channels_of(layer) for layer in layers}
         return first
 
     def measure(self, remover: ChannelRemover, scores: Callable[[], Scores]) -> str:
@@ -369,6 +394,7 @@ class ChannelBudget:
         if self.fraction is not None:
             asked, nearest = f"budget={{{self.kind!r}: {self.final:.4g}}}", self.least
         said = f"{asked} cannot be met with {self._rounding}: the closest is {nearest:.4f}"
+        said += _held(graph, self.kind, self.rounding)
         if not closest:
             raise ValueError(said)
         self.part.curve = make_schedules(1 - self.least, None, *self.window)[0].curve
@@ -381,6 +407,7 @@ class ChannelBudget:
             "steered": self.steered,
             "cost": (self.kind, self.total, self.final),
             "dense": dict(self.dense),
+            "channels": dict(self.channels),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -390,3 +417,4 @@ class ChannelBudget:
         if kind != self.kind:  # a latency that was measured
             self._count_macs(final)
         self.dense = dict(state["dense"])
+        self.channels = dict(state.get("channels", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from lightning_compress.channels.agreement import joint_faults, norms_without_tensors
-from lightning_compress.channels.graph import Kept, free_reshapes
+from lightning_compress.channels.attention import ATTENTION, attention_sizes, fit_attention
+from lightning_compress.channels.graph import Kept, ScaledKept, free_reshapes
+from lightning_compress.channels.own_sizes import known_sizes, own_sizes, set_own_sizes
 from lightning_compress.errors import TargetError
 from lightning_compress.modes import evaluating
 from lightning_compress.projection import select_entries
@@ -30,6 +33,7 @@ __all__ = [
     "rebuild_channels",
     "resize_module",
     "resize_tensor",
+    "scaled",
     "select_optimizer_state",
     "set_sizes",
     "shrink",
@@ -55,7 +59,7 @@ _NAMES = (
 CHANNELS = "removed_channels"  # key in a checkpoint: plain data
 
 
-def sizes_known(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, int]]:
+def sizes_known(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size attributes of the layers that hold some tensors, by the path of the layer."""
     layers = dict.fromkeys(split_path(path)[0] for path in paths)
     owners = {id(module.get_submodule(one)): one for one in layers}
@@ -67,25 +71,32 @@ def sizes_known(module: nn.Module, paths: Iterable[str]) -> dict[str, dict[str, 
     return {path: _known(module.get_submodule(path)) for path in owners.values()}
 
 
-def _known(layer: nn.Module) -> dict[str, int]:
-    return {
+def _known(layer: nn.Module) -> dict[str, Any]:
+    known = {
         name: getattr(layer, name) for name in _NAMES if isinstance(getattr(layer, name, None), int)
     }
+    if isinstance(layer, nn.MultiheadAttention):
+        known |= {name: getattr(layer, name) for name in ATTENTION}
+    if isinstance(layer, nn.RMSNorm):
+        known |= {"normalized_shape": layer.normalized_shape, "eps": layer.eps}
+    return known | known_sizes(layer)
 
 
-def fit_sizes(layer: nn.Module, before: Mapping[str, int]) -> None:
+def fit_sizes(layer: nn.Module, before: Mapping[str, Any]) -> None:
     """Set a layer's size attributes from its tensors."""
     _set(layer, **_wanted(layer, before))
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
 
 
-def _set(layer: nn.Module, **sizes: int) -> None:
+def _set(layer: nn.Module, **sizes: Any) -> None:
     for name, value in sizes.items():
         setattr(layer, name, value)
+    if isinstance(layer, nn.MultiheadAttention):
+        fit_attention(layer)
 
 
-def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
+def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Size attributes of each layer, by path.
 
     >>> sizes_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
@@ -95,7 +106,7 @@ def sizes_of_layers(module: nn.Module) -> dict[str, dict[str, int]]:
     return {path: sizes for path, sizes in found.items() if sizes}
 
 
-def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+def set_sizes(module: nn.Module, sizes: Mapping[str, Mapping[str, Any]]) -> None:
     """Set size attributes to what `sizes_of_layers` returned, where they differ."""
     for path, known in sizes.items():
         layer = module.get_submodule(path)
@@ -120,7 +131,7 @@ def _shape(layer: Any, name: str) -> tuple[int, ...]:
         return tuple(getattr(layer, name).shape)
 
 
-def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
+def _wanted(layer: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     """Size attributes that follow from the shapes of a layer's tensors."""
     if isinstance(layer, nn.Linear):
         outputs, inputs = _shape(layer, "weight")
@@ -141,9 +152,29 @@ def _wanted(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
     if isinstance(layer, _CELLS):
         inputs, shown = _shape(layer, "weight_ih")[1], _shape(layer, "weight_hh")[1]
         return {"input_size": inputs, "hidden_size": shown}
+    return _wanted_of_more(layer, before)
+
+
+def _wanted_of_more(layer: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(layer, nn.RNNBase):
         return _recurrent_sizes(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        return attention_sizes(layer)
+    if isinstance(layer, nn.RMSNorm) and layer.weight is not None:
+        return _rms_sizes(layer, before)
     return {}
+
+
+def _rms_sizes(layer: nn.RMSNorm, before: Mapping[str, Any]) -> dict[str, Any]:
+    """A mean of squares over fewer channels is larger, and so is what is added to it."""
+    shape, first = tuple(layer.weight.shape), before["normalized_shape"]
+    if shape == tuple(first):
+        return {}
+    eps = torch.finfo(layer.weight.dtype).eps if before["eps"] is None else before["eps"]
+    return {
+        "normalized_shape": shape,
+        "eps": eps * math.prod(first) / math.prod(shape),
+    }
 
 
 def _conv_sizes(layer: Any, before: Mapping[str, int]) -> dict[str, int]:
@@ -217,13 +248,28 @@ def shrink(module: nn.Module, kept: Kept, *, sized: Mapping[str, int] | None = N
         sized: new sizes of layers that hold no tensors.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    known = sizes_known(module, kept)
+    known, own = sizes_known(module, kept), own_sizes(module)
+    factors = kept.factors if isinstance(kept, ScaledKept) else {}
     for path, dims in kept.items():
-        resize_tensor(tensors[path], select_entries(tensors[path].detach(), dims), dims)
+        values = scaled(tensors[path].detach(), factors.get(path, {}))
+        resize_tensor(tensors[path], select_entries(values, dims), dims)
     for path, before in known.items():
         fit_sizes(module.get_submodule(path), before)
     for path, size in (sized or {}).items():
         module.get_submodule(path).num_features = size  # type: ignore[assignment]
+    set_own_sizes(module, own)
+
+
+def scaled(values: Tensor, factors: Mapping[int, Tensor]) -> Tensor:
+    """A tensor times factors along its axes.
+
+    >>> scaled(torch.ones(2, 3), {0: torch.tensor([1.0, 2.0])})[1].tolist()
+    [2.0, 2.0, 2.0]
+    """
+    for dim, factor in factors.items():
+        shape = [-1 if one == dim else 1 for one in range(values.dim())]
+        values = values * factor.to(values).reshape(shape)
+    return values
 
 
 def resize_tensor(tensor: Tensor, values: Tensor, dims: Mapping[int, Tensor] | None = None) -> None:
@@ -303,7 +349,7 @@ def resize_module(
     before = _sizes_by_id(module)
     undo = _save_point(module, [tensors[name] for name in other])
     try:
-        known = sizes_known(module, other)
+        known, own_attributes = sizes_known(module, other), own_sizes(module)
         for name, shape in other.items():
             own = tensors[name]
             resize_tensor(own, torch.zeros(shape, dtype=own.dtype, device=own.device))
@@ -311,6 +357,7 @@ def resize_module(
             fit_sizes(module.get_submodule(path), sizes)
         for path, size in (sized or {}).items():
             bare[path].num_features = size
+        set_own_sizes(module, own_attributes)
         free_reshapes(module)
         unknown = {id(one) for path, one in bare.items() if path not in (sized or {})}
         now = {key: one for key, one in _sizes_by_id(module).items() if key not in unknown}

@@ -60,7 +60,7 @@ class Rounding:
     """Lower bound of each group, and the multiples in which units are removed.
 
     Args:
-        to: what stays is a multiple of it.
+        to: the channels that stay are a multiple of it.
         least: fraction of the units of the dense group that stays in any case.
     """
 
@@ -71,12 +71,18 @@ class Rounding:
         """The fewest units that a group keeps; `dense`: what it had at first."""
         asked = max(1, math.ceil(self.least * dense - 1e-9))
         fixed = len(group.units) - len(group.free)
-        rounded = self.to * math.ceil(max(asked, fixed) / self.to)
+        multiple = self.multiple(group)
+        rounded = multiple * math.ceil(max(asked, fixed) / multiple)
         return min(rounded, len(group.units))
 
-    def step(self, kept: int) -> int:
+    def multiple(self, group: ChannelGroup) -> int:
+        """Units that make a multiple of so many channels together: whole norm groups and heads."""
+        return self.to // math.gcd(self.to, group.width)
+
+    def step(self, group: ChannelGroup, kept: int) -> int:
         """How many go next from a number that stays."""
-        return kept % self.to or self.to
+        multiple = self.multiple(group)
+        return kept % multiple or multiple
 
 
 class Costs:
@@ -137,6 +143,19 @@ class Costs:
         less = self._less(paths, block)
         return sum(self._term(path, {}) - self._term(path, less) for path in paths)
 
+    def share(self, group: int) -> float:
+        """Cost of the tensors that a group's units make: what it holds, if it stays."""
+        units = self.graph.groups[group].units
+        if self.kind == "channels":
+            return float(len(units))
+        made = 0.0
+        for path in self.touched.get(group, []):
+            for dim in range(len(self.graph.shapes[path])):
+                if self.graph.roles.get((path, dim)) == "out" and (path, dim) in self.counts:
+                    part = self.counts[path, dim][units].sum() / self.sizes[path, dim]
+                    made += self._term(path, {}) * float(part)
+        return made
+
     def take(self, group: int, block: Nodes) -> None:
         """Remove units of a group."""
         for key, count in self._less(dict.fromkeys(self.touched.get(group, [])), block).items():
@@ -192,7 +211,7 @@ def select_for_removal(
         best: tuple[tuple[float, float], int, float, Nodes] | None = None
         for index, group in enumerate(graph.groups):
             kept = len(group.units) - taken[index]
-            size = rounding.step(kept)
+            size = rounding.step(group, kept)
             floor = rounding.floor(group, dense.get(group.name, len(group.units)))
             if kept - size < floor or taken[index] + size > len(group.free):
                 continue

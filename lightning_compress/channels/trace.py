@@ -22,12 +22,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_compress.channels.own_sizes import heads_of
+
 __all__ = [
     "Axes",
     "AxisUse",
     "ChannelDependencies",
+    "Event",
     "NodeRange",
     "Nodes",
+    "Scale",
     "Trace",
     "tensors_in",
 ]
@@ -51,6 +55,33 @@ class AxisUse:
     dim: int
     nodes: Nodes
     role: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """A sum or mean over channels, and what it is called."""
+
+    nodes: Nodes
+    how: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Entries of a weight that make up for channels that an event sums over.
+
+    Args:
+        path: of the weight.
+        dim: the axis.
+        places: along it.
+        event: its number.
+        power: of n / n' that what they multiply changes by.
+    """
+
+    path: str
+    dim: int
+    places: Nodes
+    event: int
+    power: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,10 @@ class ChannelDependencies:
         self.fixed: list[tuple[Nodes, str]] = []
         self.released: list[Nodes] = []
         self.sized: dict[str, Nodes] = {}  # layers without tensors that know a size
+        self.events: list[Event] = []
+        self.scales: list[Scale] = []
+        self.tags: dict[int, tuple[int, float]] = {}  # of nodes: the event that changes them
+        self.nonzero: set[int] = set()  # nodes whose values are not 0 where their weights are
         self._edges: list[tuple[Nodes, Nodes]] = []
 
     def new_nodes(self, size: int, where: str) -> Nodes:
@@ -98,6 +133,20 @@ class ChannelDependencies:
         """Keep the units of these nodes."""
         if nodes is not None and nodes.size:
             self.fixed.append((nodes.ravel(), reason))
+
+    def new_event(self, nodes: Nodes, how: str) -> int:
+        """The number of a new sum over channels."""
+        self.events.append(Event(nodes, how))
+        return len(self.events) - 1
+
+    def scale(self, path: str, dim: int, places: Nodes, event: int, power: float) -> None:
+        """Let entries of a weight make up for an event; they can for one alone."""
+        for other in self.scales:
+            if other.path == path and np.isin(places, other.places).any():
+                one = self.events[event]
+                self.fix(one.nodes, f"{one.how}, and {path} makes up for another such")
+                return
+        self.scales.append(Scale(path, dim, places, event, power))
 
     def release(self, nodes: Nodes) -> None:
         """Allow removal although inputs or outputs hold the nodes: recurrent states fed back."""
@@ -182,6 +231,9 @@ class Trace(TorchFunctionMode):
         self.root, self.dependencies = root, ChannelDependencies()
         self.layers, self.functions, self.channelwise = layers, functions, tuple(channelwise)
         self._known: dict[int, tuple[Tensor, Axes]] = {}
+        self._sums: dict[int, tuple[Tensor, tuple[int, float]]] = {}
+        self._weights: dict[int, tuple[str, int]] = {}  # parameters by the first node of an axis
+        self.stack: list[nn.Module] = [root]  # modules that are running
         self._own = {
             id(tensor): path
             for named in (root.named_buffers(), root.named_parameters())
@@ -207,7 +259,7 @@ class Trace(TorchFunctionMode):
             self.set_axes(tensor, axes[: tensor.dim()])
             self.input_axes.append(axes[: tensor.dim()])
         self.from_inputs = self.dependencies.count
-        with self._hooked(), self:
+        with self._hooked(), _scripts_inlined(), self:
             output = self.root(*inputs)
         for one in tensors_in(output):
             self.output_axes.append(self.axes(one))
@@ -226,6 +278,8 @@ class Trace(TorchFunctionMode):
     def _hooked(self) -> Iterator[None]:
         handles = []
         for path, layer in self.root.named_modules():
+            handles.append(layer.register_forward_pre_hook(self._push, prepend=True))
+            handles.append(layer.register_forward_hook(self._pop))
             if self._is_leaf(path, layer):
                 handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
                 leave = partial(self._leave, path)
@@ -238,6 +292,17 @@ class Trace(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _push(self, layer: nn.Module, _args: Any) -> None:
+        self.stack.append(layer)
+
+    def _pop(self, _layer: nn.Module, _args: Any, _out: Any) -> None:
+        self.stack.pop()
+
+    def has_heads(self, count: int) -> bool:
+        """Whether a module that is running, or a part of the innermost, says it has so many."""
+        around = [*self.stack, *self.stack[-1].modules()]
+        return count > 1 and any(count in heads_of(one).values() for one in around)
 
     def _enter(self, _layer: nn.Module, _args: Any) -> None:
         self._inside += 1
@@ -279,6 +344,7 @@ class Trace(TorchFunctionMode):
             nodes = self.dependencies.new_nodes(size, path) if size > 1 else None
             if nodes is not None:
                 self.dependencies.use(path, dim, nodes, "through")
+                self._weights[int(nodes[0])] = path, dim
             axes.append(nodes)
         self.set_axes(tensor, axes)
         return axes
@@ -286,6 +352,21 @@ class Trace(TorchFunctionMode):
     def set_axes(self, tensor: Tensor, axes: Axes) -> None:
         """Set the nodes of a tensor's axes."""
         self._known[id(tensor)] = tensor, axes  # the tensor is kept, so that its id stays its own
+
+    def set_tag(self, tensor: Tensor, tag: tuple[int, float]) -> None:
+        """Set that a tensor without channels changes by a power of an event's ratio."""
+        self._sums[id(tensor)] = tensor, tag
+
+    def tag_of(self, tensor: Tensor) -> tuple[int, float] | None:
+        """The event and the power by which a tensor without channels changes."""
+        known = self._sums.get(id(tensor))
+        return None if known is None else known[1]
+
+    def weight_of(self, nodes: Nodes) -> tuple[str, int] | None:
+        """The parameter, and its axis, whose entries nodes are."""
+        where = self._weights.get(int(nodes[0]))
+        same = where is not None and np.array_equal(self.dependencies.uses[where].nodes, nodes)
+        return where if same else None
 
     def clear_axes(self, tensor: Tensor) -> None:
         """Set that no entry of a tensor can be removed."""
@@ -323,6 +404,24 @@ class Trace(TorchFunctionMode):
         if path is not None:
             self.dependencies.use(path, dim, nodes, "out")
         return nodes
+
+
+@contextmanager
+def _scripts_inlined() -> Iterator[None]:
+    """Run functions of `torch.jit.script` as the Python that they were made of."""
+    kind: Any = torch.jit.ScriptFunction
+    scripted = kind.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(function, "_torchdynamo_inline", None)
+        run = partial(scripted, function) if plain is None else plain
+        return run(*args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = scripted
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -137,7 +137,16 @@ def _runs_once(layer: nn.Module, uses: Counter[int]) -> bool:
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _LISTS = (nn.ParameterList, nn.ParameterDict)
-_RESIZABLE = (nn.Linear, *_NORMS, nn.GroupNorm, nn.PReLU, nn.RNNBase, nn.RNNCellBase)
+_RESIZABLE = (
+    nn.Linear,
+    *_NORMS,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 
 def removed_shapes(
