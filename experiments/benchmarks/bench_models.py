@@ -31,6 +31,7 @@ from lightning_compress.lab.workflow.quality import METRICS
 
 KEYS = ("model", "seed", "words")
 MARKS = ("<!-- models -->", "<!-- /models -->")
+POINTS = 12  # of a curve; a shorter one says nothing of convergence
 STILL = 0.02  # of the validation metric: a dense model that improves more in its last third goes on
 
 
@@ -64,7 +65,8 @@ MODELS = {
 def improvement(curves: Path, metric: str) -> float | None:
     """How much of its value a dense model's metric fell in the last third of its run.
 
-    The best value after two thirds is compared with the best before; None without a curve.
+    The best value after two thirds is compared with the best before; None without a curve of
+    enough points: such a run counts as not converged.
     """
     with curves.open(newline="", encoding="utf-8") as file:
         values = [
@@ -73,7 +75,7 @@ def improvement(curves: Path, metric: str) -> float | None:
             if row["run"] == "dense" and row["metric"] == metric
         ]
     before = len(values) - len(values) // 3
-    if before in (0, len(values)):
+    if len(values) < POINTS:
         return None
     return 1 - min(values) / min(values[:before])
 

@@ -7,7 +7,10 @@ from lightning_compress.lab.config import config_dir
 
 CURVES = "run,step,metric,value\n" + "".join(
     f"{run},{step},val/mel_loss,{value}\n"
-    for run, values in (("dense", (4, 3, 2, 1.9, 2.5, 1.5)), ("compressed", (9, 9, 9, 9, 9, 1)))
+    for run, values in (
+        ("dense", (4, 3, 2, 1.9) * 2 + (2.5, 1.5) * 2),
+        ("compressed", (9,) * 11 + (1,)),
+    )
     for step, value in enumerate(values)
 )
 
@@ -38,6 +41,8 @@ def test_the_last_third_is_compared_with_the_best_before_it(tmp_path):
     path.write_text(CURVES)
     assert improvement(path, "val/mel_loss") == pytest.approx(1 - 1.5 / 1.9)
     assert improvement(path, "val/elbo") is None
+    path.write_text("".join(CURVES.splitlines(keepends=True)[:12]))
+    assert improvement(path, "val/mel_loss") is None  # eleven epochs say nothing
 
 
 def test_the_table_has_a_line_a_model_over_its_seeds():
