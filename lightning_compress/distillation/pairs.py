@@ -33,6 +33,7 @@ __all__ = [
 SHAPES = ("linear", "cosine")
 Weight = float | Callable[[float], float]
 Inputs = Callable[..., tuple[Any, ...]]
+Wrap = Callable[[Any, Any], nn.Module]
 
 
 class ChannelAdapter(nn.Module):
@@ -189,6 +190,8 @@ class Pair:
             module's first input, instead of at what it received: needs no data.
         inputs: (teacher's module, *received) -> what the teacher's module is called with; None:
             its method `distillation_inputs` if it has one, else what was received.
+        wrap: (teacher's module, student's module) -> a module that is called in the teacher's
+            place, such as one that makes two of its steps; None: the teacher's module itself.
 
     Raises:
         ValueError: for a bad weight or count.
@@ -206,6 +209,7 @@ class Pair:
     adapter: bool | None = None
     prior: int = 0
     inputs: Inputs | None = None
+    wrap: Wrap | None = None
 
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)
@@ -214,6 +218,11 @@ class Pair:
         for one in self.features:
             if isinstance(one, str) or len(one) != 2:
                 raise ValueError(f"features holds {one!r}: give (student path, teacher path)")
+        if self.wrap is not None and not callable(self.wrap):
+            raise ValueError(
+                f"wrap={self.wrap!r}: give a function of (teacher's module, student's module) that "
+                "returns a module"
+            )
         if self.loss is None and not self.features:
             raise ValueError(f"the pair of {self.student!r} has neither a loss nor features")
 

@@ -55,6 +55,15 @@ class PairedModules:
         path = pair.student if pair.teacher is None else pair.teacher
         self.student = find_module(student, pair.student, side="student")
         self.teacher = find_module(teacher, path, side="teacher")
+        self.called = self.teacher  # in its place
+        if pair.wrap is not None:
+            self.called = pair.wrap(self.teacher, self.student)
+            if not isinstance(self.called, nn.Module):
+                raise TargetError(
+                    f"the pair of {pair.student!r}: wrap gave a {type(self.called).__name__}, "
+                    "no module"
+                )
+            self.called.eval().requires_grad_(False)
         self.losses = make_losses(pair.loss, temperature=temperature)
         feature_loss = pair.feature_loss if pair.features else None
         self.feature_losses = make_losses(feature_loss, temperature=temperature)
@@ -83,7 +92,7 @@ class PairedModules:
             args, kwargs = adapt(self.teacher, *args, **kwargs), {}
         self.teacher_calls += 1
         with torch.no_grad(), own_random_stream(self.teacher), self._taps.catching() as features:
-            return self.teacher(*args, **kwargs), features
+            return self.called(*args, **kwargs), features
 
     def evaluate(self, call: Forward, output: Any, features: dict[str, Tensor]) -> list[Term]:
         """The losses of one call of the student's module."""

@@ -2,6 +2,7 @@
 
 from lightning_compress.lab.models.base import CompressibleModel
 from lightning_compress.lab.models.classifier import ResNet18, SimpleNet
+from lightning_compress.lab.models.flow_matching import FlowMatching
 from lightning_compress.lab.models.gan import DCGAN, WGANGP
 from lightning_compress.lab.models.recurrent_vae import RecurrentVAE
 from lightning_compress.lab.models.vae import VAE
@@ -12,6 +13,7 @@ __all__ = [
     "VAE",
     "WGANGP",
     "CompressibleModel",
+    "FlowMatching",
     "RecurrentVAE",
     "ResNet18",
     "SimpleNet",

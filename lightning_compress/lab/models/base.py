@@ -21,7 +21,7 @@ __all__ = [
     "scaled_width",
 ]
 
-Kind = Literal["gan", "vae", "recurrent_vae", "classifier", "conditional"]
+Kind = Literal["gan", "vae", "recurrent_vae", "classifier", "conditional", "flow"]
 Parts = dict[str, tuple[nn.Module, tuple[Tensor, ...]]]
 
 SAMPLE_BATCH = 2  # torch.export treats a sample batch of 1 as a constant

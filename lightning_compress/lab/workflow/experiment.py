@@ -64,6 +64,7 @@ Second = Callable[
 SHOWN_SAMPLES = 32
 WATCHED = {  # metric, better direction, and the loss at which a run is pruned
     "gan": ("val/kid", "min", 4.0),
+    "flow": ("val/kid", "min", 4.0),
     "vae": ("val/elbo", "max", 0.25),
     "recurrent_vae": ("val/elbo", "max", 0.25),
     "classifier": ("val/accuracy", "max", 0.25),

@@ -64,6 +64,7 @@ METRICS = {
 }
 _DEFAULT_METRIC = {
     "gan": "kid",
+    "flow": "kid",
     "vae": "neg_elbo",
     "recurrent_vae": "neg_elbo",
     "classifier": "accuracy",

@@ -36,7 +36,7 @@ __all__ = [
     "run_sensitivity",
     "scan_subject",
 ]
-_METRIC = {"gan": "fid", "classifier": "cross_entropy"}  # all others: neg_elbo
+_METRIC = {"gan": "fid", "flow": "fid", "classifier": "cross_entropy"}  # all others: neg_elbo
 
 
 @dataclass(frozen=True)
