@@ -1,7 +1,8 @@
 """Bytes and -ELBO of federated methods, each row once: `bench_federated.py rows.jsonl [key=value]`.
 
 Settings: data=fashion_mnist width=32 rounds=30 local_epochs=1 batch_size=128 clients=10
-seeds=0,1,2 partitions=iid;dirichlet(0.1) peers=<names of PEERS, by ;>. What the file has is not run again.
+seeds=0,1,2 partitions=iid;dirichlet(0.1) peers=<names of PEERS, by ;>. What the file has is not run
+again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.workflow.training import build_model
 
 SETTINGS = {"data": "fashion_mnist", "width": "32", "rounds": "30", "local_epochs": "1",
-            "batch_size": "128", "clients": "10", "seeds": "0,1,2", "partitions": "iid;dirichlet(0.1)",
-            "peers": ";".join(PEERS)}  # fmt: skip
+            "batch_size": "128", "clients": "10", "seeds": "0,1,2",
+            "partitions": "iid;dirichlet(0.1)", "peers": ";".join(PEERS)}  # fmt: skip
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu",
                          "enable_progress_bar": False, "enable_model_summary": False,
                          "limit_val_batches": 0}  # fmt: skip
