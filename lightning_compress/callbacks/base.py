@@ -301,8 +301,9 @@ class WeightCallback(Callback):
         if not paths:
             return
         module: Any = Projector.module_of(self.projected_weights[0])
-        for path in paths:
-            self.projector.drop(path)
+        for projected in self.projected_weights:
+            if projected.path in paths:
+                self._give_up(projected)
         self.projected_weights = [
             projected for projected in self.projected_weights if projected.path not in paths
         ]
@@ -313,6 +314,15 @@ class WeightCallback(Callback):
         if set(self.uncalled) - before:
             rank_zero_warn(f"{self.state_key} leaves {sorted(paths)} as they are: {_UNCALLED}")
         self.on_targets_changed(module.trainer, module, [])
+
+    def _give_up(self, projected: ProjectedWeight) -> None:
+        """Let go of a weight, unless another callback has it: that one keeps its own state."""
+        for what in [what for what, by in projected.owners.items() if by == self.state_key]:
+            del projected.owners[what]
+        if projected.owners:
+            projected.set_mask(None)
+        else:
+            self.projector.drop(projected.path)
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find copies of trained weights, such as an average that the user keeps."""
