@@ -21,6 +21,7 @@ FLOORS = (
         "outputs",
         "schedules",
         "entropy",
+        "fast_tensors",
         "grids",
         "removed",
         "terminal",

@@ -210,6 +210,7 @@ class WeightCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
         self._warned_idle = False
+        self._logged: Mapping[str, float] | None = None
         self._warned_unowned: set[str] = set()
         self.uncalled: dict[str, torch.nn.Parameter] = {}  # of layers that no forward calls
 
@@ -370,6 +371,14 @@ class WeightCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Nothing, but while the structure is read."""
+
+    def log_new(self, module: LightningModule, batch_idx: int, values: Mapping[str, float]) -> None:
+        """Log what has changed: Lightning keeps a value for the epoch, and a call is slow."""
+        if batch_idx != 0 and values == self._logged:
+            return
+        self._logged = dict(values)
+        for name, value in values.items():
+            module.log(f"{self.name}/{name}", value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`.
