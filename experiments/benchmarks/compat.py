@@ -27,6 +27,7 @@ from shared.compat_packages import package_cases
 from shared.pages import insert
 from shared.rows import Rows, read_rows
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,7 +95,7 @@ def outputs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.T
     modes = {one: one.training for one in module.modules()}
     module.eval()
     torch.manual_seed(1)
-    leaves, _ = torch.utils._pytree.tree_flatten(module(*inputs))
+    leaves = tree_leaves(module(*inputs))
     for one, mode in modes.items():
         one.training = mode
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -322,6 +323,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     missing = [
         f"\n{row['project']} was not run: {row['missing']}." for row in rows if "missing" in row
     ]
+    known = {row["project"] for row in rows}
+    missing += [f"\n{one} has no row yet." for one in order if one not in known]
     head = f"{ticks} of {cells} cells are ticks ({ticks / max(cells, 1):.0%})."
     return "\n".join(["", head, "", *lines, "", *reasons, *missing])
 

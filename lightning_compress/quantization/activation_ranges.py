@@ -225,10 +225,14 @@ class Activation:
             if bounds is None:
                 return x
             if self._numbers is None or self._numbers[0] is not bounds:
-                self._numbers = bounds, numbers_of_range(*bounds.tolist(), self.bits)
+                self._numbers = bounds, self._by_numbers(bounds)
             return fake_quantize_by(x, *self._numbers[1])
         grid = self._grid(x.device)
         return x if grid is None else fake_quantize(x, grid)
+
+    def _by_numbers(self, bounds: Tensor) -> tuple[float, int, int]:
+        low, high = bounds.tolist()
+        return numbers_of_range(low, high, self.bits)
 
     def grid(self) -> AffineGrid | None:
         """Current grid, from 0 to 2^bits - 1; None without a range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,10 @@ def vae_loss(self: Any, batch: Any) -> Tensor:
 class Equalized(nn.Conv2d):
     """PGAN's convolution: a scale of the initialization at run time."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """As the convolution."""
         scale = (2 / self.weight[0].numel()) ** 0.5
-        return self._conv_forward(x, self.weight * scale, self.bias)
+        return self._conv_forward(input, self.weight * scale, self.bias)
 
 
 class PixelNorm(nn.Module):
@@ -322,9 +323,7 @@ def gan(name: str, network: Any, judged: Any, z: tuple[int, ...], size: int) -> 
 def plain_vae() -> Any:
     """The example's own model."""
     sys.path.insert(0, str(EXAMPLES))
-    from plain_vae import PlainVAE
-
-    return PlainVAE()
+    return import_module("plain_vae").PlainVAE()
 
 
 def own_cases() -> list[Case]:
