@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated bench-models test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean bench-quick feature-networks
+.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated bench-models test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean bench-quick feature-networks compat
 
 # Before the environment is made, so that its time stands apart.
 .PHONY: estimate-demo estimate-test
@@ -101,6 +101,7 @@ bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 fi
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino]"; \
 	$(BIN)/python experiments/benchmarks/bench_coding.py; \
 	$(BIN)/python experiments/benchmarks/bench_quantization_cost.py 8 4 vae; \
+	$(BIN)/python experiments/benchmarks/bench_small_models.py; \
 	$(BIN)/python experiments/benchmarks/bench_int8.py $(TOLD)
 
 bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own
@@ -126,6 +127,13 @@ bench-deploy: $(READY)  ## sizes and speeds of the files one generator ships as;
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino,web,executorch,coreml,litert]"; \
 	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl; \
 	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl docs/deployment.md $(TOLD)
+
+compat: $(READY)  ## which capability holds on which of other people's projects (ten minutes; resumes)
+	$(CLOCK) mkdir -p .cache/compat; \
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/compat --requirement experiments/benchmarks/compat.txt; \
+	export PYTHONPATH=$(CURDIR)/.cache/compat; \
+	$(BIN)/python experiments/benchmarks/compat.py outputs/bench/compat.jsonl; \
+	$(BIN)/python experiments/benchmarks/compat.py outputs/bench/compat.jsonl docs/models.md $(TOLD)
 
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \
