@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 from .headline_arms import CONTROLS, OURS, PEERS
-from .headline_tables import DENSE, LABELS, Table, deviation
+from .headline_tables import DENSE, LABELS, Table
 
 __all__ = ["draw"]
 
@@ -59,22 +59,31 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _bytes(axis: Any, table: Table) -> None:
-    """Absolute bytes of the artifact against the test metric."""
+    """Absolute bytes of the artifact against the test metric.
+
+    An arm of fewer seeds has other seeds' mean: what is drawn is the reference's mean plus the
+    paired difference, with its standard error.
+    """
     base, margin = table.over(table.reference, table.metric), table.margin.margin
     axis.axhspan(base - margin, base + margin, color="0.9", label="margin of no loss")
     top = base + FAR * margin
     for label, (arms, style, colour) in GROUPS.items():
         known = sorted((a for a in arms if a in table.arms), key=lambda a: table.over(a, "bytes"))
         x = [table.over(arm, "bytes") / 1000 for arm in known]
-        y = [table.over(arm, table.metric) for arm in known]
-        spread = [deviation([row[table.metric] for row in table.arms[arm]]) for arm in known]
+        found = [table.verdict(arm) for arm in known]
+        y = [base + table.worse(arm, table.metric) for arm in known]
+        spread = [(one.standard_error or 0.0) if one else 0.0 for one in found]
         if known:
             axis.errorbar(x, y, spread, fmt=style, color=colour, elinewidth=1, label=label)
         for at, value in zip(x, y, strict=True):
             if value > top:
                 place: Any = {"va": "top", "ha": "center", "rotation": 90}
                 axis.annotate(f"{value:.4g} ↑", (at, top), color=colour, fontsize=8, **place)
-    axis.set(xscale="log", xlabel="kilobytes of the artifact", ylabel=LABELS[table.metric])
+    axis.set(
+        xscale="log",
+        xlabel="kilobytes of the artifact",
+        ylabel=f"{LABELS[table.metric]} (paired, ± SE)",
+    )
     axis.set_ylim(base - 2 * margin, top)
     axis.legend(frameon=False, fontsize=8)
 
