@@ -24,7 +24,7 @@ def labels(results: dict[str, Any]) -> tuple[str, str]:
     dense, small = results["dense"]["bytes"]["torch"], results["compressed"]["bytes"]["lcz"]
     times = results["compressed"]["latency_ms"]
     name = next((one for one in SPEED if "ratio" in times.get(one, {})), None)
-    faster = "" if name is None else f"\n{times[name]["ratio"]:.1f}× the speed"
+    faster = "" if name is None else f"\n{times[name]['ratio']:.1f}× the speed"
     return (
         f"dense\n{dense / 1000:,.0f} kB",
         f"compressed\n{small / 1000:,.0f} kB\n{dense / small:.0f}× smaller{faster}",
