@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.conversion.activation_grids import (
     calibrate_weighted_nodes,
     find_float_layers,
+    round_weighted_biases,
 )
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.conv_rewrites import (
@@ -116,6 +117,7 @@ def int8_model(
     if calibration is not None:
         let_sums_fit(module, plain, weighted_nodes, stored, grids)
         calibrate_weighted_nodes(model.graph, plain, weighted_nodes, calibration, percentile)
+        round_weighted_biases(plain, weighted_nodes)
     result = Int8Model([model], plain, reasons=left, axes=axes)
     result.weights = {name: weight.source for name, weight in stored.items()}
     points = _give_grids(result, weighted_nodes)

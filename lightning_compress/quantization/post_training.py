@@ -15,6 +15,7 @@ from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.modes import evaluating
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer, calibrate
+from lightning_compress.quantization.bias_rounding import round_biases
 from lightning_compress.quantization.corrections import (
     channel_means,
     correct_biases,
@@ -49,12 +50,14 @@ class PostTrainingReport:
         activations: a row a layer with quantized weights.
         equalized: a row a layer that was looked at.
         corrected: the same, for biases.
+        rounded: the same, for biases that stand on the steps of int8 kernels.
     """
 
     weights: list[Coverage]
     activations: list[Coverage] = field(default_factory=list)
     equalized: list[Coverage] = field(default_factory=list)
     corrected: list[Coverage] = field(default_factory=list)
+    rounded: list[Coverage] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -210,8 +213,9 @@ def quantize_static(
 ) -> PostTrainingReport:
     """Round weights in place, and find the ranges of activations on calibration data.
 
-    The grids of activations are attached to the layers: `fake_quantized` computes with them. Behind
-    nearest-neighbour upsampling, steps leave room for sums of weights: see `export_onnx`.
+    The grids of activations are attached to the layers: `fake_quantized` computes with them. Biases
+    are rounded as int8 kernels hold them, to steps of input times weight. Behind nearest-neighbour
+    upsampling, steps leave room for sums of weights: see `export_onnx`.
 
     Args:
         module: the trained model, called on each batch; a GAN's generator, a VAE's decoder.
@@ -271,7 +275,8 @@ def quantize_static(
         )
         calibrate(module, side, batches)
         side.leave_grids()
-    return PostTrainingReport(selection.coverage, activations, equalized, corrected)
+    rounded = round_biases(module, layers)
+    return PostTrainingReport(selection.coverage, activations, equalized, corrected, rounded)
 
 
 @torch.enable_grad()
