@@ -42,6 +42,7 @@ from lightning_compress.conversion.qdq import (
     round_output,
     set_apart,
 )
+from lightning_compress.conversion.sums import round_sums
 from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_enlarged
 from lightning_compress.conversion.versions import RuntimeTarget
 from lightning_compress.conversion.weight_storage import finished_models, seen_inputs
@@ -233,6 +234,7 @@ def _rewrite(
     for weighted in weighted_nodes:
         lift_elementwise(graph, weighted, points)
     _round(graph, weighted_nodes, points)
+    result.reasons.update(round_sums(graph))
     graph.sort()
 
 
