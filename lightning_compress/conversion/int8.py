@@ -234,7 +234,7 @@ def _rewrite(
     for weighted in weighted_nodes:
         lift_elementwise(graph, weighted, points)
     _round(graph, weighted_nodes, points)
-    result.reasons.update(round_sums(graph))
+    round_sums(graph)
     graph.sort()
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_compress.conversion.nodes import constant, is_move, modules_of, readers
+from lightning_compress.conversion.nodes import constant, is_move, readers
 from lightning_compress.errors import require
 
 __all__ = ["round_sums"]
 
-FLOAT_TERM = "its sum is computed in float: the module does not round {which}"
-FLOAT_SUM = "its sum is computed in float: the module reads it before it rounds it"
 
-
-def round_sums(graph: Any) -> dict[str, str]:
+def round_sums(graph: Any) -> None:
     """Let runtimes add integers where both terms lie on grids and every reader rounds the sum.
 
     Their kernels (QLinearAdd) want a DequantizeLinear right in front of each term and a
@@ -24,28 +21,15 @@ def round_sums(graph: Any) -> dict[str, str]:
 
     Args:
         graph: an `onnx_ir` graph with its roundings.
-
-    Returns:
-        Module that adds -> why in float, for sums beside a rounding.
     """
-    reasons: dict[str, str] = {}
     for node in list(graph):
         if node.op_type != "Add" or any(constant(value) is not None for value in node.inputs):
             continue
         found = [_dequantization(value) for value in node.inputs]
-        rounded = _is_rounded(node.outputs[0])
-        if all(found) and rounded:
+        if all(found) and _is_rounded(node.outputs[0]):
             for index, value in enumerate(node.inputs):
                 if value.producer() is not found[index]:
                     node.replace_input_with(index, _rounded_again(graph, value, found[index]))
-        elif any(found) or rounded:
-            path = next(reversed(modules_of(node)), "")
-            why = FLOAT_SUM
-            if not all(found):
-                which = "one of its terms" if any(found) else "its terms"
-                why = FLOAT_TERM.format(which=which)
-            reasons.setdefault(f"{path}.Add" if path else "Add", why)
-    return reasons
 
 
 def _dequantization(value: Any) -> Any:
