@@ -8,7 +8,7 @@ CLOCK = @start=$$(date +%s); (set -ex;
 TOLD = ); status=$$?; echo "make $@: $$(($$(date +%s) - start)) s"; exit $$status
 NNCODEC_PYTHON ?= $(CURDIR)/.cache/nncodec/bin/python
 
-.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated bench-models test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean
+.PHONY: demo test test-web bench-deploy test-unit test-slow check format bench bench-digits bench-speed bench-pt2e bench-pruning bench-pruning-speed bench-quantization bench-coding docs bench-channels bench-sweep bench-budget bench-federated bench-models test-faults test-gpu bench-gpu test-lowest nncodec mutants baselines clean bench-quick feature-networks compat
 
 # Before the environment is made, so that its time stands apart.
 .PHONY: estimate-demo estimate-test
@@ -70,18 +70,28 @@ docs: $(READY)  ## the pages of docs/ as a site in outputs/site
 bench-coding: $(READY) nncodec  ## sizes and speeds of the coders: FILES="run/model.lcz ..."
 	$(CLOCK) NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_coding.py --scale 1,10,100 $(FILES) $(TOLD)
 
-bench: $(READY) nncodec  ## the headline's tables and picture on Fashion-MNIST (a day or two; resumes)
+bench: $(READY) nncodec  ## the headline's rows on Fashion-MNIST, baselines first (a day or two; resumes)
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,peers]"; \
-	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py; \
-	$(BIN)/python experiments/benchmarks/show_headline.py outputs/bench/headline docs $(TOLD)
+	$(BIN)/python experiments/benchmarks/baselines.py --set fashion --models vae dcgan --minutes 100000; \
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py --set fashion; \
+	$(BIN)/python experiments/benchmarks/show_headline.py $(TOLD)
 
 baselines: $(READY)  ## converged dense models for the benchmarks, an hour a call (plan first; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/baselines.py --set fashion --minutes 60 $(TOLD)
 
-bench-digits: $(READY) nncodec  ## small models on digits, one seed (about ten minutes; resumes)
+bench-digits: $(READY) nncodec  ## the headline's rows on digits, from the repository's baselines (resumes)
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,peers]"; \
-	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py --set digits --seeds 0; \
-	$(BIN)/python experiments/benchmarks/show_headline.py outputs/bench/headline docs $(TOLD)
+	NNCODEC_PYTHON=$(NNCODEC_PYTHON) $(BIN)/python experiments/benchmarks/bench_headline.py --set digits --models vae; \
+	$(BIN)/python experiments/benchmarks/show_headline.py $(TOLD)
+
+bench-quick: $(READY)  ## the headline made again from the cached baselines, in two hours at most (resumes)
+	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev]"; \
+	mkdir -p outputs/quick/docs; cp docs/headline.md outputs/quick/docs/; \
+	$(BIN)/python experiments/benchmarks/bench_headline.py --set digits --models vae --minutes 110 --out outputs/quick/headline; \
+	$(BIN)/python experiments/benchmarks/show_headline.py --rows outputs/quick --docs outputs/quick/docs --readme outputs/none $(TOLD)
+
+feature-networks: $(READY)  ## the networks that ship for distances, trained anew (ten minutes)
+	$(CLOCK) $(BIN)/python experiments/benchmarks/feature_networks.py $(TOLD)
 
 nncodec:  ## an environment of its own for a peer that pins an older NumPy; without it its rows are left out
 	-test -x $(NNCODEC_PYTHON) || ($(PYTHON) -m venv .cache/nncodec \
@@ -91,6 +101,7 @@ bench-speed: bench-pruning-speed $(READY)  ## callback overhead, coding, int8 fi
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino]"; \
 	$(BIN)/python experiments/benchmarks/bench_coding.py; \
 	$(BIN)/python experiments/benchmarks/bench_quantization_cost.py 8 4 vae; \
+	$(BIN)/python experiments/benchmarks/bench_small_models.py; \
 	$(BIN)/python experiments/benchmarks/bench_int8.py $(TOLD)
 
 bench-pt2e: $(READY)  ## a step of quantization-aware training beside PyTorch's own
@@ -116,6 +127,13 @@ bench-deploy: $(READY)  ## sizes and speeds of the files one generator ships as;
 	$(CLOCK) $(BIN)/python -m pip install --quiet --editable ".[dev,openvino,web,executorch,coreml,litert]"; \
 	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl; \
 	$(BIN)/python experiments/benchmarks/deploy.py outputs/bench/deploy.jsonl docs/deployment.md $(TOLD)
+
+compat: $(READY)  ## which capability holds on which of other people's projects (ten minutes; resumes)
+	$(CLOCK) mkdir -p .cache/compat; \
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/compat --requirement experiments/benchmarks/compat.txt; \
+	export PYTHONPATH=$(CURDIR)/.cache/compat; \
+	$(BIN)/python experiments/benchmarks/compat.py outputs/bench/compat.jsonl; \
+	$(BIN)/python experiments/benchmarks/compat.py outputs/bench/compat.jsonl docs/models.md $(TOLD)
 
 bench-budget: $(READY)  ## a budget against a grid, shares by sensitivity, uniform and ERK (hours; resumes)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_budget.py outputs/bench/budget.jsonl; \

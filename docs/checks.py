@@ -18,7 +18,7 @@ SOURCES = (
     "conf",
     "experiments",
 )  # tests misspell on purpose
-SUFFIXES = {".py", ".yaml", ".json", ".html"}
+SUFFIXES = {".py", ".yaml", ".json", ".jsonl", ".html"}
 FILES = ("Makefile", "pyproject.toml")
 # Words of others' tools, and of commands, that no source here has.
 FOREIGN = {

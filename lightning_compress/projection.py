@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
+from lightning_compress.fast_tensors import bits_of, count_non_finite, zeroed
 from lightning_compress.grids import AffineGrid, grid_step
 from lightning_compress.sharding import (
     UNSHARDED,
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 _FEW = 256
+_SMALL = 1 << 17  # weights of which the visible values are kept, not computed again
 
 Quantizer = Callable[[Tensor], Grid]
 _HALF = (
@@ -88,6 +90,9 @@ class ProjectedWeight:
         self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self._rewritten: Tensor | None = None  # whether user code wrote into it before
+        self._bits: tuple[Tensor, Tensor | None] | None = None  # of `pruned`, for `zeroed`
+        # What was last projected, for small weights: the latent values, the grid, the result.
+        self._shown: tuple[Tensor, Grid | None, Tensor] | None = None
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
         # Reads and changes the final gradient (clipped, unscaled, reduced) before the update.
         self.gradient_rule: Callable[[Tensor], None] | None = None
@@ -155,7 +160,7 @@ class ProjectedWeight:
             The latent values.
         """
         values = self.values().clone()
-        self.pruned = self.latent = self.grid = None
+        self.pruned = self.latent = self.grid = self._bits = self._shown = None
         self._holds_latent = False
         clear_grid(self.target.layer, self.target.name)
         return values
@@ -168,7 +173,7 @@ class ProjectedWeight:
     def visible(self, values: Tensor) -> tuple[Tensor, Grid | None]:
         """The projection of any values of this weight's shape, and the grid it lies on."""
         if self.pruned is not None:
-            values = values.masked_fill(self.pruned, 0.0)
+            values = self.zero_pruned(values)
         if self.quantizer is None:
             return values, None
         grid = self.quantizer(values)
@@ -206,8 +211,19 @@ class ProjectedWeight:
 
     def _expected(self, latent: Tensor) -> Tensor:
         """What the parameter holds, unless user code wrote into it."""
+        if (shown := self._shown) is not None and shown[0] is latent and shown[1] is self.grid:
+            return shown[2]
         masked = self._masked_latent(latent)
         return masked if self.grid is None else self.grid.project(masked)
+
+    def zero_pruned(self, values: Tensor, *, in_place: bool = False) -> Tensor:
+        """Values of this weight's shape with 0 where the mask prunes; as they are without one."""
+        pruned = self.pruned
+        if pruned is None:
+            return values
+        if self._bits is None or self._bits[0] is not pruned:
+            self._bits = pruned, bits_of(pruned, self.parameter.dtype)
+        return zeroed(values, pruned, self._bits[1], in_place=in_place)
 
     def _distance(self, latent: Tensor, expected: Tensor) -> Tensor:
         """How far latent values lie from their grid points, a step at most."""
@@ -250,17 +266,20 @@ class ProjectedWeight:
         if self.quantizer is None and not (self.dense_gradient and self.pruned is not None):
             self._drop_latent()
             if self.pruned is not None:
-                self.data.masked_fill_(self.pruned, 0.0)
+                self.zero_pruned(self.data, in_place=True)
             return
         self.restore()
         latent = self.data
         if self.pruned is not None and not self.dense_gradient:
-            latent.masked_fill_(self.pruned, 0.0)
+            self.zero_pruned(latent, in_place=True)
         self.latent = latent.clone() if self.latent is None else self.latent.copy_(latent)
         masked = self._masked_latent(self.latent)
         if not same_grid:
             self._make_grid(masked)
-        latent.copy_(masked if self.grid is None else self.grid.project(masked))
+        visible = masked if self.grid is None else self.grid.project(masked)
+        latent.copy_(visible)
+        keep = visible is not self.latent and visible.numel() <= _SMALL
+        self._shown = (self.latent, self.grid, visible) if keep else None
         self._holds_latent = False
 
     def _make_grid(self, masked: Tensor) -> None:
@@ -277,7 +296,7 @@ class ProjectedWeight:
         # Without dense gradients what is pruned is 0 in the latent too.
         if self.pruned is None or not self.dense_gradient:
             return latent
-        return latent.masked_fill(self.pruned, 0.0)
+        return self.zero_pruned(latent)
 
     @torch.no_grad()
     def prepare_update(self) -> None:
@@ -299,6 +318,7 @@ class ProjectedWeight:
         if self.latent is not None:
             self.restore()
             self.latent, self.grid, self._holds_latent = None, None, False
+            self._shown = None
             clear_grid(self.target.layer, self.target.name)
 
     def mask_gradient(self, gradient: Tensor) -> Tensor:
@@ -310,7 +330,7 @@ class ProjectedWeight:
             tap(gradient)
         if self.pruned is None or self.dense_gradient:
             return gradient
-        return gradient.masked_fill(self.pruned, 0.0)
+        return self.zero_pruned(gradient)
 
     @torch.no_grad()
     def mask_sharded_gradient(self, parameter: Tensor) -> None:
@@ -331,7 +351,7 @@ def naming_divergence(projected_weights: Sequence[ProjectedWeight]) -> Iterator[
         yield
     except (ValueError, RuntimeError, OverflowError) as error:
         for projected in projected_weights:
-            if int(projected.partition.all_reduce_sum((~torch.isfinite(projected.values())).sum())):
+            if int(projected.partition.all_reduce_sum(count_non_finite(projected.values()))):
                 raise FloatingPointError(divergence_message(projected)) from error
         raise
 

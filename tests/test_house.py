@@ -22,6 +22,7 @@ FLOORS = (
         "outputs",
         "schedules",
         "entropy",
+        "fast_tensors",
         "grids",
         "removed",
         "terminal",

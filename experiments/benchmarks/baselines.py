@@ -8,7 +8,7 @@ half-precision `.lcz` files (all networks, the discriminator too), and their row
 what these files hold.
 
 python experiments/benchmarks/baselines.py [--set fashion|digits] [--models vae ...] [--seeds 0 ...]
-    [--minutes 60] [--plan] [--out outputs/baselines]
+    [--minutes 60] [--plan] [--out experiments/rows/baselines]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,6 +28,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
+from shared.baseline_plans import KEPT, MADE, PLANS, Plan
 from shared.rows import Rows
 
 from lightning_compress import load_compressed, save_compressed
@@ -43,57 +44,6 @@ LEAST = 0.01  # of the learning rate, at the end
 READ = 2000  # rows of the validation split at each reading
 TIMED = 4  # steps that the plan of minutes is measured on
 MOST_BYTES = 25_000_000  # of all files in the repository
-NARROW = ["model.width=32", "evaluate.metric=fid"]
-FASHION, DIGITS = ["data=fashion_mnist"], ["data=digits", "data.batch_size=32"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a dense baseline is trained.
-
-    Args:
-        overrides: of the config: model and data.
-        epochs: of it.
-        metric: that judges it; lower is better.
-        seeds: how many it has.
-    """
-
-    overrides: Sequence[str]
-    epochs: int
-    metric: str
-    seeds: int = 5
-
-
-PLANS: dict[str, dict[str, Plan]] = {
-    "fashion": {
-        "vae": Plan(["model=vae", *FASHION], 60, "neg_elbo"),
-        "dcgan": Plan(
-            [
-                "model=dcgan",
-                "model.spectral_norm=true",
-                "model.discriminator_width=16",
-                *NARROW,
-                *FASHION,
-            ],
-            60,
-            "fid",
-        ),
-        "wgan_gp": Plan(["model=wgan_gp", "model.lr=2e-4", *NARROW, *FASHION], 20, "fid"),
-        "recurrent_vae": Plan(
-            ["model=recurrent_vae", "model.hidden=256", "data=fashion_rows"], 60, "neg_elbo"
-        ),
-    },
-    "digits": {
-        "vae": Plan(["model=vae", *DIGITS], 120, "neg_elbo"),
-        "dcgan": Plan(
-            ["model=dcgan", "model.width=16", "model.discriminator_width=16", *DIGITS], 120, "kid"
-        ),
-        "wgan_gp": Plan(["model=wgan_gp", "model.width=16", *DIGITS], 120, "kid"),
-        "recurrent_vae": Plan(
-            ["model=recurrent_vae", "data=digit_rows", "data.batch_size=32"], 120, "neg_elbo"
-        ),
-    },
-}
 
 
 def improvement(curve: Sequence[float]) -> float:
@@ -180,23 +130,33 @@ class Baseline:
         name: of the model.
         plan: how it is trained.
         seed: of weights and noise; splits and the feature network are the same for all.
-        folder: where its files lie; made if it does not exist.
+        folder: where its file lies; made if it does not exist.
         limit: batches an epoch; None: all.
+        scratch: where the checkpoint of an unfinished run lies; None: in `folder`.
     """
 
     def __init__(
-        self, name: str, plan: Plan, seed: int, folder: Path, *, limit: int | None = None
+        self,
+        name: str,
+        plan: Plan,
+        seed: int,
+        folder: Path,
+        *,
+        limit: int | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.name, self.plan, self.seed, self.limit = name, plan, seed, limit
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             words = [*plan.overrides, f"seed={seed}", "data.seed=0"]
             self.cfg = compose("train", words)
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder if scratch is None else scratch
+        for place in (folder, scratch):
+            place.mkdir(parents=True, exist_ok=True)
         self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")
         self.data.prepare_data()
         self.data.setup()
-        self.last = folder / f"{name}-{seed}.ckpt"
+        self.last = scratch / f"{name}-{seed}.ckpt"
         self.file = folder / f"{name}-{seed}.lcz"
         called = next(one for one in plan.overrides if one.startswith("data="))
         kind = str(self.fresh().kind)
@@ -298,14 +258,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of this piece")
     parser.add_argument("--plan", action="store_true", help="print it only")
     parser.add_argument("--epochs", type=int, help="instead of the plan's, to try the way")
-    parser.add_argument("--out", type=Path, default=Path("outputs/baselines"))
+    parser.add_argument("--out", type=Path, default=KEPT)
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     until = time.monotonic() + 60 * chosen.minutes
     plans = {name: PLANS[chosen.set][name] for name in chosen.models or PLANS[chosen.set]}
     if chosen.epochs:
-        plans = {k: Plan(p.overrides, chosen.epochs, p.metric, p.seeds) for k, p in plans.items()}
-    folder = chosen.out / chosen.set
+        plans = {name: replace(plan, epochs=chosen.epochs) for name, plan in plans.items()}
+    folder, scratch = chosen.out / chosen.set, MADE / chosen.set
     found = Rows(folder / "rows.jsonl", keys=("model", "seed"))
     missing = [
         (name, seed)
@@ -314,7 +274,7 @@ def main() -> None:
         if not found.has(model=name, seed=seed)
     ]
     each = {
-        name: Baseline(name, plans[name], 0, folder).minutes()
+        name: Baseline(name, plans[name], 0, folder, scratch=scratch).minutes()
         for name in dict.fromkeys(name for name, _ in missing)
     }
     for name, minutes in each.items():
@@ -327,7 +287,7 @@ def main() -> None:
         if time.monotonic() > until:
             print("the time is over: the same command goes on")
             break
-        one = Baseline(name, plans[name], seed, folder)
+        one = Baseline(name, plans[name], seed, folder, scratch=scratch)
         piece = one.train(until)
         if one.file.exists():
             found.make(partial(one.row, piece), model=name, seed=seed)

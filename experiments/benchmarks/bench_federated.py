@@ -1,7 +1,8 @@
 """Bytes and -ELBO of federated methods, each row once: `bench_federated.py rows.jsonl [key=value]`.
 
-Settings: data=fashion_mnist width=32 rounds=30 local_epochs=1 clients=10 seeds=0,1,2
-partitions=iid;dirichlet(0.1) peers=<names of PEERS, by ;>. What the file has is not run again.
+Settings: data=fashion_mnist width=32 rounds=30 local_epochs=1 batch_size=128 clients=10
+seeds=0,1,2 partitions=iid;dirichlet(0.1) peers=<names of PEERS, by ;>. What the file has is not run
+again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.workflow.training import build_model
 
 SETTINGS = {"data": "fashion_mnist", "width": "32", "rounds": "30", "local_epochs": "1",
-            "clients": "10", "seeds": "0,1,2", "partitions": "iid;dirichlet(0.1)",
-            "peers": ";".join(PEERS)}  # fmt: skip
+            "batch_size": "128", "clients": "10", "seeds": "0,1,2",
+            "partitions": "iid;dirichlet(0.1)", "peers": ";".join(PEERS)}  # fmt: skip
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu",
                          "enable_progress_bar": False, "enable_model_summary": False,
                          "limit_val_batches": 0}  # fmt: skip
@@ -71,7 +72,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     done = [{**json.loads(line), "rounds": None} for line in lines]
-    fixed = {key: s[key] for key in ("data", "width", "local_epochs", "clients")}
+    fixed = {key: s[key] for key in ("data", "width", "local_epochs", "batch_size", "clients")}
     for seed in s["seeds"].split(","):
         for how in s["partitions"].split(";"):
             for name in s["peers"].split(";"):
@@ -81,6 +82,7 @@ def main() -> None:
                     continue
                 with initialize_config_dir(str(config_dir()), version_base="1.3"):
                     words = [f"data={s['data']}", f"model.width={s['width']}", f"seed={seed}"]
+                    words.append(f"data.batch_size={s['batch_size']}")
                     cfg = compose("train", overrides=words)
                 fraction = 0.5 if name.startswith("FedPAQ") else 1.0
                 key["rounds"] = run(PEERS[name], cfg, how, s, fraction)

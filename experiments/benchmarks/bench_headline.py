@@ -1,11 +1,13 @@
-"""Headline benchmark: every method and its peers on the same dense models, for equal steps.
+"""Headline benchmark: methods, controls and peers on the same converged dense models.
 
-Each row goes on from the same dense model (the dense row too), is measured on the test split, and
-ships a file. Seeds 1, 2 ... make a model's main rows alone: their spread is the noise. Finished
-rows are kept, so that a stopped command goes on. `show_headline.py` makes the tables and figure.
+Each row goes on from a dense model of `baselines.py` for equal steps (the dense control for half as
+many again, see `headline_runs.py`) and ships one artifact, whose bytes, speed and quality, computed
+by ONNX Runtime, the row has. `validation` is the metric on the validation split: settings are
+chosen by it. Finished rows are kept, so that a stopped command goes on. `show_headline.py` makes
+the tables and figures.
 
-python experiments/benchmarks/bench_headline.py [--set fashion|digits] [--seeds 0 1 ...]
-    [--models vae ...] [--again speed|quality|controls]
+python experiments/benchmarks/bench_headline.py [--set digits|fashion] [--seeds 0 1 ...]
+    [--models vae ...] [--arms ...] [--minutes 120] [--out experiments/rows/headline]
 
 Rows of MPEG's nncodec need an interpreter that has it, since it pins an older NumPy (`make bench`
 makes one):
@@ -16,22 +18,21 @@ makes one):
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from shared.baseline_plans import MADE
 from shared.headline_arms import ARMS
-from shared.headline_files import Row, controls, loaded, measured, speeds_of, speeds_of_all
+from shared.headline_files import Row, measured
 from shared.headline_runs import SETS, Runs
 from shared.peers import NNCODEC, nncodec_python
 from shared.rows import Rows, as_file_name
 
-from lightning_compress.lab.workflow.costs import int8_bytes, write_int8_files
-
-ROUNDS = 100
+ROWS = Path(__file__).parents[1] / "rows" / "headline"
 
 
 def home_of(runs: Runs, arm: str) -> Path:
@@ -40,109 +41,57 @@ def home_of(runs: Runs, arm: str) -> Path:
 
 
 def row(runs: Runs, arm: str) -> Row:
-    """Train, write the file and measure."""
-    home = home_of(runs, arm)
+    """Train, write the artifact and measure it; of the dense row also what measures it."""
+    home, start = home_of(runs, arm), time.monotonic()
     home.mkdir(exist_ok=True)
     shipped = ARMS[arm](runs, home)
-    found = measured(runs, shipped, home_of(runs, "dense"), ROUNDS)
-    return found | controls(runs, arm, shipped.model) | all_parts(runs, arm)
+    trained = round(time.monotonic() - start, 1)
+    about = runs.start.evaluator(shipped.model).describe() if arm == "dense" else None
+    found = measured(runs, shipped, home_of(runs, "dense"))
+    return found | {"train_seconds": trained} | ({} if about is None else {"measure": about})
 
 
-def all_parts(runs: Runs, arm: str) -> Row:
-    """Speed of all deployed parts together, of a main row of a model of several parts."""
-    home, dense = home_of(runs, arm), home_of(runs, "dense")
-    there = (home / "model.lcz").exists() and (dense / "model.lcz").exists()
-    if arm == "dense" or arm not in runs.model.main or not there or len(runs.fresh().parts()) < 2:
-        return {}
-    return {"speed_of_all": speeds_of_all(runs, home, dense, ROUNDS)}
-
-
-def make_missing(runs: Runs, rows: Rows, arms: Sequence[str]) -> None:
-    """The rows of a model and seed that are not known yet, beside the dense one's files."""
+def make_missing(runs: Runs, rows: Rows, arms: Sequence[str], until: float) -> None:
+    """The rows of a model and seed that are not known yet, beside the dense one's artifact."""
     keys = {arm: {"model": runs.name, "seed": runs.seed, "arm": arm} for arm in ("dense", *arms)}
     missing = [arm for arm in arms if not rows.has(**keys[arm])]
-    if missing and not any(home_of(runs, "dense").glob("*.onnx")):
-        rows.drop(**keys["dense"])  # all others are measured beside its files
+    if missing and not (home_of(runs, "dense") / "model.lcz").exists():
+        rows.drop(**keys["dense"])  # all others are timed beside its file
         missing = list(dict.fromkeys(["dense", *missing]))
     for arm in missing:
+        if time.monotonic() > until:
+            print("the time is over: the same command goes on")
+            return
         if "nncodec" in arm and nncodec_python() is None:
             print(f"{arm!r} left out: {NNCODEC} names no interpreter, see the top")
         else:
             rows.make(partial(row, runs, arm), **keys[arm])
 
 
-def speed_again(runs: Runs, arm: str) -> Row | None:
-    """On a host that is quieter now, say; int8 files as they are written today."""
-    home = home_of(runs, arm)
-    if not any(home.glob("*.onnx")):
-        return None
-    written: Row = {}
-    if (home / "model.lcz").exists() and any(home.glob("*.int8.onnx")):
-        files = write_int8_files(loaded(runs, home), home, runs.start.data)
-        written["int8_bytes"] = int8_bytes(files)
-    speed = {"speed": speeds_of(runs, home, home_of(runs, "dense"), ROUNDS)}
-    return written | speed | all_parts(runs, arm)
-
-
-def model_of(runs: Runs, arm: str) -> Any:
-    """The model of a main row's file; None of other rows, whose sizes may not be ours."""
-    home = home_of(runs, arm)
-    main = arm in runs.model.main and (home / "model.lcz").exists()
-    return loaded(runs, home) if main else None
-
-
-def quality_again(runs: Runs, arm: str) -> Row | None:
-    """Of main rows, where the measure itself has changed."""
-    model = model_of(runs, arm)
-    return None if model is None else runs.start.quality(model)
-
-
-def controls_again(runs: Runs, arm: str) -> Row | None:
-    """Of main rows that were made before there were any."""
-    model = model_of(runs, arm)
-    return None if model is None else controls(runs, arm, model)
-
-
-AGAIN = {"speed": speed_again, "quality": quality_again, "controls": controls_again}
-
-
-def measure_again(runs: Runs, rows: Rows, what: str) -> None:
-    """A part of what finished rows of a seed say."""
-    for one in rows.known.values():
-        if one["seed"] == runs.seed:
-            found = AGAIN[what](runs, one["arm"])
-            rows.amend(one, **(found or {}))
-            print(one["arm"], "left as it is" if found is None else found, flush=True)
-
-
 def main() -> None:
     """Makes the missing rows: all models of a seed before the next seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--set", default="fashion", choices=list(SETS), dest="name")
-    parser.add_argument("--seeds", type=int, nargs="+", help="each model's own, 0 1 2 or more")
+    parser.add_argument("--set", default="digits", choices=list(SETS), dest="name")
+    parser.add_argument("--seeds", type=int, nargs="+", help="each model's own, 0 to 4")
     parser.add_argument("--models", nargs="+", help="of the set; all")
     parser.add_argument(
         "--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="of each model"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/headline"))
-    parser.add_argument(
-        "--again", choices=list(AGAIN), help="only measure this anew, where rows' files are there"
-    )
+    parser.add_argument("--minutes", type=float, default=1e6, help="no row begins after them")
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--files", type=Path, default=MADE.with_name("headline"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder, models = args.out / args.name, SETS[args.name]
+    until = time.monotonic() + 60 * args.minutes
+    models = SETS[args.name]
     for seed in args.seeds or range(max(model.seeds for model in models.values())):
         for name in args.models or models:
             if args.seeds is None and seed >= models[name].seeds:
                 continue
-            runs = Runs(name, models[name], seed, folder / f"{name}-{seed}")
-            rows = Rows(folder / f"{name}.jsonl", keys=("model", "seed", "arm"))
-            if args.again:
-                measure_again(runs, rows, args.again)
-            else:
-                plan = runs.model.plan(first=seed == 0)
-                make_missing(runs, rows, args.arms or plan)
+            runs = Runs(name, models[name], seed, args.files / args.name / f"{name}-{seed}")
+            rows = Rows(args.out / args.name / f"{name}.jsonl", keys=("model", "seed", "arm"))
+            make_missing(runs, rows, args.arms or models[name].plan(seed), until)
 
 
 if __name__ == "__main__":

@@ -21,31 +21,14 @@ Cells = dict[tuple[str, str, float], list[dict[str, Any]]]
 
 
 def main(path: Path, folder: Path) -> None:
-    """Writes pruning_quality.png, the tables into pruning.md, and a short one into the README."""
+    """Writes pruning_quality.png, and the tables into pruning.md."""
     cells: Cells = defaultdict(list)
     for row in read_rows(path):
         cells[row["model"], row["variant"], row["sparsity"]].append(row)
     models = [name for name in METRICS if any(key[0] == name for key in cells)]
     text = "\n\n".join(table(cells, name) for name in models)
     insert(folder / "pruning.md", text)
-    insert(folder.parent / "README.md", short_table(cells, models))
     plot(cells, models, folder / "pruning_quality.png")
-
-
-def short_table(cells: Cells, models: list[str]) -> str:
-    """Markdown: a row a criterion, for each model two sparsities."""
-    columns = [(model, one) for model in models for one in (0.9, 0.98)]
-    names = [
-        f"{TITLES[model].split(',')[0]}, {METRICS[model][1]}, {one:.0%}" for model, one in columns
-    ]
-    lines = ["| criterion | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-    dense = [shown(cells[model, "dense", 0.0], METRICS[model][0]) for model, _ in columns]
-    lines.append("| dense, equal steps | " + " | ".join(dense) + " |")
-    for variant in variants(cells, models[0]):
-        if "guarded" not in variant:
-            at = [shown(cells.get((m, variant, one), []), METRICS[m][0]) for m, one in columns]
-            lines.append(f"| {variant.replace('_', ' ')} | " + " | ".join(at) + " |")
-    return "\n".join(lines)
 
 
 def sparsities(cells: Cells) -> list[float]:

@@ -212,6 +212,7 @@ class WeightCallback(ShownArguments, Callback):
         self._loaded: dict[str, Any] | None = None
         self._groups: list[int] = []  # of parameters in each optimizer, when targets were looked up
         self._warned_idle = False
+        self._logged: Mapping[str, float] | None = None
         self._warned_unowned: set[str] = set()
         self.uncalled: dict[str, torch.nn.Parameter] = {}  # of layers that no forward calls
 
@@ -303,8 +304,9 @@ class WeightCallback(ShownArguments, Callback):
         if not paths:
             return
         module: Any = Projector.module_of(self.projected_weights[0])
-        for path in paths:
-            self.projector.drop(path)
+        for projected in self.projected_weights:
+            if projected.path in paths:
+                self._give_up(projected)
         self.projected_weights = [
             projected for projected in self.projected_weights if projected.path not in paths
         ]
@@ -315,6 +317,15 @@ class WeightCallback(ShownArguments, Callback):
         if set(self.uncalled) - before:
             rank_zero_warn(f"{self.state_key} leaves {sorted(paths)} as they are: {_UNCALLED}")
         self.on_targets_changed(module.trainer, module, [])
+
+    def _give_up(self, projected: ProjectedWeight) -> None:
+        """Let go of a weight, unless another callback has it: that one keeps its own state."""
+        for what in [what for what, by in projected.owners.items() if by == self.state_key]:
+            del projected.owners[what]
+        if projected.owners:
+            projected.set_mask(None)
+        else:
+            self.projector.drop(projected.path)
 
     def _find_copies(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find copies of trained weights, such as an average that the user keeps."""
@@ -362,6 +373,14 @@ class WeightCallback(ShownArguments, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Nothing, but while the structure is read."""
+
+    def log_new(self, module: LightningModule, batch_idx: int, values: Mapping[str, float]) -> None:
+        """Log what has changed: Lightning keeps a value for the epoch, and a call is slow."""
+        if batch_idx != 0 and values == self._logged:
+            return
+        self._logged = dict(values)
+        for name, value in values.items():
+            module.log(f"{self.name}/{name}", value)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the state of a checkpoint: sharded strategies load after `on_fit_start`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_compress.callbacks.base import WeightCallback
 from lightning_compress.callbacks.guarded_clock import GuardedClock
 from lightning_compress.errors import TargetError
+from lightning_compress.fast_tensors import count_non_finite
 from lightning_compress.projection import ProjectedWeight, divergence_message
 from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.targets import Pattern
@@ -151,7 +152,7 @@ class MaskCallback(WeightCallback):
     def _check_finite(self) -> None:
         """Raise for weights that are NaN or infinite: most criteria would not notice."""
         counts = [
-            projected.partition.all_reduce_sum((~torch.isfinite(projected.values())).sum())
+            projected.partition.all_reduce_sum(count_non_finite(projected.values()))
             for projected in self.projected_weights
         ]
         if counts and int(torch.stack([one.to(counts[0].device) for one in counts]).sum()):
@@ -168,7 +169,7 @@ class MaskCallback(WeightCallback):
             projected
         ) in self.projected_weights:  # the optimizer's momentum has just moved them away from it
             if projected.pruned is not None and not projected.dense_gradient:
-                projected.values().masked_fill_(projected.pruned, 0.0)
+                projected.zero_pruned(projected.values(), in_place=True)
         self._check_finite()
         self.event(trainer)
 
@@ -214,10 +215,10 @@ class MaskCallback(WeightCallback):
         pl_module: LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Log the sparsity of the targets."""
-        pl_module.log(f"{self.name}/sparsity", self.sparsity)
+        self.log_new(pl_module, batch_idx, {"sparsity": self.sparsity})
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), latent values, clock and position of the schedule."""

@@ -617,14 +617,15 @@ class QuantizationAwareTraining(WeightCallback):
         pl_module: LightningModule,
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Log the bytes of the entropy-coded symbols as of the last event, and the step."""
         if self.weights is None:
             return
-        pl_module.log(f"{self.name}/predicted_bytes", self.weights.predicted_bytes)
+        values = {"predicted_bytes": self.weights.predicted_bytes}
         if (step := self.weights.relative_step) is not None:
-            pl_module.log(f"{self.name}/step", step)
+            values["step"] = step
+        self.log_new(pl_module, batch_idx, values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the grids of activations in the layers.

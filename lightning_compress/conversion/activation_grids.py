@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.conversion.integer_weights import IntegerWeight
 from lightning_compress.conversion.nodes import WeightedNode, is_move, modules_of, only_use, readers
 from lightning_compress.conversion.qdq import is_rounded, norm_behind, output_points
+from lightning_compress.errors import require
 from lightning_compress.grids import AffineGrid
+from lightning_compress.quantization.bias_rounding import bias_step, round_bias
 from lightning_compress.quantization.fake_quantize import fake_quantized, why_float
 from lightning_compress.quantization.ranges import RangeObserver, affine_grid, merge_ranges
 from lightning_compress.state import (
@@ -26,6 +31,7 @@ __all__ = [
     "calibrate_layers",
     "calibrate_weighted_nodes",
     "find_float_layers",
+    "round_weighted_biases",
 ]
 INNER = "weights only: its forward changes what its product reads, or what that gives"
 
@@ -186,3 +192,45 @@ def _with_planned_inputs(weighted_nodes: list[WeightedNode]) -> list[WeightedNod
             number = torch.tensor([1.0 + values.index(one.node.inputs[0])])
             one.input_grid = AffineGrid(number, torch.tensor([0]), 8, False, None)
     return copies
+
+
+def round_weighted_biases(plain: nn.Module, weighted_nodes: list[WeightedNode]) -> None:
+    """Round the biases of a calibrated module as int8 kernels hold them, and those of its graph.
+
+    Where a BatchNorm behind a layer without a bias takes the change, so do the graph's constants.
+    """
+    calls = Counter(weighted.path for weighted in weighted_nodes)
+    biases = Counter(id(one) for one in _biases(plain))
+    for weighted in weighted_nodes:
+        layer, found = plain.get_submodule(weighted.path), norm_behind(weighted)
+        read = (activation_grids(layer) or ActivationGrids()).input
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, Tensor):
+            own = biases[id(bias)] == 1 and weighted.bias is not None
+        else:
+            own = bias is None and weighted.bias is None
+        if weighted.why_float or read is None or calls[weighted.path] > 1 or not own:
+            continue
+        if not isinstance(weighted.weight, IntegerWeight):
+            continue
+        path = "" if found is None else modules_of(found[0])[-1]
+        norm = None if found is None else plain.get_submodule(path)
+        if norm is not None and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue
+        step = bias_step(layer, read, torch.from_numpy(weighted.weight.scale.copy()))
+        if step is None or round_bias(layer, norm, step):
+            continue
+        if isinstance(bias, Tensor):
+            weighted.bias = bias.detach().numpy().astype(np.float32)
+        elif found is not None and norm is not None:
+            mean, moved = found[0].inputs[3], norm.running_mean
+            assert isinstance(moved, Tensor)
+            ir = require("onnx_ir", extra="onnx")
+            mean.const_value = ir.tensor(moved.numpy().copy(), name=mean.name)
+
+
+def _biases(plain: nn.Module) -> Iterator[Tensor]:
+    for layer in plain.modules():
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            yield bias

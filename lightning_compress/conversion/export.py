@@ -351,12 +351,21 @@ def _proto(model: Any, job: _Job) -> Any:
         size = proto.ByteSize()
         raise ValueError(f"{job.path} would take {size} bytes; a single file holds at most 2 GiB")
     proto = _in_version(proto, job.target)
+    _drop_known_shapes(proto.graph)
     check_names("output_names", job.output_names or None, len(proto.graph.output))
     rename(
         proto, job.input_names, job.output_names or [""] * len(proto.graph.output), job.axes.free
     )
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def _drop_known_shapes(graph: Any) -> None:
+    """Initializers say their shapes themselves; said twice, they are a third of a small graph."""
+    known = {one.name for one in graph.initializer}
+    kept = [one for one in graph.value_info if one.name not in known]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _in_version(proto: Any, target: RuntimeTarget) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.conversion.activation_grids import (
     calibrate_weighted_nodes,
     find_float_layers,
+    round_weighted_biases,
 )
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.conv_rewrites import (
@@ -41,6 +42,7 @@ from lightning_compress.conversion.qdq import (
     round_output,
     set_apart,
 )
+from lightning_compress.conversion.sums import round_sums
 from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_enlarged
 from lightning_compress.conversion.versions import RuntimeTarget
 from lightning_compress.conversion.weight_storage import finished_models, seen_inputs
@@ -116,6 +118,7 @@ def int8_model(
     if calibration is not None:
         let_sums_fit(module, plain, weighted_nodes, stored, grids)
         calibrate_weighted_nodes(model.graph, plain, weighted_nodes, calibration, percentile)
+        round_weighted_biases(plain, weighted_nodes)
     result = Int8Model([model], plain, reasons=left, axes=axes)
     result.weights = {name: weight.source for name, weight in stored.items()}
     points = _give_grids(result, weighted_nodes)
@@ -231,6 +234,7 @@ def _rewrite(
     for weighted in weighted_nodes:
         lift_elementwise(graph, weighted, points)
     _round(graph, weighted_nodes, points)
+    round_sums(graph)
     graph.sort()
 
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.grids import AffineGrid, grid_of_range, range_of_grid
+from lightning_compress.grids import AffineGrid, grid_of_range, numbers_of_range, range_of_grid
 from lightning_compress.hooks import hook_input, hook_output
-from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
+from lightning_compress.quantization.fake_quantize import (
+    clipped_fake_quantize,
+    fake_quantize,
+    fake_quantize_by,
+)
 from lightning_compress.quantization.learned_step import LearnedPositive
 from lightning_compress.quantization.ranges import RangeObserver, merge_ranges
 from lightning_compress.sample_inputs import run_batch
@@ -204,6 +208,7 @@ class Activation:
         self.observer = RangeObserver(observer, bits)
         self.clip: LearnedPositive | None = None
         self.frozen = False
+        self._numbers: tuple[Tensor, tuple[float, int, int]] | None = None  # of the bounds
         self._leaf: Tensor | None = None  # the clip value in autograd's graph
 
     def change(self, x: Tensor, *, training: bool) -> Tensor:
@@ -215,8 +220,19 @@ class Activation:
             if leaf is None:
                 leaf = self._leaf = self.clip.value.clone().to(x.device).requires_grad_()
             return clipped_fake_quantize(x, leaf, self.bits)
+        if x.device.type == "cpu" and self.clip is None:
+            bounds = self.observer.bounds
+            if bounds is None:
+                return x
+            if self._numbers is None or self._numbers[0] is not bounds:
+                self._numbers = bounds, self._by_numbers(bounds)
+            return fake_quantize_by(x, *self._numbers[1])
         grid = self._grid(x.device)
         return x if grid is None else fake_quantize(x, grid)
+
+    def _by_numbers(self, bounds: Tensor) -> tuple[float, int, int]:
+        low, high = bounds.tolist()
+        return numbers_of_range(low, high, self.bits)
 
     def grid(self) -> AffineGrid | None:
         """Current grid, from 0 to 2^bits - 1; None without a range."""

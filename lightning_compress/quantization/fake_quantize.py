@@ -23,6 +23,7 @@ __all__ = [
     "clipped_fake_quantize",
     "dynamic_fake_quantize",
     "fake_quantize",
+    "fake_quantize_by",
     "fake_quantized",
     "why_float",
 ]
@@ -96,6 +97,11 @@ def fake_quantize(x: Tensor, grid: AffineGrid) -> Tensor:
         least, most = (bound - zero for bound in (grid.qmin, grid.qmax))
         return _FakeQuantizeThere.apply(x, grid.scale.to(x.device), least, most)  # type: ignore[no-any-return]
     return _FakeQuantize.apply(x, *_bounds(grid))  # type: ignore[no-any-return]
+
+
+def fake_quantize_by(x: Tensor, scale: float, least: int, most: int) -> Tensor:
+    """The same on a CPU, by the numbers of `numbers_of_range`."""
+    return _FakeQuantize.apply(x, scale, least, most)  # type: ignore[no-any-return]
 
 
 class _ClippedFakeQuantize(torch.autograd.Function):

@@ -15,6 +15,7 @@ from lightning_compress.grids import channel_axis, check_bits
 from lightning_compress.modes import evaluating
 from lightning_compress.projection import ProjectedWeight
 from lightning_compress.quantization.activation_ranges import ActivationQuantizer, calibrate
+from lightning_compress.quantization.bias_rounding import round_biases
 from lightning_compress.quantization.corrections import (
     channel_means,
     correct_biases,
@@ -49,12 +50,14 @@ class PostTrainingReport:
         activations: a row a layer with quantized weights.
         equalized: a row a layer that was looked at.
         corrected: the same, for biases.
+        rounded: the same, for biases that stand on the steps of int8 kernels.
     """
 
     weights: CoverageTable
     activations: CoverageTable = field(default_factory=CoverageTable)
     equalized: CoverageTable = field(default_factory=CoverageTable)
     corrected: CoverageTable = field(default_factory=CoverageTable)
+    rounded: CoverageTable = field(default_factory=CoverageTable)
 
     def _repr_html_(self) -> str:
         tables = {
@@ -62,6 +65,7 @@ class PostTrainingReport:
             "Activations": self.activations,
             "Equalized": self.equalized,
             "Biases corrected": self.corrected,
+            "Biases on steps": self.rounded,
         }
         return "".join(
             f"<p>{title}</p>{table._repr_html_()}" for title, table in tables.items() if table
@@ -223,8 +227,9 @@ def quantize_static(
 ) -> PostTrainingReport:
     """Round weights in place, and find the ranges of activations on calibration data.
 
-    The grids of activations are attached to the layers: `fake_quantized` computes with them. Behind
-    nearest-neighbour upsampling, steps leave room for sums of weights: see `export_onnx`.
+    The grids of activations are attached to the layers: `fake_quantized` computes with them. Biases
+    are rounded as int8 kernels hold them, to steps of input times weight. Behind nearest-neighbour
+    upsampling, steps leave room for sums of weights: see `export_onnx`.
 
     Args:
         module: the trained model, called on each batch; a GAN's generator, a VAE's decoder.
@@ -284,7 +289,8 @@ def quantize_static(
         )
         calibrate(module, side, batches)
         side.leave_grids()
-    tables = map(CoverageTable, (equalized, corrected))
+    rounded = round_biases(module, layers)
+    tables = map(CoverageTable, (equalized, corrected, rounded))
     return PostTrainingReport(selection.coverage, activations, *tables)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.fast_tensors import all_finite, row_bounds
 from lightning_compress.grids import AffineGrid, check_bits, grid_of_range
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import UNSHARDED, Partition
@@ -53,6 +54,8 @@ def minmax_range(
     (tensor([ 0., -3.]), tensor([2.0000, 0.5000]))
     """
     bounds = _bounds(_rows(values, axis))
+    if partition is UNSHARDED and check:
+        return _checked(bounds, check=check)
     # Comparisons would lose a NaN: all processes must see it, to end alike.
     bounds = bounds.masked_fill(~torch.isfinite(bounds), -torch.inf)
     return _checked(partition.all_reduce_min(partition.widen(bounds, axis)), check=check)
@@ -62,12 +65,12 @@ def _bounds(rows: Tensor) -> Tensor:
     """The smallest value of each row, and the largest times -1: (2, rows)."""
     if rows.shape[1] == 0:
         return rows.new_zeros(2, rows.shape[0])
-    low, high = torch.aminmax(rows, dim=1)  # a NaN shows in both
+    low, high = row_bounds(rows)  # a NaN shows in both
     return torch.stack([low, -high])
 
 
 def _checked(bounds: Tensor, *, check: bool) -> Range:
-    if check and not bool(torch.isfinite(bounds).all()):
+    if check and not all_finite(bounds):
         raise ValueError("cannot find the range of values that are NaN or infinite")
     return bounds[0].clamp(max=0), (-bounds[1]).clamp(min=0)
 
@@ -262,6 +265,27 @@ class RangeObserver:
         else:
             self.bounds = old + MOMENTUM * (new - old)
 
+    def take_own(self) -> None:
+        """Take the ranges that this process alone has gathered."""
+        gathered = self.gathered
+        assert gathered is not None
+        if gathered.device.type != "cpu":
+            self.take_row(gathered, seen=True)
+            return
+        self.gathered = None  # numbers of Python are doubles, as the bounds are
+        low, negative, count = gathered.tolist()
+        share = 1.0 if self.extreme else count
+        low, high = low / share, -negative / share
+        if (old := self.range) is not None:
+            if self.observer == "minmax":
+                low, high = min(old[0], low), max(old[1], high)
+            else:
+                low = old[0] + MOMENTUM * (low - old[0])
+                high = old[1] + MOMENTUM * (high - old[1])
+            if (low, high) == old:  # the same bounds, so that their grid counts on
+                return
+        self.range = (low, high)
+
     def take_row(self, row: Tensor, *, seen: bool | None) -> None:
         """Return and clear the gathered ranges: low, -high and the number of tensors.
 
@@ -303,7 +327,7 @@ def merge_ranges(
     waiting = [one for one in observers if one.gathered is not None]
     if reduce is None:
         for one in waiting:
-            one.take_row(one.gathered, seen=True)  # type: ignore[arg-type]
+            one.take_own()
         return
     device = waiting[0].gathered.device if waiting else torch.device("cpu")  # type: ignore[union-attr]
     nothing = torch.zeros(3, device=device)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_compress.fast_tensors import count_non_finite
 from lightning_compress.grids import check_bits
 from lightning_compress.projection import ProjectedWeight, divergence_message, naming_divergence
 from lightning_compress.quantization.entropy import EntropyGrid, EntropyGrids, entropy_bits, steer
@@ -308,12 +308,12 @@ class WeightQuantizer:
 def masked_latent(projected: ProjectedWeight) -> Tensor:
     """Latent values with 0 where the mask prunes."""
     values = projected.values()
-    return values if projected.pruned is None else values.masked_fill(projected.pruned, 0.0)
+    return projected.zero_pruned(values)
 
 
 def _finite(projected: ProjectedWeight, values: Tensor) -> bool:
     """Whether all values are numbers, those of other processes too."""
-    return int(projected.partition.all_reduce_sum((~torch.isfinite(values)).sum())) == 0
+    return int(projected.partition.all_reduce_sum(count_non_finite(values))) == 0
 
 
 def _rule(projected: ProjectedWeight, quantizer: TensorQuantizer, gradient: Tensor) -> None:

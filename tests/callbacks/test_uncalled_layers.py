@@ -5,7 +5,7 @@ import torch
 from tiny import TinyAutoencoder, batches, quiet_trainer
 from torch import nn
 
-from lightning_compress import GradualPruning
+from lightning_compress import GradualPruning, QuantizationAwareTraining, compression_state
 
 
 class WithSpare(TinyAutoencoder):
@@ -57,3 +57,18 @@ def test_what_is_called_later_is_a_target_again(tmp_path):
         pruning, _ = fit(tmp_path, model, end=0.9)
     assert "spare.weight" in pruning.paths()
     assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_another_callback_keeps_them(tmp_path, late):
+    torch.manual_seed(0)
+    model = WithSpare(late=late)
+    pruning = GradualPruning(final_sparsity=0.5, on_miss="raise", end=0.9)
+    grids = QuantizationAwareTraining(weight_bits=4, activation_bits=None)
+    with pytest.warns(UserWarning, match="leaves"):
+        quiet_trainer(tmp_path, pruning, grids, max_epochs=4).fit(model, batches())
+    assert ("spare.weight" in pruning.paths()) == late
+    assert "spare.weight" in grids.paths()
+    weight = model.spare.weight.detach()
+    grid = compression_state(model, masks=False).grids["spare.weight"]
+    assert torch.equal(grid.project(weight), weight)

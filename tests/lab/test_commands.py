@@ -114,7 +114,7 @@ class Evil:
         ("a.pt", lambda path: torch.save([1], path), "holds no named tensors"),
         ("a.pt", lambda path: torch.save({"lr": 1}, path), "'lr' is a int, no tensor; try --key"),
         ("a.safetensors", lambda path: path.write_bytes(b"junk"), "no safetensors file"),
-        ("a.pt", lambda path: None, "No such file"),
+        ("a.pt", lambda path: None, "no file"),
     ],
 )
 def test_what_cannot_be_packed_is_named(tmp_path, capsys, monkeypatch, name, make, why):

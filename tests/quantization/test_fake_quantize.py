@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,6 +24,7 @@ def grid_over(low, high, bits=8):
     return grid_of_range(torch.tensor([low]), torch.tensor([high]), bits=bits, symmetric=False)
 
 
+@settings(deadline=None)  # the first call waits for a busy machine
 @given(
     st.integers(0, 10_000),
     st.integers(2, 8),

@@ -44,7 +44,14 @@ MODELS = {
 
 
 class Annealing(Callback):
-    """All learning rates go down to a tenth by a cosine: dense and compressed runs alike."""
+    """All learning rates go down by a cosine: dense and compressed runs alike.
+
+    Args:
+        last: fraction of the learning rate at the end.
+    """
+
+    def __init__(self, last: float = LATE) -> None:
+        self.last = last
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self.groups = [
@@ -56,7 +63,7 @@ class Annealing(Callback):
 
     def on_train_batch_start(self, *_: object) -> None:  # pyright: ignore
         done = self.seen / self.batches
-        factor = LATE + (1 - LATE) * (1 + math.cos(math.pi * done)) / 2
+        factor = self.last + (1 - self.last) * (1 + math.cos(math.pi * done)) / 2
         for group, lr in self.groups:
             group["lr"] = lr * factor
         self.seen += 1

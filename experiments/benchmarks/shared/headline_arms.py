@@ -1,9 +1,9 @@
-"""Arms of the headline table: this package's methods, and peers."""
+"""Arms of the headline table: controls, this package's methods, and peers at their best."""
 
 from __future__ import annotations
 
 import copy
-import gzip
+import io
 import os
 import subprocess
 from collections.abc import Callable
@@ -17,27 +17,29 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_compress import (
-    ChannelPruning,
     EntropyGrid,
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
-    initialize_from_teacher,
 )
 from lightning_compress.conversion.export import export_onnx
 from lightning_compress.errors import require
 from lightning_compress.lab.workflow.costs import inputs_in_use
 from lightning_compress.lab.workflow.training import build_model
+from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.targets import select
 
-from .headline_files import OnnxPart, Shipped, lcz, loaded
+from .baseline_plans import PLANS
+from .headline_files import OnnxPart, Shipped, loaded, packed, smallest, streamed
 from .headline_runs import Runs
-from .peers import NNCODEC, calibrate, teacher, torch_pruned
+from .peers import NNCODEC, calibrate, teacher
 from .rows import as_file_name
 
-__all__ = ["ARMS", "PEERS", "Arm"]
+__all__ = ["ARMS", "CONTROLS", "PEERS", "Arm", "grids", "int8", "pruning"]
 
 HELPER = Path(__file__).with_name("nncodec_model.py")
+NARROW_RATE = 1e-3  # above it narrow models end with a dead layer before their latents
+POINTS = (-38, -32, -26)  # nncodec's quantization parameter: finer to coarser
 
 Arm = Callable[[Runs, Path], Shipped]
 
@@ -64,12 +66,11 @@ def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
     )
 
 
-def taught(runs: Runs) -> KnowledgeDistillation:
-    """Distillation from the dense model of the same steps.
-
-    A VAE's leaves: taught to the end it comes out worse, see `docs/channels.md`.
-    """
-    return teacher(runs.dense(), leaves=0.5)
+def rate_distortion(lmbda: float) -> QuantizationAwareTraining:
+    """Steps that train under loss + λ bits."""
+    return QuantizationAwareTraining(
+        weight_bits=8, activation_bits=None, scheme="rate_distortion", lmbda=lmbda, lr=5e-3
+    )
 
 
 def int8(begin: float = 0.0) -> QuantizationAwareTraining:
@@ -77,57 +78,44 @@ def int8(begin: float = 0.0) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(weight_bits=8, activation_bits=8, begin=begin, freeze=0.9)
 
 
-def trained(*make: Callable[[Runs], Any], codec: str = "auto", whole: bool = False) -> Arm:
-    """The dense start, trained on with callbacks; with `whole` also as int8 files."""
+def taught(runs: Runs) -> KnowledgeDistillation:
+    """Distillation from the converged dense model; a VAE's fades out after half of the run."""
+    return teacher(runs.dense(), leaves=0.5)
+
+
+def trained(*make: Callable[[Runs], Any], compute: bool = False) -> Arm:
+    """The dense model, trained on with callbacks; `compute`: as long as a taught row costs."""
 
     def arm(runs: Runs, home: Path) -> Shipped:
-        model = runs.fit(runs.fresh(), [one(runs) for one in make])
-        return lcz(model, home, codec=codec, int8=runs.start.data if whole else None)
+        epochs = runs.whole_compute() if compute else None
+        model = runs.fit(runs.fresh(), [one(runs) for one in make], epochs=epochs)
+        return packed(runs, model, home)
 
     return arm
 
 
-def together(sparsity: float, step: float) -> Arm:
-    """Masks and grids for the coder in one run."""
-    return trained(lambda runs: pruning(runs, sparsity), lambda runs: grids(runs, step))
+def narrow(width: float) -> Arm:
+    """A narrower dense model from scratch, for the steps of dense model and row together.
+
+    Its weights get 8 bits after training, and the coder of the other rows.
+    """
+
+    def arm(runs: Runs, home: Path) -> Shipped:
+        cfg = copy.deepcopy(runs.start.cfg)
+        cfg.model.width_multiplier = width
+        cfg.model.lr = min(cfg.model.lr, NARROW_RATE)
+        model: Any = build_model(cfg, runs.start.data, seed=runs.seed)
+        plan = PLANS[runs.model.baseline[0]][runs.model.baseline[1]]
+        model = runs.fit(model, epochs=plan.epochs + runs.whole_compute())
+        return eight_bits(runs, model, home)
+
+    return arm
 
 
-def channels(runs: Runs, left: float, end: float = 0.4) -> ChannelPruning:
-    """Smaller layers, in the way that the model tolerates best."""
-    return ChannelPruning(budget={"macs": left}, **{"end": end, **runs.model.channels})
-
-
-def everything(left: float, sparsity: float, step: float) -> Arm:
-    """Smaller layers first, then zeros in them, then grids for the coder, beside a teacher."""
-    return trained(
-        lambda runs: channels(runs, left, end=0.25),
-        lambda runs: pruning(runs, sparsity, begin=0.3, end=0.6),
-        lambda runs: grids(runs, step),
-        taught,
-    )
-
-
-def post_training(runs: Runs, home: Path) -> Shipped:
-    """8 bits for the weights and activations of the dense row's model, found after training."""
-    model = runs.dense()
+def eight_bits(runs: Runs, model: Any, home: Path) -> Shipped:
+    """8 bits for weights and activations, found after training."""
     calibrate(model, runs.start.data, weight_bits=8)
-    return lcz(model, home, int8=runs.start.data)
-
-
-def narrow(runs: Runs, home: Path) -> Shipped:
-    """A student of a quarter of the width that begins with its teacher's channels."""
-    cfg = copy.deepcopy(runs.start.cfg)
-    cfg.model.width_multiplier = 0.25
-    student: Any = build_model(cfg, runs.start.data, seed=runs.seed)
-    dense = runs.dense()
-    for name in student.parts():
-        initialize_from_teacher(getattr(student, name), getattr(dense, name))
-    return lcz(runs.fit(student, [taught(runs)]), home)
-
-
-def channels_int8(left: float) -> Arm:
-    """Smaller layers and integers, beside a teacher: the fastest file."""
-    return trained(lambda r: channels(r, left), lambda _: int8(begin=0.5), taught, whole=True)
+    return packed(runs, model, home)
 
 
 def matrices(runs: Runs, model: Any) -> list[tuple[nn.Module, str]]:
@@ -139,48 +127,64 @@ def matrices(runs: Runs, model: Any) -> list[tuple[nn.Module, str]]:
     return [(one.layer, one.name) for one in targets]
 
 
+def amounts(epochs: int, final: float = 0.9, until: float = 0.5) -> list[float]:
+    """Lightning's `amount` of each epoch, a fraction of what remains, to a cubic schedule.
+
+    >>> one, other = amounts(4, final=0.75)[:2]
+    >>> round(1 - (1 - one) * (1 - other), 6)
+    0.75
+    """
+    ends = max(1, round(until * epochs))
+    total = [final * (1 - (1 - min(1.0, (n + 1) / ends)) ** 3) for n in range(epochs)]
+    return [1 - (1 - now) / (1 - last) for last, now in zip([0.0, *total], total, strict=False)]
+
+
 def lightning_pruning(runs: Runs, home: Path) -> Shipped:
-    """Lightning's callback, torch.save and gzip."""
-    model = runs.fresh()
+    """Lightning's callback with a schedule of amounts, torch.save and xz."""
+    model, by_epoch = runs.fresh(), amounts(runs.model.epochs)
     callback = ModelPruning(
         "l1_unstructured",
         parameters_to_prune=matrices(runs, model),
-        amount=lambda epoch: 0.9 if epoch == 0 else 0,
+        amount=lambda epoch: by_epoch[epoch],
         use_lottery_ticket_hypothesis=False,
     )
     runs.fit(model, [callback])
-    torch.save(model.deployed_module().state_dict(), home / "model.pt")
-    data = gzip.compress((home / "model.pt").read_bytes(), 9)
-    (home / "model.pt.gz").write_bytes(data)
-    return Shipped(model, "torch.save + gzip", len(data), home)
+    buffer = io.BytesIO()
+    torch.save(model.deployed_module().state_dict(), buffer)
+    return streamed(model, home, "torch.save + xz", smallest(buffer.getvalue()))
 
 
 def torch_and_ort(runs: Runs, home: Path) -> Shipped:
-    """torch.nn.utils.prune with some training, then ONNX Runtime's static quantization."""
+    """torch.nn.utils.prune by the same schedule, ONNX Runtime's static quantization, xz."""
     model = runs.fresh()
-    pruned = matrices(runs, model)
+    pruned, by_epoch = matrices(runs, model), amounts(runs.model.epochs)
+    callback = ModelPruning(
+        "l1_unstructured",
+        parameters_to_prune=pruned,
+        amount=lambda epoch: by_epoch[epoch],
+        use_lottery_ticket_hypothesis=False,
+    )
+    runs.fit(model, [callback])
     for layer, name in pruned:
-        prune.l1_unstructured(layer, name, 0.9)
-    runs.fit(model)
-    for layer, name in pruned:
-        prune.remove(layer, name)
+        if prune.is_pruned(layer):
+            prune.remove(layer, name)
     return _quantized_by_ort(runs, model, home)
 
 
 def _quantized_by_ort(runs: Runs, model: Any, home: Path) -> Shipped:
     quantization: Any = require("onnxruntime.quantization", extra="onnx")
-    size = 0
+    size, graphs = 0, {}
     for name, (part, sample) in model.parts().items():
         file, small = home / f"{name}.fp32.onnx", home / f"{name}.int8.onnx"
         export_onnx(part, file, sample)
         feed = inputs_in_use(model, part, runs.start.data)
-        names = [one.name for one in OnnxPart.open(file).get_inputs()]
+        names = [one.name for one in OnnxPart(file).session.get_inputs()]
         reader = _Reader([dict(zip(names, (t.numpy() for t in row), strict=True)) for row in feed])
         quantization.quantize_static(file, small, reader, per_channel=True, reduce_range=True)
-        size += small.stat().st_size
-        setattr(model, name, OnnxPart(small))
+        size += smallest(small.read_bytes())
+        graphs[name] = small, None
         file.unlink()
-    return Shipped(model, "int8 ONNX", size, home, onnx=True)
+    return Shipped(model, "int8 ONNX + xz", size, graphs)
 
 
 class _Reader:
@@ -194,82 +198,81 @@ class _Reader:
         return next(self.feeds, None)
 
 
-def torch_pruning(left: float) -> Arm:
-    """Torch-Pruning's high-level pruner at once, then the steps."""
-
-    def arm(runs: Runs, home: Path) -> Shipped:
-        model, _ = torch_pruned(runs.fresh(), left, runs.model.spared)
-        return lcz(runs.fit(model), home)
-
-    return arm
+def deep_compression(runs: Runs, home: Path) -> Shipped:
+    """Pruning, 5 bits of k-means centres, relative indices, Huffman (arXiv:1510.00149)."""
+    centres = QuantizationAwareTraining(
+        weight_bits=5, activation_bits=None, scheme="codebook", begin=0.5, freeze=0.8
+    )
+    model = runs.fit(runs.fresh(), [pruning(runs, 0.9), centres])
+    path = home / "stream.lcz"
+    size = save_compressed(model.deployed_module(), path, codec="relative_index").bytes
+    return streamed(model, home, ".lcz, weights alone", size)
 
 
 def nncodec(arm: str) -> Arm:
-    """MPEG's coder with its own settings on the weights that another row ended with.
+    """MPEG's coder on the weights that another row ended with: the best of three points.
 
-    It quantizes them too: the row's quality is that of what its bitstream decodes to.
+    It quantizes them too: the row's quality is that of what its bitstream decodes to. The coarsest
+    point is taken whose metric on the validation split is within 2 % of the finest one's.
     """
 
     def made(runs: Runs, home: Path) -> Shipped:
         source = home.parent / as_file_name(arm)
-        if not (source / "model.lcz").exists():
+        if not (source / "weights.lcz").exists():
             raise FileNotFoundError(f"{source}: the row {arm!r} comes first")
-        model = loaded(runs, source)
-        state = model.deployed_module().state_dict()
-        before, after = home / "weights.npz", home / "decoded.npz"
-        np.savez(before, **{name: tensor.numpy() for name, tensor in state.items() if tensor.dim()})
-        command = [os.environ[NNCODEC], str(HELPER), str(before), str(after)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        with np.load(after) as decoded:
-            state |= {name: torch.from_numpy(decoded[name]) for name in decoded.files}
-        model.deployed_module().load_state_dict(state)
-        before.unlink()
-        after.unlink()
-        return Shipped(model, "nncodec", int(done.stdout.split()[-1]), home)
+        tried = [_decoded(runs, source, home, point) for point in POINTS]
+        scores = [runs.validation(model) for model, _ in tried]
+        good = [one for one, score in zip(tried, scores, strict=True) if score <= 1.02 * scores[0]]
+        model, size = good[-1]
+        return streamed(model, home, "nncodec", size)
 
     return made
 
 
+def _decoded(runs: Runs, source: Path, home: Path, point: int) -> tuple[Any, int]:
+    model = loaded(runs, source)
+    state = model.deployed_module().state_dict()
+    before, after = home / "weights.npz", home / "decoded.npz"
+    np.savez(before, **{name: tensor.numpy() for name, tensor in state.items() if tensor.dim()})
+    command = [os.environ[NNCODEC], str(HELPER), str(before), str(after), str(point)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    with np.load(after) as decoded:
+        state |= {name: torch.from_numpy(decoded[name]) for name in decoded.files}
+    model.deployed_module().load_state_dict(state)
+    before.unlink()
+    after.unlink()
+    return model, int(done.stdout.split()[-1])
+
+
+def dense_artifact(runs: Runs, home: Path) -> Shipped:
+    """The converged dense model as it is."""
+    return packed(runs, runs.dense(), home)
+
+
+CONTROLS: dict[str, Arm] = {
+    "dense": dense_artifact,
+    "dense, trained on": trained(compute=True),
+    "dense, taught": trained(taught),
+    "half of the width from scratch, 8 bits": narrow(0.5),
+    "a quarter of the width from scratch, 8 bits": narrow(0.25),
+}
 OURS: dict[str, Arm] = {
-    "dense": lambda runs, home: lcz(runs.dense(), home),
-    "zeros and grids, 90 %": together(0.9, 0.5),
-    "zeros and grids, 97 %": together(0.97, 0.7),
-    "zeros and grids, 98.5 %": together(0.985, 0.7),
-    "half of the MACs, 90 % zeros, grids, taught": everything(0.5, 0.9, 0.5),
-    "half of the MACs, 70 % zeros, grids, taught": everything(0.5, 0.7, 0.5),
-    "half of the MACs, 65 % zeros, grids, taught": everything(0.5, 0.65, 0.5),
-    "a quarter of the MACs, 80 % zeros, grids, taught": everything(0.25, 0.8, 0.5),
-    "an eighth of the MACs, 70 % zeros, grids, taught": everything(0.125, 0.7, 0.5),
-    "a sixteenth of the MACs, 50 % zeros, grids, taught": everything(0.0625, 0.5, 0.5),
-    "a sixteenth of the MACs, 60 % zeros, grids, taught": everything(0.0625, 0.6, 0.6),
-    "a sixteenth of the MACs, 70 % zeros, grids, taught": everything(0.0625, 0.7, 0.6),
-    "a quarter of the MACs, int8, taught": channels_int8(0.25),
-    "an eighth of the MACs, int8, taught": channels_int8(0.125),
-    "a twelfth of the MACs, int8, taught": channels_int8(1 / 12),
-    "90 % zeros": trained(lambda r: pruning(r, 0.9)),
-    "90 % zeros, 4 bits": trained(
-        lambda r: pruning(r, 0.9),
-        lambda _: QuantizationAwareTraining(
-            weight_bits=4, activation_bits=None, per_channel=False, begin=0.35
-        ),
+    "80 % zeros, entropy grid, taught": trained(
+        lambda r: pruning(r, 0.8), lambda r: grids(r, 0.5), taught
     ),
-    "a quarter of the MACs": trained(lambda r: channels(r, 0.25)),
-    "trained W8A8": trained(lambda _: int8(), whole=True),
-    "post-training W8A8": post_training,
-    "a quarter of the width, taught": narrow,
+    "90 % zeros, entropy grid, taught": trained(
+        lambda r: pruning(r, 0.9), lambda r: grids(r, 0.5), taught
+    ),
+    "rate-distortion, λ = 0.1, taught": trained(lambda _: rate_distortion(0.1), taught),
+    "rate-distortion, λ = 0.5, taught": trained(lambda _: rate_distortion(0.5), taught),
+    "rate-distortion, λ = 2, taught": trained(lambda _: rate_distortion(2.0), taught),
+    "rate-distortion, λ = 6, taught": trained(lambda _: rate_distortion(6.0), taught),
+    "int8, taught": trained(lambda _: int8(begin=0.2), taught),
 }
 PEERS: dict[str, Arm] = {
-    "Lightning ModelPruning 90 %, gzip": lightning_pruning,
-    "torch prune 90 %, ONNX Runtime int8": torch_and_ort,
-    "Torch-Pruning, a quarter of the MACs": torch_pruning(0.25),
-    "Deep Compression, 90 %": trained(
-        lambda r: pruning(r, 0.9),
-        lambda _: QuantizationAwareTraining(
-            weight_bits=5, activation_bits=None, scheme="codebook", begin=0.5, freeze=0.8
-        ),
-        codec="relative_index",
-    ),
-    "nncodec": nncodec("dense"),
-    "90 % zeros, nncodec": nncodec("90 % zeros"),
+    "Lightning ModelPruning to 90 % by a schedule, xz": lightning_pruning,
+    "torch prune 90 %, ONNX Runtime int8, xz": torch_and_ort,
+    "Deep Compression, 90 %": deep_compression,
+    "nncodec, best of three": nncodec("dense, trained on"),
 }
-ARMS = {**OURS, **PEERS}
+ARMS = {**CONTROLS, **OURS, **PEERS}

@@ -1,7 +1,8 @@
-"""Runs of the headline table: one dense start a model, and equal steps for each arm."""
+"""Runs of the headline table: a converged dense model, and as many steps for each arm."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,19 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from lightning_compress import load_compressed
+from lightning_compress.lab.evaluation.fidelity import fidelity
+from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.workflow.quality import generate, rows
+from lightning_compress.lab.workflow.training import build_model
+
+from .baseline_plans import PLANS, baseline_file
 from .finetuning import EARLY, Annealing, Start
 
-__all__ = ["SETS", "Model", "Runs"]
+__all__ = ["SETS", "WHOLE_COMPUTE", "Model", "Runs"]
+
+LAST = 0.01  # of the learning rate, at the end of each row
+WHOLE_COMPUTE = 1.5  # steps of the dense control: a teacher's forward and the callbacks cost a half
 
 
 @dataclass(frozen=True)
@@ -21,211 +32,133 @@ class Model:
 
     Args:
         title: of its table.
-        overrides: of its config.
-        data: overrides that choose its data.
-        epochs: of the dense start, and of each row after it.
-        metric: that judges it; lower is better.
+        baseline: its plan in `PLANS`, which has overrides and metric.
+        epochs: of each row after the dense model.
         main: the rows that all seeds make.
-        more: those that the first seed makes besides.
+        peers: the rows that the first three seeds make.
         spared: its smallest layers, which pruning leaves dense.
         rate: weight of the entropy coder's bits in its loss, where grids are trained for them.
-        channels: how it loses channels, where all is done together; beside the budget.
-        first: overrides of the dense start alone.
-        seeds: how many it has, 0 first: more where those of the dense rows lie far apart.
+        channels: how it loses channels; beside the budget.
+        seeds: how many it has, 0 first.
     """
 
     title: str
-    overrides: Sequence[str]
-    data: Sequence[str]
-    epochs: tuple[int, int]
-    metric: str
+    baseline: tuple[str, str]
+    epochs: int
     main: Sequence[str]
-    more: Sequence[str]
+    peers: Sequence[str]
     spared: Sequence[str] = ()
     rate: float = 0.0
     channels: Mapping[str, Any] = field(default_factory=dict)
-    first: Sequence[str] = ()
-    seeds: int = 3
+    seeds: int = 5
 
-    def plan(self, *, first: bool) -> list[str]:
-        """The rows of the first seed, or of another."""
-        return list(dict.fromkeys([*self.main, *(self.more if first else ())]))
+    @property
+    def overrides(self) -> list[str]:
+        """Of its config, the data apart."""
+        plan = PLANS[self.baseline[0]][self.baseline[1]]
+        return [one for one in plan.overrides if not one.startswith("data")]
+
+    @property
+    def data(self) -> list[str]:
+        """Overrides that choose its data."""
+        plan = PLANS[self.baseline[0]][self.baseline[1]]
+        return [one for one in plan.overrides if one.startswith("data")]
+
+    @property
+    def metric(self) -> str:
+        """What judges it; lower is better."""
+        return PLANS[self.baseline[0]][self.baseline[1]].metric
+
+    def plan(self, seed: int) -> list[str]:
+        """The rows of a seed."""
+        return [*self.main, *(self.peers if seed < PEER_SEEDS else ())]
 
 
-GRIDS = "zeros and grids, 90 %"
-SIXTEENTH = "a sixteenth of the MACs, 60 % zeros, grids, taught"
-INT8 = "a quarter of the MACs, int8, taught"
-FASTEST = "an eighth of the MACs, int8, taught"
-OTHERS = (
-    "Lightning ModelPruning 90 %, gzip",
-    "torch prune 90 %, ONNX Runtime int8",
-    "Deep Compression, 90 %",
-    "nncodec",
-    "90 % zeros, nncodec",
-)  # what a user would take instead
-COMMON = (
-    "90 % zeros",
-    "a quarter of the MACs",
-    "trained W8A8",
-    "post-training W8A8",
-    "a quarter of the width, taught",
-    "90 % zeros, 4 bits",
-    INT8,
-    *OTHERS,
-)
-TORCH_PRUNING = "Torch-Pruning, a quarter of the MACs"  # which cuts no recurrent layers
-BRIEF = ("90 % zeros", "post-training W8A8", INT8, *OTHERS)  # what ten minutes have room for
-FASHION = ["data=fashion_mnist"]
-NARROW = ["model.width=32", "model.discriminator_width=16", "evaluate.metric=fid"]
+PEER_SEEDS = 3
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
+CONTROLS = ("dense", "dense, trained on", "dense, taught")
+# a quarter of width 16 is half of it again: no layer has fewer than 8 channels
+NARROW = ("half of the width from scratch, 8 bits", "a quarter of the width from scratch, 8 bits")
+RECIPES = (
+    "80 % zeros, entropy grid, taught",
+    "90 % zeros, entropy grid, taught",
+    "rate-distortion, λ = 0.1, taught",
+    "rate-distortion, λ = 0.5, taught",
+    "rate-distortion, λ = 2, taught",
+    "rate-distortion, λ = 6, taught",
+    "int8, taught",
+)
+OTHERS = (
+    "Lightning ModelPruning to 90 % by a schedule, xz",
+    "torch prune 90 %, ONNX Runtime int8, xz",
+    "Deep Compression, 90 %",
+    "nncodec, best of three",
+)  # what a user would take instead
 VAE_CHANNELS = {**EARLY, "protect": ["decoder.project"]}
 SETS: dict[str, dict[str, Model]] = {
     "fashion": {
         "vae": Model(
             "VAE",
-            ["model=vae"],
-            FASHION,
-            (1, 3),
-            "neg_elbo",
-            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught", INT8],
-            [
-                *COMMON,
-                TORCH_PRUNING,
-                "zeros and grids, 97 %",
-                "zeros and grids, 98.5 %",
-                "a quarter of the MACs, 80 % zeros, grids, taught",
-            ],
+            ("fashion", "vae"),
+            8,
+            [*CONTROLS, *RECIPES, *NARROW],
+            OTHERS,
             ENDS,
             10.0,
             VAE_CHANNELS,
-        ),
-        "vae_wide": Model(
-            "VAE of width 64",
-            ["model=vae", "model.width=64"],
-            FASHION,
-            (1, 3),
-            "neg_elbo",
-            ["dense", FASTEST, "an eighth of the MACs, 70 % zeros, grids, taught"],
-            ["a twelfth of the MACs, int8, taught"],
-            ENDS,
-            10.0,
-            VAE_CHANNELS,
-            ["model.lr=5e-4"],  # at twice of that it is unstable before it has learned anything
-            seeds=5,
         ),
         "dcgan": Model(
             "DCGAN of width 32",
-            ["model=dcgan", "model.spectral_norm=true", *NARROW],
-            FASHION,
-            (1, 2),
-            "fid",
-            ["dense", SIXTEENTH],
-            [
-                *COMMON,
-                TORCH_PRUNING,
-                GRIDS,
-                "zeros and grids, 97 %",
-                "half of the MACs, 90 % zeros, grids, taught",
-                "a sixteenth of the MACs, 50 % zeros, grids, taught",
-            ],
-            ["generator.up2"],
-        ),
-        "dcgan_wide": Model(
-            "DCGAN of width 64",
-            [
-                "model=dcgan",
-                "model.spectral_norm=true",
-                "model.discriminator_width=16",
-                "evaluate.metric=fid",
-            ],
-            FASHION,
-            (1, 2),
-            "fid",
-            ["dense", "a sixteenth of the MACs, 70 % zeros, grids, taught"],
-            [],
-            ["generator.up2"],
-        ),
-        "recurrent_vae": Model(
-            "recurrent VAE",
-            ["model=recurrent_vae", "model.hidden=256"],
-            ["data=fashion_rows"],
-            (1, 3),
-            "neg_elbo",
-            ["dense", "half of the MACs, 65 % zeros, grids, taught"],
-            [
-                *COMMON,
-                GRIDS,
-                "half of the MACs, 70 % zeros, grids, taught",
-                "a quarter of the MACs, 80 % zeros, grids, taught",
-            ],
-            ["*.weight_ih_l0", "encoder.mu", "encoder.logvar", "decoder.output"],
-            10.0,
-            EARLY,
-        ),
-        "wgan_gp": Model(
-            "WGAN-GP",
-            ["model=wgan_gp", *NARROW, "model.discriminator_width=8", "model.lr=2e-4"],
-            FASHION,
-            (1, 1),  # of five critic steps a batch
-            "fid",
-            ["dense", SIXTEENTH],
-            [*COMMON, TORCH_PRUNING, GRIDS],
-            ["generator.up2"],
-        ),
-        "wgan_gp_longer": Model(
-            "longer WGAN-GP",
-            ["model=wgan_gp", *NARROW, "model.lr=2e-4"],
-            FASHION,
-            (1, 2),  # twice the steps, and twice the critic's width
-            "fid",
-            ["dense", SIXTEENTH],
-            ["post-training W8A8", "nncodec", GRIDS],
+            ("fashion", "dcgan"),
+            8,
+            [*CONTROLS, *RECIPES, *NARROW],
+            OTHERS,
             ["generator.up2"],
         ),
     },
     "digits": {
         "vae": Model(
             "VAE of width 16",
-            ["model=vae", "model.width=16", "model.lr=3e-3"],
-            ["data=digits", "data.batch_size=32"],
-            (3, 10),
-            "neg_elbo",
-            ["dense", GRIDS, "half of the MACs, 90 % zeros, grids, taught"],
-            BRIEF,
+            ("digits", "vae"),
+            20,
+            [*CONTROLS, *RECIPES, NARROW[0]],
+            OTHERS,
             ENDS,
             1.0,
             VAE_CHANNELS,
         ),
         "dcgan": Model(
             "DCGAN of width 16",
-            [
-                "model=dcgan",
-                "model.width=16",
-                "model.discriminator_width=16",
-                "model.spectral_norm=true",
-                "model.lr=1e-3",
-            ],
-            ["data=digits", "data.batch_size=32"],
-            (6, 20),
-            "kid",
-            ["dense", "half of the MACs, 90 % zeros, grids, taught"],
-            BRIEF,
+            ("digits", "dcgan"),
+            20,
+            [*CONTROLS, *RECIPES, NARROW[0]],
+            OTHERS,
             ["generator.up2"],
         ),
         "recurrent_vae": Model(
             "recurrent VAE",
-            ["model=recurrent_vae", "model.lr=3e-3"],
-            ["data=digit_rows", "data.batch_size=32"],
-            (3, 10),
-            "neg_elbo",
-            ["dense", GRIDS],
-            BRIEF,
-            [],
+            ("digits", "recurrent_vae"),
+            20,
+            [*CONTROLS, *RECIPES, NARROW[0]],
+            OTHERS,
+            ["*.weight_ih_l0", "encoder.mu", "encoder.logvar", "decoder.output"],
             1.0,
             EARLY,
         ),
     },
 }
+
+
+class FromBaseline(Start):
+    """A start that the file of a converged dense model holds."""
+
+    file: Path
+
+    def model(self) -> Any:
+        """The model as the file has it: half-precision values in float32."""
+        model = build_model(self.cfg, self.data, seed=self.seed)
+        load_compressed(self.file, model)
+        return model
 
 
 class Runs:
@@ -241,30 +174,40 @@ class Runs:
     def __init__(self, name: str, model: Model, seed: int, folder: Path) -> None:
         self.name, self.model, self.seed, self.folder = name, model, seed, folder
         folder.mkdir(parents=True, exist_ok=True)
-        if model.first:
-            self._start([*model.overrides, *model.first]).model()
-        self.start = self._start(model.overrides)
+        start = {name: ([*model.overrides], 0, [*model.spared])}
+        self.start = FromBaseline(name, seed, folder, start, data=model.data, images=True)
+        self.start.file = baseline_file(*model.baseline, seed)
         self.kind = str(self.fresh().kind)
 
-    def _start(self, overrides: Sequence[str]) -> Start:
-        model = self.model
-        start = {self.name: ([*overrides], model.epochs[0], [*model.spared])}
-        return Start(self.name, self.seed, self.folder, start, data=model.data, images=True)
-
     def fresh(self) -> Any:
-        """A copy of the dense start."""
+        """A copy of the converged dense model."""
         return self.start.model()
 
     def dense(self) -> Any:
-        """The dense model after the steps that every row has, trained once."""
-        weights, model = self.folder / "finished.pt", self.fresh()
-        if not weights.exists():
-            torch.save(self.fit(model).state_dict(), weights)
-        model.load_state_dict(torch.load(weights, weights_only=True))
-        return model.eval()
+        """The converged dense model: the teacher of all rows."""
+        return self.fresh().eval()
 
-    def fit(self, model: Any, callbacks: Sequence[Callback] = ()) -> Any:
-        """Trains a copy on, for the steps that every row has."""
+    def fit(
+        self, model: Any, callbacks: Sequence[Callback] = (), *, epochs: int | None = None
+    ) -> Any:
+        """Trains a copy on, for the steps that every row has, or for so many epochs."""
         torch.manual_seed(self.seed)
-        self.start.fit(model, [*callbacks, Annealing()], epochs=self.model.epochs[1], steps=None)
+        epochs = self.model.epochs if epochs is None else epochs
+        self.start.fit(model, [*callbacks, Annealing(LAST)], epochs=epochs, steps=None)
         return model.cpu().eval()
+
+    def whole_compute(self) -> int:
+        """Epochs that cost a dense model what a taught, compressed row costs."""
+        return math.ceil(WHOLE_COMPUTE * self.model.epochs)
+
+    def validation(self, model: Any) -> float:
+        """The metric on the validation split, which settings are chosen by."""
+        x = rows(self.start.data.val_dataset)[0]
+        metric = self.model.metric
+        if metric == "neg_elbo":
+            return likelihood(model, x)[metric]
+        network = self.start.evaluator(model).extractor
+        if network is None:
+            raise RuntimeError(f"{self.name}: the data have no labels, so no feature network")
+        images = x.unsqueeze(1) if x.dim() == 3 else x
+        return fidelity(generate(model, len(x)), images, network.module)[metric]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from lightning_compress.files import write_atomically
+
+VERSION = version("torch").partition("+")[0]
 
 
 class Rows:
@@ -41,7 +46,8 @@ class Rows:
         if (known := self.known.get(self._key(key))) is not None:
             return known
         start = time.monotonic()
-        row = {**key, **measure(), "seconds": round(time.monotonic() - start, 1)}
+        row = {**key, **measure(), "machine": machine()}
+        row["seconds"] = round(time.monotonic() - start, 1)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.known[self._key(key)] = row
@@ -68,6 +74,15 @@ class Rows:
 
     def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.keys)
+
+
+@cache
+def machine() -> str:
+    """The processor's model and the version of PyTorch: pairs of a verdict share them."""
+    lines = Path("/proc/cpuinfo")
+    text = lines.read_text(encoding="utf-8", errors="replace") if lines.exists() else ""
+    names = [line.partition(":")[2] for line in text.splitlines() if "model name" in line]
+    return f"{(names or [platform.processor() or platform.machine()])[0].strip()}, torch {VERSION}"
 
 
 def as_file_name(text: str) -> str:

@@ -48,24 +48,25 @@ class FeatureNetwork(nn.Module):
         channels: C of the images.
         num_classes: size of the logits.
         dim: size of the features, the layer before the last activation.
+        width: channels of the first convolution; the next two have twice and four times as many.
 
     >>> network = FeatureNetwork(channels=1, num_classes=10, dim=64)
     >>> network.features(torch.zeros(2, 1, 16, 16)).shape
     torch.Size([2, 64])
     """
 
-    def __init__(self, channels: int, num_classes: int, dim: int = 64) -> None:
+    def __init__(self, channels: int, num_classes: int, dim: int = 64, width: int = 16) -> None:
         super().__init__()
         self.channels, self.num_features = channels, dim
         self.body = nn.Sequential(
-            _block(channels, 16),
+            _block(channels, width),
             nn.MaxPool2d(2),
-            _block(16, 32),
+            _block(width, 2 * width),
             nn.MaxPool2d(2),
-            _block(32, 64),
+            _block(2 * width, 4 * width),
             nn.AdaptiveAvgPool2d(4),  # some position is kept: where strokes lie matters
             nn.Flatten(),
-            nn.Linear(64 * 16, dim),
+            nn.Linear(4 * width * 16, dim),
         )
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(dim, num_classes))
         self.scale: Tensor

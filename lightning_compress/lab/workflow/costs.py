@@ -38,7 +38,8 @@ __all__ = [
     "write_int8_files",
 ]
 DRAWN = 64
-BATCHES = 4
+BATCHES = 4  # that show the ranges of activations
+RDOQ_BATCHES = 64  # that the Hessians of rdoq are of: as many rows as a layer has inputs, or more
 
 
 def int8_path(folder: Path, part: str) -> Path:
@@ -121,7 +122,9 @@ def _row(info: OnnxInfo | OnnxMismatchError) -> dict[str, Any]:
     }
 
 
-def inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tuple[Tensor, ...]]:
+def inputs_in_use(
+    model: Any, part: nn.Module, data: SplitDataModule, batches: int = BATCHES
+) -> list[tuple[Tensor, ...]]:
     """Inputs of a part while the model samples, and encodes or classifies training data."""
     seen: list[tuple[Tensor, ...]] = []
     model = model.cpu().eval()
@@ -130,21 +133,21 @@ def inputs_in_use(model: Any, part: nn.Module, data: SplitDataModule) -> list[tu
     )
     try:
         with torch.no_grad():
-            for use in _uses(model, data):
+            for use in _uses(model, data, batches):
                 use()
     finally:
         handle.remove()
     return seen
 
 
-def _uses(model: Any, data: SplitDataModule) -> Iterable[Callable[[], Any]]:
-    batches = [batch[0] for batch in islice(data.train_dataloader(), BATCHES)]
+def _uses(model: Any, data: SplitDataModule, count: int) -> Iterable[Callable[[], Any]]:
+    batches = [batch[0] for batch in islice(data.train_dataloader(), count)]
     if getattr(model, "kind", None) == "conditional":
         return [lambda x=x: model.outputs(x) for x in batches]
     if not hasattr(model, "latents"):
         return [lambda x=x: model(x) for x in batches]
     draw = model.sequences if getattr(model, "discrete", False) else model.images
-    latents = [model.latents(DRAWN, seed=seed) for seed in range(BATCHES)]
+    latents = [model.latents(DRAWN, seed=seed) for seed in range(count)]
     uses: list[Callable[[], Any]] = [lambda z=z: draw(z) for z in latents]
     if hasattr(model, "posterior"):
         uses += [lambda x=x: model.posterior(x) for x in batches]

@@ -1,0 +1,71 @@
+"""Biases on the steps of int8 sums."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress import compression_state, quantize_static
+from lightning_compress.quantization.bias_rounding import bias_step, round_bias
+
+
+def calibrated(net, x, **settings):
+    with torch.no_grad():
+        net.train()(x)
+    return quantize_static(net.eval(), [x], **settings)
+
+
+def parts_of_a_step(net, path, total):
+    """What a bias is in steps of what its layer reads times its weight."""
+    state = compression_state(net)
+    step = state.activations[path].input.scale * state.grids[f"{path}.weight"].scale.flatten()
+    return total.detach() / step
+
+
+def test_a_bias_is_whole_in_steps_of_input_times_weight():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 3, 10)
+    before = net[0].bias.detach().clone()
+    report = calibrated(net, x)
+    assert [(row.path, row.selected) for row in report.rounded] == [("0", True), ("2", True)]
+    parts = parts_of_a_step(net, "0", net[0].bias)
+    assert (parts - parts.round()).abs().max() < 0.01
+    step = net[0].bias.detach() / parts
+    assert ((net[0].bias - before).abs() <= 0.5001 * step).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_a_norm_behind_it_the_folded_bias_is_whole(bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(3, 4, 3, bias=bias), nn.BatchNorm1d(4), nn.ReLU())
+    nn.init.normal_(net[1].bias)
+    nn.init.normal_(net[1].weight)  # some negative
+    norm, x = net[1], torch.randn(4, 3, 10)
+    calibrated(net, x)
+    own = net[0].bias if bias else 0.0
+    sigma = (norm.running_var + norm.eps).sqrt()
+    parts = parts_of_a_step(net, "0", own - norm.running_mean + norm.bias * sigma / norm.weight)
+    assert (parts - parts.round()).abs().max() < 0.01
+
+
+def test_few_bits_leave_finer_steps():
+    layer, x = nn.Linear(4, 2), torch.randn(16, 4)
+    calibrated(nn.Sequential(layer), x, weight_bits=3, activation_bits=4)
+    state = compression_state(nn.Sequential(layer))
+    read, weight = state.activations["0"].input, state.grids["0.weight"].scale
+    step = bias_step(layer, read, weight)
+    assert torch.allclose(step, (read.scale * weight.flatten()).double() / 16 / 32)
+
+
+def test_what_cannot_be_rounded_is_named():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[3].bias = net[2].bias
+    report = calibrated(net, torch.randn(8, 4))
+    reasons = {row.path: row.reason for row in report.rounded if not row.selected}
+    assert reasons["0"] == "it has no bias"
+    assert "shares its bias" in reasons["2"]
+    assert "shares its bias" in reasons["3"]
+    large = nn.Linear(1, 1)
+    large.bias.data.fill_(1e9)
+    assert "int32" in round_bias(large, None, torch.tensor([0.1]))
+    assert large.bias.item() == 1e9
