@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from baselines import has_converged
+from shared.headline_arms import PEERS
 from shared.headline_plots import draw
 from shared.headline_runs import SETS
-from shared.headline_tables import DENSE, WHERE, Table
+from shared.headline_tables import WHERE, Table
 from shared.pages import insert
 from shared.rows import read_rows
 
@@ -74,10 +75,15 @@ def page(tables: Sequence[Table]) -> dict[str, str]:
 
 
 def readme_table(tables: Sequence[Table]) -> str:
-    """Six rows of the first model: the best dense one, and what the validation split chose."""
+    """Six rows of the first model: the best dense one, what the validation split chose, a peer.
+
+    The peer is the one that is best there.
+    """
     table = tables[0]
     heads = ["", "bytes", "ratio", "worse by", "no loss?", "n"]
-    arms = [table.reference, *(arm for arm in table.chosen() if arm not in DENSE)][:6]
+    peers = [arm for arm in table.chosen() if arm in PEERS]
+    arms = [table.reference, *(arm for arm in table.chosen() if arm not in PEERS)]
+    arms += sorted(peers, key=lambda arm: table.worse(arm, "validation"))[:1]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm in arms:
         name, _, size, ratio, _, change, word, _, n = table.cells(arm)

@@ -234,7 +234,7 @@ class Table:
         if not self.converged:
             lines.append(f"{self.title}: the dense baselines have not converged.")
         kept = self.worse("dense", self.metric)
-        if kept > self.margin.margin:
+        if self.converged and kept > self.margin.margin:
             lines.append(
                 f"{self.title}: that the kept baselines are as good as can be: they count as "
                 f"converged, and yet “{self.reference}” is {kept:.3g} better. It is the reference."
