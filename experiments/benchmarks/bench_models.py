@@ -59,6 +59,15 @@ MODELS = {
         "val/mel_loss",
         "speech prompts, 8 kHz",
     ),
+    "flow_matching": Model(
+        "flow_matching", ("fid", "kid", "precision", "recall"), "val/flow_loss", "digits, 16 steps"
+    ),
+    "flow_matching_steps": Model(
+        "flow_matching_steps",
+        ("fid", "kid", "precision", "recall"),
+        "val/flow_loss",
+        "digits, from 16 steps to 8",
+    ),
 }
 
 

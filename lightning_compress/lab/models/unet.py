@@ -65,12 +65,12 @@ class SelfAttention(nn.Module):
             self._heads(layer(normed)) for layer in (self.to_q, self.to_k, self.to_v)
         )
         attended = functional.scaled_dot_product_attention(query, key, value)
-        return x + self.to_out(attended.transpose(2, 3).reshape(len(x), -1, height, width))
+        return x + self.to_out(attended.transpose(2, 3).reshape(x.shape[0], -1, height, width))
 
     def _heads(self, maps: Tensor) -> Tensor:
         """(N, heads * E, H, W) -> (N, heads, H * W, E)."""
         each = maps.shape[1] // self.num_heads
-        return maps.reshape(len(maps), self.num_heads, each, -1).transpose(2, 3)
+        return maps.reshape(maps.shape[0], self.num_heads, each, -1).transpose(2, 3)
 
 
 class TimeUNet(nn.Module):

@@ -155,9 +155,16 @@ def _uses(model: Any, data: SplitDataModule, count: int) -> Iterable[Callable[[]
 
 
 def deployed_cost(model: Any) -> dict[str, Any]:
-    """Parameters, non-zero ones and multiply-accumulates of the deployed part."""
-    counts = parameter_counts(model.deployed_module())
-    return {**counts, "macs": sum(macs(part, inputs) for part, inputs in model.parts().values())}
+    """Parameters, non-zero ones and multiply-accumulates of the deployed part.
+
+    A part that runs several times for one result (`part_calls` of the model, such as a sampler's
+    step) counts as often; `calls` says so.
+    """
+    counts, calls = parameter_counts(model.deployed_module()), getattr(model, "part_calls", {})
+    total = sum(
+        calls.get(name, 1) * macs(part, inputs) for name, (part, inputs) in model.parts().items()
+    )
+    return {**counts, "macs": total, **({"calls": calls} if calls else {})}
 
 
 def write_files(

@@ -39,6 +39,7 @@ QUICK = [
     "data.batch_size=8",
 ]
 TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over too late for it
+MODEL_OF = {"distill_gan": "dcgan", "distill_steps": "flow_matching"}
 DATA_OF = {"recurrent_vae": "digit_rows", "vocoder": "audio_folder"}
 
 
@@ -135,7 +136,7 @@ def test_each_data_set_is_instantiated(folders, known_files, sounds, data):
 
 @pytest.mark.parametrize("compression", names("compression"))
 def test_each_compression_is_instantiated(compression):
-    model = "dcgan" if compression == "distill_gan" else "vae"
+    model = MODEL_OF.get(compression, "vae")
     cfg = composed(f"compression=[{compression}]", f"model={model}", "model.width_multiplier=0.25")
     assert len(cfg.compression) == 1  # each file holds one top key
     instantiated(cfg)
@@ -327,7 +328,7 @@ def test_each_compression_alone(tmp_path, cache, compression):
         "model.width_multiplier=0.25",
         "export.onnx=false",
     ]
-    overrides.append(f"model={'dcgan' if compression == 'distill_gan' else 'vae'}")
+    overrides.append(f"model={MODEL_OF.get(compression, 'vae')}")
     cfg = composed(*QUICK, f"evaluate.cache_dir={cache}", *overrides)
     assert len(cfg.compression) == 1 + steered.count(",")  # each file holds one top key
     results = run_experiment(cfg, tmp_path)
