@@ -46,7 +46,7 @@ def draw(run: Path, docs: Path) -> None:
         figure, axes = plt.subplots(2, 1, figsize=(8, 4.6), facecolor=back, layout="constrained")
         for axis, grid, text in zip(axes, grids, labels(results), strict=True):
             axis.imshow(grid, cmap="gray", interpolation="nearest")
-            axis.set_xticks([]), axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             axis.set_ylabel(
                 text, rotation=0, ha="right", va="center", color=ink, fontsize=12, labelpad=12
