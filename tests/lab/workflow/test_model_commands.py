@@ -82,7 +82,7 @@ def test_a_recipe_for_a_gan_has_a_teacher_and_a_guard(cli, tmp_path):
     [
         (["sensitivity", "nowhere"], "no run's folder, checkpoint or override, and no model"),
         (["sensitivity", "."], "it has no config.yaml"),
-        (["sensitivity", "modle=vae"], "'modle' is no key of the config"),
+        (["sensitivity", "modle=vae"], "there is no key 'modle'"),
         (["sensitivity", "--bits", "9", "vae"], "bits=9"),
         (["advise", "--ratio", "0.5", "vae"], "ratio=0.5"),
     ],
