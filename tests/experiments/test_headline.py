@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
@@ -154,60 +153,6 @@ def test_the_page_holds_what_the_rows_that_are_kept_say():
         assert f"<!-- headline: {part} -->\n{text}\n<!-- /headline: {part} -->" in said, part
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- headline: readme -->" not in readme or readme_table(tables) in readme
-
-
-def earlier(model, arm):
-    """Rows of an earlier page, from baselines that had not converged: README quotes some."""
-    from shared.rows import read_rows
-
-    path = EXPERIMENTS / "rows" / "headline_unconverged" / "fashion" / f"{model}.jsonl"
-    return [one for one in read_rows(path) if one["arm"] == arm]
-
-
-@pytest.mark.parametrize(
-    ("line", "model", "arm"),
-    [
-        ("loses half of its multiplications", "vae", "half of the MACs, 90 % zeros, grids, taught"),
-        ("the same VAE with a quarter", "vae", "a quarter of the MACs, int8, taught"),
-        ("a VAE of width 64 with an eighth", "vae_wide", "an eighth of the MACs, int8, taught"),
-        (
-            "reads Fashion-MNIST row by row",
-            "recurrent_vae",
-            "half of the MACs, 65 % zeros, grids, taught",
-        ),
-        ("width 32: ", "dcgan", "a sixteenth of the MACs, 60 % zeros, grids, taught"),
-        (
-            "width 64, as it ships",
-            "dcgan_wide",
-            "a sixteenth of the MACs, 70 % zeros, grids, taught",
-        ),
-        (
-            "a WGAN-GP is where it ends",
-            "wgan_gp",
-            "a sixteenth of the MACs, 60 % zeros, grids, taught",
-        ),
-    ],
-)
-def test_the_readme_says_what_the_rows_say(line, model, arm):
-    """Its figures are typed by hand: ratio, quality of the row, and of the dense one."""
-    readme = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
-    found = [one for one in readme.splitlines() if line in one]
-    if not found:
-        pytest.skip("README no longer quotes it")
-    said = found[0][found[0].index(line) :]
-    ratio = mean(one["ratio"] for one in earlier(model, arm))
-    assert f"{ratio:.0f}×" in said or f"{ratio:.1f}×" in said
-    metric = "neg_elbo" if "vae" in model else "fid"
-    for which in (arm, "dense"):
-        values = [one[metric] for one in earlier(model, which)]
-        assert f"{mean(values):.1f} ± {stdev(values):.1f}" in said
-    speeds = [one["speed"] for one in earlier(model, arm)]
-    for batch in (1, 16) if "faster" in said else ():
-        kind = "int8" if f"int8, batch {batch}" in speeds[0] else "this"
-        assert f"{mean(one[f'{kind}, batch {batch}'] for one in speeds):.1f}×" in said
-    both = [one["speed_of_all"] for one in earlier(model, arm)] if "together" in said else []
-    for key in both[0] if both else ():  # fp32 and int8, batch 1 and 16
-        assert f"{mean(one[key] for one in both):.1f}×" in said
 
 
 @pytest.mark.parametrize(
