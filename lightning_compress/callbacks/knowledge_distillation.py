@@ -64,8 +64,8 @@ class KnowledgeDistillation(ShownArguments, Callback):
         temperature: of the losses that are given by name and have one.
         balance: None, or "gradient_norm": each term's gradient is scaled to `weight` times the
             norm of the user's own at the student's output.
-        initialize: begin with the teacher's most important channels; see
-            `initialize_from_teacher`.
+        initialize: begin with the teacher's most important channels, see
+            `initialize_from_teacher`; of equal modules with its weights.
         adapter_lr: learning rate of the adapters' Adam.
         name: prefix of what is logged, and the key of the state.
 
@@ -132,7 +132,10 @@ class KnowledgeDistillation(ShownArguments, Callback):
             check_run_ends(trainer)
         if self.initialize and trainer.ckpt_path is None:
             for paired in self.session.paired_modules:
-                initialize_from_teacher(paired.student, paired.teacher)
+                if _structure(paired.student) == _structure(paired.teacher):
+                    paired.student.load_state_dict(paired.teacher.state_dict())
+                else:  # channels to choose
+                    initialize_from_teacher(paired.student, paired.teacher)
         self._attach(trainer)
         self._inner = []
         self._watch(pl_module)
@@ -394,3 +397,9 @@ def _check_inner(key: str, pair: Pair, inner: Sequence[str]) -> None:
             f"{what}, but {list(inner)} inside it are: name them in pairs=[...], with the "
             "features, prior, inputs or adapters that you have given for it"
         )
+
+
+def _structure(module: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """Classes of all layers and shapes of all tensors, by path."""
+    layers = {path: type(layer) for path, layer in module.named_modules()}
+    return layers, {name: tensor.shape for name, tensor in module.state_dict().items()}
