@@ -1,32 +1,50 @@
-"""Table of `bench_federated.py`'s rows: `show_federated.py rows.jsonl`."""
+"""Table of `bench_federated.py`'s rows: `show_federated.py rows.jsonl [page.md]`."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+from shared.pages import insert
+from shared.rows import read_rows
 
 
-def main() -> None:
-    """Print one line a method and partition: bytes against FedAvg fp32, -ELBO, n."""
-    groups = defaultdict(list)
-    for line in Path(sys.argv[1]).read_text("utf-8").splitlines():
-        row = json.loads(line)
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a method and partition: bytes against FedAvg fp32, -ELBO, n."""
+    groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for row in rows:
         groups[row["partition"], row["peer"]].append(row["rounds"])
-    print("| partition | method | up, MB | down, MB | fewer up | fewer in all | -ELBO | n |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    first = rows[0]
+    lines = [
+        f"{first['data']}, VAE of width {first['width']}, {first['clients']} clients, "
+        f"{first['of']} rounds of {first['local_epochs']} epochs; after ±: standard deviation.",
+        "",
+        "| partition | method | up, MB | down, MB | fewer up | fewer in all | −ELBO | n |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for (partition, peer), runs in groups.items():
         up, down = (mean(sum(r[way] for r in run) for run in runs) / 1e6 for way in ("up", "down"))
         base = groups.get((partition, "FedAvg fp32"), runs)
         plain = [mean(sum(r[way] for r in run) for run in base) / 1e6 for way in ("up", "down")]
         ends = [run[-1]["neg_elbo"] for run in runs]
         spread = f" ± {stdev(ends):.2f}" if len(ends) > 1 else ""
-        print(
-            f"| {partition} | {peer} | {up:.3f} | {down:.3f} | {plain[0] / up:.1f} "
-            f"| {sum(plain) / (up + down):.1f} | {mean(ends):.2f}{spread} | {len(ends)} |"
+        lines.append(
+            f"| {partition} | {peer} | {up:.3f} | {down:.3f} | {plain[0] / up:.1f}× "
+            f"| {sum(plain) / (up + down):.1f}× | {mean(ends):.2f}{spread} | {len(ends)} |"
         )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, or put it between the marks of a page."""
+    text = table(read_rows(Path(sys.argv[1])))
+    if len(sys.argv) > 2:
+        insert(Path(sys.argv[2]), text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":
