@@ -44,7 +44,7 @@ def dense(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of runs of a few steps: targets are missed
 def test_the_recipes_run(dense, tmp_path, monkeypatch):
     blocks = python_blocks(text_of("recipes"))
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {"dense": dense, "model": deepcopy(dense), "MyVAE": MyVAE}
     names = run_blocks(text_of("recipes"), monkeypatch, **names)
     for name in ("small.lcz", "fast.onnx", "both.lcz", "kept.lcz", "kept.onnx"):
