@@ -312,7 +312,14 @@ class FunctionLoss(Loss):
         if not self.each:
             return self.function(call.student, call.teacher, **self.options)
         sides = zip(tensors_of(call.student), tensors_of(call.teacher), strict=True)
-        values = [self.function(ours, theirs, **self.options) for ours, theirs in sides]
+        # Integers, such as the codes of a quantizer, carry no gradient: they are no part of a loss.
+        values = [
+            self.function(ours, theirs, **self.options)
+            for ours, theirs in sides
+            if ours.is_floating_point()
+        ]
+        if not values:
+            raise TypeError(f"{self.name} needs a floating-point output")
         return torch.stack(values).sum()
 
 

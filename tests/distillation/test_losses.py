@@ -164,3 +164,13 @@ def test_gradients(loss):
     shape = (3, 2, 4) if loss is step_kl else (3, 2, 2, 2)
     ours, theirs = draw(*shape).requires_grad_(), draw(*shape, seed=1)
     assert torch.autograd.gradcheck(lambda x: loss(x, theirs), ours)
+
+
+def test_codes_beside_an_output_are_no_part_of_a_loss():
+    ours, theirs = torch.rand(2, 3), torch.rand(2, 3)
+    codes = torch.tensor([[1, 2]])
+    loss = losses.LOSSES["mse"](1.0)
+    both = losses.LossInputs((ours, codes), (theirs, codes + 1))
+    torch.testing.assert_close(loss(both), (ours - theirs).square().mean())
+    with pytest.raises(TypeError, match="mse needs a floating-point output"):
+        loss(losses.LossInputs(codes, codes))
