@@ -224,6 +224,7 @@ def sound_cases() -> list[Case]:
             num_mid_blocks=1,
             num_heads=2,
             attention_head_dim=16,
+            act_fn="snakebeta",
         )
 
         def loss(self: Any, batch: Any) -> Tensor:
