@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import tensors_of
 from lightning_compress.lcz.module_state import Contents, shared_memory, stored_name
-from lightning_compress.lcz.rdoq_compensation import compensated, layer_hessians
+from lightning_compress.lcz.rdoq_compensation import compensated, layer_hessians, symbol_bits
 from lightning_compress.modes import evaluating, own_random_stream
 from lightning_compress.quantization.corrections import Dataflow, channel_means, correct_biases
 from lightning_compress.quantization.rate_distortion import RateTable
@@ -94,11 +94,10 @@ def cheaper(symbols: Tensor, importance: Tensor, rdoq: float) -> Tensor:
     chosen, most = first, int(first.max())
     for _ in range(_ROUNDS):
         zero, size = code_lengths(chosen, most)
-        other = -(1 - torch.exp2(-zero)).clamp(min=1e-9).log2()  # bits of not being 0
         best, taken = torch.full_like(importance, float("inf")), first
         for candidate in (first, (first - 1).clamp(min=0), torch.zeros_like(first)):
-            bits = torch.where(candidate == 0, zero, other + size[candidate])
-            cost = importance / 2 * (first - candidate).float().square() + rdoq * bits
+            bits = rdoq * symbol_bits(candidate, zero, size)
+            cost = importance / 2 * (first - candidate).float().square() + bits
             better = cost < best
             best, taken = torch.where(better, cost, best), torch.where(better, candidate, taken)
         chosen = taken
@@ -290,12 +289,10 @@ def _refitted(contents: Contents, module: nn.Module, batches: Sequence[object]) 
         keys = {stored_name(key): key for key in clone.state_dict()}
         clone.load_state_dict({keys[name]: one for name, one in contents.tensors.items()})
         changed = _refit_norms(clone, batches)
-        try:
-            normed = Dataflow.of(clone).norms
-        except Exception:  # what torch.fx cannot trace keeps its biases
+        flow = Dataflow.of(clone)
+        if "" in flow.stopped:  # it cannot be traced: which layers a BatchNorm reads is unknown
             means = {}
-        else:
-            means = {path: one for path, one in means.items() if path not in normed}
+        means = {path: one for path, one in means.items() if path not in flow.norms}
         correct_biases(clone, layers, batches, means)
         changed |= {f"{path}.bias" if path else "bias" for path in means}
     state, tensors = clone.state_dict(), dict(contents.tensors)

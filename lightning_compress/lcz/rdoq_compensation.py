@@ -13,7 +13,7 @@ from lightning_compress.pruning.one_shot import gather_statistics
 from lightning_compress.pruning.optimal_brain_surgeon import OptimalBrainSurgeon, upper_factor
 from lightning_compress.targets import select
 
-__all__ = ["LayerHessian", "compensated", "compensated_choice", "layer_hessians"]
+__all__ = ["LayerHessian", "compensated", "compensated_choice", "layer_hessians", "symbol_bits"]
 
 _BLOCK = 128  # columns at once
 _LEAST = 1e-3  # of the mean importance, that a row has
@@ -67,6 +67,22 @@ def layer_hessians(
         judge.end()
 
 
+def symbol_bits(symbols: Tensor, zero: Tensor, size: Tensor) -> Tensor:
+    """Bits of symbols, by the lengths that `code_lengths` gives.
+
+    Args:
+        symbols: steps from 0.
+        zero: bits of a 0 at each place.
+        size: bits of |q| = 0, 1, 2, ... where it is not 0; a larger one costs as the last.
+
+    >>> symbol_bits(torch.tensor([0, -1]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 3.0]))
+    tensor([1., 4.])
+    """
+    other = -(1 - torch.exp2(-zero)).clamp(min=1e-9).log2()  # of not being 0
+    many = symbols.abs().long().clamp(max=len(size) - 1)
+    return torch.where(symbols == 0, zero, other + size[many])
+
+
 @torch.no_grad()
 def compensated_choice(
     symbols: Tensor,
@@ -98,7 +114,6 @@ def compensated_choice(
     tensor([[0, 3]])
     """
     zero, size = (one.double() for one in bits)
-    other = -(1 - torch.exp2(-zero)).clamp(min=1e-9).log2()
     factor, columns = upper_factor(hessian), symbols.shape[1]
     scale, worth = scale.double(), worth.double().reshape(-1)
     left, free = symbols.double() * scale, symbols != 0
@@ -113,8 +128,7 @@ def compensated_choice(
             best = torch.full_like(wanted, torch.inf)
             taken = torch.zeros_like(wanted)
             for candidate in (nearest, lower, torch.zeros_like(wanted)):
-                many = candidate.abs().long().clamp(max=len(size) - 1)
-                rate = torch.where(candidate == 0, zero[:, q], other[:, q] + size[many])
+                rate = symbol_bits(candidate, zero[:, q], size)
                 change = (wanted - candidate) * scale[:, q] / factor[q, q]
                 cost = change.square() / 2 + worth * rate
                 better = (cost < best) & (free[:, q] | (candidate == 0))
@@ -163,7 +177,7 @@ def compensated(
         new = compensated_choice(old, step, hessian, (free, size), (rdoq / unit)[:, None], limits)
         costs = [
             unit * _added_error((one - old) * step, hessian)
-            + rdoq * _bits(one, free.double(), size.double()).sum(1)
+            + rdoq * symbol_bits(one, free.double(), size.double()).sum(1)
             for one in (new, other)
         ]
         found.append(torch.where((costs[0] < costs[1])[:, None], new, other))
@@ -174,9 +188,3 @@ def _added_error(change: Tensor, hessian: Tensor) -> Tensor:
     """(R,) `d^T H d / 2` of changes (R, C) of a layer's rows."""
     change = change.double()
     return (change @ hessian * change).sum(1) / 2
-
-
-def _bits(symbols: Tensor, zero: Tensor, size: Tensor) -> Tensor:
-    other = -(1 - torch.exp2(-zero)).clamp(min=1e-9).log2()
-    many = symbols.abs().long().clamp(max=len(size) - 1)
-    return torch.where(symbols == 0, zero, other + size[many])

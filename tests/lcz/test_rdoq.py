@@ -278,3 +278,28 @@ def test_data_for_what_has_no_forward_are_an_error(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
         save_compressed(net, tmp_path / "m.lcz", rdoq=0.1, data=data)
     assert not (tmp_path / "m.lcz").exists()
+
+
+def test_what_cannot_be_traced_keeps_its_biases_and_has_the_statistics_of_its_reads(tmp_path):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = (
+                nn.Linear(20, 32),
+                nn.BatchNorm1d(32),
+                nn.Linear(32, 5),
+            )
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            return self.last(x.relu() if x.sum() > -1e9 else x)
+
+    torch.manual_seed(0)
+    net, data = Branching().eval(), [torch.randn(200, 20) + 1 for _ in range(4)]
+    quantize_weights(net, 8, scheme="entropy", step=0.5)
+    save_compressed(net, tmp_path / "m.lcz", rdoq=0.3, data=data)
+    back = load_compressed(tmp_path / "m.lcz", Branching()).eval()
+    assert torch.equal(back.first.bias, net.first.bias)
+    assert torch.equal(back.last.bias, net.last.bias)
+    reads = back.first(torch.cat(data))
+    assert torch.allclose(back.norm.running_mean, reads.mean(0), atol=1e-4)
