@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,16 @@ from lightning_compress.files import write_atomically
 from lightning_compress.lab.evaluation.likelihood import accuracy
 
 __all__ = [
+    "Batch",
     "FeatureExtractor",
     "FeatureNetwork",
     "FrozenFeatures",
     "cached_extractor",
     "default_epochs",
+    "drawn_network",
     "inception_extractor",
     "train_classifier",
+    "train_on",
     "trained_feature_network",
 ]
 MIN_SIZE = 8
@@ -109,6 +112,55 @@ def default_epochs(examples: int) -> int:
     return max(2, min(12, 32_000 // max(examples, 1)))
 
 
+def drawn_network(channels: int, classes: int, *, seed: int, **sizes: int) -> FeatureNetwork:
+    """A network whose weights come from `seed`; the caller's random streams do not move."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
+        return FeatureNetwork(channels, classes, **sizes)
+
+
+Batch = tuple[Tensor, Tensor, int]  # images, classes, and how many examples they are of
+
+
+def train_on(
+    network: nn.Module,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    epochs: int,
+    examples: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    label_smoothing: float = 0.0,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Train a classifier in place with cross-entropy.
+
+    Args:
+        network: images -> (N, classes).
+        batches: those of one epoch, anew at each call.
+        epochs: calls of it.
+        examples: of the training split, over which the loss that is told is a mean.
+        optimizer: of the network; None: Adam.
+        schedule: of its learning rate, a step a batch.
+        label_smoothing: share of each label that is spread over all classes.
+        progress: called with one line of text after each epoch.
+    """
+    optimizer = optimizer or torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    network.train()
+    for epoch in range(1, epochs + 1):
+        total = 0.0
+        for images, classes, count in batches():
+            loss = F.cross_entropy(network(images), classes, label_smoothing=label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+            total += float(loss.detach()) * count
+        if progress is not None:
+            progress(f"feature network: epoch {epoch}/{epochs}, loss {total / examples:.3f}")
+
+
 def train_classifier(
     network: nn.Module,
     x: Tensor,
@@ -123,21 +175,14 @@ def train_classifier(
     The order of the examples comes from `seed` alone; no global random stream is read.
     """
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    network.train()
-    for epoch in range(1, epochs + 1):
-        total = 0.0
-        # the last, smaller batch is kept unless BatchNorm could not take it
+
+    def batches() -> Iterator[Batch]:
         for rows in torch.randperm(len(x), generator=order).split(BATCH_SIZE):
-            if len(rows) == 1 and len(x) > 1:
-                continue
-            loss = F.cross_entropy(network(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(rows)
-        if progress is not None:
-            progress(f"feature network: epoch {epoch}/{epochs}, loss {total / len(x):.3f}")
+            # the last, smaller batch is kept unless BatchNorm could not take it
+            if len(rows) > 1 or len(x) == 1:
+                yield x[rows], y[rows], len(rows)
+
+    train_on(network, batches, epochs=epochs, examples=len(x), progress=progress)
 
 
 Labelled = tuple[Tensor, Tensor] | Dataset[Any]
@@ -212,9 +257,7 @@ def trained_feature_network(
     """
     x, y = _tensors(train, "train", num_classes)
     epochs = default_epochs(len(x)) if epochs is None else epochs
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
-        network = FeatureNetwork(x.shape[1], num_classes)
+    network = drawn_network(x.shape[1], num_classes, seed=seed)
     recipe = {
         "data": fingerprint,
         "architecture": repr(network),

@@ -6,22 +6,24 @@ labels come for nothing. Its accuracy on held-out data says how much there was t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (the field's own alias)
 
 from lightning_compress.lab.evaluation.features import (
     BATCH_SIZE,
     LEARNING_RATE,
     MIN_SIZE,
+    Batch,
     FeatureExtractor,
     FeatureNetwork,
     cached_extractor,
     default_epochs,
+    drawn_network,
+    train_on,
 )
 
 __all__ = ["PRETEXT_TASKS", "PretextTask", "self_supervised_network"]
@@ -117,9 +119,7 @@ def self_supervised_network(
     pretext = PRETEXT_TASKS[task]
     classes = pretext.classes(*train.shape[2:])
     epochs = default_epochs(classes * len(train)) if epochs is None else epochs
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs too
-        network = FeatureNetwork(train.shape[1], classes)
+    network = drawn_network(train.shape[1], classes, seed=seed)
     recipe = {
         "data": fingerprint,
         "architecture": repr(network),
@@ -159,20 +159,14 @@ def _train(
 ) -> None:
     """Adam and cross-entropy; each batch holds its images changed in every way."""
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
     images = max(1, BATCH_SIZE // pretext.classes(*x.shape[2:]))
-    network.train()
-    for epoch in range(1, epochs + 1):
-        total = 0.0
+
+    def batches() -> Iterator[Batch]:
         for rows in torch.randperm(len(x), generator=order).split(images):
             changed, ways = pretext.examples(x[rows])
-            loss = F.cross_entropy(network(changed), ways)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(rows)
-        if progress is not None:
-            progress(f"feature network: epoch {epoch}/{epochs}, loss {total / len(x):.3f}")
+            yield changed, ways, len(rows)
+
+    train_on(network, batches, epochs=epochs, examples=len(x), progress=progress)
 
 
 @torch.no_grad()

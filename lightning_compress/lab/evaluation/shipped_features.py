@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from torch.nn import functional as F  # noqa: N812 (the field's own alias)
 
 from lightning_compress.files import write_atomically
 from lightning_compress.lab.evaluation.features import (
+    Batch,
     FeatureExtractor,
     FeatureNetwork,
     FrozenFeatures,
+    drawn_network,
+    train_on,
 )
 from lightning_compress.lab.evaluation.likelihood import accuracy
 from lightning_compress.lcz.artifact import load_compressed, save_compressed
@@ -138,9 +141,7 @@ def ship(
     if dataset not in RECIPES:
         raise ValueError(f"dataset={dataset!r}: valid are {sorted(RECIPES)}")
     recipe = RECIPES[dataset]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        network = FeatureNetwork(train[0].shape[1], num_classes, width=recipe.width)
+    network = drawn_network(train[0].shape[1], num_classes, seed=seed, width=recipe.width)
     train_augmented(network, *train, recipe, seed=seed, progress=progress)
     network.eval().set_scale(train[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,22 +177,22 @@ def train_augmented(
     steps = recipe.epochs * (len(x) // recipe.batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.peak, weight_decay=0.02)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.peak, total_steps=steps)
-    network.train()
-    for epoch in range(1, recipe.epochs + 1):
-        total = 0.0
-        order = torch.randperm(len(x), generator=draws)
-        for rows in order[: len(x) // recipe.batch_size * recipe.batch_size].split(
-            recipe.batch_size
-        ):
-            images = augmented(x[rows], recipe, draws)
-            loss = F.cross_entropy(network(images), y[rows], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-            total += float(loss.detach()) * len(rows)
-        if progress is not None:
-            progress(f"feature network: epoch {epoch}/{recipe.epochs}, loss {total / len(x):.3f}")
+
+    def batches() -> Iterator[Batch]:
+        whole = len(x) // recipe.batch_size * recipe.batch_size
+        for rows in torch.randperm(len(x), generator=draws)[:whole].split(recipe.batch_size):
+            yield augmented(x[rows], recipe, draws), y[rows], len(rows)
+
+    train_on(
+        network,
+        batches,
+        epochs=recipe.epochs,
+        examples=len(x),
+        optimizer=optimizer,
+        schedule=cycle,
+        label_smoothing=0.05,
+        progress=progress,
+    )
 
 
 def augmented(x: Tensor, recipe: Recipe, draws: torch.Generator) -> Tensor:

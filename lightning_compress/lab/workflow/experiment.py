@@ -24,7 +24,6 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.lab.data import SplitDataModule
-from lightning_compress.lab.evaluation.verdict import irreducible_nats
 from lightning_compress.lab.monitoring import GiveUp
 from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
 from lightning_compress.lab.workflow.costs import (
@@ -40,6 +39,7 @@ from lightning_compress.lab.workflow.costs import (
 from lightning_compress.lab.workflow.quality import (
     METRICS,
     Evaluator,
+    irreducible_of,
     rows,
     spread_of,
 )
@@ -149,9 +149,9 @@ def _run(
 
 def _compressors(cfg: DictConfig, model: Any, data: SplitDataModule) -> list[Callback]:
     irreducible: dict[str, float] = {}
-    if (likelihood := getattr(model, "likelihood", None)) is not None:
-        std = getattr(model, "observation_std", 1.0)
-        irreducible["val/elbo"] = -irreducible_nats(rows(data.val_dataset)[0], likelihood, std=std)
+    if any(one.get("monitor") == "val/elbo" for one in cfg.compression.values()):
+        least = irreducible_of(model, rows(data.val_dataset)[0])
+        irreducible = {} if least is None else {"val/elbo": -least}
     return compression_callbacks(cfg.compression, model, irreducible=irreducible)
 
 

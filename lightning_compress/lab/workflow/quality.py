@@ -27,7 +27,7 @@ from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats,
 from lightning_compress.modes import evaluating
 from lightning_compress.quantization.fake_quantize import fake_quantized
 
-__all__ = ["METRICS", "Evaluator", "Metric", "spread_of"]
+__all__ = ["METRICS", "Evaluator", "Metric", "irreducible_of", "spread_of"]
 
 SAMPLE_SEED = 12_345  # of the latents that are drawn for measurement
 MONITOR_SAMPLES = 500
@@ -236,15 +236,13 @@ class Evaluator:
 
     def irreducible(self, model: Any) -> dict[str, float]:
         """The least value of each metric in nats that any model of its likelihood can have."""
-        likelihood = getattr(model, "likelihood", None)
-        if likelihood is None:
-            return {}
         x, _ = rows(self.data.test_dataset)
-        least = irreducible_nats(x, likelihood, std=getattr(model, "observation_std", 1.0))
+        if (least := irreducible_of(model, x)) is None:
+            return {}
         found: dict[str, float] = dict.fromkeys(("neg_elbo", "neg_iwae", "reconstruction"), least)
         if hasattr(model, "steps_per_example"):
             found["nats_per_step"] = least / float(model.steps_per_example(x).float().mean())
-        return found | ({"perplexity": 1.0} if likelihood == "categorical" else {})
+        return found | ({"perplexity": 1.0} if model.likelihood == "categorical" else {})
 
     def verdict(
         self,
@@ -291,6 +289,16 @@ def outputs(model: Any, conditions: Tensor, *, batch_size: int = 64) -> Tensor:
     with evaluating(model):
         parts = conditions.split(batch_size)
         return torch.cat([model.outputs(x.to(model.device)).float().cpu() for x in parts])
+
+
+def irreducible_of(model: Any, x: Tensor) -> float | None:
+    """-log p of examples that no model of the model's likelihood can better, nats an example.
+
+    None for a model without a likelihood.
+    """
+    if (kind := getattr(model, "likelihood", None)) is None:
+        return None
+    return irreducible_nats(x, kind, std=getattr(model, "observation_std", 1.0))
 
 
 def spread_of(qualities: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -85,7 +85,7 @@ class Subject:
             return lambda model: accuracy(model, x, y)["cross_entropy"]
         if self.kind == "conditional":
             return lambda model: model.distances(outputs(model, x), y)[self.metric]
-        if self.kind not in ("gan", "flow"):
+        if self.metric == "neg_elbo":
             return lambda model: likelihood(model, x)["neg_elbo"]
         evaluator = Evaluator(self.cfg.evaluate, self.data, self.kind, self.name)
         if evaluator.extractor is None:
