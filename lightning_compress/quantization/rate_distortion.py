@@ -130,9 +130,9 @@ class RateDistortionGrids:
         lr: relative change of a step at an update.
         partition: over which processes.
 
-    >>> maker = RateDistortionGrids(bits=8, axis=None, lr=0.005)
-    >>> maker.start(torch.tensor([3.0, 0.0, 0.0, -3.0]))
-    >>> maker.grid(torch.zeros(4)).scale
+    >>> quantizer = RateDistortionGrids(bits=8, axis=None, lr=0.005)
+    >>> quantizer.start(torch.tensor([3.0, 0.0, 0.0, -3.0]))
+    >>> quantizer.grid(torch.zeros(4)).scale
     tensor([1.1892])
     """
 

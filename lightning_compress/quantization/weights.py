@@ -176,9 +176,9 @@ class WeightQuantizer:
 
     def set_rate(self, weight: float) -> None:
         """Another weight of one bit in the loss, for all rate-distortion grids."""
-        for _, maker in self.pairs:
-            if isinstance(maker, RateDistortionGrids):
-                maker.weight = weight
+        for _, quantizer in self.pairs:
+            if isinstance(quantizer, RateDistortionGrids):
+                quantizer.weight = weight
 
     def set_step(self, relative_step: float) -> None:
         """Another step for all entropy grids, frozen ones too."""

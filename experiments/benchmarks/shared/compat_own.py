@@ -251,21 +251,6 @@ def cyclegan() -> nn.Module:
     return nn.Sequential(*first, *down, ResnetBlock(32), ResnetBlock(32), *up, *last)
 
 
-class Dilated(nn.Module):
-    """HiFi-GAN's residual block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        convs = [nn.Conv1d(width, width, 3, padding=gap, dilation=gap) for gap in (1, 3)]
-        self.convs = nn.ModuleList(map(weight_norm, convs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        for conv in self.convs:
-            x = x + conv(leaky_relu(x, 0.1))
-        return x
-
-
 class HiFiGAN(nn.Module):
     """Spectra (N, 16, T) to waves (N, 1, 16 T), with the older weight_norm."""
 
@@ -274,7 +259,7 @@ class HiFiGAN(nn.Module):
         self.conv_pre = weight_norm(nn.Conv1d(16, 32, 7, padding=3))
         widths = ((32, 16), (16, 8))
         self.ups = nn.ModuleList(weight_norm(nn.ConvTranspose1d(a, b, 8, 4, 2)) for a, b in widths)
-        self.resblocks = nn.ModuleList(Dilated(b) for _, b in widths)
+        self.resblocks = nn.ModuleList(example("vocoder").Residual(b) for _, b in widths)
         self.conv_post = weight_norm(nn.Conv1d(8, 1, 7, padding=3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -320,10 +305,16 @@ def gan(name: str, network: Any, judged: Any, z: tuple[int, ...], size: int) -> 
     )
 
 
+def example(name: str) -> Any:
+    """The module of a whole example."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return import_module(name)
+
+
 def plain_vae() -> Any:
     """The example's own model."""
-    sys.path.insert(0, str(EXAMPLES))
-    return import_module("plain_vae").PlainVAE()
+    return example("plain_vae").PlainVAE()
 
 
 def own_cases() -> list[Case]:
