@@ -224,6 +224,7 @@ class Baseline:
             enable_model_summary=False,
             enable_progress_bar=False,
             accelerator="cpu",
+            precision=self.plan.precision,
         )
 
     @staticmethod

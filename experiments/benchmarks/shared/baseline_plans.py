@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["KEPT", "MADE", "PLANS", "Plan", "baseline_file"]
 
@@ -24,17 +25,20 @@ class Plan:
         epochs: of it.
         metric: that judges it; lower is better.
         seeds: how many it has.
+        precision: Lightning's, of its training and of the rows that go on from it. All are measured
+            in float32.
     """
 
     overrides: Sequence[str]
     epochs: int
     metric: str
     seeds: int = 5
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
 PLANS: dict[str, dict[str, Plan]] = {
     "fashion": {
-        "vae": Plan(["model=vae", *FASHION], 60, "neg_elbo"),
+        "vae": Plan(["model=vae", *FASHION], 24, "neg_elbo", precision="bf16-mixed"),
         "dcgan": Plan(
             [
                 "model=dcgan",

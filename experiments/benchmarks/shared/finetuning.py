@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -80,6 +80,7 @@ class Start:
         models: overrides, epochs and small layers by name.
         data: overrides that choose the data.
         images: whether the images of a VAE are measured too, which takes a minute.
+        precision: Lightning's, of all training.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class Start:
         *,
         data: Sequence[str] = ("data=fashion_mnist",),
         images: bool = False,
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
     ) -> None:
         overrides, self.epochs, self.spared = models[name]
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             self.cfg = compose("train", [*overrides, *data, f"seed={seed}", "data.seed=0"])
         self.name, self.seed, self.images = name, seed, images
+        self.precision: Literal["32-true", "bf16-mixed"] = precision
         self.data_name = data[0].partition("=")[2]
         self.data: SplitDataModule = instantiate(self.cfg.data, _convert_="all")
         self.data.prepare_data()
@@ -134,6 +137,7 @@ class Start:
             enable_model_summary=False,
             enable_progress_bar=sys.stdout.isatty(),
             accelerator="cpu",
+            precision=self.precision,
         )
         trainer.fit(model, datamodule=self.data)
 

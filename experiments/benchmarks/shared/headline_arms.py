@@ -29,7 +29,6 @@ from lightning_compress.lab.workflow.training import build_model
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.targets import select
 
-from .baseline_plans import PLANS
 from .headline_files import OnnxPart, Shipped, loaded, packed, smallest, streamed
 from .headline_runs import Runs
 from .peers import NNCODEC, calibrate, teacher
@@ -105,8 +104,7 @@ def narrow(width: float) -> Arm:
         cfg.model.width_multiplier = width
         cfg.model.lr = min(cfg.model.lr, NARROW_RATE)
         model: Any = build_model(cfg, runs.start.data, seed=runs.seed)
-        plan = PLANS[runs.model.baseline[0]][runs.model.baseline[1]]
-        model = runs.fit(model, epochs=plan.epochs + runs.whole_compute())
+        model = runs.fit(model, epochs=runs.model.dense.epochs + runs.whole_compute())
         return eight_bits(runs, model, home)
 
     return arm

@@ -17,7 +17,7 @@ from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.workflow.quality import generate, rows
 from lightning_compress.lab.workflow.training import build_model
 
-from .baseline_plans import PLANS, baseline_file
+from .baseline_plans import PLANS, Plan, baseline_file
 from .finetuning import EARLY, Annealing, Start
 
 __all__ = ["SETS", "WHOLE_COMPUTE", "Model", "Runs"]
@@ -53,21 +53,24 @@ class Model:
     seeds: int = 5
 
     @property
+    def dense(self) -> Plan:
+        """How its dense baseline is trained."""
+        return PLANS[self.baseline[0]][self.baseline[1]]
+
+    @property
     def overrides(self) -> list[str]:
         """Of its config, the data apart."""
-        plan = PLANS[self.baseline[0]][self.baseline[1]]
-        return [one for one in plan.overrides if not one.startswith("data")]
+        return [one for one in self.dense.overrides if not one.startswith("data")]
 
     @property
     def data(self) -> list[str]:
         """Overrides that choose its data."""
-        plan = PLANS[self.baseline[0]][self.baseline[1]]
-        return [one for one in plan.overrides if one.startswith("data")]
+        return [one for one in self.dense.overrides if one.startswith("data")]
 
     @property
     def metric(self) -> str:
         """What judges it; lower is better."""
-        return PLANS[self.baseline[0]][self.baseline[1]].metric
+        return self.dense.metric
 
     def plan(self, seed: int) -> list[str]:
         """The rows of a seed."""
@@ -175,7 +178,15 @@ class Runs:
         self.name, self.model, self.seed, self.folder = name, model, seed, folder
         folder.mkdir(parents=True, exist_ok=True)
         start = {name: ([*model.overrides], 0, [*model.spared])}
-        self.start = FromBaseline(name, seed, folder, start, data=model.data, images=True)
+        self.start = FromBaseline(
+            name,
+            seed,
+            folder,
+            start,
+            data=model.data,
+            images=True,
+            precision=model.dense.precision,
+        )
         self.start.file = baseline_file(*model.baseline, seed)
         self.kind = str(self.fresh().kind)
 
