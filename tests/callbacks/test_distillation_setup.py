@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from distilling import Student, fit, make
+from distilling import Student, WideStudent, fit, make
 from torch import nn
 
 from lightning_compress import (
@@ -84,6 +84,43 @@ def test_sizes_that_do_not_match(tmp_path):
     )
     features = Pair("decoder", features=[("0", "2")], adapter=False)
     refuse(tmp_path, r"gives \(2, 7\), the teacher \(2, 6\)", make(seed=1), pairs=[features])
+
+
+class Branching(nn.Module):
+    """Its way depends on values: no tracer follows it."""
+
+    def __init__(self, hidden=7):
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, hidden), nn.Linear(hidden, 6)
+
+    def forward(self, x):
+        hidden = self.inner(x)
+        return self.out(hidden.tanh() if hidden.sum() > 0 else hidden)
+
+
+class Untraceable(Student):
+    def __init__(self, hidden=7, **arguments):
+        super().__init__(**arguments)
+        self.decoder = Branching(hidden)
+
+
+def test_equal_modules_begin_with_the_teachers_weights_traceable_or_not(tmp_path):
+    student, teacher = make(Untraceable), make(Untraceable, seed=1)
+    kd = KnowledgeDistillation(teacher, pairs=["decoder"], initialize=True)
+    fit(tmp_path, student, kd, max_steps=0)
+    for ours, theirs in zip(
+        student.decoder.parameters(), teacher.decoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(student.encoder[0].weight, teacher.encoder[0].weight)  # no pair
+
+
+def test_wider_modules_begin_with_some_of_the_teachers_channels(tmp_path):
+    student, teacher = make(), make(WideStudent, seed=1)
+    kd = KnowledgeDistillation(teacher, pairs=["decoder"], initialize=True)
+    fit(tmp_path, student, kd, max_steps=0)
+    rows = {tuple(row.tolist()) for row in teacher.decoder[0].weight}
+    assert all(tuple(row.tolist()) in rows for row in student.decoder[0].weight)
 
 
 def test_an_adapter_maps_outputs_where_it_is_asked_for(tmp_path):
