@@ -1,7 +1,8 @@
 """Levers of a budget: compression settings, from level 0 (none) to 1 (the limit).
 
 `lever_of` makes the lever of a `Steerable` callback, which knows nothing of levers itself. A lever
-that moves in leaps has `reached(level)` too: where it came to.
+that moves in leaps has `reached(level)` too: where it came to. One that is `reversible` takes back
+at a lower level what it did at a higher one, as weights train on.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ __all__ = [
     "SparsityLever",
     "Steerable",
     "StepLever",
+    "all_reversible",
     "levels_reached",
     "lever_of",
 ]
 
 Share = Callable[[float], Mapping[str, float]]
+_FACTOR = 100.0  # that lambda moves by, down and up
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Limits:
     Args:
         max_sparsity: at level 1; densities go down by equal factors.
         steps: of entropy grids, at level 0 and at level 1; by equal factors too.
-        lambdas: of rate-distortion grids, at level 0 and at level 1; by equal factors too.
+        lambdas: of rate-distortion grids, at level 0 and at level 1; by equal factors too. None:
+            a hundredth of the callback's own `lmbda`, and a hundred times that.
         min_bits: at level 1, of the other grids.
         min_channels: part of the channels that stays at level 1, to the next whole block; of the
             MACs or the parameters where `ChannelPruning` counts those.
@@ -51,7 +55,7 @@ class Limits:
 
     max_sparsity: float = 0.99
     steps: tuple[float, float] = (0.25, 3.0)
-    lambdas: tuple[float, float] = (0.3, 300.0)
+    lambdas: tuple[float, float] | None = None
     min_bits: int = 2
     min_channels: float = 0.1
     sensitivity: Sensitivity | str | Path | None = None
@@ -63,7 +67,8 @@ class Limits:
             raise ValueError(f"max_sparsity={self.max_sparsity!r} must lie in (0, 1)")
         if len(self.steps) != 2 or not 0 < self.steps[0] < self.steps[1]:
             raise ValueError(f"steps={self.steps!r}: give the finest and the coarsest, both > 0")
-        if len(self.lambdas) != 2 or not 0 < self.lambdas[0] < self.lambdas[1]:
+        lambdas = self.lambdas
+        if lambdas is not None and (len(lambdas) != 2 or not 0 < lambdas[0] < lambdas[1]):
             raise ValueError(f"lambdas={self.lambdas!r}: give the least and the most, both > 0")
         if not 2 <= self.min_bits <= 8:
             raise ValueError(f"min_bits={self.min_bits!r}: valid are 2 to 8")
@@ -133,6 +138,11 @@ class Lever(Protocol):
         ...
 
 
+def all_reversible(levers: Sequence[Lever]) -> bool:
+    """Whether a lower level of all of them takes back what a higher one did."""
+    return all(getattr(lever, "reversible", False) for lever in levers)
+
+
 def levels_reached(levers: Sequence[Lever], levels: Sequence[float]) -> tuple[float, ...]:
     """Where levers are that were brought to some levels."""
     known = [getattr(lever, "reached", float) for lever in levers]
@@ -185,6 +195,7 @@ class StepLever:
     coarsest: float
     step: float = 0.0
     arrived: bool = True
+    reversible: bool = True
 
     @property
     def name(self) -> str:
@@ -216,12 +227,17 @@ class LambdaLever:
     least: float
     most: float
     step: float = 0.0
-    arrived: bool = True
+    reversible: bool = True
 
     @property
     def name(self) -> str:
         """Name of the callback."""
         return str(self.callback.name)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the bytes have followed the multiplier."""
+        return bool(self.callback.rate_settled)
 
     def lmbda(self, level: float) -> float:
         """At a level."""
@@ -322,13 +338,24 @@ class ChannelLever:
         return f"{self.left(level):.4f} of the {self.callback.kind}"
 
 
+def _lambdas(callback: Any, limits: Limits) -> tuple[float, float]:
+    """The least and the most, in the unit of the user's loss, which `lmbda` tells."""
+    own = callback.requested_lmbda
+    if limits.lambdas is None and not own:
+        raise ValueError(
+            f"{callback.state_key}: a budget moves lambda by factors, and lmbda={own!r}: give the "
+            "lmbda to begin the search around, or limits={'lambdas': (least, most)}"
+        )
+    return limits.lambdas or (own / _FACTOR, own * _FACTOR)
+
+
 KINDS: dict[str, Callable[[Any, Limits], Lever]] = {
     "sparsity": lambda one, limits: SparsityLever(
         one, limits.max_sparsity, limits.shares(one.paths())
     ),
     "channels": lambda one, limits: ChannelLever(one, limits.min_channels),
     "step": lambda one, limits: StepLever(one, *limits.steps),
-    "lmbda": lambda one, limits: LambdaLever(one, *limits.lambdas),
+    "lmbda": lambda one, limits: LambdaLever(one, *_lambdas(one, limits)),
     "bits": lambda one, limits: BitsLever(one, dict(one.requested_bits), limits.min_bits),
 }
 

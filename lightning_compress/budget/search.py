@@ -30,7 +30,7 @@ __all__ = [
 LONGEST = 4  # times the patience: the most readings of a trial
 _GUESS = 4.0  # log of the bytes that a whole level saves, before any is measured
 _UNDO = ("all", "projection")
-_SLACK = 0.03  # of the size: what is aimed below it, as symbols spread while weights train on
+_SLACK = 0.03  # of the size: aimed below it, and told from noise: symbols spread as weights train
 
 
 def recent(readings: Sequence[float]) -> float:
@@ -428,12 +428,14 @@ class SizeSearch:
 
     All levers share one level. The bytes come down at a constant rate, in their logarithm, from
     what they are to what they may be; how far to raise follows from what the last raise saved.
-    What then fits trains on, and the best of it is kept.
+    What then fits trains on, and the best of it is kept. Reversible levers go down again while
+    the search lasts, where the bytes are fewer than they need be.
 
     Args:
         max_bytes: that must hold the model.
         rules: noise, patience and strides; the limit is not used.
         count: of levers.
+        reversible: whether a lower level of all of them brings back what a higher one took.
 
     >>> search = SizeSearch(100.0, Rules(limit=0.0), count=1)
     >>> search.read(Reading(cost=1.0, size=400.0, over=True)).levels
@@ -445,13 +447,14 @@ class SizeSearch:
     max_bytes: float
     rules: Rules
     count: int
+    reversible: bool = False
     history: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.levels = (0.0,) * self.count
         self.first = 0.0  # bytes when the search begins
         self.slope = _GUESS
-        self.before: tuple[float, float] | None = None  # level and size of the last raise
+        self.before: tuple[float, float] | None = None  # level and size that a slope counts from
         self.good: Trial | None = None  # the best that fits
         self.readings: list[float] = []
         self.fit = False  # whether the model of the last reading does
@@ -472,35 +475,47 @@ class SizeSearch:
         self._learn(reading.size)
         self.fit = reading.size <= self.max_bytes
         if self.fit:
-            return self._fits(reading)
+            return self._fits(reading, lower=self.reversible and progress < 1)
         wanted = self.max_bytes if reading.over else self.target(progress)
         if reading.size <= wanted or self.levels[0] >= 1:
             return Decision()
-        aim = max(wanted, self.max_bytes * (1 - _SLACK))
-        far = math.log(reading.size / aim) / self.slope
-        stride = min(max(far, self.rules.least / 10), self.rules.stride)
         self._note(reading, "too large")
-        self.before = (self.levels[0], reading.size)
-        self.levels = (min(self.levels[0] + stride, 1.0),) * self.count
-        return Decision(levels=self.levels)
+        return Decision(levels=self._move(reading.size, max(wanted, self._aim)))
+
+    @property
+    def _aim(self) -> float:
+        return self.max_bytes * (1 - _SLACK)
+
+    def _move(self, size: float, aim: float) -> tuple[float, ...]:
+        """Levels that bring a size to another, as far as the last move tells."""
+        far = math.log(size / aim) / self.slope
+        stride = math.copysign(min(max(abs(far), self.rules.least / 10), self.rules.stride), far)
+        self.before = self.before or (self.levels[0], size)
+        self.levels = (min(max(self.levels[0] + stride, 0.0), 1.0),) * self.count
+        return self.levels
 
     def _learn(self, size: float) -> None:
         if self.before is None or size <= 0:
             return
         gained, saved = self.levels[0] - self.before[0], math.log(self.before[1] / size)
-        if gained > 0 and saved > 0:
+        if gained * saved > 0 and abs(saved) >= _SLACK:  # less may be the noise of training
             self.slope, self.before = saved / gained, None
+        elif abs(gained) * self.slope >= 2 * _SLACK:  # it foresaw what did not come
+            self.slope, self.before = self.slope / 2, None
 
-    def _fits(self, reading: Reading) -> Decision:
+    def _fits(self, reading: Reading, *, lower: bool) -> Decision:
         first = self.good is None
         if not first and len(self.readings) < self.rules.patience:
             return Decision()
         cost, best = recent(self.readings), self.good
         self._note(reading, "fits")
-        if best is None or cost < best.cost:
+        keep = best is None or cost < best.cost
+        if keep:
             self.good = self.history[-1]
-            return Decision(keep=True)
-        return Decision()
+        spare = reading.size < self.max_bytes * (1 - 2 * _SLACK) and self.levels[0] > 0
+        return Decision(
+            keep, levels=self._move(reading.size, self._aim) if lower and spare else None
+        )
 
     def _note(self, reading: Reading, verdict: str) -> None:
         cost, count = recent(self.readings), len(self.readings)

@@ -11,7 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.budget.levers import Lever, Limits, Steerable, levels_reached, lever_of
+from lightning_compress.budget.levers import (
+    Lever,
+    Limits,
+    Steerable,
+    all_reversible,
+    levels_reached,
+    lever_of,
+)
 from lightning_compress.budget.reference import (
     DENSE,
     Reference,
@@ -193,7 +200,7 @@ class BudgetCallback(ShownArguments, Callback):
             f"{self.reference.spread:.2g}"
         )
         if self.max_bytes is not None:
-            return SizeSearch(self.max_bytes, rules, len(self.levers))
+            return SizeSearch(self.max_bytes, rules, len(self.levers), all_reversible(self.levers))
         soft = given.undo == "projection"
         return QualitySearch(rules, [lever.step for lever in self.levers], soft)
 

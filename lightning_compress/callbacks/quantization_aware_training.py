@@ -40,6 +40,7 @@ from lightning_compress.quantization.fake_quantize import (
     fake_quantized,
 )
 from lightning_compress.quantization.post_training import POST_TRAINING_SCHEMES, quantize_weights
+from lightning_compress.quantization.rate_distortion import Settling
 from lightning_compress.quantization.upsampled_conv import EnlargedReaders
 from lightning_compress.quantization.weight_quantizers import (
     TensorQuantizer,
@@ -253,6 +254,8 @@ class QuantizationAwareTraining(WeightCallback):
         self.per_channel = not trained if per_channel is None else per_channel
         self.observer, self.pact, self.lr = observer, pact, lr
         self.entropy, self.lmbda = entropy or EntropyGrid(), lmbda
+        self.requested_lmbda = lmbda
+        self._settling = Settling(lr)
         self.freeze_batchnorm = freeze_batchnorm
         self.events = EventClock(begin, freeze, frequency)
         self.weights: WeightQuantizer | None = None
@@ -274,6 +277,7 @@ class QuantizationAwareTraining(WeightCallback):
         if self.events.in_fractions:
             check_run_ends(trainer)
         self.events.reset()
+        self._settling.restart()
         self._warned, self.frozen, self._left = set(), False, False
         if self.weight_bits is not None:
             self.claim("grid", "quantized")
@@ -377,8 +381,7 @@ class QuantizationAwareTraining(WeightCallback):
             self.weights.set_step(step)
         if lmbda is not None:
             check_scheme_settings(self.scheme, None, lmbda)
-            self.lmbda = lmbda
-            self._set_rate()
+            self._move_lmbda(lmbda)
         several = bits if isinstance(bits, Mapping) else dict.fromkeys(self.bits, bits)
         for path, one in several.items():
             if one is not None and one != self.bits[path]:
@@ -392,6 +395,17 @@ class QuantizationAwareTraining(WeightCallback):
         if self.weights is None:
             return None
         return {"entropy": "step", "rate_distortion": "lmbda"}.get(self.scheme, "bits")
+
+    @property
+    def rate_settled(self) -> bool:
+        """Whether the bytes have followed lambda, so that a budget may judge it."""
+        grown = self.events.done >= _WARM_UP and self._settling.settled
+        return self.frozen or grown
+
+    def _move_lmbda(self, lmbda: float | None) -> None:
+        self.lmbda = lmbda
+        self._settling.restart()
+        self._set_rate()
 
     def _set_rate(self) -> None:
         """Weigh bits by lambda, as far as it has grown."""
@@ -422,8 +436,7 @@ class QuantizationAwareTraining(WeightCallback):
                 self._set_bits(path, bits)
         for path, quantizer in self.weights.quantizers.items() if self.weights is not None else ():
             quantizer.load_state_dict(snapshot["makers"][path])
-        self.lmbda = snapshot["lmbda"]
-        self._set_rate()
+        self._move_lmbda(snapshot["lmbda"])
         if self.activations is not None and snapshot["activations"] is not None:
             self.activations.load_state_dict(snapshot["activations"])
             if self._left:
@@ -597,6 +610,7 @@ class QuantizationAwareTraining(WeightCallback):
     def _show(self) -> None:
         if self.weights is not None:
             self.weights.show()
+            self._settling.read(self._last_step, self.weights.predicted_bytes)
 
     def on_train_batch_start(
         self,
@@ -747,6 +761,7 @@ class QuantizationAwareTraining(WeightCallback):
             "flags": (self.started, self.frozen),
             "bits": dict(self.bits),
             "lmbda": self.lmbda,
+            "settling": self._settling.readings,
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -772,6 +787,7 @@ class QuantizationAwareTraining(WeightCallback):
             self.activations.load_state_dict(state["activations"])
         if self.lmbda is not None and state.get("lmbda") is not None:
             self.lmbda = state["lmbda"]  # a budget may have moved it
+        self._settling.readings = list(state.get("settling", ()))
         self.projector.steps[:] = state["steps"]
         self.events.load_state_dict(state["events"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ from lightning_compress.grids import AffineGrid
 from lightning_compress.quantization.learned_step import LearnedPositive, double_of
 from lightning_compress.sharding import UNSHARDED, Partition
 
-__all__ = ["RateDistortionGrids", "RateTable", "octave_steps"]
+__all__ = ["RateDistortionGrids", "RateTable", "Settling", "octave_steps"]
 
 _FIRST = 0.4  # of the first step, in units of the rms of the non-zero weights
 _BLOCKS = 4  # of a large weight; each update looks at one of them
 _LARGE = 1 << 16  # weights, from which on an update looks at a block
 _MEMORY = 0.5  # of the counts, from one look to the next
 _PARTS = 16  # of an octave
+_WINDOW = 0.25  # of the updates in which a step can change by a factor of e
+_LONGEST = 8  # windows after which bytes that still change count as settled
+_STILL = 0.03  # relative change of bytes over a window, below which they are settled
 
 
 def octave_steps(value: Tensor) -> Tensor:
@@ -274,3 +278,44 @@ class RateDistortionGrids:
         if state["learned"] is not None:
             self.learned = LearnedPositive(state["learned"]["value"], self.lr)
             self.learned.load_state_dict(state["learned"])
+
+
+class Settling:
+    """Whether bytes have followed a change of lambda, which acts as weights train on.
+
+    Args:
+        lr: relative change of a step at an update: a quarter of `1 / lr` updates is the window
+            over which bytes are compared.
+
+    >>> settling = Settling(lr=0.05)  # a window of 5 updates
+    >>> for step, size in [(0, 900.0), (5, 700.0), (10, 610.0), (15, 600.0)]:
+    ...     settling.read(step, size)
+    ...     print(settling.settled)
+    False
+    False
+    False
+    True
+    """
+
+    def __init__(self, lr: float) -> None:
+        self.window = _WINDOW / lr
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was read: lambda has changed."""
+        self.readings: list[tuple[int, float]] = []  # step of the optimizer, bytes
+
+    def read(self, step: int, size: float) -> None:
+        """Take in the bytes after a step."""
+        self.readings.append((step, size))
+
+    @property
+    def settled(self) -> bool:
+        """Whether they changed little over the last window, or there were many windows."""
+        if not self.readings:
+            return False
+        (first, _), (last, now) = self.readings[0], self.readings[-1]
+        if last - first >= _LONGEST * self.window:
+            return True
+        before = [size for step, size in self.readings if step <= last - self.window]
+        return bool(before) and abs(math.log(max(now, 1.0) / max(before[-1], 1.0))) < _STILL

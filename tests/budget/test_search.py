@@ -205,6 +205,35 @@ def test_a_given_size_is_met_closely_and_never_missed(budget):
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_a_reversible_lever_goes_down_where_bytes_are_left():
+    """Of a model that needs half the bytes from some point on, at any level."""
+
+    def ends(*, reversible):
+        search = SizeSearch(100.0, Rules(limit=0.0, patience=2), 1, reversible)
+        for index in range(60):
+            size = (1000 if index < 45 else 500) * math.exp(-4 * search.levels[0])
+            search.read(Reading(100 / size, size), index / 50)
+        assert search.good is not None
+        return search.good.size
+
+    assert 94 <= ends(reversible=True) <= 100
+    assert ends(reversible=False) < 70
+
+
+def test_noise_of_the_bytes_teaches_no_slope():
+    search = SizeSearch(100.0, Rules(limit=0.0, stride=0.01), 1)
+    slope = search.slope
+    search.read(Reading(1.0, 1000.0))
+    search.read(Reading(1.0, 999.0))
+    assert search.slope == slope
+    search.read(Reading(1.0, 900.0))
+    assert search.slope == pytest.approx(math.log(1000 / 900) / 0.02)  # over both moves
+    before = search.slope
+    for _ in range(3):
+        search.read(Reading(1.0, 900.0))
+    assert search.slope < before  # it foresaw bytes that did not come
+
+
 def test_of_the_models_that_fit_the_best_is_kept():
     search = SizeSearch(100.0, Rules(limit=0.0, patience=1), count=1)
     assert search.read(Reading(1.0, 90.0)).keep

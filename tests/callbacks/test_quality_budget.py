@@ -205,7 +205,7 @@ def test_a_given_size_is_met_at_the_end(tmp_path, share):
     model.encoder = nn.Sequential(nn.Linear(6, 96), nn.ReLU())
     model.decoder = nn.Linear(96, 6)
     dense = predicted_bytes(model)
-    fixed = 102 * 4 + 4 * 17  # biases and headers
+    fixed = 102 * 4 + 4 * 17 + 160  # biases and headers
     asked = fixed + share * (dense - fixed)
     quantize = QuantizationAwareTraining(weight_bits=8, activation_bits=None, scheme="entropy")
     budget = QualityBudget("val/loss", max_bytes=asked, begin=0.1, end=0.8)

@@ -22,6 +22,7 @@ from lightning_compress.budget.levers import LambdaLever, Limits, lever_of
 from lightning_compress.quantization.rate_distortion import (
     RateDistortionGrids,
     RateTable,
+    Settling,
     octave_steps,
 )
 
@@ -185,3 +186,27 @@ def test_a_budget_moves_lambda():
     assert lever.setting(0.5) == "lambda 10"
     with pytest.raises(ValueError, match="lambdas"):
         Limits(lambdas=(3.0, 1.0))
+
+
+def test_a_budget_searches_around_the_given_lambda():
+    callback = QuantizationAwareTraining(activation_bits=None, scheme="rate_distortion", lmbda=0.02)
+    callback.weights = object()
+    lever = lever_of(callback, Limits())
+    assert isinstance(lever, LambdaLever)
+    callback.lmbda = 1.0  # a budget has moved it before
+    levels = [lever.lmbda(level) for level in (0.0, 0.5, 1.0)]
+    assert levels == pytest.approx([2e-4, 0.02, 2.0])
+    callback.requested_lmbda = 0.0
+    with pytest.raises(ValueError, match=r"lmbda=0.0.*lambdas"):
+        lever_of(callback, Limits())
+
+
+def test_bytes_that_never_settle_are_judged_after_two_changes_by_e():
+    settling = Settling(lr=0.01)
+    found = []
+    for step in range(0, 210, 10):
+        settling.read(step, 1e6 * 0.98**step)
+        found.append(settling.settled)
+    assert found == [False] * 20 + [True]
+    settling.restart()
+    assert not settling.settled
