@@ -13,16 +13,28 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from lightning_compress import CompressionState, compression_state, quantize_weights
+from lightning_compress import (
+    CompressionState,
+    compression_state,
+    fake_quantized,
+    quantize_static,
+    quantize_weights,
+)
 from lightning_compress.conversion import checks, weight_storage
 from lightning_compress.conversion.checks import OnnxMismatchError
 from lightning_compress.conversion.export import export_onnx
 from lightning_compress.conversion.integer_weights import IntegerWeight
 from lightning_compress.conversion.weight_storage import is_cut_off
 from lightning_compress.grids import CodebookGrid
+from lightning_compress.lab.evaluation.latency import openvino_runner
 from lightning_compress.lab.models import DCGAN, VAE, WGANGP, RecurrentVAE, ResNet18, SimpleNet
 from lightning_compress.quantization.ranges import affine_grid
-from lightning_compress.state import ActivationGrids, set_activation_grids, set_grid
+from lightning_compress.state import (
+    ActivationGrids,
+    activation_grids,
+    set_activation_grids,
+    set_grid,
+)
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -167,6 +179,8 @@ def test_a_product_whose_output_is_not_rounded_stays_float_and_exact(tmp_path):
     assert info.parity["onnxruntime"].more < 0.002
 
 
+# OpenVINO leaves out roundings in front of sums, as in ResNet-18: see the test on residuals.
+BEYOND_A_STEP = {"onnxruntime": 0.03, "openvino": 0.1}
 ZOO = {
     "dcgan": lambda: DCGAN(image_size=16, width=8),
     "wgan_gp": lambda: WGANGP(image_size=16, width=8),
@@ -188,7 +202,7 @@ def test_every_model_agrees_under_every_runtime(name, tmp_path):
         )
         for runtime, parity in info.parity.items():
             assert parity.elements > 0
-            assert parity.more < 0.03, (part, runtime, parity)
+            assert parity.more < BEYOND_A_STEP[runtime], (part, runtime, parity)
         assert info.parity["onnxruntime"].equal > 0.5
         assert "ConvTranspose" not in info.float_ops
         assert any(op.startswith(("QGemm", "QLinear", "MatMulInteger")) for op in info.int8_ops)
@@ -207,6 +221,43 @@ def test_openvino_agrees(tmp_path):
     assert info.parity["openvino"].more == 0
 
 
+class Residual(nn.Module):
+    """A sum of a rounded product and a float, rounded again behind its ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.added = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.last = nn.Conv2d(16, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        skip = self.first(x).relu()
+        return self.last((skip + self.added(skip)).relu())
+
+
+def test_openvino_leaves_out_the_rounding_of_a_product_in_front_of_a_sum(tmp_path):
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    torch.manual_seed(0)
+    module, x = Residual().eval(), torch.rand(8, 3, 8, 8)
+    quantize_weights(module, 8)
+    quantize_static(module, [x])
+    info = export_onnx(module, tmp_path / "m.onnx", x, int8=True)
+    with fake_quantized(module), torch.no_grad():
+        rounded = module(x).numpy()
+    grids = activation_grids(module.added)
+    set_activation_grids(module.added, dataclasses.replace(grids, output=None))
+    with fake_quantized(module), torch.no_grad():
+        left_out = module(x).numpy()
+    found = openvino_runner(info.path, x)()[0]
+    step = activation_grids(module.last).output.scale.item()
+    equal = {
+        name: (np.abs(found - one) < step / 50).mean()
+        for name, one in (("rounded", rounded), ("left out", left_out))
+    }
+    assert equal["left out"] > 0.95
+    assert equal["rounded"] < 0.9
+
+
 def test_a_file_that_openvino_cannot_run_is_written_unless_it_was_asked_for(tmp_path, monkeypatch):
     def refuse(_):
         raise RuntimeError("operator\n not converted")
@@ -222,6 +273,19 @@ def test_a_file_that_openvino_cannot_run_is_written_unless_it_was_asked_for(tmp_
     assert said[0].filename == __file__
     assert info.path.exists()
     assert set(info.parity) == {"onnxruntime"}
+
+
+def test_a_file_with_other_numbers_under_openvino_is_refused_where_that_has_to_run_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checks, "_openvino_runner", lambda _: lambda batch: [9 * batch[0].numpy()])
+    module, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(8, 6)
+    arguments = {"sample": x, "int8": True, "calibration": [x]}
+    with pytest.raises(OnnxMismatchError, match=r"numbers of OpenVINO differ from"):
+        export_onnx(module, tmp_path / "m.onnx", **arguments, runtime="openvino")
+    assert list(tmp_path.iterdir()) == []
+    info = export_onnx(module, tmp_path / "m.onnx", **arguments)
+    assert info.parity["openvino"].more > 0.5
 
 
 def test_without_calibration_weights_alone_are_stored_and_nothing_is_lost(tmp_path):
