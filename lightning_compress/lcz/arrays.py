@@ -11,7 +11,7 @@ from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.decoding import decode_array
 from lightning_compress.lcz.graph import GraphRecord, assemble_onnx
 from lightning_compress.lcz.info import ArtifactInfo, artifact_info
-from lightning_compress.lcz.opening import MAX_BYTES, OpenFile, check_size, open_file
+from lightning_compress.lcz.opening import MAX_BYTES, OpenFile, open_file
 
 __all__ = ["MAX_ONNX_BYTES", "inspect_compressed", "onnx_model", "read_arrays"]
 
@@ -49,7 +49,7 @@ def read_arrays(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> 
         OSError: when it cannot be read.
     """
     with open_file(Path(path), verify=True) as artifact:
-        check_size(artifact.records, max_bytes)
+        artifact.check_size(max_bytes)
         found = {record.name: decode_array(record, data) for record, data in artifact.payloads()}
         return {record.name: found[record.tied or record.name] for record in artifact.records}
 
@@ -79,7 +79,7 @@ def onnx_model(
             )
         # The default is what a message may hold; what decoding may take is another matter.
         most = MAX_BYTES if max_bytes >= MAX_ONNX_BYTES else max_bytes
-        check_size([record for _, record in chosen.gaps], most, plain=chosen.onnx_bytes)
+        artifact.check_graph_size(chosen, most)
         return assemble_onnx(chosen, artifact.container, artifact.offsets())
 
 

@@ -29,7 +29,7 @@ from lightning_compress.lcz.module_state import (
     shared_memory,
     stored_name,
 )
-from lightning_compress.lcz.opening import MAX_BYTES, check_size
+from lightning_compress.lcz.opening import MAX_BYTES
 from lightning_compress.lcz.rdoq import cheaper_contents, check_rdoq
 from lightning_compress.lcz.read import Artifact, check_fit, check_shared, open_artifact
 from lightning_compress.lcz.write import Encoding, write_contents
@@ -233,7 +233,7 @@ def read_tensors(
         OSError: when it cannot be read.
     """
     with open_artifact(Path(path), verify=True) as artifact:
-        check_size(artifact.records, max_bytes, workers)
+        artifact.file.check_size(max_bytes, workers)
         found = {name: tensor for name, tensor, _ in artifact.decoded(workers)}
         return {record.name: found[record.name] for record in artifact.records}
 

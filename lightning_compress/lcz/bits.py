@@ -13,6 +13,7 @@ from lightning_compress.errors import CorruptArtifactError
 __all__ = [
     "ByteReader",
     "append_codes",
+    "chunks",
     "count_values",
     "map_in_chunks",
     "pack_fixed",
@@ -138,17 +139,20 @@ def unpack_fixed(data: bytes, width: int, count: int) -> NDArray[np.uint16]:
     used = width * count
     if len(data) != -(-used // 8):
         raise CorruptArtifactError(f"{len(data)} bytes do not hold {count} fields of {width} bits")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8))
-    if bits[used:].any():
-        raise CorruptArtifactError("the bits after the last field are not zero")
-    values = np.zeros(count, np.uint16)
-    for place in range(width):
-        values <<= np.uint16(1)
-        values |= bits[place:used:width]
+    packed, values = np.frombuffer(data, np.uint8), np.zeros(count, np.uint16)
+    for piece in chunks(count):  # each but the first begins at a byte too: 8 divides `CHUNK`
+        bits = np.unpackbits(packed[piece.start * width // 8 : -(-piece.stop * width // 8)])
+        used = (piece.stop - piece.start) * width
+        if bits[used:].any():
+            raise CorruptArtifactError("the bits after the last field are not zero")
+        part = values[piece]
+        for place in range(width):
+            part <<= np.uint16(1)
+            part |= bits[place:used:width]
     return values
 
 
-Narrow = TypeVar("Narrow", bound=np.integer)
+Scalar = TypeVar("Scalar", bound=np.generic)
 CHUNK = 1 << 18  # elements of a chunk: 2 MB of 64-bit numbers
 
 
@@ -160,26 +164,31 @@ def count_values(values: NDArray[np.integer], size: int = 0) -> NDArray[np.intp]
     """
     size = max(size, int(values.max()) + 1 if len(values) else 0)
     counts = np.zeros(size, np.intp)
-    for piece in _chunks(len(values)):
+    for piece in chunks(len(values)):
         counts += np.bincount(values[piece], minlength=size)
     return counts
 
 
 def map_in_chunks(
-    function: Callable[[NDArray[Any]], NDArray[np.integer]],
-    values: NDArray[np.integer],
-    dtype: type[Narrow],
-) -> NDArray[Narrow]:
+    function: Callable[[NDArray[Any]], NDArray[Any]],
+    values: NDArray[Any],
+    dtype: type[Scalar] | np.dtype[Scalar],
+) -> NDArray[Scalar]:
     """Elementwise `function` of (N,) values, in chunks of bounded memory.
 
     >>> map_in_chunks(np.square, np.array([1, 2, 3]), np.int32)
     array([1, 4, 9], dtype=int32)
     """
     out = np.empty(len(values), dtype)
-    for piece in _chunks(len(values)):
+    for piece in chunks(len(values)):
         out[piece] = function(values[piece])
     return out
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, count, CHUNK))
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of `CHUNK` elements each, the last one shorter, of `count` elements.
+
+    >>> list(chunks(CHUNK + 1))
+    [slice(0, 262144, None), slice(262144, 262145, None)]
+    """
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context, huffman
-from lightning_compress.lcz.bits import ByteReader, count_values, pack_fixed, unpack_fixed, varint
+from lightning_compress.lcz.bits import (
+    ByteReader,
+    chunks,
+    count_values,
+    pack_fixed,
+    unpack_fixed,
+    varint,
+)
 from lightning_compress.lcz.huffman import MAX_ALPHABET
 from lightning_compress.lcz.range_coder import decode_static, encode_static
 
@@ -119,21 +126,39 @@ def decode_relative_index(data: bytes, count: int) -> Symbols:
         CorruptArtifactError: when the streams are damaged or lead past the end.
     """
     reader = ByteReader(data)
-    out = np.zeros(count, np.uint16)
     length = reader.varint(limit=count, what="the count of distances")
     if length == 0:
         if reader.rest():
             raise CorruptArtifactError("bytes after the end of a relative-index stream")
-        return out
+        return np.zeros(count, np.uint16)
     width = reader.take(1, "the width of distances")[0]
     if width not in _WIDTHS:
         raise CorruptArtifactError(f"distances of {width} bits")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "distances")
     steps, values = huffman.decode_streams([(coded, length), (reader.rest(), length)])
-    places = np.cumsum(steps.astype(np.int64) + 1) - 1
-    if steps.max() >> width or places[-1] >= count:
-        raise CorruptArtifactError(f"a distance leads past the end at {count}")
-    out[places] = values
+    if steps.max() >> width:
+        raise CorruptArtifactError(f"a distance of {steps.max() + 1} in {width} bits")
+    return _place_values(steps, np.ones(length, np.bool_), values, count)
+
+
+def _place_values(
+    gaps: Symbols, closing: NDArray[np.bool_], values: Symbols, count: int
+) -> Symbols:
+    """`count` symbols: gaps of zeros, a value of its own after each that is `closing`.
+
+    Raises:
+        CorruptArtifactError: when a value would lie past the end.
+    """
+    out, place, placed = np.zeros(count, np.uint16), -1, 0
+    for piece in chunks(len(gaps)):
+        ends = closing[piece]
+        places = place + np.cumsum(gaps[piece] + ends, dtype=np.int64)
+        place = int(places[-1])
+        if place >= count:
+            raise CorruptArtifactError(f"a run of zeros leads to {place}, past the end at {count}")
+        places = places[ends]
+        out[places] = values[placed : placed + len(places)]
+        placed += len(places)
     return out
 
 
@@ -180,12 +205,7 @@ def join_runs(runs: Symbols, values: Symbols, count: int) -> Symbols:
         raise CorruptArtifactError("the zero runs do not fit the non-zero values")
     if len(runs) and runs.max() > ESCAPE:
         raise CorruptArtifactError(f"a zero run of {runs.max()}, above {ESCAPE}")
-    places = np.cumsum(runs + closing, dtype=np.int64)[closing] - 1
-    if len(places) and places[-1] >= count:
-        raise CorruptArtifactError(f"a zero run leads to {places[-1]}, past the end at {count}")
-    out = np.zeros(count, np.uint16)
-    out[places] = values
-    return out
+    return _place_values(runs, closing, values, count)
 
 
 Shape = tuple[int, ...]
@@ -255,7 +275,8 @@ def _decode_runs(data: bytes, count: int) -> Symbols:
     length = reader.varint(limit=max_runs(kept, count), what="the count of zero runs")
     coded = reader.take(reader.varint(limit=len(data), what="a stream's length"), "zero runs")
     runs, values = huffman.decode_streams([(coded, length), (reader.rest(), kept)])
-    return join_runs(runs, values + np.uint16(1), count)
+    values += np.uint16(1)
+    return join_runs(runs, values, count)
 
 
 # A codec is one row; of equal sizes the earlier row is used.

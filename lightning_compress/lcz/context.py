@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,20 @@ from lightning_compress.lcz.context_model import (
     View,
     Weights,
     best_view,
+    count_dtype,
     probability,
 )
 from lightning_compress.lcz.huffman import MAX_ALPHABET
 from lightning_compress.lcz.range_coder import BitDecoder, BitEncoder
 
 __all__ = [
+    "HEAD_BYTES",
     "PlaneDecoder",
     "PlaneEncoder",
     "decode",
+    "decode_memory",
     "encode",
+    "slab_memory",
 ]
 Ints = NDArray[np.signedinteger[Any]]
 Bits = NDArray[np.bool_]
@@ -159,6 +164,8 @@ class PlaneDecoder(_PlaneCoder):
 _MAX_EXPONENT = (MAX_ALPHABET // 2).bit_length() - 1
 _EXPONENT_OF = np.frexp((np.arange(MAX_ALPHABET) + 1) >> 1)[1].astype(np.int64) - 1  # by symbol
 Symbols = NDArray[np.uint16]
+HEAD_BYTES = 1 << 8  # no head is longer: two lengths, the exponents, 24 planes of 7 bytes
+_SLAB_MEMORY = 160  # bytes a position of a slab, with symbols of the largest alphabet
 
 
 def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
@@ -183,30 +190,63 @@ def encode(symbols: Symbols, shape: tuple[int, ...]) -> bytes:
     return head + _pack_weights(coding, exponents) + coding.finish()
 
 
-def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
+def decode(data: bytes, shape: tuple[int, ...], *, one_axis: bool = False) -> Symbols:
     """The symbols of a stream that `encode` made.
+
+    Args:
+        data: the stream.
+        shape: of the tensor.
+        one_axis: refuse a stream with another view than of one axis, whose memory is that of a
+            slab whatever its head says.
 
     Raises:
         CorruptArtifactError: when the stream is damaged or of another shape.
     """
     count = math.prod(shape)
-    symbols = np.zeros(count, np.uint16)
-    reader = ByteReader(data)
     if count == 0:
         if data:
             raise CorruptArtifactError("bytes after the end of a context-coded stream")
-        return symbols
-    view = _read_view(reader, count)
-    exponents = reader.take(1, "the number of exponents")[0]
-    if exponents > _MAX_EXPONENT:
-        raise CorruptArtifactError(f"exponents up to {exponents}, above {_MAX_EXPONENT}")
-    weights = {name: _read_weights(reader, view) for name in _plane_names(exponents)}
-    coding = PlaneDecoder(view, weights, reader.rest())
+        return np.zeros(0, np.uint16)
+    reader = ByteReader(data)
+    head = _Head.read(reader, count)
+    view = head.view
+    if one_axis and view.a != count:
+        raise CorruptArtifactError(f"a plane of {count} symbols seen as {view.shape}")
+    symbols = np.zeros(count, np.uint16)
+    coding = PlaneDecoder(view, head.weights, reader.rest())
     for start, stop in view.slabs():
         coding.last = stop == len(symbols)
-        _code_slab(coding, *view.scan_order(start, stop), symbols, exponents)
+        _code_slab(coding, *view.scan_order(start, stop), symbols, head.exponents)
     coding.finish()
     return symbols
+
+
+def decode_memory(data: bytes, shape: tuple[int, ...]) -> int:
+    """Upper bound of the memory to decode a stream, beside its symbols, in bytes.
+
+    A slab is worked on at a time; the counts of all contexts stay from slab to slab.
+
+    Args:
+        data: the stream, or its first `HEAD_BYTES`.
+        shape: of the tensor.
+
+    Raises:
+        CorruptArtifactError: when the head is damaged or of another shape.
+
+    >>> decode_memory(encode(np.zeros(1000, np.uint16), (1000,)), (1000,)) // 1000
+    160
+    """
+    count = math.prod(shape)
+    if count == 0:
+        return 0
+    head = _Head.read(ByteReader(data), count)
+    keys = sum(head.view.sizes[table] for tables in head.weights.values() for table in tables)
+    return slab_memory(head.view) + 2 * count_dtype(count).itemsize * keys
+
+
+def slab_memory(view: View) -> int:
+    """Upper bound of the memory to decode the largest slab of a view, in bytes."""
+    return _SLAB_MEMORY * view.slab
 
 
 def _code_slab(
@@ -275,6 +315,35 @@ def _plane_names(exponents: int) -> list[str]:
     levels = range(exponents)
     bits = [f"bit{level + 1}" for level in levels]
     return ["zero", "sign", *(f"exponent{level}" for level in levels), *bits]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a stream begins with.
+
+    Args:
+        view: of the tensor.
+        exponents: number of exponents of magnitudes.
+        weights: of each plane's tables.
+    """
+
+    view: View
+    exponents: int
+    weights: dict[str, Weights]
+
+    @classmethod
+    def read(cls, reader: ByteReader, count: int) -> _Head:
+        """The head of a stream of `count` symbols, at least one.
+
+        Raises:
+            CorruptArtifactError: when it is damaged or of another count.
+        """
+        view = _read_view(reader, count)
+        exponents = reader.take(1, "the number of exponents")[0]
+        if exponents > _MAX_EXPONENT:
+            raise CorruptArtifactError(f"exponents up to {exponents}, above {_MAX_EXPONENT}")
+        weights = {name: _read_weights(reader, view) for name in _plane_names(exponents)}
+        return cls(view, exponents, weights)
 
 
 def _pack_weights(coding: PlaneEncoder, exponents: int) -> bytes:

@@ -8,21 +8,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.bits import ByteReader
+from lightning_compress.lcz import context
+from lightning_compress.lcz.bits import ByteReader, map_in_chunks
 from lightning_compress.lcz.codecs import decode_symbols
 from lightning_compress.lcz.floats import cast_words, narrowed
 from lightning_compress.lcz.header import MAX_BITS, MAX_CODEBOOK, MIN_BITS, TensorRecord
-from lightning_compress.lcz.raw_bits import Patterns, unpack_patterns
+from lightning_compress.lcz.raw_bits import DTYPES, Patterns, unpack_memory, unpack_patterns
 
 __all__ = [
-    "MASK_NEGATIVE_ZERO", "MASK_VALUE", "MASK_ZERO", "MAX_SYMBOLS", "StoredGrid", "decode_array",
-    "decode_levels", "decode_patterns", "negative_zero",
+    "MASK_NEGATIVE_ZERO", "MASK_VALUE", "MASK_ZERO", "MAX_SYMBOLS", "MOST_HEAD_BYTES",
+    "StoredGrid", "decode_array", "decode_levels", "decode_memory", "decode_words", "negative_zero",
 ]  # fmt: skip
 
 # From -255 to 255: every zero point that 8 bits allow, and every index of 0 in a codebook.
 MAX_SYMBOLS = 2 * (2**MAX_BITS - 1) + 1
 # The symbols of a mask; multiplying by a mask leaves -0.0.
 MASK_ZERO, MASK_VALUE, MASK_NEGATIVE_ZERO = 0, 1, 2
+MOST_HEAD_BYTES = context.HEAD_BYTES  # of a stream of symbols
 _NUMPY = {"float64": "f8", "float32": "f4", "float16": "f2", "complex64": "c8"}
 _NUMPY |= {"complex128": "c16", "bool": "?"}
 
@@ -89,9 +91,14 @@ class StoredGrid:
     def values(self, levels: NDArray[np.integer]) -> NDArray[np.float32]:
         """The float32 values of integer levels."""
         if self.is_codebook:
-            return self.floats[levels + np.int16(self._zero_index())]
-        with np.errstate(over="ignore"):
-            return levels.astype(np.float32) * self._along_axis(self.floats, levels.ndim)
+            places = np.int16(self._zero_index())
+            values = map_in_chunks(
+                lambda piece: self.floats[piece + places], levels.reshape(-1), np.float32
+            )
+            return values.reshape(levels.shape)
+        scales = self._along_axis(self.floats, levels.ndim)
+        with np.errstate(over="ignore"):  # the dtype: NumPy casts in small pieces
+            return np.multiply(levels, scales, dtype=np.float32)
 
     def _zero_index(self) -> int:
         return int(np.flatnonzero(self.floats == 0)[0])
@@ -120,21 +127,47 @@ def decode_array(record: TensorRecord, payload: bytes) -> NDArray:
     Raises:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
     """
-    if record.kind == "grid":
-        levels, grid = decode_levels(record, payload)
-        words = narrowed(grid.values(levels).reshape(-1), record.dtype)
-    else:
-        words = cast_words(decode_patterns(record, payload), record.storage, record.dtype)
+    words, _ = decode_words(record, payload)
     kind = _NUMPY.get(record.dtype, record.dtype if "int" in record.dtype else None)
     return (words if kind is None else words.view(np.dtype(kind))).reshape(record.shape)
 
 
-def decode_patterns(record: TensorRecord, payload: bytes) -> Patterns:
-    """The (N,) patterns of a record without a grid, in the dtype that they are stored in.
+def decode_words(record: TensorRecord, payload: bytes) -> tuple[Patterns, StoredGrid | None]:
+    """The (N,) patterns of a record in its dtype, and its grid if it has one.
 
     Raises:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
     """
+    if record.kind == "grid":
+        levels, grid = decode_levels(record, payload)
+        return narrowed(grid.values(levels).reshape(-1), record.dtype), grid
+    return cast_words(_decode_patterns(record, payload), record.storage, record.dtype), None
+
+
+def decode_memory(record: TensorRecord, head: bytes) -> int:
+    """Upper bound of the working memory to decode a tensor, beside its own, in bytes.
+
+    Symbols, levels and patterns of the whole tensor; all else is worked on in pieces.
+
+    Args:
+        record: of the tensor.
+        head: the first `MOST_HEAD_BYTES` of its symbols.
+
+    Raises:
+        CorruptArtifactError: naming the tensor, when the head does not fit its record.
+    """
+    work = (8 + 2 * DTYPES[record.storage].itemsize) * record.extent
+    work += unpack_memory(record.packing, record.extent)
+    if record.codec != "context":
+        return work
+    try:
+        return work + context.decode_memory(head, record.code_shape)
+    except CorruptArtifactError as error:
+        raise CorruptArtifactError(f"tensor {record.name!r}: {error}") from None
+
+
+def _decode_patterns(record: TensorRecord, payload: bytes) -> Patterns:
+    """The (N,) patterns of a record without a grid, in the dtype that they are stored in."""
     aux, data = payload[: record.aux_bytes], payload[record.aux_bytes :]
     try:
         bits = _DECODERS[record.kind](record, aux, data)
@@ -154,14 +187,26 @@ def decode_levels(record: TensorRecord, payload: bytes) -> tuple[NDArray[np.int1
     aux, data = payload[: record.aux_bytes], payload[record.aux_bytes :]
     try:
         grid = _read_grid(record, aux)
-        symbols = decode_symbols(record.codec, data, record.shape, limit=MAX_SYMBOLS)
-        levels = _signed_levels(symbols).reshape(record.shape)
-        low, high = grid.limits(len(record.shape))
-        if not ((levels >= low) & (levels <= high)).all():
+        levels = _decode_signed(record, data, record.shape, MAX_SYMBOLS).reshape(record.shape)
+        low, high = grid.limits(levels.ndim)
+        across = {
+            "axis": tuple(axis for axis in range(levels.ndim) if axis != grid.axis),
+            "keepdims": True,
+            "initial": 0,  # which every grid holds
+        }
+        if not ((levels.min(**across) >= low) & (levels.max(**across) <= high)).all():
             raise CorruptArtifactError(f"a symbol outside its grid of {grid.bits} bits")
     except CorruptArtifactError as error:
         raise CorruptArtifactError(f"tensor {record.name!r}: {error}") from None
     return levels, grid
+
+
+def _decode_signed(
+    record: TensorRecord, data: bytes, shape: tuple[int, ...], limit: int
+) -> NDArray[np.int16]:
+    """(N,) the levels of a record's symbols."""
+    symbols = decode_symbols(record.codec, data, shape, limit=limit)
+    return map_in_chunks(_signed_levels, symbols, np.int16)
 
 
 def _signed_levels(symbols: NDArray[np.uint16]) -> NDArray[np.int16]:
@@ -196,12 +241,11 @@ def _decode_plain(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:  #
 
 def _decode_codebook(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:
     book = np.frombuffer(aux[1:], f"<u{record.word}")
-    symbols = decode_symbols(record.codec, data, record.code_shape, limit=2 * MAX_CODEBOOK)
-    places = _signed_levels(symbols)
+    places = _decode_signed(record, data, record.code_shape, 2 * MAX_CODEBOOK)
     places += aux[0]
     if len(places) and not (places.min() >= 0 and places.max() < len(book)):
         raise CorruptArtifactError(f"a symbol outside its codebook of {len(book)}")
-    return book[places]
+    return map_in_chunks(book.take, places, book.dtype)
 
 
 def _decode_mask(record: TensorRecord, aux: bytes, data: bytes) -> Patterns:

@@ -5,12 +5,13 @@ The casts equal those of torch on the CPU: to nearest, ties to even, by way of f
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_compress.lcz.raw_bits import Patterns
+from lightning_compress.lcz.bits import map_in_chunks
+from lightning_compress.lcz.raw_bits import DTYPES, Patterns
 
 __all__ = ["cast_words", "narrowed", "widened"]
 
@@ -23,7 +24,15 @@ def cast_words(words: Patterns, source: str, target: str) -> Patterns:
     >>> cast_words(np.array([0x3F80], np.uint16), "bfloat16", "float32").view(np.float32)
     array([1.], dtype=float32)
     """
-    return words if source == target else narrowed(widened(words, source), target)
+    if source == target:
+        return words
+    return map_in_chunks(
+        lambda piece: narrowed(widened(piece, source), target), words, _word(target)
+    )
+
+
+def _word(name: str) -> np.dtype[np.unsignedinteger]:
+    return np.dtype(f"<u{DTYPES[name].itemsize}")
 
 
 def widened(words: Patterns, name: str) -> NDArray[np.floating]:
@@ -43,6 +52,12 @@ def widened(words: Patterns, name: str) -> NDArray[np.floating]:
 
 def narrowed(values: NDArray[np.floating], name: str) -> Patterns:
     """The patterns of values in a floating dtype, rounded to nearest, ties to even."""
+    if name == "float32":
+        return values.astype(np.float32, copy=False).view("<u4")
+    return map_in_chunks(partial(_narrowed, name=name), values, _word(name))
+
+
+def _narrowed(values: NDArray[np.floating], name: str) -> Patterns:
     if name == "float64":
         return values.astype(np.float64).view("<u8")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -52,8 +67,9 @@ def narrowed(values: NDArray[np.floating], name: str) -> Patterns:
             return words.view(f"<u{words.itemsize}")
     bits = single.view(np.uint32)
     if name == "bfloat16":
-        rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
-        return np.where(np.isnan(single), 0x7FC0, rounded).astype(np.uint16)
+        words = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16  # only NaNs overflow
+        words[np.isnan(single)] = 0x7FC0
+        return words.astype(np.uint16)
     return _to_eight_bits(single, name) | (bits >> 24 & 128).astype(np.uint8)
 
 

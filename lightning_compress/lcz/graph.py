@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
-from lightning_compress.lcz.bits import varint
+from lightning_compress.lcz.bits import map_in_chunks, varint
 from lightning_compress.lcz.container import Container
 from lightning_compress.lcz.decoding import decode_array, decode_levels
 from lightning_compress.lcz.header import TensorRecord, optional, read_records
@@ -119,6 +119,17 @@ class GraphRecord:
     def onnx_bytes(self) -> int:
         """Length of the ONNX file."""
         return self.plain + sum(gap.length(record) for gap, record in self.gaps)
+
+    def rows(self, sources: dict[str, int]) -> Iterator[tuple[Gap, TensorRecord, int]]:
+        """The gaps in the order of the model, each with its row and the offset of the payload.
+
+        Args:
+            sources: offsets of the payloads of the module's rows, by name.
+        """
+        offset = self.offset + self.stored
+        for gap, record in self.gaps:
+            yield gap, record, sources[gap.source] if gap.source else offset
+            offset += 0 if gap.source else record.payload_bytes
 
     def row(self) -> dict[str, Any]:
         """The header's entry, but for its rows."""
@@ -304,8 +315,8 @@ def assemble_onnx(graph: GraphRecord, container: Container, sources: dict[str, i
 def _model_chunks(
     graph: GraphRecord, container: Container, sources: dict[str, int], model: bytes
 ) -> Iterator[bytes]:
-    at, offset = 0, graph.offset + graph.stored
-    for gap, record in graph.gaps:
+    at = 0
+    for gap, record, start in graph.rows(sources):
         yield model[at : at + gap.skip]
         at += gap.skip
         length = gap.length(record)
@@ -313,9 +324,7 @@ def _model_chunks(
             raise CorruptArtifactError(
                 f"{length} bytes of {record.name!r} are not what the model has there"
             )
-        start = sources[gap.source] if gap.source else offset
         yield _gap_bytes(gap, record, container.read(start, record.payload_bytes))
-        offset += 0 if gap.source else record.payload_bytes
     yield model[at:]
 
 
@@ -327,19 +336,22 @@ def _gap_bytes(gap: Gap, record: TensorRecord, payload: bytes) -> bytes:
         values, _ = decode_levels(record, payload)
     else:
         values = decode_array(record, payload)
-    if gap.signs or gap.times != 1 or gap.plus or values.dtype == np.uint8:
-        values = values.astype(np.int64 if gap.times > 256 or abs(gap.plus) > 256 else np.int32)
     if gap.signs:
+        values = values.astype(np.int16, copy=False)  # levels are, others have eight bits
         along = np.moveaxis(values, gap.signs[0], 0)
         along[list(gap.signs[1:])] *= -1
-    flat = reorder_axes(values, gap)
-    if gap.times != 1 or gap.plus:
-        flat = flat * gap.times + gap.plus
     low, high = INTEGERS[gap.dtype]
-    if len(flat) and not (flat.min() >= low and flat.max() <= high):
-        raise CorruptArtifactError(f"{record.name!r} holds integers that are no {gap.dtype}")
+
+    def integers(piece: NDArray[np.integer]) -> NDArray[np.int64]:
+        found = piece.astype(np.int64) * gap.times + gap.plus
+        if not (found.min() >= low and found.max() <= high):
+            raise CorruptArtifactError(f"{record.name!r} holds integers that are no {gap.dtype}")
+        return found
+
+    dtype = np.dtype("int8" if gap.dtype in NIBBLES else gap.dtype).newbyteorder("<")
+    flat = map_in_chunks(integers, reorder_axes(values, gap), dtype)
     if gap.dtype not in NIBBLES:
-        return flat.astype(np.dtype(gap.dtype).newbyteorder("<")).tobytes()
+        return flat.tobytes()
     nibbles = np.zeros((len(flat) + 1) // 2 * 2, np.uint8)
-    nibbles[: len(flat)] = flat & 15
+    nibbles[: len(flat)] = flat.view(np.uint8) & np.uint8(15)
     return (nibbles[::2] | nibbles[1::2] << 4).tobytes()

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_compress.lcz.artifact import MAX_BYTES
 from lightning_compress.lcz.container import read_stream
 from lightning_compress.lcz.module_state import Contents, check_tensor
-from lightning_compress.lcz.read import check_fit, check_size, read_artifact
+from lightning_compress.lcz.read import check_fit, read_artifact
 from lightning_compress.lcz.write import Encoding, contents_bytes
 from lightning_compress.state import Grid
 
@@ -54,7 +54,7 @@ def tensors_from_bytes(
     [0.0, 1.5]
     """
     artifact = read_artifact(read_stream(io.BytesIO(data), verify=True))
-    check_size(artifact.records, max_bytes)
+    artifact.file.check_size(max_bytes)
     if like is not None:
         check_fit(artifact.records, like)
     return {name: tensor for name, tensor, _ in artifact.decoded()}

@@ -11,12 +11,13 @@ from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz.channel_record import KEY as CHANNELS
 from lightning_compress.lcz.channel_record import ChannelRecord, read_channels
 from lightning_compress.lcz.container import Container, read_container
+from lightning_compress.lcz.decoding import MOST_HEAD_BYTES, decode_memory
 from lightning_compress.lcz.graph import GraphRecord, read_graphs
 from lightning_compress.lcz.header import TensorRecord, optional, read_records
 from lightning_compress.lcz.layer_grids import LayerGrid, read_layer_grids
 from lightning_compress.lcz.raw_bits import DTYPES
 
-__all__ = ["MAX_BYTES", "OpenFile", "check_header", "check_size", "open_file"]
+__all__ = ["MAX_BYTES", "OpenFile", "check_header", "open_file"]
 
 _MAX_LAYERS = 1 << 15
 _FREE_MEMORY = 1 << 26  # bytes to decode with that any process has
@@ -48,6 +49,48 @@ class OpenFile:
             if record.kind != "tied":
                 yield record, self.container.read(offset, record.payload_bytes)
                 offset += record.payload_bytes
+
+    def check_size(self, most: int, workers: int = 1) -> None:
+        """Reject a file whose tensors, and the memory to decode them, would take over `most` bytes.
+
+        Args:
+            most: bytes.
+            workers: threads; each decodes a tensor of its own.
+
+        Raises:
+            CorruptArtifactError: when they would.
+        """
+        offsets = self.offsets()
+        stored = [(one, offsets[one.name]) for one in self.records if one.kind != "tied"]
+        plain = sum(one.extent * DTYPES[one.dtype].itemsize for one in self.records)
+        self._check_memory(plain, stored, most, workers)
+
+    def check_graph_size(self, graph: GraphRecord, most: int) -> None:
+        """The same for the model of one graph, and its rows.
+
+        Raises:
+            CorruptArtifactError: when they would.
+        """
+        stored = [(record, offset) for _, record, offset in graph.rows(self.offsets())]
+        self._check_memory(graph.onnx_bytes, stored, most)
+
+    def _check_memory(
+        self, plain: int, stored: list[tuple[TensorRecord, int]], most: int, workers: int = 1
+    ) -> None:
+        if plain > most:
+            raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
+        works = sorted((self._decode_memory(*one) for one in stored), reverse=True)
+        work = sum(works[:workers])
+        if plain + max(work - _FREE_MEMORY, 0) > most:
+            raise CorruptArtifactError(
+                f"{plain} bytes of tensors and {work} bytes to decode them, above max_bytes={most}"
+            )
+
+    def _decode_memory(self, record: TensorRecord, offset: int) -> int:
+        head = self.container.read(
+            offset + record.aux_bytes, min(record.symbol_bytes, MOST_HEAD_BYTES)
+        )
+        return decode_memory(record, head)
 
     def offsets(self) -> dict[str, int]:
         """Where the payloads of the module's tensors begin, by name."""
@@ -100,38 +143,3 @@ def _bounded(entry: object) -> object:
     if isinstance(entry, dict) and len(entry) > _MAX_LAYERS:
         raise CorruptArtifactError(f"activations of {len(entry)} layers, above {_MAX_LAYERS}")
     return entry
-
-
-def _decode_memory(record: TensorRecord) -> int:
-    """Upper bound of the working memory to decode a tensor, beside its own, in bytes."""
-    if record.packing in ("coded", "octaves") or record.codec == "context":
-        return 160 * record.extent
-    return (40 if record.codec else 4 * DTYPES[record.dtype].itemsize) * record.extent
-
-
-def check_size(
-    records: list[TensorRecord], most: int, workers: int = 1, plain: int | None = None
-) -> None:
-    """Reject a file whose tensors, and the memory to decode them, would take over `most` bytes.
-
-    Args:
-        records: of the file.
-        most: bytes.
-        workers: threads; each decodes a tensor of its own.
-        plain: bytes of what the tensors are put into; None: they are the result.
-
-    Raises:
-        CorruptArtifactError: when they would.
-    """
-    if plain is None:
-        plain = sum(record.extent * DTYPES[record.dtype].itemsize for record in records)
-    works = sorted(
-        (_decode_memory(record) for record in records if record.kind != "tied"), reverse=True
-    )
-    work = sum(works[:workers])
-    if plain > most:
-        raise CorruptArtifactError(f"{plain} bytes of tensors, above max_bytes={most}")
-    if plain + max(work - _FREE_MEMORY, 0) > most:
-        raise CorruptArtifactError(
-            f"{plain} bytes of tensors and {work} bytes to decode them, above max_bytes={most}"
-        )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz.bits import chunks
 
 __all__ = ["BitDecoder", "BitEncoder", "decode_static", "encode_static"]
 
@@ -85,11 +86,13 @@ def decode_static(data: bytes, frequencies: NDArray[np.int64], count: int) -> ND
     Raises:
         CorruptArtifactError: when no encoder made the stream, or bytes are left.
     """
-    coder = _from_bytes(data)
-    symbols = _decode_with(coder, _categorical(frequencies), count)
+    coder, model = _from_bytes(data), _categorical(frequencies)
+    symbols = np.empty(count, np.uint16)
+    for piece in chunks(count):
+        symbols[piece] = _decode_with(coder, model, piece.stop - piece.start)
     if not coder.maybe_exhausted():
         raise CorruptArtifactError("bytes after the end of a range-coded stream")
-    return symbols.astype(np.uint16)
+    return symbols
 
 
 def _categorical(frequencies: NDArray[np.int64]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from lightning_compress.errors import CorruptArtifactError
 from lightning_compress.lcz import context
-from lightning_compress.lcz.bits import ByteReader, count_values, varint
+from lightning_compress.lcz.bits import ByteReader, count_values, map_in_chunks, varint
+from lightning_compress.lcz.context_model import View
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES", "PACKINGS", "Dtype", "dtype_name", "from_patterns", "inflate", "pack_patterns",
-    "patterns", "unpack_patterns", "without_negative_zeros", "word_size",
+    "patterns", "unpack_memory", "unpack_patterns", "without_negative_zeros", "word_size",
 ]  # fmt: skip
 
 
@@ -196,6 +198,11 @@ def _unpack_octaves(data: bytes, count: int) -> Patterns:
     over = np.zeros(1, np.uint8) if count == 1 else _decode_plane(reader, count)
     if reader.rest():
         raise CorruptArtifactError("bytes after the end of sixteenths of an octave")
+    return map_in_chunks(partial(_octave_words, least=least), over, np.uint32)
+
+
+def _octave_words(over: NDArray[np.uint8], least: int) -> Patterns:
+    """Float32 words of 2^(k/16), given what each k is over the least one."""
     sixteenths = least + over.astype(np.int64)
     exponents = sixteenths // 16 + _FIRST_OCTAVE
     if not _is_normal(exponents):
@@ -232,10 +239,10 @@ def _decode_plane(reader: ByteReader, count: int) -> NDArray[np.uint8]:
     length = reader.varint(limit=count, what="the length of a coded plane")
     if not length:
         return np.frombuffer(reader.take(count, "a plane"), np.uint8)
-    symbols = context.decode(reader.take(length, "a coded plane"), (count,))
+    symbols = context.decode(reader.take(length, "a coded plane"), (count,), one_axis=True)
     if symbols.min() < 1 or symbols.max() > 256:
         raise CorruptArtifactError("a coded plane holds a symbol that is no byte")
-    return ((symbols - 1) // 2 | (symbols & 1) << 7).astype(np.uint8)
+    return map_in_chunks(lambda piece: (piece - 1) // 2 | (piece & 1) << 7, symbols, np.uint8)
 
 
 def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Patterns:
@@ -251,13 +258,21 @@ def unpack_patterns(packing: str, data: bytes, count: int, size: int) -> Pattern
         return _unpack_octaves(data, count)
     if packing == "coded" and count:
         reader = ByteReader(data)
-        planes = np.stack([_decode_plane(reader, count) for _ in range(size)])
+        words = np.empty((count, size), np.uint8)
+        for byte in range(size):
+            words[:, byte] = _decode_plane(reader, count)
         if reader.rest():
             raise CorruptArtifactError("bytes after the end of coded planes")
-        return planes.T.copy().reshape(-1).view(f"<u{size}")
+        return words.reshape(-1).view(f"<u{size}")
     if len(data) != count * size:
         raise CorruptArtifactError(f"{len(data)} bytes where {count * size} belong")
     return np.frombuffer(bytearray(data), f"<u{size}")
+
+
+def unpack_memory(packing: str, count: int) -> int:
+    """Memory in bytes to unpack coded planes of `count` symbols, beside the symbols."""
+    coded = packing in ("coded", "octaves") and count > 0
+    return context.slab_memory(View(count, 1, 1)) if coded else 0
 
 
 def inflate(data: bytes, length: int) -> bytes:

@@ -15,13 +15,13 @@ from lightning_compress.lcz.channel_record import ChannelRecord
 from lightning_compress.lcz.container import Container
 from lightning_compress.lcz.header import TensorRecord
 from lightning_compress.lcz.module_state import read_activations, shared_memory
-from lightning_compress.lcz.opening import OpenFile, check_header, check_size, open_file
+from lightning_compress.lcz.opening import OpenFile, check_header, open_file
 from lightning_compress.lcz.parallel import parallel_map, with_progress
 from lightning_compress.lcz.raw_bits import dtype_name, patterns
 from lightning_compress.lcz.tensors import decode_tensor
 from lightning_compress.state import ActivationGrids, Grid
 
-__all__ = ["Artifact", "check_fit", "check_shared", "check_size", "open_artifact", "read_artifact"]
+__all__ = ["Artifact", "check_fit", "check_shared", "open_artifact", "read_artifact"]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from lightning_compress.lcz.decoding import (
     MASK_VALUE,
     MASK_ZERO,
     StoredGrid,
-    decode_levels,
-    decode_patterns,
+    decode_words,
     negative_zero,
 )
 from lightning_compress.lcz.header import MAX_CODEBOOK, TensorRecord
@@ -237,10 +236,6 @@ def decode_tensor(record: TensorRecord, payload: bytes) -> tuple[Tensor, Grid | 
     Raises:
         CorruptArtifactError: naming the tensor, when the payload does not fit its record.
     """
-    dtype = getattr(torch, record.dtype)
-    if record.kind == "grid":
-        steps, stored = decode_levels(record, payload)
-        grid = from_stored(stored)
-        return grid.dequantize(torch.from_numpy(steps), dtype), grid
-    bits = decode_patterns(record, payload)
-    return from_patterns(bits, getattr(torch, record.storage), record.shape).to(dtype), None
+    words, grid = decode_words(record, payload)
+    tensor = from_patterns(words, getattr(torch, record.dtype), record.shape)
+    return tensor, None if grid is None else from_stored(grid)

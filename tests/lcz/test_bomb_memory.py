@@ -132,3 +132,61 @@ def test_all_are_refused_that_decode_to_more(peaks):
     graphs = {name for name, (_, said) in peaks.items() if said[2] == "CorruptArtifactError"}
     assert "deflated-graph" in graphs
     assert {"many-channels", "deep-lists", "long-number", "longer-than-allowed"} <= refused
+
+
+LARGE = 1 << 23
+DECODE = """
+import os, resource, sys
+from pathlib import Path
+from lightning_compress.lcz.arrays import read_arrays
+for path in sorted(Path(sys.argv[1]).glob("*.lcz")):
+    if os.fork():  # a process of its own, whose peak begins at what is imported
+        assert os.wait()[1] == 0
+        continue
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    read_arrays(path, max_bytes=int(sys.argv[2]))
+    print(path.stem, peak() - before, flush=True)
+    os._exit(0)
+"""
+
+
+def large(kind, codec):
+    """A float32 tensor of `LARGE` elements, an eighth of them not 0."""
+    symbols = (np.arange(LARGE) % 8 == 0).astype(np.uint16)
+    data = codecs.CODECS[codec].encode(symbols, (LARGE,))
+    row = {"n": "a", "s": [LARGE], "d": "float32", "k": kind, "c": codec, "l": len(data)}
+    if kind == "codebook":
+        aux = b"\1" + np.arange(2, dtype="<f4").tobytes()
+    else:
+        aux = np.ones(1 if kind == "grid" else LARGE // 8, "<f4").tobytes()
+        row["p"] = "bytes"
+    row |= {"q": [8, 1]} if kind == "grid" else {}
+    return {"tensors": [{**row, "a": len(aux)}]}, aux + data
+
+
+FORMS = {
+    **{f"grid-{codec}": lambda codec=codec: large("grid", codec)
+       for codec in ("raw", "arithmetic", "huffman", "rle_huffman", "relative_index")},
+    "codebook": lambda: large("codebook", "raw"),
+    "mask": lambda: large("mask", "raw"),
+    "planes": lambda: one_row(zlib.compress(bytes(4 * LARGE), 1), LARGE, "float32"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rises(tmp_path_factory):
+    """By form: how far the peak rose while a large tensor was read."""
+    folder = tmp_path_factory.mktemp("large")
+    for name, build in FORMS.items():
+        header, payload = build()
+        write_container(folder / f"{name}.lcz", header, [payload])
+    words = [sys.executable, "-c", DECODE, str(folder), str(16 * LARGE)]
+    job = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    return {name: int(rise) for name, rise in map(str.split, job.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_large_tensor_is_decoded_in_pieces(rises, form):
+    result, symbols_and_levels = 4 * LARGE, 5 * LARGE
+    assert rises[form] < result + symbols_and_levels + 16 * MEBIBYTE

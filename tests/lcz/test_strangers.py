@@ -4,12 +4,14 @@ import copy
 import os
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lightning_compress.channels.resize import match_channels, sizes_of_layers
 from lightning_compress.errors import CorruptArtifactError
+from lightning_compress.lcz import context
 from lightning_compress.lcz.artifact import (
     inspect_compressed,
     load_compressed,
@@ -17,7 +19,9 @@ from lightning_compress.lcz.artifact import (
     save_compressed,
     write_tensors,
 )
+from lightning_compress.lcz.bits import varint
 from lightning_compress.lcz.container import read_container, write_container
+from lightning_compress.lcz.raw_bits import unpack_patterns
 from lightning_compress.state import RemovedChannels, note_removed, removed_channels
 
 
@@ -249,14 +253,44 @@ def test_many_tensors_count_together(tmp_path):
         inspect_compressed(path)
 
 
-@pytest.mark.parametrize("codec", ["raw", "context"])
-def test_the_bound_on_what_is_read_counts_the_memory_of_decoding(tmp_path, codec):
+def test_the_bound_on_what_is_read_counts_the_memory_of_decoding(tmp_path):
     path = tmp_path / "a.lcz"
-    info = write_tensors({"a": torch.zeros(1 << 22, dtype=torch.bool)}, path, codec)
+    info = write_tensors({"a": torch.zeros(1 << 22, dtype=torch.bool)}, path, "context")
     assert info.bytes < 300
     with pytest.raises(CorruptArtifactError, match="bytes to decode them, above max_bytes=8388608"):
         read_tensors(path, max_bytes=1 << 23)
     assert len(read_tensors(path, max_bytes=1 << 30)["a"]) == 1 << 22
+
+
+HEADS = {
+    "counts of every pair of axes": varint(4) + varint(1 << 18) + bytes([11, *[63, *[1] * 6] * 24]),
+    "one slab": varint(1 << 24) + varint(1) + bytes([11]),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_contexts_that_a_stream_asks_for_count(tmp_path, head):
+    path, count, most = tmp_path / "a.lcz", 1 << 24, 1 << 30
+    plain = context.encode(np.zeros(count, np.uint16), (count,))
+    assert context.decode_memory(plain, (count,)) < most < context.decode_memory(head, (count,))
+    row = {"n": "a", "s": [count], "d": "uint8", "k": "codebook", "c": "context", "a": 2}
+    write_container(path, {"tensors": [{**row, "l": len(head)}]}, [bytes(2), head])
+    with pytest.raises(CorruptArtifactError, match="to decode them, above max_bytes"):
+        read_tensors(path, max_bytes=most)
+
+
+def test_a_damaged_head_of_contexts_names_its_tensor(tmp_path):
+    path, head = tmp_path / "a.lcz", varint(3) + varint(1) + bytes([0])
+    row = {"n": "a.b", "s": [64], "d": "uint8", "k": "codebook", "c": "context", "a": 2}
+    write_container(path, {"tensors": [{**row, "l": len(head)}]}, [bytes(2), head])
+    with pytest.raises(CorruptArtifactError, match=r"'a\.b': 64 symbols in rows of 3 x 1"):
+        read_tensors(path)
+
+
+def test_a_coded_plane_has_one_axis():
+    data = context.encode(np.ones(64, np.uint16), (4, 4, 4))
+    with pytest.raises(CorruptArtifactError, match=r"64 symbols seen as \(4, 4, 4\)"):
+        unpack_patterns("coded", varint(len(data)) + data, 64, 1)
 
 
 def test_grids_of_very_many_layers_are_refused_at_once(tmp_path):
