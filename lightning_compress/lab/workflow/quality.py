@@ -61,6 +61,8 @@ METRICS = {
     "samples": Metric("images drawn", "neither"),
     "mel_distance": Metric("log-mel distance", "lower"),
     "stft_distance": Metric("multi-resolution STFT distance", "lower"),
+    "l1": Metric("mean absolute difference", "lower"),
+    "ssim": Metric("structural similarity", "higher"),
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
