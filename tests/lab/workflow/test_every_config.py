@@ -304,7 +304,7 @@ OWN_ARGUMENTS = {
     "digit_rows": ["model=recurrent_vae", "model.hidden=16"],
     "digits": [],
     "audio_folder": ["model=vocoder"],
-    "glyph_pairs": ["model=pix2pix"],
+    "glyph_pairs": ["model=pix2pix", "data.test_fraction=0.2"],
 }
 OWN_METRICS = {
     "audio_folder": "mel_distance",
