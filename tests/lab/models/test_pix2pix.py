@@ -156,6 +156,9 @@ def test_the_recipe_runs_from_fonts_to_results(run):
     page = write_report([folder]).read_text(encoding="utf-8")
     assert "mean absolute difference" in page
     assert "structural similarity" in page
+    assert page.count("Conditions") >= 1
+    for side in ("condition", "real", "dense", "compressed"):
+        assert (folder / results["samples"][side]).is_file()
 
 
 def test_the_files_give_the_models_images(run):
@@ -166,5 +169,3 @@ def test_the_files_give_the_models_images(run):
     session = onnx_session(folder / "compressed" / "generator.onnx")
     (made,) = session.run(None, {session.get_inputs()[0].name: (2 * x - 1).numpy()})
     assert np.abs(model.outputs(x).detach().numpy() - (made + 1) / 2).max() < 1e-3
-    for side in ("dense", "compressed", "real"):
-        assert (folder / f"samples_{side}.png").is_file()
