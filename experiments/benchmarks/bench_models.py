@@ -59,6 +59,9 @@ MODELS = {
         "val/mel_loss",
         "speech prompts, 8 kHz",
     ),
+    "pix2pix": Model(
+        "pix2pix", ("l1", "ssim", "fid"), "val/l1", "glyphs in two typefaces, 32 x 32"
+    ),
     "flow_matching": Model(
         "flow_matching", ("fid", "kid", "precision", "recall"), "val/flow_loss", "digits, 16 steps"
     ),

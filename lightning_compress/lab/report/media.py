@@ -1,8 +1,9 @@
 """Samples of a run as the page shows them: the file's suffix says whether they are seen or heard.
 
 `results.json` names them under `samples`: a key, and a file in the run's folder. `grid` is the
-comparison, `dense` and `compressed` are its two sides, `real` what they should be; further ones are
-`dense_<name>`, `compressed_<name>` and `real_<name>`. Nothing here knows what a model draws.
+comparison, `dense` and `compressed` are its two sides, `real` what they should be and `condition`
+what they were made from; further ones are `dense_<name>`, `compressed_<name>` and so on. Nothing
+here knows what a model draws.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ AUDIO_TYPES = {
 MOST_BYTES = 1 << 25  # of a sample file
 MOST_FILES = 40  # of one run
 CAPTIONS = {
-    "grid": "Samples from the same latents: each dense row above its compressed row",
+    "grid": "Samples from the same latents or conditions: each dense row above its compressed row",
     "dense": "Dense samples",
     "compressed": "Compressed samples",
     "real": "Real samples",
+    "condition": "Conditions",
 }
 
 
@@ -70,6 +72,7 @@ class SampleView:
         dense: one side.
         compressed: the other side.
         real: what they should be, where that is known.
+        condition: what they were made from, where that can be shown.
     """
 
     title: str = ""
@@ -77,11 +80,12 @@ class SampleView:
     dense: Sample | None = None
     compressed: Sample | None = None
     real: Sample | None = None
+    condition: Sample | None = None
 
     @property
     def sides(self) -> list[Sample]:
-        """Both sides and the real one, as far as they are there."""
-        every = (self.real, self.dense, self.compressed)
+        """Both sides, the condition and the real one, as far as they are there."""
+        every = (self.condition, self.real, self.dense, self.compressed)
         return [one for one in every if one is not None]
 
     @property

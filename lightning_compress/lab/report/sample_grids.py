@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,7 @@ GAP = 2  # pixels between tiles
 # As in the plots, the blue a little lighter: a label must read on white and on black.
 DENSE_COLOUR = (30, 136, 200, 255)
 COMPRESSED_COLOUR = (213, 94, 0, 255)
+GIVEN_COLOUR = (128, 128, 128, 255)
 
 
 def _tiles(images: Tensor, name: str) -> list[Image.Image]:
@@ -88,12 +90,18 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def save_comparison(
-    dense: Tensor, compressed: Tensor, path: str | Path, *, columns: int = 8
+    dense: Tensor,
+    compressed: Tensor,
+    path: str | Path,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    columns: int = 8,
 ) -> Path:
     """Save dense and compressed samples (N, C, H, W) in [0, 1], drawn from the same latents.
 
     Each row of dense images stands directly above the row of compressed ones that belongs to
-    it, and both are labelled. The background is transparent.
+    it, below those that both were given (by name, N as many), and all are labelled. The background
+    is transparent.
 
     Raises:
         ValueError: when the shapes differ, or as for `save_grid`.
@@ -105,7 +113,11 @@ def save_comparison(
         )
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    sides = [
+    uneven = [name for name, images in (given or {}).items() if len(images) != len(dense)]
+    if uneven:
+        raise ValueError(f"{uneven[0]} must be {len(dense)} images, as many as there are samples")
+    sides = [(name, GIVEN_COLOUR, _tiles(images, name)) for name, images in (given or {}).items()]
+    sides += [
         ("dense", DENSE_COLOUR, _tiles(dense, "dense")),
         ("compressed", COMPRESSED_COLOUR, _tiles(compressed, "compressed")),
     ]
@@ -116,18 +128,18 @@ Side = tuple[str, tuple[int, int, int, int], list[Image.Image]]
 
 
 def _compare(sides: list[Side], columns: int) -> Image.Image:
-    """Draw pairs of rows: the first side above, the second below, a wider gap between pairs."""
+    """Draw rows of all sides, one below the other, a wider gap between their groups."""
     font, count = _font(), len(sides[0][2])
     width, height = sides[0][2][0].size
     margin = 18 + math.ceil(max(font.getlength(name) for name, _, _ in sides))
-    pair = 2 * (height + GAP) + 8
+    group = len(sides) * (height + GAP) + 8
     rows = math.ceil(count / columns)
-    size = (margin + columns * (width + GAP) - GAP, rows * pair - 8 - GAP)
+    size = (margin + columns * (width + GAP) - GAP, rows * group - 8 - GAP)
     canvas = Image.new("RGBA", size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for row in range(rows):
         for place, (name, colour, tiles) in enumerate(sides):
-            top = row * pair + place * (height + GAP)
+            top = row * group + place * (height + GAP)
             draw.text((0, top + height / 2), name, font=font, fill=colour, anchor="lm")
             draw.rectangle((margin - 8, top, margin - 5, top + height - 1), fill=colour)
             _paste_row(canvas, tiles[row * columns : (row + 1) * columns], margin, top)

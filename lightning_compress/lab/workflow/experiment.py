@@ -303,17 +303,19 @@ def _write_samples(
     if evaluator.kind == "classifier" or evaluator.data.kind == "tokens":
         return {}
     with fake_quantized(compressed):
-        made = [evaluator.shown(model, SHOWN_SAMPLES) for model in (dense, compressed)]
-    made += evaluator.targets(SHOWN_SAMPLES)
-    grids = [evaluator.data.as_images(samples) for samples in made]
-    names = {"dense": "samples_dense.png", "compressed": "samples_compressed.png"}
-    if len(grids) > len(names):
-        names["real"] = "samples_real.png"
-    for images, name in zip(grids, names.values(), strict=True):
-        save_grid(images, folder / name)
-    save_comparison(grids[0], grids[1], folder / "samples.png")
+        made = {
+            side: evaluator.shown(model, SHOWN_SAMPLES)
+            for side, model in (("dense", dense), ("compressed", compressed))
+        }
+    made |= evaluator.given(SHOWN_SAMPLES)
+    grids = {side: evaluator.data.as_images(samples) for side, samples in made.items()}
+    names = {side: f"samples_{side}.png" for side in grids}
+    for side, images in grids.items():
+        save_grid(images, folder / names[side])
+    given = {side: grids[side] for side in ("condition", "real") if side in grids}
+    save_comparison(grids["dense"], grids["compressed"], folder / "samples.png", given=given)
     files: dict[str, str] = {}
-    for samples, side in zip(made, names, strict=True):
+    for side, samples in made.items():
         for suffix, content in evaluator.data.sample_files(samples).items():
             name = files[f"{side}_{suffix}"] = f"samples_{side}_{suffix}"
             write_atomically(folder / name, content, what="a sample")

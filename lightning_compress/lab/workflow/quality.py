@@ -61,6 +61,8 @@ METRICS = {
     "samples": Metric("images drawn", "neither"),
     "mel_distance": Metric("log-mel distance", "lower"),
     "stft_distance": Metric("multi-resolution STFT distance", "lower"),
+    "l1": Metric("mean absolute difference", "lower"),
+    "ssim": Metric("structural similarity", "higher"),
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
@@ -186,9 +188,12 @@ class Evaluator:
             return outputs(model, rows(self.data.test_dataset)[0][:count])
         return generate(model, count)
 
-    def targets(self, count: int) -> list[Tensor]:
-        """Of a conditional model: the real samples of the first test conditions, as one tensor."""
-        return [rows(self.data.test_dataset)[1][:count]] if self.data.paired else []
+    def given(self, count: int) -> dict[str, Tensor]:
+        """Of a conditional model: what the first samples should be; images also what from."""
+        if not self.data.paired:
+            return {}
+        x, y = (part[:count] for part in rows(self.data.test_dataset))
+        return {"real": y, "condition": x} if self.data.kind == "image_pairs" else {"real": y}
 
     def monitor(self, model: Any) -> dict[str, float]:
         """A quick kernel distance on the validation split, for the curve over time.

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lightning_compress.lab import data as data_package
 from lightning_compress.lab.data import SplitDataModule
+from tests.helpers.fonts import CHARACTERS, SANS, SERIF
 from tests.helpers.sounds import chirps
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "data").glob("*.yaml"))
@@ -73,6 +74,7 @@ def sources(tmp_path):
         "digits": {},
         "digit_rows": {},
         "audio_folder": {"folder": str(chirps(tmp_path / "sounds", 20))},
+        "glyph_pairs": {"source": SANS, "target": SERIF, "characters": CHARACTERS},
     }
 
 

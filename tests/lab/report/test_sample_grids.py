@@ -38,15 +38,20 @@ def test_grid_holds_every_image_in_order(tmp_path, shape, scale, columns):
     assert (picture[..., 3] == 255).sum() == len(images) * height * width
 
 
-def test_comparison_puts_each_dense_row_above_its_compressed_row(tmp_path):
-    dense, compressed = torch.rand(2, 10, 1, 16, 16)
-    picture = pixels(save_comparison(dense, compressed, tmp_path / "c.png", columns=4))
+@pytest.mark.parametrize("given", [(), ("condition", "real")])
+def test_comparison_puts_each_dense_row_above_its_compressed_row(tmp_path, given):
+    dense, compressed, *others = torch.rand(2 + len(given), 10, 1, 16, 16)
+    above = dict(zip(given, others, strict=True))
+    made = save_comparison(dense, compressed, tmp_path / "c.png", given=above, columns=4)
+    picture = pixels(made)
     left = picture.shape[1] - (4 * 50 - 2)
     assert left > 60  # room for the labels
+    sides = [*others, dense, compressed]
     for index in range(10):
         x = left + index % 4 * 50
-        y = index // 4 * (2 * 50 + 8)
-        for images, top in ((dense, y), (compressed, y + 50)):
+        y = index // 4 * (len(sides) * 50 + 8)
+        for place, images in enumerate(sides):
+            top = y + 50 * place
             tile = picture[top : top + 48, x : x + 48, :3]
             np.testing.assert_array_equal(tile, block(images[index], 3))
     labels = picture[:, : left - 10]
@@ -85,3 +90,5 @@ def test_wrong_arguments_are_refused(tmp_path):
         save_comparison(images, images, tmp_path / "a.png", columns=-1)
     with pytest.raises(ValueError, match="same latents"):
         save_comparison(images, images[:1], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="real must be 2 images"):
+        save_comparison(images, images, tmp_path / "a.png", given={"real": images[:1]})

@@ -27,6 +27,7 @@ from lightning_compress.lab.workflow.training import (
     compression_callbacks,
     load_trained,
 )
+from tests.helpers.fonts import GLYPHS
 from tests.helpers.sounds import chirps
 
 QUICK = [
@@ -40,7 +41,11 @@ QUICK = [
 ]
 TO_THE_END = "compression.prune.end=1.0"  # else a run of two batches is over too late for it
 MODEL_OF = {"distill_gan": "dcgan", "distill_steps": "flow_matching"}
-DATA_OF = {"recurrent_vae": "digit_rows", "vocoder": "audio_folder"}
+DATA_OF = {
+    "recurrent_vae": "digit_rows",
+    "vocoder": "audio_folder",
+    "pix2pix": "glyph_pairs",
+}
 
 
 # What runs to the end in `make test`: together an autoencoder, a GAN and a recurrent model.
@@ -108,15 +113,18 @@ def sounds(tmp_path_factory):
     return chirps(tmp_path_factory.mktemp("sounds"), 90, seconds=0.5)
 
 
-def sounding(words, sounds):
-    """The words, with the folder of sounds where they choose data of that kind."""
-    chosen = {"data=audio_folder", "experiment=vocoder"} & set(words)
-    return [*words, f"data.folder={sounds}"] if chosen else words
+def fed(words, sounds):
+    """The words, with sounds or fonts where they choose data of that kind."""
+    if {"data=audio_folder", "experiment=vocoder"} & set(words):
+        return [*words, f"data.folder={sounds}"]
+    if {"data=glyph_pairs", "experiment=pix2pix"} & set(words):
+        return [*words, *GLYPHS, "data.image_size=16"]
+    return words
 
 
 @pytest.mark.parametrize("model", names("model"))
 def test_each_model_is_instantiated(model, sounds):
-    words = sounding([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds)
+    words = fed([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds)
     made, _ = instantiated(composed(*words, "model.width_multiplier=0.25"))
     for part, inputs in made.eval().parts().values():
         part(*inputs)
@@ -125,7 +133,7 @@ def test_each_model_is_instantiated(model, sounds):
 @pytest.mark.parametrize("data", names("data"))
 def test_each_data_set_is_instantiated(folders, known_files, sounds, data):
     words = ["model.width_multiplier=0.25", f"data={data}", "data.batch_size=8"]
-    words = sounding(words, sounds)
+    words = fed(words, sounds)
     words += [one.format(folders) for one in OWN_ARGUMENTS[data]]
     model, made = instantiated(composed(*words))
     batch = next(iter(made.train_dataloader()))
@@ -183,7 +191,7 @@ def test_each_logger_is_instantiated(tmp_path, logger):
 
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_each_experiment_is_instantiated(folders, sounds, experiment):
-    words = sounding([f"experiment={experiment}", "model.width_multiplier=0.25"], sounds)
+    words = fed([f"experiment={experiment}", "model.width_multiplier=0.25"], sounds)
     if experiment.startswith("fashion"):
         words += [f"data.folder={folders}/idx", "data.val_size=20"]
     instantiated(composed(*words))
@@ -195,7 +203,7 @@ def test_each_model(tmp_path, cache, sounds, model):
     _, results = run(
         tmp_path,
         cache,
-        *sounding([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds),
+        *fed([f"model={model}", f"data={DATA_OF.get(model, 'digits')}"], sounds),
         "model.width_multiplier=0.25",
         "export.onnx=true",
     )
@@ -296,12 +304,17 @@ OWN_ARGUMENTS = {
     "digit_rows": ["model=recurrent_vae", "model.hidden=16"],
     "digits": [],
     "audio_folder": ["model=vocoder"],
+    "glyph_pairs": ["model=pix2pix", "data.test_fraction=0.2"],
 }
+OWN_METRICS = {
+    "audio_folder": "mel_distance",
+    "glyph_pairs": "l1",
+}  # of models that make something of the data's conditions
 
 
 @pytest.mark.parametrize("data", runs("data"))
 def test_each_data_set(folders, cache, known_files, sounds, data):
-    overrides = sounding([f"data={data}"], sounds)
+    overrides = fed([f"data={data}"], sounds)
     overrides += [one.format(folders) for one in OWN_ARGUMENTS[data]]
     _, results = run(
         folders / "run",
@@ -312,8 +325,8 @@ def test_each_data_set(folders, cache, known_files, sounds, data):
         *overrides,
     )
     quality = results["compressed"]["quality"]
-    if data == "audio_folder":
-        assert quality["mel_distance"] > 0
+    if data in OWN_METRICS:
+        assert quality[OWN_METRICS[data]] > 0
     else:
         assert quality["neg_elbo"] == pytest.approx(quality["reconstruction"] + quality["kl"])
     assert ("perplexity" in quality) == (data == "text_lines")
@@ -434,13 +447,13 @@ READERS = {
 @pytest.mark.filterwarnings("ignore:.*zeros went with removed channels")
 @pytest.mark.parametrize("experiment", runs("experiment"))
 def test_each_experiment_composes_and_runs_small(folders, cache, sounds, experiment):
-    overrides = sounding([f"experiment={experiment}", "trainer.limit_train_batches=12"], sounds)
+    overrides = fed([f"experiment={experiment}", "trainer.limit_train_batches=12"], sounds)
     overrides = [
         word for word in overrides if not word.startswith("experiment=")
     ]  # criteria look at some gradients first
     if experiment.startswith("fashion"):
         overrides += [f"data.folder={folders}/idx", "data.val_size=20"]
-    if experiment == "fashion_vae_fast":  # of so narrow a model too few channels are free
+    if experiment in ("fashion_vae_fast", "pix2pix"):  # of so narrow ones too few channels are free
         overrides += ["compression.channels.round_to=2"]
     cfg, results = run(
         folders / "run",
@@ -450,7 +463,7 @@ def test_each_experiment_composes_and_runs_small(folders, cache, sounds, experim
         "export.onnx=false",
         *overrides,
     )
-    usual = "mel_distance" if experiment == "vocoder" else "neg_elbo"
+    usual = {"vocoder": "mel_distance", "pix2pix": "l1"}.get(experiment, "neg_elbo")
     assert results["verdict"]["metric"] == ("fid" if "dcgan" in experiment else usual)
     if cfg.baseline_seeds:
         assert results["baseline_spread"]["neg_elbo"]["n"] == 3
