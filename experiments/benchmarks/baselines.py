@@ -1,11 +1,11 @@
 """Converged dense baselines, from which rows of the benchmarks may start: made once, kept small.
 
-Learning rates fall by a cosine to a hundredth. After each epoch the metric is measured on the
-validation split; a baseline has converged when it improved by less than the seeds' standard
-deviation over the last third of its steps. A model and seed is trained in pieces: a stopped command
-goes on at the last whole epoch, and stops by itself after `--minutes`. Finished ones are kept as
-half-precision `.lcz` files (all networks, the discriminator too), and their rows are measured from
-what these files hold.
+Learning rates fall by a cosine to a hundredth, and stay there for a third where the plan says so.
+After each epoch the metric is measured on the validation split; a baseline has converged when it
+improved by less than the seeds' standard deviation over the last third of its steps. A model and
+seed is trained in pieces: a stopped command goes on at the last whole epoch, and stops by itself
+after `--minutes`. Finished ones are kept as half-precision `.lcz` files (all networks, the
+discriminator too), and their rows are measured from what these files hold.
 
 python experiments/benchmarks/baselines.py [--set fashion|digits] [--models vae ...] [--seeds 0 ...]
     [--minutes 60] [--plan] [--out experiments/rows/baselines]
@@ -79,10 +79,11 @@ class Piece(Callback):
     Args:
         reading: a model -> the metric on the validation split.
         until: `time.monotonic()` after which no further epoch begins.
+        flat: fraction of the steps, at the end, that the learning rates stay at their lowest.
     """
 
-    def __init__(self, reading: Any, until: float) -> None:
-        self.reading, self.until = reading, until
+    def __init__(self, reading: Any, until: float, flat: float = 0.0) -> None:
+        self.reading, self.until, self.flat = reading, until, flat
         self.rates: list[float] = []
         self.curve: list[float] = []
         self.seconds = 0.0
@@ -108,7 +109,8 @@ class Piece(Callback):
     ) -> None:
         whole = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
         done = (trainer.current_epoch * int(trainer.num_training_batches) + batch_idx) / whole
-        factor = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * done)) / 2
+        fallen = min(1.0, done / (1 - self.flat))
+        factor = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * fallen)) / 2
         groups = [group for one in trainer.optimizers for group in one.param_groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -189,7 +191,7 @@ class Baseline:
 
     def train(self, until: float) -> Piece:
         """Go on until the end, or the first whole epoch after `until`; what is known by then."""
-        piece, model = Piece(self.reading, until), self.fresh()
+        piece, model = Piece(self.reading, until, self.plan.flat), self.fresh()
         earlier = self.last if self.last.exists() else None
         trainer = self._trainer(self.plan.epochs, piece, limit=self.limit)
         torch.manual_seed(self.seed if earlier is None else self.seed + self._epochs(earlier))

@@ -1,10 +1,10 @@
 """Headline benchmark: methods, controls and peers on the same converged dense models.
 
-Each row goes on from a dense model of `baselines.py` for equal steps (the dense control for half as
-many again, see `headline_runs.py`) and ships one artifact, whose bytes, speed and quality, computed
-by ONNX Runtime, the row has. `validation` is the metric on the validation split: settings are
-chosen by it. Finished rows are kept, so that a stopped command goes on. `show_headline.py` makes
-the tables and figures.
+Each row goes on from a dense model of `baselines.py` for equal compute (rows with a teacher, whose
+forward pass costs too, for two thirds of the steps) and ships one artifact, whose bytes, speed and
+quality, computed by ONNX Runtime, the row has. `validation` is the metric on the validation split:
+settings are chosen by it. Finished rows are kept, so that a stopped command goes on.
+`show_headline.py` makes the tables and figures.
 
 python experiments/benchmarks/bench_headline.py [--set digits|fashion] [--seeds 0 1 ...]
     [--models vae ...] [--arms ...] [--minutes 120] [--out experiments/rows/headline]

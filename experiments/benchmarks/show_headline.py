@@ -14,7 +14,7 @@ from baselines import has_converged
 from shared.headline_arms import PEERS
 from shared.headline_plots import draw
 from shared.headline_runs import SETS
-from shared.headline_tables import WHERE, Table
+from shared.headline_tables import FAMILIES, WHERE, Table
 from shared.pages import insert
 from shared.rows import read_rows
 
@@ -75,15 +75,16 @@ def page(tables: Sequence[Table]) -> dict[str, str]:
 
 
 def readme_table(tables: Sequence[Table]) -> str:
-    """Six rows of the first model: the best dense one, what the validation split chose, a peer.
+    """Six rows of the first model: the best dense one, the largest ratio without loss, a peer.
 
-    The peer is the one that is best there.
+    Of each family and of all peers together the validation split chooses.
     """
     table = tables[0]
     heads = ["", "bytes", "ratio", "worse by", "no loss?", "n"]
-    peers = [arm for arm in table.chosen() if arm in PEERS]
-    arms = [table.reference, *(arm for arm in table.chosen() if arm not in PEERS)]
-    arms += sorted(peers, key=lambda arm: table.worse(arm, "validation"))[:1]
+    shown = (FAMILIES[name] for name in ("narrow, from scratch", "int8", "rate-distortion"))
+    arms = [table.reference, *(arm for family in shown for arm in table.best_of(family))]
+    arms += [*table.established(), *table.best_of(list(PEERS))]
+    arms = [arms[0], *sorted(set(arms[1:]), key=lambda arm: -table.over(arm, "bytes"))]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm in arms:
         name, _, size, ratio, _, change, word, _, n = table.cells(arm)

@@ -1,6 +1,7 @@
 """Dense baselines: when they count as converged, and a run in pieces, each with its Trainer."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,3 +71,23 @@ def test_a_run_in_pieces_ends_with_a_half_precision_file_and_a_row(made, monkeyp
 
 def no_net(*_, **__):
     return None
+
+
+def test_rates_fall_by_a_cosine_and_then_stay_at_their_lowest():
+    from baselines import LEAST, Piece
+
+    group = {"lr": 0.1}
+    optimizer = SimpleNamespace(param_groups=[group])
+    trainer = SimpleNamespace(
+        optimizers=[optimizer], num_training_batches=10, max_epochs=9, current_epoch=0
+    )
+    piece, rates = Piece(None, 0.0, flat=1 / 3), []
+    piece.on_train_start(trainer, None)
+    for trainer.current_epoch in range(9):
+        for batch in range(10):
+            piece.on_train_batch_start(trainer, None, None, batch)
+            rates.append(group["lr"])
+    assert rates[0] == 0.1
+    assert rates[30] == pytest.approx(0.1 * (LEAST + 1) / 2)
+    assert rates[:60] == sorted(set(rates[:60]), reverse=True)
+    assert rates[60:] == pytest.approx([0.1 * LEAST] * 30)

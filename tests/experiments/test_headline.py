@@ -22,7 +22,7 @@ MEASURE = {
     "samples": 397,
     "floor": {"fid": 4.3, "kid": 0.01, "precision": 0.95, "recall": 0.94},
 }
-RD = "rate-distortion, λ = {}, taught"
+RD = "rate-distortion, λ = {}"
 
 
 def row(arm, seed, value, size=1000, **more):
@@ -74,37 +74,37 @@ def test_the_reference_is_the_best_dense_model_on_the_validation_split():
 
 def test_settings_are_chosen_on_the_validation_split_not_on_the_test_split():
     rows = [*five("dense", 250.0, 9000), *five(RD.format(2), 250.1, 3000)]
-    rows += [*five(RD.format(6), 250.2, 2000), *five(RD.format(0.5), 250.3, 1000, validation=999.0)]
-    rows += five("int8, taught", 260.0, 2500)
+    rows += [*five(RD.format(4), 250.2, 2000), *five(RD.format(0.5), 250.3, 1000, validation=999.0)]
+    rows += five("int8", 260.0, 2500)
     made = table(rows)
-    assert made.chosen() == [RD.format(6), "int8, taught"]  # the last has no setting within it
+    assert made.chosen() == [RD.format(4), "int8"]  # the last has no setting within it
     assert made.smallest() == RD.format(0.5)  # bytes at dense quality: on the test split
     # Its one seed is the easiest: below the dense mean, and worse than the dense model beside it.
-    rows += [row("rate-distortion, λ = 0.1, taught", 0, 255.0, 100)]
-    assert table(rows).chosen() == [RD.format(6), "int8, taught"]
+    rows += [row(RD.format(1), 0, 255.0, 100)]
+    assert table(rows).chosen() == [RD.format(4), "int8"]
     rows[-1]["neg_elbo"] = 250.0
     assert table(rows).smallest() == RD.format(0.5)  # a single seed is no dense quality
 
 
 def test_a_verdict_is_paired_by_seed_and_machine_and_needs_a_converged_baseline():
-    rows = [*five("dense", 250.0, 9000), *five(RD.format(6), 250.1, 2000, kl=15.0)]
-    rows += [*five("int8, taught", 255.0, 2000, kl=20.3), *five(RD.format(2), 240.0, 2000)[:4]]
+    rows = [*five("dense", 250.0, 9000), *five(RD.format(4), 250.1, 2000, kl=15.0)]
+    rows += [*five("int8", 255.0, 2000, kl=20.3), *five(RD.format(2), 240.0, 2000)[:4]]
     for n, one in enumerate(rows[:5]):
         one["kl"] += 0.1 * n
     made = table(rows)
     assert made.margin.margin == pytest.approx(0.02 * (270.004 - 189.86))
-    assert made.word(RD.format(6)) == "established; KL −5.2"
-    assert made.word("int8, taught") == "worse"
+    assert made.word(RD.format(4)) == "established; KL −5.2"
+    assert made.word("int8") == "worse"
     assert made.word(RD.format(2)) == "not established"  # four pairs
-    cells = made.cells("int8, taught")
+    cells = made.cells("int8")
     assert cells[5] == "+5 ± 0, +6.2%"
     told = table(rows, converged=False)
-    assert "has not converged" in told.word(RD.format(6))
+    assert "has not converged" in told.word(RD.format(4))
     assert "no loss is established for no row" in told.not_established()[-1]
-    assert f"up to 50.0× ({RD.format(6)}), not beyond" in made.not_established()[-1]
+    assert f"up to 50.0× ({RD.format(4)}), not beyond" in made.not_established()[-1]
     for one in rows[5:10]:
         one["machine"] = "b"
-    assert table(rows).word(RD.format(6)) == "no pair"
+    assert table(rows).word(RD.format(4)) == "no pair"
 
 
 def test_a_baseline_that_trains_on_to_something_better_is_told():
@@ -115,25 +115,25 @@ def test_a_baseline_that_trains_on_to_something_better_is_told():
 
 
 def test_a_collapsed_baseline_is_named_above_its_table():
-    rows = [*five("dense", 250.0, 9000, kl=0.01), *five(RD.format(6), 250.1, 2000)]
+    rows = [*five("dense", 250.0, 9000, kl=0.01), *five(RD.format(4), 250.1, 2000)]
     made = table(rows)
     assert "**posterior collapsed: KL 0.01 nats, 20 active units (5 of 5 dense" in made.about()
-    assert made.word(RD.format(6)).startswith("not established")
+    assert made.word(RD.format(4)).startswith("not established")
 
 
 def test_tables_hold_what_rows_say_and_the_pictures_are_drawn(tmp_path):
     from shared.headline_plots import draw
 
-    rows = [*five("dense", 250.0, 9000), *five(RD.format(6), 250.1, 2000)]
+    rows = [*five("dense", 250.0, 9000), *five(RD.format(4), 250.1, 2000)]
     rows += [row("Deep Compression, 90 %", 0, 300.0, 1500)]
     made = table(rows)
     lines = {line.split("|")[1].strip(): line for line in made.short().splitlines()[2:]}
-    assert list(lines) == ["dense", RD.format(6), "Deep Compression, 90 %"]
+    assert list(lines) == ["dense", RD.format(4), "Deep Compression, 90 %"]
     assert (
         "| .lcz | 9,000 | 11.1× | 270.00 ± 15.81 | – | the reference | 1.0× / 2.0× | 5 |"
         in (lines["dense"])
     )
-    assert "| 2,000 | 50.0× |" in lines[RD.format(6)]
+    assert "| 2,000 | 50.0× |" in lines[RD.format(4)]
     assert "| not established | 1.0× / 2.0× | 1 |" in lines["Deep Compression, 90 %"]
     assert "right on 90.0% of the test images" in made.about()
     draw([made], {"VAE": [[3.0, 2.0, 1.0, 1.0]]}, tmp_path)
@@ -304,7 +304,7 @@ def test_an_unknown_row_is_refused_by_name(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert "invalid choice: '95 % zeros'" in said
-    assert "'int8, taught'" in said
+    assert "'int8'" in said
 
 
 def test_what_a_benchmark_needs_is_what_its_command_installs():
@@ -336,7 +336,7 @@ def bench(*args):
 
 @pytest.mark.slow
 def test_rows_are_made_from_a_kept_baseline_once(tmp_path):
-    arms = ["dense", "int8, taught"]
+    arms = ["dense", "int8"]
     told = ["--set", "digits", "--models", "vae", "--seeds", "0", "--out", str(tmp_path)]
     told += ["--files", str(tmp_path / "files"), "--arms", *arms]
     done = bench(*told)
@@ -375,12 +375,12 @@ def test_a_row_is_measured_beside_the_dense_rows_files_also_where_these_are_gone
     monkeypatch.setattr(bench_headline, "row", made)
     runs = SimpleNamespace(name="vae", seed=0, folder=tmp_path)
     rows = Rows(tmp_path / "vae.jsonl", keys=("model", "seed", "arm"))
-    bench_headline.make_missing(runs, rows, ["int8, taught"], math.inf)
-    assert [one["arm"] for one in rows.known.values()] == ["dense", "int8, taught"]
+    bench_headline.make_missing(runs, rows, ["int8"], math.inf)
+    assert [one["arm"] for one in rows.known.values()] == ["dense", "int8"]
     (tmp_path / "dense" / "model.lcz").unlink()
-    bench_headline.make_missing(runs, rows, ["int8, taught"], math.inf)  # nothing to make
+    bench_headline.make_missing(runs, rows, ["int8"], math.inf)  # nothing to make
     assert rows.known["vae", 0, "dense"]["after"] == []
-    bench_headline.make_missing(runs, rows, ["int8, taught", "dense, taught"], math.inf)
-    assert rows.known["vae", 0, "dense"]["after"] == ["int8, taught"]
-    assert rows.known["vae", 0, "dense, taught"]["after"] == ["int8, taught", "dense"]
+    bench_headline.make_missing(runs, rows, ["int8", "dense, taught"], math.inf)
+    assert rows.known["vae", 0, "dense"]["after"] == ["int8"]
+    assert rows.known["vae", 0, "dense, taught"]["after"] == ["int8", "dense"]
     assert (tmp_path / "dense" / "model.lcz").exists()

@@ -11,6 +11,7 @@ __all__ = ["KEPT", "MADE", "PLANS", "Plan", "baseline_file"]
 
 KEPT = Path(__file__).parents[2] / "rows" / "baselines"  # with the repository
 MADE = Path("outputs/baselines")
+FLAT = 1 / 3
 NARROW = ["model.width=32", "evaluate.metric=fid"]
 SMALL = ["model.width=16", "model.discriminator_width=16"]
 FASHION, DIGITS = ["data=fashion_mnist"], ["data=digits", "data.batch_size=32"]
@@ -25,6 +26,7 @@ class Plan:
         epochs: of it.
         metric: that judges it; lower is better.
         seeds: how many it has.
+        flat: fraction of the steps, at the end, that the learning rate stays at its lowest.
         precision: Lightning's, of its training and of the rows that go on from it. All are measured
             in float32.
     """
@@ -33,12 +35,13 @@ class Plan:
     epochs: int
     metric: str
     seeds: int = 5
+    flat: float = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
 PLANS: dict[str, dict[str, Plan]] = {
     "fashion": {
-        "vae": Plan(["model=vae", *FASHION], 24, "neg_elbo", precision="bf16-mixed"),
+        "vae": Plan(["model=vae", *FASHION], 24, "neg_elbo", flat=FLAT, precision="bf16-mixed"),
         "dcgan": Plan(
             [
                 "model=dcgan",
@@ -60,12 +63,16 @@ PLANS: dict[str, dict[str, Plan]] = {
         "vae_wide": Plan(["model=vae", *DIGITS], 60, "neg_elbo"),
         "dcgan": Plan(
             ["model=dcgan", "model.spectral_norm=true", "model.lr=1e-3", *SMALL, *DIGITS],
-            100,
+            180,
             "kid",
+            flat=FLAT,
         ),
         "wgan_gp": Plan(["model=wgan_gp", *SMALL, *DIGITS], 40, "kid"),
         "recurrent_vae": Plan(
-            ["model=recurrent_vae", "data=digit_rows", "data.batch_size=32"], 60, "neg_elbo"
+            ["model=recurrent_vae", "model.lr=2e-3", "data=digit_rows", "data.batch_size=32"],
+            300,
+            "neg_elbo",
+            flat=FLAT,
         ),
     },
 }

@@ -6,7 +6,7 @@ import copy
 import io
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from lightning_compress import (
     GradualPruning,
     KnowledgeDistillation,
     QuantizationAwareTraining,
+    load_compressed,
+    quantize_weights,
 )
 from lightning_compress.conversion.export import export_onnx
 from lightning_compress.errors import require
@@ -39,6 +41,7 @@ __all__ = ["ARMS", "CONTROLS", "PEERS", "Arm", "grids", "int8", "pruning"]
 HELPER = Path(__file__).with_name("nncodec_model.py")
 NARROW_RATE = 1e-3  # above it narrow models end with a dead layer before their latents
 POINTS = (-38, -32, -26)  # nncodec's quantization parameter: finer to coarser
+STEPS = ((0.1, 0.005), (0.2, 0.01), (0.3, 0.02))  # of entropy grids, and the multiplier of rdoq
 
 Arm = Callable[[Runs, Path], Shipped]
 
@@ -82,11 +85,11 @@ def taught(runs: Runs) -> KnowledgeDistillation:
     return teacher(runs.dense(), leaves=0.5)
 
 
-def trained(*make: Callable[[Runs], Any], compute: bool = False) -> Arm:
-    """The dense model, trained on with callbacks; `compute`: as long as a taught row costs."""
+def trained(*make: Callable[[Runs], Any]) -> Arm:
+    """The dense model, trained on with callbacks: for fewer steps where a teacher costs some."""
 
     def arm(runs: Runs, home: Path) -> Shipped:
-        epochs = runs.whole_compute() if compute else None
+        epochs = runs.model.epochs if taught in make else runs.whole_compute()
         model = runs.fit(runs.fresh(), [one(runs) for one in make], epochs=epochs)
         return packed(runs, model, home)
 
@@ -139,14 +142,14 @@ def amounts(epochs: int, final: float = 0.9, until: float = 0.5) -> list[float]:
 
 def lightning_pruning(runs: Runs, home: Path) -> Shipped:
     """Lightning's callback with a schedule of amounts, torch.save and xz."""
-    model, by_epoch = runs.fresh(), amounts(runs.model.epochs)
+    model, by_epoch = runs.fresh(), amounts(runs.whole_compute())
     callback = ModelPruning(
         "l1_unstructured",
         parameters_to_prune=matrices(runs, model),
         amount=lambda epoch: by_epoch[epoch],
         use_lottery_ticket_hypothesis=False,
     )
-    runs.fit(model, [callback])
+    runs.fit(model, [callback], epochs=runs.whole_compute())
     buffer = io.BytesIO()
     torch.save(model.deployed_module().state_dict(), buffer)
     return streamed(model, home, "torch.save + xz", smallest(buffer.getvalue()))
@@ -155,14 +158,14 @@ def lightning_pruning(runs: Runs, home: Path) -> Shipped:
 def torch_and_ort(runs: Runs, home: Path) -> Shipped:
     """torch.nn.utils.prune by the same schedule, ONNX Runtime's static quantization, xz."""
     model = runs.fresh()
-    pruned, by_epoch = matrices(runs, model), amounts(runs.model.epochs)
+    pruned, by_epoch = matrices(runs, model), amounts(runs.whole_compute())
     callback = ModelPruning(
         "l1_unstructured",
         parameters_to_prune=pruned,
         amount=lambda epoch: by_epoch[epoch],
         use_lottery_ticket_hypothesis=False,
     )
-    runs.fit(model, [callback])
+    runs.fit(model, [callback], epochs=runs.whole_compute())
     for layer, name in pruned:
         if prune.is_pruned(layer):
             prune.remove(layer, name)
@@ -201,7 +204,7 @@ def deep_compression(runs: Runs, home: Path) -> Shipped:
     centres = QuantizationAwareTraining(
         weight_bits=5, activation_bits=None, scheme="codebook", begin=0.5, freeze=0.8
     )
-    model = runs.fit(runs.fresh(), [pruning(runs, 0.9), centres])
+    model = runs.fit(runs.fresh(), [pruning(runs, 0.9), centres], epochs=runs.whole_compute())
     path = home / "stream.lcz"
     size = save_compressed(model.deployed_module(), path, codec="relative_index").bytes
     return streamed(model, home, ".lcz, weights alone", size)
@@ -210,21 +213,41 @@ def deep_compression(runs: Runs, home: Path) -> Shipped:
 def nncodec(arm: str) -> Arm:
     """MPEG's coder on the weights that another row ended with: the best of three points.
 
-    It quantizes them too: the row's quality is that of what its bitstream decodes to. The coarsest
-    point is taken whose metric on the validation split is within 2 % of the finest one's.
+    It quantizes them too: the row's quality is that of what its bitstream decodes to.
     """
 
     def made(runs: Runs, home: Path) -> Shipped:
-        source = home.parent / as_file_name(arm)
-        if not (source / "weights.lcz").exists():
-            raise FileNotFoundError(f"{source}: the row {arm!r} comes first")
-        tried = [_decoded(runs, source, home, point) for point in POINTS]
-        scores = [runs.validation(model) for model, _ in tried]
-        good = [one for one, score in zip(tried, scores, strict=True) if score <= 1.02 * scores[0]]
-        model, size = good[-1]
+        source = _of(arm, home)
+        model, size = _coarsest(runs, [_decoded(runs, source, home, point) for point in POINTS])
         return streamed(model, home, "nncodec", size)
 
     return made
+
+
+def at_save(arm: str) -> Arm:
+    """The same of what `save_compressed` does without training: grids, then `rdoq` with data."""
+
+    def made(runs: Runs, home: Path) -> Shipped:
+        source = _of(arm, home)
+        model, size = _coarsest(runs, [_chosen(runs, source, home, *one) for one in STEPS])
+        return streamed(model, home, ".lcz, weights alone", size)
+
+    return made
+
+
+def _of(arm: str, home: Path) -> Path:
+    """The folder of another row of the same seed."""
+    source = home.parent / as_file_name(arm)
+    if not (source / "weights.lcz").exists():
+        raise FileNotFoundError(f"{source}: the row {arm!r} comes first")
+    return source
+
+
+def _coarsest(runs: Runs, tried: Sequence[tuple[Any, int]]) -> tuple[Any, int]:
+    """The last whose metric on the validation split is within 2 % of the first's, the finest."""
+    scores = [runs.validation(model) for model, _ in tried]
+    good = [one for one, score in zip(tried, scores, strict=True) if score <= 1.02 * scores[0]]
+    return good[-1]
 
 
 def _decoded(runs: Runs, source: Path, home: Path, point: int) -> tuple[Any, int]:
@@ -242,6 +265,22 @@ def _decoded(runs: Runs, source: Path, home: Path, point: int) -> tuple[Any, int
     return model, int(done.stdout.split()[-1])
 
 
+def _chosen(runs: Runs, source: Path, home: Path, step: float, rdoq: float) -> tuple[Any, int]:
+    model, path = loaded(runs, source), home / "stream.lcz"
+    module = model.deployed_module()
+    quantize_weights(module, scheme="entropy", step=step)
+    parts = model.parts()
+    inputs = {
+        name: inputs_in_use(model, part, runs.start.data) for name, (part, _) in parts.items()
+    }
+    data = inputs if isinstance(module, nn.ModuleDict) else next(iter(inputs.values()))
+    size = save_compressed(
+        module, path, rdoq=rdoq, data=data, float_dtype="fp16", fold_batchnorm=True
+    ).bytes
+    load_compressed(path, module)
+    return model, size
+
+
 def dense_artifact(runs: Runs, home: Path) -> Shipped:
     """The converged dense model as it is."""
     return packed(runs, runs.dense(), home)
@@ -249,23 +288,22 @@ def dense_artifact(runs: Runs, home: Path) -> Shipped:
 
 CONTROLS: dict[str, Arm] = {
     "dense": dense_artifact,
-    "dense, trained on": trained(compute=True),
+    "dense, trained on": trained(),
     "dense, taught": trained(taught),
     "half of the width from scratch, 8 bits": narrow(0.5),
     "a quarter of the width from scratch, 8 bits": narrow(0.25),
 }
 OURS: dict[str, Arm] = {
-    "80 % zeros, entropy grid, taught": trained(
-        lambda r: pruning(r, 0.8), lambda r: grids(r, 0.5), taught
-    ),
-    "90 % zeros, entropy grid, taught": trained(
-        lambda r: pruning(r, 0.9), lambda r: grids(r, 0.5), taught
-    ),
-    "rate-distortion, λ = 0.1, taught": trained(lambda _: rate_distortion(0.1), taught),
+    "80 % zeros, entropy grid": trained(lambda r: pruning(r, 0.8), lambda r: grids(r, 0.5)),
+    "90 % zeros, entropy grid": trained(lambda r: pruning(r, 0.9), lambda r: grids(r, 0.5)),
+    "rate-distortion, λ = 0.5": trained(lambda _: rate_distortion(0.5)),
+    "rate-distortion, λ = 1": trained(lambda _: rate_distortion(1.0)),
+    "rate-distortion, λ = 2": trained(lambda _: rate_distortion(2.0)),
+    "rate-distortion, λ = 4": trained(lambda _: rate_distortion(4.0)),
     "rate-distortion, λ = 0.5, taught": trained(lambda _: rate_distortion(0.5), taught),
     "rate-distortion, λ = 2, taught": trained(lambda _: rate_distortion(2.0), taught),
-    "rate-distortion, λ = 6, taught": trained(lambda _: rate_distortion(6.0), taught),
-    "int8, taught": trained(lambda _: int8(begin=0.2), taught),
+    "int8": trained(lambda _: int8(begin=0.2)),
+    "rdoq at save, best of three": at_save("dense, trained on"),
 }
 PEERS: dict[str, Arm] = {
     "Lightning ModelPruning to 90 % by a schedule, xz": lightning_pruning,

@@ -1,4 +1,4 @@
-"""Runs of the headline table: a converged dense model, and as many steps for each arm."""
+"""Runs of the headline table: a converged dense model, and as much compute for each arm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .finetuning import EARLY, Annealing, Start
 __all__ = ["SETS", "WHOLE_COMPUTE", "Model", "Runs"]
 
 LAST = 0.01  # of the learning rate, at the end of each row
-WHOLE_COMPUTE = 1.5  # steps of the dense control: a teacher's forward and the callbacks cost a half
+WHOLE_COMPUTE = 1.5  # steps without a teacher over those with one: its forward pass costs a half
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Model:
     Args:
         title: of its table.
         baseline: its plan in `PLANS`, which has overrides and metric.
-        epochs: of each row after the dense model.
+        epochs: of a row with a teacher, after the dense model.
         main: the rows that all seeds make.
         peers: the rows that the first three seeds make.
         spared: its smallest layers, which pruning leaves dense.
@@ -83,13 +83,16 @@ CONTROLS = ("dense", "dense, trained on", "dense, taught")
 # a quarter of width 16 is half of it again: no layer has fewer than 8 channels
 NARROW = ("half of the width from scratch, 8 bits", "a quarter of the width from scratch, 8 bits")
 RECIPES = (
-    "80 % zeros, entropy grid, taught",
-    "90 % zeros, entropy grid, taught",
-    "rate-distortion, λ = 0.1, taught",
+    "80 % zeros, entropy grid",
+    "90 % zeros, entropy grid",
+    "rate-distortion, λ = 0.5",
+    "rate-distortion, λ = 1",
+    "rate-distortion, λ = 2",
+    "rate-distortion, λ = 4",
     "rate-distortion, λ = 0.5, taught",
     "rate-distortion, λ = 2, taught",
-    "rate-distortion, λ = 6, taught",
-    "int8, taught",
+    "int8",
+    "rdoq at save, best of three",
 )
 OTHERS = (
     "Lightning ModelPruning to 90 % by a schedule, xz",
@@ -208,7 +211,7 @@ class Runs:
         return model.cpu().eval()
 
     def whole_compute(self) -> int:
-        """Epochs that cost a dense model what a taught, compressed row costs."""
+        """Epochs without a teacher that cost what a taught row costs."""
         return math.ceil(WHOLE_COMPUTE * self.model.epochs)
 
     def validation(self, model: Any) -> float:

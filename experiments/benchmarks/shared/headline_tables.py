@@ -48,6 +48,7 @@ FAMILIES = {
     "zeros, entropy grid": [arm for arm in OURS if "entropy grid" in arm],
     "rate-distortion": [arm for arm in OURS if arm.startswith("rate-distortion")],
     "int8": [arm for arm in OURS if arm.startswith("int8")],
+    "at save": [arm for arm in OURS if "at save" in arm],
     **{arm: [arm] for arm in PEERS},
 }  # of each, the page's short table has the setting that the validation split chose
 Row = dict[str, Any]
@@ -122,20 +123,28 @@ class Table:
         """Whether the mean paired difference is within the margin."""
         return self.worse(arm, key) <= self.margin.margin
 
-    def chosen(self) -> list[str]:
-        """Of each family the setting that the validation split chooses.
+    def best_of(self, arms: Sequence[str]) -> list[str]:
+        """The one arm that the validation split chooses; none of no known arm.
 
         The smallest of those within the margin there; where there is none, the best.
         """
-        found = []
-        for family in FAMILIES.values():
-            known = [arm for arm in family if arm in self.arms]
-            good = [arm for arm in known if self.within(arm, "validation")]
-            if good:
-                found.append(min(good, key=lambda arm: self.over(arm, "bytes")))
-            elif known:
-                found.append(min(known, key=lambda arm: self.worse(arm, "validation")))
-        return found
+        known = [arm for arm in arms if arm in self.arms]
+        good = [arm for arm in known if self.within(arm, "validation")]
+        if good:
+            return [min(good, key=lambda arm: self.over(arm, "bytes"))]
+        return sorted(known, key=lambda arm: self.worse(arm, "validation"))[:1]
+
+    def chosen(self) -> list[str]:
+        """Of each family the setting that the validation split chooses; peers last, best first."""
+        found = [arm for family in FAMILIES.values() for arm in self.best_of(family)]
+        peers = sorted(set(PEERS) & set(found), key=lambda arm: self.worse(arm, "validation"))
+        return [*(arm for arm in found if arm not in PEERS), *peers]
+
+    def established(self) -> list[str]:
+        """The arm of the largest ratio without loss; none where there is no such arm."""
+        words = {arm: self.verdict(arm) for arm in self.arms if arm not in DENSE}
+        good = [arm for arm, found in words.items() if found and found.word == ESTABLISHED]
+        return sorted(good, key=lambda arm: self.over(arm, "bytes"))[:1] if self.converged else []
 
     def smallest(self) -> str:
         """The smallest artifact within the margin of the best dense model, over all its seeds."""
@@ -176,8 +185,8 @@ class Table:
         ]
 
     def short(self, most: int = 10) -> str:
-        """Ten rows: dense models, and the chosen setting of each family."""
-        arms = [arm for arm in DENSE if arm in self.arms] + self.chosen()
+        """Ten rows: the reference, the dense model, and the chosen setting of each family."""
+        arms = list(dict.fromkeys([self.reference, "dense", *self.established(), *self.chosen()]))
         heads = ["", "artifact", "bytes", "ratio", f"{LABELS[self.metric]} (± SD)"]
         heads += ["worse by (± SE)", "no loss?", "faster, batch 1 / 16", "n"]
         return _markdown(heads, [self.cells(arm) for arm in arms[:most]])
@@ -246,16 +255,10 @@ class Table:
         worse = [arm for arm, found in words.items() if found is not None and found.word == "worse"]
         if worse:
             lines.append(f"{self.title}: worse than dense: {'; '.join(worse)}.")
-        good = [
-            (self.over(arm, "ratio"), arm)
-            for arm, found in words.items()
-            if found is not None and found.word == ESTABLISHED and self.converged
-        ]
-        if good:
-            ratio, arm = max(good)
+        beyond = "no loss is established for no row."
+        for arm in self.established():
+            ratio = self.over(arm, "ratio")
             beyond = f"no loss is established up to {ratio:.1f}× ({arm}), not beyond."
-        else:
-            beyond = "no loss is established for no row."
         lines.append(f"{self.title}: {beyond}")
         return lines
 
