@@ -8,17 +8,19 @@ from typing import Any
 
 import matplotlib as mpl
 
-from .headline_arms import CONTROLS, OURS, PEERS
-from .headline_tables import DENSE, LABELS, Table
+from .headline_arms import PEERS
+from .headline_tables import DENSE, FAMILIES, LABELS, Table
 
 __all__ = ["draw"]
 
 GROUPS = {
     "dense": (DENSE, "s", "0.35"),
-    "narrow dense, 8 bits": ([arm for arm in CONTROLS if "scratch" in arm], "v-", "C1"),
-    "zeros, entropy grid": ([arm for arm in OURS if "entropy grid" in arm], "o-", "C2"),
-    "rate-distortion": ([arm for arm in OURS if arm.startswith("rate-dist")], "D-", "C0"),
-    "int8": ([arm for arm in OURS if arm.startswith("int8")], "P", "C4"),
+    "narrow dense, 8 bits": (FAMILIES["narrow, from scratch"], "v-", "C1"),
+    "zeros, entropy grid": (FAMILIES["zeros, entropy grid"], "o-", "C2"),
+    "rate-distortion": (FAMILIES["rate-distortion"], "D-", "C0"),
+    "rate-distortion, taught": (FAMILIES["rate-distortion, taught"], "d:", "C9"),
+    "int8": (FAMILIES["int8"], "P", "C4"),
+    "rdoq at save": (FAMILIES["at save"], "*", "C8"),
     "peers": (list(PEERS), "x", "C3"),
 }
 FAR = 6.0  # margins above the reference beyond which a row is only pointed at
@@ -33,14 +35,18 @@ def draw(
 
     kinds = {"bytes": _bytes, "pairs": _pairs, "speed": _speed}
     for kind, panel in kinds.items():
-        figure, axes = plt.subplots(1, len(tables), figsize=(6.2 * len(tables), 4.6), squeeze=False)
+        size = (6.2 * len(tables), 4.6)
+        figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
         for axis, table in zip(axes.flat, tables, strict=True):
             panel(axis, table)
             axis.set_title(table.title)
             axis.grid(alpha=0.3)
         _save(figure, folder / f"headline_{kind}.png")
     if curves:
-        figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+        size = (5 * len(curves), 3.6)
+        figure, axes = plt.subplots(1, len(curves), figsize=size, squeeze=False)
+        figure.set_layout_engine("constrained")
         for axis, (title, seeds) in zip(axes.flat, curves.items(), strict=True):
             for curve in seeds:
                 axis.plot(range(1, len(curve) + 1), curve, linewidth=1)
@@ -54,7 +60,6 @@ def draw(
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
@@ -105,6 +110,7 @@ def _pairs(axis: Any, table: Table) -> None:
         axis.plot(middle, height, "o" if middle == found.difference else ">", color=colour)
     axis.set_yticks(range(len(arms)), arms, fontsize=7)
     axis.set_xlim(-2 * margin, FAR * margin)
+    axis.locator_params(axis="x", nbins=5)
     axis.axvline(0, color="0.4", linestyle="--", linewidth=1)
     axis.set_xlabel(f"{LABELS[table.metric]}, worse than the best dense model by")
 

@@ -46,7 +46,8 @@ DENSE = ("dense", "dense, trained on", "dense, taught")
 FAMILIES = {
     "narrow, from scratch": [arm for arm in CONTROLS if "from scratch" in arm],
     "zeros, entropy grid": [arm for arm in OURS if "entropy grid" in arm],
-    "rate-distortion": [arm for arm in OURS if arm.startswith("rate-distortion")],
+    "rate-distortion": [arm for arm in OURS if arm.startswith("rate-") and "taught" not in arm],
+    "rate-distortion, taught": [arm for arm in OURS if arm.startswith("rate-") and "taught" in arm],
     "int8": [arm for arm in OURS if arm.startswith("int8")],
     "at save": [arm for arm in OURS if "at save" in arm],
     **{arm: [arm] for arm in PEERS},
