@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_compress.channels.resize import rebuild_channels
@@ -76,14 +77,21 @@ class BaseModel(LightningModule):
         holder.training = self.training  # the flag of the holder alone: children keep their own
         return holder
 
+    def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        """One step of a manual optimization."""
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
 
 class ConditionalModel(BaseModel):
     """A generator whose input comes from the data: image to image, spectrogram to waveform.
 
-    Its data are `paired`: batches are (condition, target). The evaluation runs `outputs` on the
+    Its data are `paired`: batches are (condition, target). On other data the condition is its own
+    target, as an autoencoder's. The evaluation runs `outputs` on the
     conditions of a split and reports `distances` to the targets, beside the fidelity of what the
     DataModule's `as_images` makes of both. A subclass sets `quality_metric` to one of the
-    distances.
+    distances, and trains its networks in turn, with an `lr` among its hyperparameters.
     """
 
     kind: ClassVar = "conditional"
@@ -98,6 +106,15 @@ class ConditionalModel(BaseModel):
     def distances(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Means of the paired metrics, each a key of `lab.workflow.quality.METRICS`."""
         raise NotImplementedError
+
+    def on_train_epoch_end(self) -> None:
+        """Let the learning rates fall by a cosine, to a tenth at the end of the run."""
+        epochs = self.trainer.max_epochs or 0
+        if epochs > 1:
+            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.hparams["lr"] * float(0.55 + 0.45 * done.cos())
 
 
 class LatentModel(BaseModel):

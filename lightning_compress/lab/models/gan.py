@@ -126,11 +126,6 @@ class BaseGAN(LatentModel):
         finally:
             self.untoggle_optimizer(optimizer)
 
-    def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-
 
 LOSSES = ("non_saturating", "hinge")
 

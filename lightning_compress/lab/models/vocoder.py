@@ -164,15 +164,6 @@ class Vocoder(ConditionalModel):
         logs = {"train/d_loss": d_loss, "train/g_loss": g_loss, "train/mel_loss": mel_loss}
         self.log_dict({k: v.detach() for k, v in logs.items()}, batch_size=len(mel), prog_bar=True)
 
-    def on_train_epoch_end(self) -> None:
-        """Let both learning rates fall by a cosine, to a tenth at the end of the run."""
-        epochs = self.trainer.max_epochs or 0
-        if epochs > 1:
-            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
-            for optimizer in cast("list[LightningOptimizer]", self.optimizers()):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.hparams["lr"] * float(0.55 + 0.45 * done.cos())
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """Log `val/mel_loss`."""
         loss = self._mel_loss(self.generator(batch[0]), batch[1])
@@ -187,8 +178,3 @@ class Vocoder(ConditionalModel):
     def _mel_loss(self, made: Tensor, real: Tensor) -> Tensor:
         """Mean absolute difference of log-mels (equation 3)."""
         return functional.l1_loss(log_mel(made, **self.spectrum), log_mel(real, **self.spectrum))
-
-    def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
