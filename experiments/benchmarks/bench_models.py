@@ -71,6 +71,18 @@ MODELS = {
         "val/flow_loss",
         "digits, from 16 steps to 8",
     ),
+    "autoencoder_kl": Model(
+        "autoencoder_kl",
+        ("psnr", "ssim", "perceptual", "fid"),
+        "val/l1",
+        "colour icons, the decoder",
+    ),
+    "vq_vae": Model(
+        "vq_vae",
+        ("psnr", "ssim", "perceptual", "fid", "code_perplexity"),
+        "val/l1",
+        "colour icons, codebook and decoder",
+    ),
 }
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
+from lightning_compress.errors import check_choice
 from lightning_compress.lab.data.base import (
     Kind,
     Split,
@@ -28,13 +32,13 @@ if TYPE_CHECKING:
 
     from lightning_compress.lab.data.base import LoaderOptions
 
-__all__ = ["ImageFiles", "ImageFolder", "read_image"]
+__all__ = ["ImageFiles", "ImageFiling", "ImageFolder", "read_image"]
 
 
-def read_image(path: Path, image_size: int, *, grey: bool) -> Tensor:
+def read_image(path: Path, image_size: int, *, grey: bool, background: str = "black") -> Tensor:
     """Decode a file, scale its shorter side to `image_size`, crop the centre.
 
-    Turned upright by its EXIF tag; transparent parts become black.
+    Turned upright by its EXIF tag; transparent parts show the background, a colour name of Pillow.
     Returns float32 (C, image_size, image_size) in [0, 1], C = 1 if grey, else 3.
 
     Raises:
@@ -44,18 +48,19 @@ def read_image(path: Path, image_size: int, *, grey: bool) -> Tensor:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # convert() would clip these to 255
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            upright = _opaque(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
+            upright = _opaque(ImageOps.exif_transpose(image), background)
+            upright = upright.convert("L" if grey else "RGB")
     except Exception as error:  # Pillow's decoders raise what they like on damaged files
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
     scaled = functional.resize(functional.pil_to_tensor(upright), [image_size])
     return functional.center_crop(scaled, [image_size]).float().div_(255)
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, background: str) -> Image.Image:
     if not image.has_transparency_data:
         return image
     visible = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", visible.size, "black"), visible)
+    return Image.alpha_composite(Image.new("RGBA", visible.size, background), visible)
 
 
 class ImageFiles(Split):
@@ -66,28 +71,101 @@ class ImageFiles(Split):
         files: (path, label) pairs.
         image_size: pixels a side.
         grey: one channel instead of three.
+        background: of transparent parts.
     """
 
     def __init__(
-        self, root: Path, files: Sequence[tuple[Path, int]], image_size: int, *, grey: bool
+        self,
+        root: Path,
+        files: Sequence[tuple[Path, int]],
+        image_size: int,
+        *,
+        grey: bool,
+        background: str = "black",
     ) -> None:
-        self.root, self.files, self.image_size, self.grey = root, files, image_size, grey
+        self.root, self.files, self.image_size = root, files, image_size
+        self.grey, self.background = grey, background
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path, label = self.files[index]
-        image = read_image(self.root / path, self.image_size, grey=self.grey)
-        return image, torch.tensor(label)
+        look = {"grey": self.grey, "background": self.background}
+        return read_image(self.root / path, self.image_size, **look), torch.tensor(label)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """Frame, then name, label and bytes of every file."""
-        yield f"{self.image_size} {self.grey}".encode()
+        yield f"{self.image_size} {self.grey} {self.background}".encode()
         for path, label in self.files:
             content = (self.root / path).read_bytes()
             yield f"{path.as_posix()} {label} {len(content)}\n".encode()
             yield content
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiling:
+    """How the files of a folder are filed: which of them count, and which belong together.
+
+    Args:
+        classes: whether subfolders are classes; else the images of all subfolders count, without
+            labels.
+        group: "stem": files of one name, such as an icon in several sizes, are in one split, and
+            of files with equal bytes the first counts; None: each file stands for itself.
+        min_size: pixels; images whose shorter side is below do not count.
+        package: Debian package that brings the folder: named when the folder is missing.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    classes: bool = True
+    group: Literal["stem"] | None = None
+    min_size: int = 0
+    package: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("group", self.group, (None, "stem"))
+        check_integer("min_size", self.min_size, 0)
+
+    def listed(self, folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+        """Class names, and the images that count, each with its label, in a fixed order.
+
+        Raises:
+            ValueError: for a folder that mixes images and subfolders that are classes.
+            FileNotFoundError: for a folder that is missing or without images that count.
+        """
+        if not folder.is_dir():
+            brings = f": `apt-get install {self.package}` brings it" if self.package else ""
+            raise FileNotFoundError(f"data.folder={folder}: no such folder{brings}")
+        if self.classes:
+            classes, files = _list_images(folder)
+        else:
+            classes, paths = [], _images_below(folder, deep=True)
+            files = [(path.relative_to(folder), 0) for path in paths]
+        if self.min_size:
+            files = [one for one in files if _shorter_side(folder / one[0]) >= self.min_size]
+        if self.group is not None:
+            files = _without_copies(folder, files)
+        if not files:
+            raise FileNotFoundError(f"{folder} holds no image of {self.min_size} pixels or more")
+        return classes, files
+
+    def split(
+        self,
+        files: Sequence[tuple[Path, int]],
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+    ) -> list[list[tuple[Path, int]]]:
+        """Training, validation and test files, split by seed, groups whole."""
+        groups: dict[str, list[tuple[Path, int]]] = {}
+        for path, label in files:
+            name = path.as_posix() if self.group is None else path.stem
+            groups.setdefault(name, []).append((path, label))
+        whole = list(groups.values())
+        parts = fraction_split(len(whole), val_fraction, test_fraction, seed)
+        return [[one for row in part.tolist() for one in whole[row]] for part in parts]
 
 
 class ImageFolder(SplitDataModule):
@@ -100,6 +178,8 @@ class ImageFolder(SplitDataModule):
         folder: where the images are.
         image_size: the shorter side is scaled to this, then the centre is cropped.
         grey: one channel instead of three.
+        background: of transparent parts, a colour name of Pillow.
+        filing: which files count and which belong together; None: all, each for itself.
         val_fraction: part of the images to validate on.
         test_fraction: part of the images to test on.
         common: `batch_size`, `num_workers`, `seed` of `SplitDataModule`.
@@ -118,6 +198,8 @@ class ImageFolder(SplitDataModule):
         *,
         image_size: int = 64,
         grey: bool = False,
+        background: str = "black",
+        filing: ImageFiling | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         **common: Unpack[LoaderOptions],
@@ -126,6 +208,10 @@ class ImageFolder(SplitDataModule):
         check_fractions(val_fraction, test_fraction)
         self.folder = None if folder is None else Path(folder).expanduser()
         self.image_size, self.grey = check_integer("image_size", image_size, 1), grey
+        self.background, self.filing = (
+            check_colour("background", background),
+            filing or ImageFiling(),
+        )
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes: list[str] = []
 
@@ -144,18 +230,28 @@ class ImageFolder(SplitDataModule):
 
     def build(self) -> Splits:
         """List the files and split the list."""
-        folder = self._existing_folder()
-        self.classes, files = _list_images(folder)
-        parts = fraction_split(len(files), self.val_fraction, self.test_fraction, self.seed)
-        chosen = ([files[row] for row in part.tolist()] for part in parts)
-        return Splits(*(ImageFiles(folder, c, self.image_size, grey=self.grey) for c in chosen))
-
-    def _existing_folder(self) -> Path:
-        if self.folder is None:
+        if (folder := self.folder) is None:
             raise FileNotFoundError("no image folder given: data.folder=<folder of images>")
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"data.folder={self.folder}: no such folder")
-        return self.folder
+        self.classes, files = self.filing.listed(folder)
+        parts = self.filing.split(files, self.val_fraction, self.test_fraction, self.seed)
+        look = {"grey": self.grey, "background": self.background}
+        return Splits(*(ImageFiles(folder, part, self.image_size, **look) for part in parts))
+
+
+def check_colour(name: str, value: str) -> str:
+    """Return `value` if Pillow knows the colour.
+
+    Raises:
+        ValueError: when it does not.
+
+    >>> check_colour("background", "white")
+    'white'
+    """
+    try:
+        ImageColor.getrgb(value)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{name}={value!r} is no colour: such as white, or '#808080'") from error
+    return value
 
 
 def _list_images(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -189,3 +285,23 @@ def _images_below(parent: Path, *, deep: bool) -> list[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in IMG_EXTENSIONS
+
+
+def _shorter_side(path: Path) -> int:
+    """In pixels; a file that cannot be read counts as large: the loaders name it."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except OSError:
+        return sys.maxsize
+
+
+def _without_copies(folder: Path, files: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The first of all files with equal bytes: aliases would be in two splits by two names."""
+    first: dict[bytes, tuple[Path, int]] = {}
+    for path, label in files:
+        digest = hashlib.sha256((folder / path).read_bytes()).digest()
+        first.setdefault(digest, (path, label))
+    if len(first) < len(files):
+        rank_zero_info(f"{folder}: {len(files) - len(first)} files are copies, left out")
+    return list(first.values())

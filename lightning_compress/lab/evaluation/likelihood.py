@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 (the field's own alias)
 
 from lightning_compress.modes import evaluating
 
-__all__ = ["accuracy", "likelihood"]
+__all__ = ["accuracy", "active_units", "likelihood"]
 
 ACTIVE_VARIANCE = 0.01
 
@@ -64,7 +64,7 @@ def likelihood(
             "neg_elbo": float((nll + kl).mean()),
             "reconstruction": float(nll.mean()),
             "kl": float(kl.mean()),
-            **_units(torch.cat(means)),
+            **active_units(torch.cat(means)),
         }
         if importance_samples:
             result["neg_iwae"] = _neg_iwae(model, x, importance_samples, batch_size, generator)
@@ -112,7 +112,12 @@ def _per_example(values: Tensor, count: int, *leading: int) -> Tensor:
     return values.double().cpu()
 
 
-def _units(means: Tensor) -> dict[str, float]:
+def active_units(means: Tensor) -> dict[str, float]:
+    """`active_units` of `latent_dim`, by the variance of posterior means (N, D) over examples.
+
+    >>> active_units(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
+    {'active_units': 1, 'latent_dim': 2}
+    """
     active = int((means.var(dim=0) > ACTIVE_VARIANCE).sum())
     return {"active_units": active, "latent_dim": means.shape[1]}
 

@@ -34,7 +34,8 @@ CONFIDENCE = 0.95  # of each one-sided bound
 OF_NATS, OF_DISTANCE, OF_OTHERS = 0.02, 0.05, 0.02
 NATS = ("neg_elbo", "neg_iwae", "reconstruction", "nats_per_step", "perplexity")
 DISTANCES = ("fid", "kid")
-BESIDE = ("kl", "active_units", "precision", "recall")  # a fall of one is told with the verdict
+# a fall of one is told with the verdict
+BESIDE = ("kl", "active_units", "code_perplexity", "precision", "recall")
 LEAST_KL = 1.0  # nats; a posterior with less has collapsed
 LEAST_RECALL = 0.05  # of the real images; a generator that covers fewer has collapsed
 

@@ -87,10 +87,11 @@ class BaseModel(LightningModule):
 class ConditionalModel(BaseModel):
     """A generator whose input comes from the data: image to image, spectrogram to waveform.
 
-    Its data are `paired`: batches are (condition, target). The evaluation runs `outputs` on the
-    conditions of a split and reports `distances` to the targets, beside the fidelity of what the
-    DataModule's `as_images` makes of both. A subclass sets `quality_metric` to one of the
-    distances, and trains its networks in turn, with an `lr` among its hyperparameters.
+    Its data are `paired`: batches are (condition, target). On other data the condition is its own
+    target, as an autoencoder's. The evaluation runs `outputs` on the conditions of a split and
+    reports `distances` to the targets, beside the fidelity of what the DataModule's `as_images`
+    makes of both. A subclass sets `quality_metric` to one of the distances, and has an `lr` among
+    its hyperparameters.
     """
 
     kind: ClassVar = "conditional"

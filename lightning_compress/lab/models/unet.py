@@ -27,19 +27,27 @@ def time_features(t: Tensor, size: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions behind GroupNorm and SiLU; the time is added between them."""
+    """Two convolutions behind GroupNorm and SiLU; a time, if there is one, is added between them.
 
-    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+    Args:
+        inputs: channels, a multiple of 8.
+        outputs: channels, a multiple of 8.
+        embedding: size of the embedded time; 0: there is none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int = 0) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(GROUPS, inputs), nn.GroupNorm(GROUPS, outputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time = nn.Linear(embedding, outputs)
+        self.time = nn.Linear(embedding, outputs) if embedding else None
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor | None = None) -> Tensor:
         """Maps (N, inputs, H, W) and embedded times (N, embedding) -> (N, outputs, H, W)."""
-        hidden = self.conv1(functional.silu(self.norm1(x))) + self.time(embedded)[:, :, None, None]
+        hidden = self.conv1(functional.silu(self.norm1(x)))
+        if self.time is not None:
+            hidden = hidden + self.time(embedded)[:, :, None, None]
         return self.skip(x) + self.conv2(functional.silu(self.norm2(hidden)))
 
 

@@ -157,6 +157,7 @@ MAPPING: Check = (_is_mapping, "an object")
 REQUIRED: dict[str, Check] = {"model": NAME, "data": NAME, "dense": MAPPING, "compressed": MAPPING}
 OPTIONAL: dict[str, Check] = {
     "compression": MAPPING,
+    "start": NAME,
     "steps": NUMBERS,
     "evaluator": MAPPING,
     "ratio": NUMBER,

@@ -22,6 +22,7 @@ GAP = 2  # pixels between tiles
 DENSE_COLOUR = (30, 136, 200, 255)
 COMPRESSED_COLOUR = (213, 94, 0, 255)
 GIVEN_COLOUR = (128, 128, 128, 255)
+Side = tuple[str, tuple[int, int, int, int], list[Image.Image]]
 
 
 def _tiles(images: Tensor, name: str) -> list[Image.Image]:
@@ -116,15 +117,14 @@ def save_comparison(
     uneven = [name for name, images in (given or {}).items() if len(images) != len(dense)]
     if uneven:
         raise ValueError(f"{uneven[0]} must be {len(dense)} images, as many as there are samples")
-    sides = [(name, GIVEN_COLOUR, _tiles(images, name)) for name, images in (given or {}).items()]
+    sides: list[Side] = [
+        (name, GIVEN_COLOUR, _tiles(images, name)) for name, images in (given or {}).items()
+    ]
     sides += [
         ("dense", DENSE_COLOUR, _tiles(dense, "dense")),
         ("compressed", COMPRESSED_COLOUR, _tiles(compressed, "compressed")),
     ]
     return _save(_compare(sides, min(columns, len(dense))), path)
-
-
-Side = tuple[str, tuple[int, int, int, int], list[Image.Image]]
 
 
 def _compare(sides: list[Side], columns: int) -> Image.Image:

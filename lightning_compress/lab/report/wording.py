@@ -63,8 +63,13 @@ MODEL_NAMES = {
     "resnet18": "ResNet-18",
 }
 STATE_WORDS = {"within": "Within", "outside": "Not within", "unknown": "Not judged"}
-FALLING = {"kl": "KL (nats)", "active_units": "active units"}
-BESIDE_METRIC = ("active_units", "kl", "precision", "recall")  # as the banner names them
+FALLING = {
+    "kl": "KL (nats)",
+    "active_units": "active units",
+    "code_perplexity": "perplexity of the codebook",
+}
+# as the banner names them
+BESIDE_METRIC = ("active_units", "kl", "code_perplexity", "precision", "recall")
 # The verdict's word, how it is coloured, and the banner's words.
 VERDICTS = {
     ESTABLISHED: ("within", "No loss: established"),
@@ -437,9 +442,12 @@ def _fairness_notes(results: Results) -> list[str]:
     texts: list[str] = []
     steps = section(results, "steps")
     if steps:
+        begun = (
+            ", begun with the weights of the dense run" if results.get("start") == "dense" else ""
+        )
         texts.append(
             f"Optimizer steps: {count(scalar(steps.get('dense')))} dense, "
-            f"{count(scalar(steps.get('compressed')))} compressed."
+            f"{count(scalar(steps.get('compressed')))} compressed{begun}."
         )
     seeds = {scalar(spread.get("n")) for spread in _spreads(results)}
     known = sorted(n for n in seeds if n is not None)

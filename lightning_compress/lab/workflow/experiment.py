@@ -22,6 +22,7 @@ from lightning_compress.callbacks import (
     QualityBudget,
     ScoreMonitor,
 )
+from lightning_compress.errors import check_choice
 from lightning_compress.files import check_writable, write_atomically
 from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.monitoring import GiveUp
@@ -62,6 +63,7 @@ Second = Callable[
 ]
 
 SHOWN_SAMPLES = 32
+STARTS = ("seed", "dense")
 WATCHED = {  # metric, better direction, and the loss at which a run is pruned
     "gan": ("val/kid", "min", 4.0),
     "flow": ("val/kid", "min", 4.0),
@@ -105,6 +107,9 @@ def _run(
         if cfg.threads < 1:
             raise ValueError(f"threads={cfg.threads!r} must be 1 or more, or null for all")
         torch.set_num_threads(cfg.threads)
+    check_choice("start", cfg.start, STARTS)
+    if second is not None and cfg.start != "seed":
+        raise ValueError(f"start={cfg.start}: clients that train together begin with the seed's")
     earlier = Earlier.at(cfg.ckpt_path)
     if earlier.folder is not None:
         check_same_run(cfg, earlier.folder)
@@ -137,7 +142,8 @@ def _run(
         more: dict[str, Any] = {}
         callbacks = [*compressors, *_run_pruner(cfg, evaluator, dense), CompressionSummary()]
         home, student = folder / "compressed", _of_student(cfg)
-        compressed = _train(student, data, home, callbacks, evaluator, earlier)
+        start = dense.model if cfg.start == "dense" else None
+        compressed = _train(student, data, home, callbacks, evaluator, earlier, start)
     qualities = [evaluator.quality(one) for one in (dense.model, *others)]
     results = called | _measure(cfg, folder, evaluator, (dense, compressed), qualities)
     results |= more
@@ -191,11 +197,17 @@ def _train(
     callbacks: list[Callback],
     evaluator: Evaluator,
     earlier: Earlier,
+    start: LightningModule | None = None,
 ) -> Trained:
     monitor = ScoreMonitor(evaluator.monitor, every=cfg.evaluate.monitor_every)
-    unfinished = earlier.unfinished(folder.name)
     return train(
-        cfg, data, folder, seed=cfg.seed, callbacks=[monitor, *callbacks], ckpt_path=unfinished
+        cfg,
+        data,
+        folder,
+        seed=cfg.seed,
+        callbacks=[monitor, *callbacks],
+        ckpt_path=earlier.unfinished(folder.name),
+        start=start,
     )
 
 
@@ -282,6 +294,7 @@ def _measure(
         "seed": cfg.seed,
         "compression": OmegaConf.to_container(cfg.compression, resolve=True),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "start": cfg.start,
         "steps": {"dense": pair[0].steps, "compressed": pair[1].steps},
         "evaluator": evaluator.describe(),
         "dense": sides[0],

@@ -21,6 +21,7 @@ from lightning_compress.lab.evaluation.features import (
 from lightning_compress.lab.evaluation.fidelity import fidelity, noise_floor
 from lightning_compress.lab.evaluation.given_features import given_extractor
 from lightning_compress.lab.evaluation.likelihood import accuracy, likelihood
+from lightning_compress.lab.evaluation.reconstruction import code_usage, perceptual_distance
 from lightning_compress.lab.evaluation.self_supervised import self_supervised_network
 from lightning_compress.lab.evaluation.shipped_features import shipped_extractor
 from lightning_compress.lab.evaluation.verdict import Verdict, irreducible_nats, verdict
@@ -63,6 +64,10 @@ METRICS = {
     "stft_distance": Metric("multi-resolution STFT distance", "lower"),
     "l1": Metric("mean absolute difference", "lower"),
     "ssim": Metric("structural similarity", "higher"),
+    "psnr": Metric("PSNR (dB)", "higher"),
+    "perceptual": Metric("perceptual distance (LPIPS-like)", "lower"),
+    "code_perplexity": Metric("perplexity of the codebook", "higher"),
+    "codes_used": Metric("share of codes used", "higher"),
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
@@ -168,13 +173,19 @@ class Evaluator:
             return accuracy(model, x, y)
         if self.kind in ("vae", "recurrent_vae"):
             found |= likelihood(model, x, importance_samples=self.settings.importance_samples)
-        made = self._generated(model, x, self.settings.samples or len(x))
+        made, real = self._generated(model, x, self.settings.samples or len(x)), self._real(x, y)
         if self.kind == "conditional":
-            found |= model.distances(made, y)
+            found |= model.distances(made, real) | code_usage(model, x)
         if self.extractor is not None:
-            real = self.data.as_images(y if self.data.paired else x)
-            found |= fidelity(self.data.as_images(made), real, self.extractor.module)
+            images = self.data.as_images(made), self.data.as_images(real)
+            found |= fidelity(*images, self.extractor.module)
+            if self.kind == "conditional":
+                found["perceptual"] = perceptual_distance(*images, self.extractor.module)
         return found
+
+    def _real(self, x: Tensor, y: Tensor) -> Tensor:
+        """The real samples among rows: of paired data the targets, of others the rows."""
+        return y if self.data.paired else x
 
     def _generated(self, model: Any, x: Tensor, count: int) -> Tensor:
         """From all conditions x, or from so many latents; nothing where nothing would read it."""
@@ -189,11 +200,12 @@ class Evaluator:
         return generate(model, count)
 
     def given(self, count: int) -> dict[str, Tensor]:
-        """Of a conditional model: what the first samples should be; images also what from."""
-        if not self.data.paired:
+        """Of a conditional model: what the first samples should be; of pairs also what from."""
+        if self.kind != "conditional":
             return {}
         x, y = (part[:count] for part in rows(self.data.test_dataset))
-        return {"real": y, "condition": x} if self.data.kind == "image_pairs" else {"real": y}
+        real = {"real": self._real(x, y)}
+        return real | {"condition": x} if self.data.kind == "image_pairs" else real
 
     def monitor(self, model: Any) -> dict[str, float]:
         """A quick kernel distance on the validation split, for the curve over time.
@@ -201,20 +213,19 @@ class Evaluator:
         Of a conditional model its distances to the targets too.
         """
         x, y = (part[:MONITOR_SAMPLES] for part in rows(self.data.val_dataset))
-        made = self._generated(model, x, len(x))
+        made, real = self._generated(model, x, len(x)), self._real(x, y)
         found: dict[str, float] = {}
         if self.kind == "conditional":
-            found |= {f"val/{name}": value for name, value in model.distances(made, y).items()}
+            found |= {f"val/{name}": value for name, value in model.distances(made, real).items()}
         if self.extractor is not None and len(x) >= LEAST_COMPARED:
-            real = self.data.as_images(y if self.data.paired else x)
-            images = self.data.as_images(made)
-            found["val/kid"] = fidelity(images, real, self.extractor.module)["kid"]
+            images = self.data.as_images(made), self.data.as_images(real)
+            found["val/kid"] = fidelity(*images, self.extractor.module)["kid"]
         return found
 
     def _images(self, split: Any) -> tuple[Tensor, Tensor]:
         """The real images of a split, which generated ones are compared with, and its labels."""
         x, y = rows(split)
-        return self.data.as_images(y if self.data.paired else x), y
+        return self.data.as_images(self._real(x, y)), y
 
     def describe(self) -> dict[str, Any]:
         """The extractor, the sample count and the floor, which belong beside each number."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import DictConfig
 from torch import nn
 
@@ -31,6 +32,7 @@ __all__ = [
     "compression_callbacks",
     "load_trained",
     "mlflow_logger",
+    "take_weights",
     "train",
     "wandb_logger",
 ]
@@ -155,6 +157,7 @@ def train(
     seed: int,
     callbacks: Sequence[Callback] = (),
     ckpt_path: Path | None = None,
+    start: nn.Module | None = None,
 ) -> Trained:
     """Train the configured model; the folder gets a checkpoint an epoch and a final one.
 
@@ -165,12 +168,15 @@ def train(
         seed: of weights and noise.
         callbacks: compression and measurement, before the app's own.
         ckpt_path: an interrupted training's checkpoint.
+        start: a model whose weights this one begins with, see `take_weights`.
 
     Raises:
         InterruptedRunError: after Ctrl-C or SIGTERM.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, history, start = build_model(cfg, data, seed=seed), History(), time.monotonic()
+    model, history, begun = build_model(cfg, data, seed=seed), History(), time.monotonic()
+    if start is not None:
+        take_weights(model, start)
     extra = instantiate(cfg.callbacks, _convert_="all") or {}
     trainer: Trainer = instantiate(
         cfg.trainer,
@@ -199,7 +205,50 @@ def train(
     (folder / INTERRUPTED).unlink(missing_ok=True)
     if trainer.received_sigterm:  # after the last batch, when nothing looks for it any more
         raise InterruptedRunError(f"interrupted after the training of {folder.name}")
-    return Trained(model, history.rows, trainer.global_step, time.monotonic() - start)
+    return Trained(model, history.rows, trainer.global_step, time.monotonic() - begun)
+
+
+def take_weights(model: nn.Module, other: nn.Module) -> None:
+    """Give a model the weights of another one, child by child.
+
+    A child whose tensors differ in name or size, such as a narrower decoder, keeps its own weights
+    and is named.
+
+    Args:
+        model: changed in place.
+        other: such as the dense model.
+
+    Raises:
+        ValueError: when no child fits, or when one does not that is frozen: nothing would train it.
+    """
+    ours, theirs = _children(model), _children(other)
+    kept = sorted(name for name in ours if _sizes(ours[name]) != _sizes(theirs.get(name, {})))
+    trained = {
+        name.partition(".")[0] for name, one in model.named_parameters() if one.requires_grad
+    }
+    if stuck := sorted({*kept} - trained):
+        raise ValueError(
+            f"start=dense: {stuck} of the compressed model differ in size from the dense model's "
+            "and are frozen: they would stay as drawn; give them the dense model's sizes"
+        )
+    if len(kept) == len(ours):
+        raise ValueError(f"start=dense: no part fits the dense model's: {kept} differ in size")
+    if kept:
+        rank_zero_info(f"start=dense: {kept} differ in size and keep weights of their own")
+    for child in ours.keys() - {*kept}:
+        model.load_state_dict(theirs[child], strict=False)
+
+
+def _children(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of each child module, by full names."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        found.setdefault(name.partition(".")[0], {})[name] = tensor
+    return found
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def load_trained(cfg: DictConfig, data: SplitDataModule, path: Path) -> Trained:

@@ -18,7 +18,22 @@ from tests.helpers.fonts import CHARACTERS, SANS, SERIF
 from tests.helpers.sounds import chirps
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf" / "data").glob("*.yaml"))
-EXAMPLE = {"mnist": {"name": "mnist"}}  # the only values that differ from the code's defaults
+EXAMPLE = {  # the only values that differ from the code's defaults
+    "mnist": {"name": "mnist"},
+    "icons": {
+        "folder": "/usr/share/icons/oxygen/base",
+        "image_size": 32,
+        "background": "white",
+        "filing": {
+            "_target_": "lightning_compress.lab.data.image_folder.ImageFiling",
+            "classes": False,
+            "group": "stem",
+            "min_size": 32,
+            "package": "oxygen-icon-theme",
+        },
+        "batch_size": 32,
+    },
+}
 
 pytestmark = [
     # the machine decides how many loader processes are worth it, and these runs need none
@@ -67,6 +82,7 @@ def sources(tmp_path):
     idx = {"folder": str(tmp_path), "val_size": 8}
     return {
         "image_folder": {"folder": str(images), "image_size": 8},
+        "icons": {"folder": str(images), "image_size": 8, "filing": None},
         "text_lines": {"file": str(text)},
         "fashion_mnist": idx,
         "fashion_rows": idx,

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from lightning_compress.lab.data import ImageFolder
-from lightning_compress.lab.data.image_folder import read_image
+from lightning_compress.lab.data.image_folder import ImageFiling, read_image
 
 
 def save(path, *, size=(20, 12), seed=0, mode="RGB"):
@@ -172,6 +172,54 @@ def test_transparent_parts_are_black(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", 4, grey=True)
     assert image[0].mean(1).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("mode", "value"), [("RGBA", (9, 9, 9, 0)), ("LA", (9, 0)), ("P", 0)])
+def test_transparent_parts_show_the_background(tmp_path, mode, value):
+    given = {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (4, 4), value).save(tmp_path / "a.png", **given)
+    assert read_image(tmp_path / "a.png", 4, grey=False).max() == 0
+    assert read_image(tmp_path / "a.png", 4, grey=False, background="white").min() == 1
+    for i in range(4):
+        save(tmp_path / f"{i}.png")
+    black, white = (ready(tmp_path, background=one) for one in ("black", "white"))
+    assert black.fingerprint != white.fingerprint
+
+
+@pytest.fixture
+def theme(tmp_path):
+    """Twenty icons in three sizes, one of them under a second name."""
+    for i in range(20):
+        for size in (8, 16, 24):
+            save(tmp_path / f"{size}x{size}" / "actions" / f"{i}.png", size=(size, size), seed=i)
+    (tmp_path / "16x16" / "alias.png").symlink_to(tmp_path / "16x16" / "actions" / "3.png")
+    return tmp_path
+
+
+def test_all_sizes_of_an_icon_are_in_one_split(theme, caplog):
+    with caplog.at_level(logging.INFO):
+        data = ready(theme, filing=ImageFiling(classes=False, group="stem", min_size=16))
+    stems = [[path.stem for path, _ in split.files] for split in data.splits]
+    assert [len(split) for split in stems] == [32, 4, 4]  # 16 pixels and 24 of each icon
+    assert sum(len(set(split)) for split in stems) == len(set().union(*stems)) == 20
+    assert {path.parts[0] for split in data.splits for path, _ in split.files} == {"16x16", "24x24"}
+    assert not data.labelled
+    assert "1 files are copies, left out" in caplog.text
+    alone = ready(theme, filing=ImageFiling(classes=False))
+    assert sum(map(len, alone.splits)) == 61
+
+
+def test_faulty_filing_is_named(theme, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`apt-get install some-theme` brings it"):
+        ready(tmp_path / "absent", filing=ImageFiling(package="some-theme"))
+    with pytest.raises(FileNotFoundError, match="holds no image of 99 pixels or more"):
+        ready(theme, filing=ImageFiling(classes=False, min_size=99))
+    with pytest.raises(ValueError, match=r"group='name': valid are \[None, 'stem'\]"):
+        ImageFiling(group="name")
+    with pytest.raises(ValueError, match="min_size must be an integer >= 0, got -1"):
+        ImageFiling(min_size=-1)
+    with pytest.raises(ValueError, match="background='mauv' is no colour"):
+        ImageFolder("anywhere", background="mauv")
 
 
 def test_photographs_are_turned_upright(tmp_path):

@@ -28,4 +28,5 @@ def test_config_spells_out_the_constructor(path):
 def test_all_models_have_a_config():
     names = {path.stem for path in FOLDER.glob("*.yaml")}
     generative = {"flow_matching", "dcgan", "wgan_gp", "vae", "recurrent_vae", "vocoder", "pix2pix"}
+    generative |= {"autoencoder_kl", "vq_vae"}
     assert names == generative | {"simple_net", "resnet18"}

@@ -299,6 +299,14 @@ OWN_ARGUMENTS = {
         "data.grey=true",
         "data.val_fraction=0.2",
         "data.test_fraction=0.2",
+        "evaluate.samples=8",
+    ],
+    "icons": [
+        "data.folder={0}/pictures",
+        "data.filing.min_size=0",
+        "data.val_fraction=0.2",
+        "data.test_fraction=0.3",
+        "evaluate.samples=8",
     ],
     "text_lines": ["data.file={0}/words.txt", "model=recurrent_vae", "model.hidden=16"],
     "digit_rows": ["model=recurrent_vae", "model.hidden=16"],
@@ -321,7 +329,6 @@ def test_each_data_set(folders, cache, known_files, sounds, data):
         cache,
         "model.width_multiplier=0.25",
         "export.onnx=false",
-        "evaluate.samples=8" if data == "image_folder" else "seed=0",
         *overrides,
     )
     quality = results["compressed"]["quality"]
