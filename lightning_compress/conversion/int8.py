@@ -47,6 +47,7 @@ from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_e
 from lightning_compress.conversion.versions import RuntimeTarget
 from lightning_compress.conversion.weight_storage import finished_models, seen_inputs
 from lightning_compress.grids import AffineGrid
+from lightning_compress.quantization.bias_rounding import round_biases_in
 from lightning_compress.state import ActivationGrids, compression_state
 
 __all__ = ["RUNTIMES", "Int8Model", "int8_model"]
@@ -109,6 +110,7 @@ def int8_model(
     """
     grids = weight_grids(module, plain)
     stored, left = put_on_grids(plain, grids, everything=not grids or calibration is not None)
+    round_biases_in(plain)
     opset = max(target.opset or OLDEST, OLDEST)  # an older one would lose whose node is whose
     program, axes = onnx_program(plain, inputs, opset, axes, optimize=False)
     model = program.model

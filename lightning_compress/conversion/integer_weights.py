@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_compress.grids import AffineGrid, CodebookGrid, channel_axis
+from lightning_compress.quantization.bias_rounding import stretch
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import Grid, compression_state
 from lightning_compress.targets import split_path
@@ -24,7 +25,6 @@ __all__ = [
     "stored_weight",
     "weight_grids",
 ]
-SEVEN_BITS = 63
 INT4, UINT4, INT8, UINT8 = (-8, 7), (0, 15), (-128, 127), (0, 255)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 HOOKED = ("_orig", "_v")  # what the older spectral_norm and weight_norm make a weight from
@@ -191,10 +191,9 @@ class IntegerWeight:
 
         Biases are stored in steps of input times weight, too coarse where both have few bits.
         """
-        room = SEVEN_BITS // max(1, int(np.abs(self.symbols).max(initial=0)))
-        if room < 2:
+        factor = stretch(int(np.abs(self.symbols).max(initial=0)))
+        if factor == 1:
             return self
-        factor = 1 << room.bit_length() - 1
         scale = (self.scale / factor).astype(np.float32)
         return replace(self, symbols=self.symbols * factor, scale=scale, stretch=factor)
 

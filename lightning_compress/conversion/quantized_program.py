@@ -26,6 +26,7 @@ from lightning_compress.conversion.program import plain_copy
 from lightning_compress.conversion.signature import signature_of
 from lightning_compress.grids import AffineGrid, channel_axis
 from lightning_compress.lcz.lost_grids import lost_grids
+from lightning_compress.quantization.bias_rounding import round_biases_in
 from lightning_compress.state import (
     ActivationGrids,
     activation_grids,
@@ -78,6 +79,7 @@ def quantized_program(module: nn.Module, sample: Any) -> ExportedProgram:
     signature, leaves = signature_of(plain, sample)
     arguments = signature.rebuilt(tuple(one.detach().cpu() for one in leaves))
     stored, _ = put_on_grids(plain, weight_grids(module, plain), everything=False)
+    round_biases_in(plain)
     norms = any(isinstance(one, NORMS) for one in plain.modules())
     if norms:
         stored = stored | _fold_norms(plain, stored, _traced(plain, arguments).graph)

@@ -9,22 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.grids import AffineGrid, channel_axis
+from lightning_compress.modes import bare, own_random_stream
 from lightning_compress.quantization.corrections import Dataflow
 from lightning_compress.sharding import is_sharded
 from lightning_compress.state import activation_grids, known_grid
 from lightning_compress.targets import Coverage
 
-__all__ = ["bias_step", "round_bias", "round_biases"]
+__all__ = [
+    "bias_change",
+    "bias_changes",
+    "bias_step",
+    "round_bias",
+    "round_biases",
+    "round_biases_in",
+    "stretch",
+]
 
-SEVEN_BITS, EIGHT = 127, 8
+SEVEN_BITS, EIGHT = 63, 8
 LARGEST = 2**31 - 1
+FLOAT32 = 1e-6  # of a number: what float32 leaves of a rounded one
+
+
+def stretch(most: int) -> int:
+    """Power of 2 that an int8 file multiplies weights with, which leaves them 7 bits at most.
+
+    Args:
+        most: the largest magnitude of a weight, in its steps.
+
+    >>> stretch(127), stretch(40), stretch(7)
+    (1, 1, 8)
+    """
+    return 1 << max(0, (SEVEN_BITS // max(1, most)).bit_length() - 1)
 
 
 def bias_step(layer: nn.Module, grid: AffineGrid, scale: Tensor) -> Tensor | None:
     """Step of a layer's sums, float64, (channels,) or (1,); None where channels share no step.
 
-    Weights and inputs of few bits are stored in the upper bits of a byte, so that the sums' steps
-    are as fine as those of 7 and 8 bits.
+    Weights and inputs of few bits are stored in the upper bits of a byte (`stretch`), so that the
+    sums' steps are as fine as those of 7 and 8 bits.
 
     Args:
         layer: a linear layer or a convolution.
@@ -47,9 +69,8 @@ def bias_step(layer: nn.Module, grid: AffineGrid, scale: Tensor) -> Tensor | Non
     along = [1] * weight.dim()
     along[channel_axis(layer)] = len(steps)
     most = int((weight.detach().double() / steps.reshape(along)).round().abs().max())
-    finer = max(1, 2 ** ((SEVEN_BITS // max(1, most)).bit_length() - 1))
     steps = steps.repeat(groups) if shared else steps  # equal for the channels of each group
-    return grid.scale.flatten()[:1].double() / 2 ** (EIGHT - grid.bits) * steps / finer
+    return grid.scale.flatten()[:1].double() / 2 ** (EIGHT - grid.bits) * steps / stretch(most)
 
 
 def _channels(layer: nn.Module) -> int:
@@ -57,12 +78,46 @@ def _channels(layer: nn.Module) -> int:
 
 
 @torch.no_grad()
+def bias_change(layer: nn.Module, norm: nn.Module | None, step: Tensor) -> Tensor | str:
+    """What rounding adds to each output channel, float64, (channels,); or why it cannot be done.
+
+    Where a BatchNorm alone reads the layer, the sum that an int8 file adds is rounded, which is
+    `bias - mean + beta * sigma / gamma`.
+
+    Args:
+        layer: a linear layer or a convolution.
+        norm: the BatchNorm that alone reads it.
+        step: as from `bias_step`.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> _ = layer.bias.data.fill_(0.75)
+    >>> bias_change(layer, None, torch.tensor([0.5]))
+    tensor([0.2500], dtype=torch.float64)
+    """
+    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    if bias is None and norm is None:
+        return "it has no bias"
+    total = torch.zeros(_channels(layer), dtype=torch.float64)
+    if bias is not None:
+        total = total + bias.detach().cpu().double()
+    if norm is not None:
+        added = _offset(norm)
+        if added is None or len(total) % len(added):
+            return "the norm behind it has no running mean, or none for each of its channels"
+        total = total + added.repeat_interleave(len(total) // len(added))
+    parts = (total / step.cpu()).round()
+    if not bool(torch.isfinite(parts).all()) or int(parts.abs().max()) > LARGEST:
+        return "its bias is beyond what an int32 holds"
+    change = parts * step.cpu() - total
+    return torch.where(change.abs() <= FLOAT32 * total.abs(), 0.0, change)
+
+
+@torch.no_grad()
 def round_bias(layer: nn.Module, norm: nn.Module | None, step: Tensor) -> str:
     """Round a layer's bias in place; returns why it could not be done, or an empty text.
 
-    Where a BatchNorm alone reads the layer, the sum that an int8 file adds is rounded, which is
-    `bias - mean + beta * sigma / gamma`: the change goes into the layer's bias, and where it has
-    none into the norm's running mean.
+    The change of `bias_change` goes into the layer's bias, and where it has none into the running
+    mean of the norm behind it.
 
     Args:
         layer: a linear layer or a convolution.
@@ -74,29 +129,17 @@ def round_bias(layer: nn.Module, norm: nn.Module | None, step: Tensor) -> str:
     >>> round_bias(layer, None, torch.tensor([0.5])), layer.bias.item()
     ('', 0.5)
     """
-    bias = layer.bias if isinstance(layer.bias, Tensor) else None
+    change = bias_change(layer, norm, step)
+    if isinstance(change, str):
+        return change
+    if isinstance(layer.bias, Tensor):
+        layer.bias.copy_((layer.bias.double() + change.to(layer.bias.device)).to(layer.bias))
+        return ""
     mean = None if norm is None else norm.running_mean
-    if bias is None and not isinstance(mean, Tensor):
-        return "it has no bias"
-    total = torch.zeros(_channels(layer), dtype=torch.float64)
-    if bias is not None:
-        total = total + bias.detach().cpu().double()
-    if norm is not None:
-        added = _offset(norm)
-        if added is None or len(total) % len(added):
-            return "the norm behind it has no running mean, or none for each of its channels"
-        if bias is None and len(added) != len(total):
-            return "it has no bias, and outputs share the channels of the norm behind it"
-        total = total + added.repeat_interleave(len(total) // len(added))
-    parts = (total / step.cpu()).round()
-    if not bool(torch.isfinite(parts).all()) or int(parts.abs().max()) > LARGEST:
-        return "its bias is beyond what an int32 holds"
-    change = parts * step.cpu() - total
-    if bias is not None:
-        bias.copy_((bias.double() + change.to(bias.device)).to(bias))
-    else:
-        assert isinstance(mean, Tensor)
-        mean.copy_((mean.double() - change.to(mean.device)).to(mean))
+    assert isinstance(mean, Tensor)
+    if len(mean) != len(change):
+        return "it has no bias, and outputs share the channels of the norm behind it"
+    mean.copy_((mean.double() - change.to(mean.device)).to(mean))
     return ""
 
 
@@ -114,6 +157,101 @@ def _offset(norm: nn.Module) -> Tensor | None:
     return offset
 
 
+def bias_changes(module: nn.Module) -> dict[str, Tensor]:
+    """What int8 kernels add to the outputs of layers by rounding their biases, by path.
+
+    Layers whose sum is rounded already, as `quantize_static` leaves it, have none. Of a module that
+    cannot be traced, the parts that can be are.
+
+    Returns:
+        For each layer with grids of its weight and its input a float32 tensor that is added to
+        its output, whose channels lie along axis 1 (of a linear layer, along the last one).
+    """
+    holders = _holders(module)
+    layers = {
+        path: layer
+        for path, layer in module.named_modules()
+        if _has_sums(layer) and not _obstacle(layer, holders)
+    }
+    changes: dict[str, Tensor] = {}
+    for path, norm in _norms_behind(module, layers).items():
+        layer = layers[path]
+        step = _step_of(layer)
+        change = "" if step is None else bias_change(layer, norm, step)
+        if isinstance(change, Tensor) and change.any():
+            spatial = [1] * (layer.weight.dim() - 2)  # type: ignore[operator]
+            changes[path] = change.float().reshape(-1, *spatial)
+    return changes
+
+
+def round_biases_in(plain: nn.Module) -> None:
+    """Round the biases of a copy in place as `bias_changes` says; a layer without one gets one."""
+    for path, change in bias_changes(plain).items():
+        layer = plain.get_submodule(path)
+        bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros(())
+        layer.bias = nn.Parameter(bias.detach() + change.flatten(), requires_grad=False)
+
+
+def _norms_behind(
+    module: nn.Module, layers: Mapping[str, nn.Module]
+) -> dict[str, nn.Module | None]:
+    """The BatchNorm that alone reads each layer, or None; without those nobody can tell of."""
+    if not any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in module.modules()):
+        return dict.fromkeys(layers)
+    with own_random_stream(module), bare(module):
+        flow = Dataflow.of(module)
+    norms = flow.norms | flow.shared_norms
+    found = {
+        path: module.get_submodule(norms[path]) if path in norms else None
+        for path in layers
+        if path in flow.next_layer or path in flow.stopped
+    }
+    for name, child in module.named_children():
+        start = f"{name}."
+        unseen = {
+            path.removeprefix(start): layer
+            for path, layer in layers.items()
+            if path.startswith(start) and path not in found
+        }
+        if unseen:
+            found |= {start + path: norm for path, norm in _norms_behind(child, unseen).items()}
+    return found
+
+
+def _holders(module: nn.Module) -> Counter[int]:
+    """How many layers hold each parameter."""
+    return Counter(id(one) for layer in module.modules() for one in layer.parameters(recurse=False))
+
+
+def _has_sums(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _obstacle(layer: nn.Module, holders: Mapping[int, int]) -> str:
+    """Why the step of a layer's sums is not known, or its bias not its own; else empty."""
+    if not isinstance(_read_grid(layer), AffineGrid) or not isinstance(
+        known_grid(layer, "weight"), AffineGrid
+    ):
+        return "its weight or its input has no scale"
+    if is_sharded(layer.weight):  # type: ignore[arg-type]
+        return "its weight is sharded"
+    if isinstance(layer.bias, Tensor) and holders[id(layer.bias)] > 1:
+        return "it shares its bias with another layer"
+    return ""
+
+
+def _read_grid(layer: nn.Module) -> object:
+    grids = activation_grids(layer)
+    return None if grids is None else grids.input
+
+
+def _step_of(layer: nn.Module) -> Tensor | None:
+    read, weight = _read_grid(layer), known_grid(layer, "weight")
+    assert isinstance(read, AffineGrid)
+    assert isinstance(weight, AffineGrid)
+    return bias_step(layer, read, weight.scale)
+
+
 def round_biases(module: nn.Module, layers: Mapping[str, nn.Module]) -> list[Coverage]:
     """Round the biases of layers that have grids for their weight and for what they read.
 
@@ -128,25 +266,14 @@ def round_biases(module: nn.Module, layers: Mapping[str, nn.Module]) -> list[Cov
         A row a layer: whether its bias was rounded, or why not.
     """
     flow, rows = Dataflow.of(module), []
-    holders = Counter(
-        id(one) for layer in module.modules() for one in layer.parameters(recurse=False)
-    )
-    untraced = flow.stopped.get("", "")
+    holders, untraced = _holders(module), flow.stopped.get("", "")
     for path, layer in layers.items():
-        grids, weight = activation_grids(layer), known_grid(layer, "weight")
-        read = None if grids is None else grids.input
         norm = flow.norms.get(path)
-        if not isinstance(read, AffineGrid) or not isinstance(weight, AffineGrid):
-            why = "its weight or its input has no scale"
-        elif is_sharded(layer.weight):  # type: ignore[arg-type]
-            why = "its weight is sharded"
-        elif isinstance(layer.bias, Tensor) and holders[id(layer.bias)] > 1:
-            why = "it shares its bias with another layer"
-        elif untraced:
-            why = untraced
-        elif (step := bias_step(layer, read, weight.scale)) is None:
-            why = "groups share the steps of its weight"
-        else:
+        why = _obstacle(layer, holders) or untraced
+        step = None if why else _step_of(layer)
+        if step is not None:
             why = round_bias(layer, module.get_submodule(norm) if norm else None, step)
+        elif not why:
+            why = "groups share the steps of its weight"
         rows.append(Coverage(path, (), not why, why or "in steps of input times weight"))
     return rows

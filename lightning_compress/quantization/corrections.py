@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +49,8 @@ class Dataflow:
             operations that let positive factors pass.
         stopped: path of a layer -> why there is none.
         norms: path of a layer -> path of the BatchNorm that alone reads its output.
+        shared_norms: path of a linear layer -> path of the BatchNorm that alone reads its output,
+            each channel a block of outputs, behind a reshape.
 
     >>> flow = Dataflow.of(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1), nn.Tanh()))
     >>> flow.next_layer, flow.stopped
@@ -56,6 +60,7 @@ class Dataflow:
     next_layer: dict[str, str]
     stopped: dict[str, str]
     norms: dict[str, str]
+    shared_norms: dict[str, str]
 
     @classmethod
     def of(cls, module: nn.Module) -> Dataflow:
@@ -64,8 +69,8 @@ class Dataflow:
             graph = fx.Tracer().trace(module)
         except Exception as error:  # forward may do, and raise, anything
             first = str(error).strip().split("\n")[0]
-            return cls({}, {"": f"the module cannot be traced: {first}"}, {})
-        flow, modules = cls({}, {}, {}), dict(module.named_modules())
+            return cls({}, {"": f"the module cannot be traced: {first}"}, {}, {})
+        flow, modules = cls({}, {}, {}, {}), dict(module.named_modules())
         calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         for node in graph.nodes:
             path = str(node.target)
@@ -75,6 +80,7 @@ class Dataflow:
                 flow.stopped[path] = "it is called more than once"
                 continue
             flow._follow(node, path, modules, calls)
+            flow._follow_reshape(node, path, modules)
         return flow
 
     def _follow(
@@ -98,6 +104,34 @@ class Dataflow:
                 name = type(layer).__name__ if layer is not None else _name(node)
                 self.stopped[path] = f"{name} lets no factor pass"
                 return
+
+    def _follow_reshape(self, node: fx.Node, path: str, modules: dict[str, nn.Module]) -> None:
+        layer, reshapes = modules[path], next(iter(node.users), None)
+        if not isinstance(layer, nn.Linear) or len(node.users) != 1 or reshapes is None:
+            return
+        norm = next(iter(reshapes.users), None)
+        if not _splits(layer, reshapes, modules) or len(reshapes.users) != 1 or norm is None:
+            return
+        behind = modules[str(norm.target)] if norm.op == "call_module" else None
+        if isinstance(behind, nn.modules.batchnorm._BatchNorm):
+            self.shared_norms[path] = str(norm.target)
+
+
+def _splits(layer: nn.Linear, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node gives the outputs of each row several axes, in their order."""
+    reshape = modules[str(node.target)] if node.op == "call_module" else None
+    sizes: tuple[Any, ...] = ()
+    if isinstance(reshape, nn.Unflatten) and reshape.dim == 1:
+        sizes = tuple(reshape.unflattened_size)
+    elif node.op == "call_method" and node.target in ("view", "reshape"):
+        first = node.args[1]
+        sizes = tuple(first if isinstance(first, (tuple, list)) else node.args[1:])[1:]
+    elif node.op == "call_method" and node.target == "unflatten" and node.args[1] == 1:
+        sizes = tuple(node.args[2])  # type: ignore[arg-type]
+    if len(sizes) < 2 or not all(isinstance(one, int) for one in sizes):
+        return False
+    known = math.prod(one for one in sizes if one != -1)
+    return known == layer.out_features or (-1 in sizes and layer.out_features % known == 0)
 
 
 def _has_weight(layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.grids import AffineGrid
 from lightning_compress.hooks import hook_input, hook_output
+from lightning_compress.quantization.bias_rounding import bias_changes
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.state import activation_grids, rounds_dynamically
 from lightning_compress.targets import Coverage, CoverageTable, Target, split_path
@@ -204,7 +205,9 @@ def fake_quantized(module: nn.Module) -> Iterator[nn.Module]:
     """Context in which a module computes with the activation grids attached to its layers.
 
     The weights lie on their grids already; this makes the forward pass what an integer engine
-    computes. A module without attached grids computes as before.
+    computes, whose biases are integers too: multiples of the input's step times the weight's
+    (Jacob et al. 2018, arXiv:1712.05877, equation 11). A module without attached grids computes as
+    before.
 
     >>> import torch
     >>> from lightning_compress.grids import grid_of_range
@@ -217,12 +220,15 @@ def fake_quantized(module: nn.Module) -> Iterator[nn.Module]:
     True
     """
     handles: list[RemovableHandle] = []
-    for layer in module.modules():
+    changes = bias_changes(module)
+    for path, layer in module.named_modules():
         grids = activation_grids(layer)
         if rounds_dynamically(layer):
             handles.append(hook_input(layer, dynamic_fake_quantize))
         if grids is not None and grids.input is not None:
             handles.append(hook_input(layer, partial(fake_quantize, grid=grids.input)))
+        if path in changes:
+            handles.append(hook_output(layer, partial(_shifted, change=changes[path])))
         if grids is not None and grids.output is not None:
             handles.append(hook_output(layer, partial(fake_quantize, grid=grids.output)))
     try:
@@ -230,3 +236,7 @@ def fake_quantized(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shifted(output: Tensor, change: Tensor) -> Tensor:
+    return output + change.to(output)

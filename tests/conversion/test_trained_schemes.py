@@ -69,7 +69,8 @@ def test_the_file_computes_what_training_saw(name, scheme, tmp_path):
         }
         assert kept == set(state.grids), (part, info.weights)
         parity = info.parity["onnxruntime"]
-        assert parity.more < 0.02, (part, parity)
+        # Biases too are what an int8 kernel holds, so that no rounding falls the other way.
+        assert parity.equal > 0.999 or scheme == "codebook", (part, parity)
         if name != "recurrent_vae":  # its few layers with int8 inputs stand beside the recurrence
             assert bool(info.int8_ops) == SCHEMES[scheme][1], (part, info.int8_ops)
         # Independent of the check that export made: the module itself, on its grids.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import compression_state, quantize_static
-from lightning_compress.quantization.bias_rounding import bias_step, round_bias
+from lightning_compress import compression_state, fake_quantized, quantize_static
+from lightning_compress.quantization.bias_rounding import bias_changes, bias_step, round_bias
 
 
 def calibrated(net, x, **settings):
@@ -53,7 +53,7 @@ def test_few_bits_leave_finer_steps():
     state = compression_state(nn.Sequential(layer))
     read, weight = state.activations["0"].input, state.grids["0.weight"].scale
     step = bias_step(layer, read, weight)
-    assert torch.allclose(step, (read.scale * weight.flatten()).double() / 16 / 32)
+    assert torch.allclose(step, (read.scale * weight.flatten()).double() / 16 / 16)
 
 
 def test_what_cannot_be_rounded_is_named():
@@ -69,3 +69,82 @@ def test_what_cannot_be_rounded_is_named():
     large.bias.data.fill_(1e9)
     assert "int32" in round_bias(large, None, torch.tensor([0.1]))
     assert large.bias.item() == 1e9
+
+
+class Branching(nn.Module):
+    """Cannot be traced as a whole; its parts can."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Linear(3, 8, bias=False), nn.Unflatten(1, (2, -1)), nn.BatchNorm1d(2), nn.ReLU()
+        )
+        self.second = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if x.sum() > -1 else x
+
+
+def unrounded(net, x):
+    """With grids, and biases that training moved since."""
+    calibrated(net, x)
+    with torch.no_grad():
+        net.second[0].bias.uniform_(-1, 1)
+        net.first[2].running_mean.uniform_(-1, 1)
+    return net
+
+
+def test_biases_count_as_integers_on_the_grids_and_stay_as_they_are():
+    torch.manual_seed(0)
+    x = torch.randn(16, 3)
+    net = unrounded(Branching(), x)
+    before = {name: one.clone() for name, one in net.state_dict().items()}
+    drawn = torch.random.get_rng_state()
+    changes = bias_changes(net)
+    assert {path: tuple(one.shape) for path, one in changes.items()} == {
+        "first.0": (8,),
+        "second.0": (4, 1),
+    }
+    for path, norm in (("first.0", net.first[2]), ("second.0", net.second[1])):
+        layer = net.get_submodule(path)
+        added = norm.bias * (norm.running_var + norm.eps).sqrt() / norm.weight - norm.running_mean
+        total = added.repeat_interleave(len(layer.weight) // len(added)) + changes[path].flatten()
+        total = total if layer.bias is None else total + layer.bias
+        parts = parts_of_a_step(net, path, total)
+        assert (parts - parts.round()).abs().max() < 0.01
+    with torch.no_grad(), fake_quantized(net):
+        rounded = net(x)
+    with torch.no_grad():
+        net.second[0].bias += changes["second.0"].flatten()
+        net.first[0].bias = nn.Parameter(changes["first.0"])
+    assert bias_changes(net) == {}
+    with torch.no_grad(), fake_quantized(net):
+        assert torch.allclose(net(x), rounded, atol=1e-6)
+    net.first[0].bias = None
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    kept = net.state_dict()
+    assert all(torch.equal(kept[name], one) for name, one in before.items() if "bias" not in name)
+
+
+@pytest.mark.parametrize("split", ["view", "reshape", "unflatten", "transposed"])
+def test_outputs_that_share_a_channel_of_a_norm_are_followed_through_a_reshape(split):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 6, bias=False), nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            y = self.layer(x)
+            if split == "view":
+                return self.norm(y.view(-1, 2, 3))
+            if split == "reshape":
+                return self.norm(y.reshape((x.shape[0], 2, 3)))
+            return self.norm(y.unflatten(1, (2, 3)) if split == "unflatten" else y.view(-1, 2))
+
+    torch.manual_seed(0)
+    net, x = Split(), torch.randn(16, 3)
+    quantize_static(net.eval(), [x])
+    net.norm.running_mean.uniform_(-1, 1)
+    # Whose channel an output is, nobody can tell where rows are split.
+    assert set(bias_changes(net)) == (set() if split == "transposed" else {"layer"})
