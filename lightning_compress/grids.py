@@ -23,6 +23,7 @@ __all__ = [
 ]
 MIN_BITS, MAX_BITS = 2, 8
 _TINY = np.finfo(np.float32).tiny
+_MOST = 255  # steps from 0 on any grid of 8 bits
 _PIECE = 1 << 16  # weights that stay in a core's cache
 
 
@@ -76,6 +77,10 @@ class CodebookGrid:
     def project(self, weight: Tensor) -> Tensor:
         """The centre nearest to each weight, in the weight's own dtype."""
         return self.dequantize(self.quantize(weight), weight.dtype)
+
+    def count(self, weight: Tensor) -> Tensor:
+        """How often each symbol from -255 to 255 occurs: int64 of shape (511,)."""
+        return _counted(self.quantize(weight), _counts(weight))
 
 
 @dataclass(frozen=True)
@@ -143,18 +148,53 @@ class AffineGrid:
         """Values of centred symbols (what `quantize` returns), as one float32 product each."""
         return (symbols.to(torch.float32) * self._along_axis(self.scale, symbols)).to(dtype)
 
-    def project(self, weight: Tensor) -> Tensor:
-        """The grid point nearest to each weight, in the weight's own dtype."""
-        on_cpu = self.axis is None and weight.device.type == "cpu" and weight.is_contiguous()
-        if not on_cpu or weight.numel() < 2 * _PIECE:
-            return self.dequantize(self._steps(weight), weight.dtype)
-        points = torch.empty_like(
-            weight.detach()
-        )  # piece by piece: five passes in the cache, not in memory
-        pieces = weight.detach().view(-1).split(_PIECE)
-        for piece, place in zip(pieces, points.view(-1).split(_PIECE), strict=True):
+    def project(self, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The grid point nearest to each weight, in the weight's own dtype.
+
+        Args:
+            weight: of the grid's shape.
+            out: where to, of the weight's shape and dtype; None: a new tensor.
+        """
+        points = torch.empty_like(weight.detach()) if out is None else out
+        for piece, place in self.pieces(weight, points):
             place.copy_(self.dequantize(self._steps(piece), weight.dtype))
         return points
+
+    def matches(self, weight: Tensor, points: Tensor) -> bool:
+        """Whether `points` are what `project` makes of a weight, to the bit."""
+        pieces = self.pieces(weight, points)
+        return all(
+            torch.equal(self.dequantize(self._steps(piece), weight.dtype), place)
+            for piece, place in pieces
+        )
+
+    def count(self, weight: Tensor) -> Tensor:
+        """How often each whole step from -255 to 255 occurs: int64 of shape (511,)."""
+        counts = _counts(weight)
+        for piece, _ in self.pieces(weight, weight):
+            _counted(self._steps(piece), counts)
+        return counts
+
+    def pieces(self, weight: Tensor, other: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A weight and another of its shape, in pieces whose passes stay in a core's cache."""
+        pair = weight.detach(), other.detach()
+        plain = all(one.device.type == "cpu" and one.is_contiguous() for one in pair)
+        if self.axis is not None or not plain or weight.numel() < 2 * _PIECE:
+            return [pair]
+        flat = (one.view(-1).split(_PIECE) for one in pair)
+        return list(zip(*flat, strict=True))
+
+
+def _counts(weight: Tensor) -> Tensor:
+    return torch.zeros(2 * _MOST + 1, dtype=torch.int64, device=weight.device)
+
+
+def _counted(symbols: Tensor, counts: Tensor) -> Tensor:
+    """Counts with those of more symbols."""
+    index = (symbols.reshape(-1) + _MOST).to(torch.int64)
+    if index.device.type == "cpu":
+        return counts.add_(torch.bincount(index, minlength=len(counts)))
+    return counts.scatter_add_(0, index, torch.ones_like(index))  # bincount would wait
 
 
 def channel_axis(module: torch.nn.Module) -> int:

@@ -121,6 +121,11 @@ class ProjectedWeight:
         """
         return part if self.shards is None else self.shards.whole(part).cpu()
 
+    @property
+    def in_update(self) -> bool:
+        """Whether the parameter holds latent values: its optimizer updates them at this moment."""
+        return self._holds_latent
+
     def values(self) -> Tensor:
         """The latent values: what the optimizer updates and what criteria look at."""
         if self.latent is None or self._holds_latent:
@@ -179,6 +184,10 @@ class ProjectedWeight:
         grid = self.quantizer(values)
         return self._here(grid).project(values), grid
 
+    def grid_for(self, values: Tensor) -> Grid | None:
+        """The grid that these values of this process would be projected on."""
+        return None if self.quantizer is None else self._here(self.quantizer(values))
+
     def _here(self, grid: Grid) -> Grid:
         """What this process's rows need of a grid of the whole weight."""
         if self.shards is None or not isinstance(grid, AffineGrid):
@@ -196,10 +205,11 @@ class ProjectedWeight:
         """
         if self.latent is None or self._holds_latent:
             return
-        data, expected = self.data, self._expected(self.latent)
-        if data.device.type == "cpu" and torch.equal(data, expected):
+        data = self.data
+        if data.device.type == "cpu" and self._shows(self.latent):
             data.copy_(self.latent)
         else:  # without asking whether anything differs, for which a GPU would have to wait
+            expected = self._expected(self.latent)
             other = data != expected
             written = data
             if self._rewritten is not None:
@@ -208,6 +218,12 @@ class ProjectedWeight:
             self._rewritten = other.any() | again
             data.copy_(torch.where(other, written, self.latent))
         self._holds_latent = True
+
+    def _shows(self, latent: Tensor) -> bool:
+        """Whether the parameter holds what was last projected: user code wrote nothing since."""
+        if self._shown is None and isinstance(self.grid, AffineGrid):
+            return self.grid.matches(self._masked_latent(latent), self.data)
+        return torch.equal(self.data, self._expected(latent))
 
     def _expected(self, latent: Tensor) -> Tensor:
         """What the parameter holds, unless user code wrote into it."""
@@ -239,7 +255,7 @@ class ProjectedWeight:
             return False
         if self.latent is None:
             return self.pruned is not None and bool(self.data[self.pruned].any())
-        return not torch.equal(self.data, self._expected(self.latent))
+        return not self._shows(self.latent)
 
     def settle(self) -> None:
         """Project what user code wrote since the last step."""
@@ -276,10 +292,14 @@ class ProjectedWeight:
         masked = self._masked_latent(self.latent)
         if not same_grid:
             self._make_grid(masked)
-        visible = masked if self.grid is None else self.grid.project(masked)
-        latent.copy_(visible)
-        keep = visible is not self.latent and visible.numel() <= _SMALL
-        self._shown = (self.latent, self.grid, visible) if keep else None
+        if isinstance(self.grid, AffineGrid) and latent.numel() > _SMALL:
+            self.grid.project(masked, out=latent)
+            self._shown = None
+        else:
+            visible = masked if self.grid is None else self.grid.project(masked)
+            latent.copy_(visible)
+            keep = visible is not self.latent and visible.numel() <= _SMALL
+            self._shown = (self.latent, self.grid, visible) if keep else None
         self._holds_latent = False
 
     def _make_grid(self, masked: Tensor) -> None:

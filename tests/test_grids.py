@@ -113,3 +113,27 @@ def test_a_large_weight_is_projected_piece_by_piece_to_the_same_points(symmetric
     wanted = grid.dequantize(grid.quantize(weight))
     for laid in (weight, weight.t().contiguous().t()):
         assert torch.equal(grid.project(laid), wanted)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (500, 401)])
+@pytest.mark.parametrize("kind", ["symmetric", "affine", "codebook"])
+def test_symbols_are_counted_as_a_histogram_of_all(shape, kind):
+    weight = weights(0, shape)
+    grid = affine_grid(weight, bits=5, symmetric=kind == "symmetric")
+    if kind == "codebook":
+        grid = CodebookGrid(torch.tensor([-1.0, 0.0, 0.3]))
+    expected = torch.bincount(grid.quantize(weight).reshape(-1) + 255, minlength=511)
+    assert torch.equal(grid.count(weight), expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (500, 401)])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_points_match_until_one_is_written(shape, axis):
+    weight = weights(0, shape)
+    grid = affine_grid(weight, bits=5, axis=axis)
+    points = torch.empty_like(weight)
+    assert grid.project(weight, out=points) is points
+    assert torch.equal(points, grid.dequantize(grid.quantize(weight)))
+    assert grid.matches(weight, points)
+    points[-1, -1] += 1e-6
+    assert not grid.matches(weight, points)

@@ -15,7 +15,7 @@ from lightning_compress.budget.levers import Lever
 from lightning_compress.budget.search import Trial, estimated_spread, recent
 from lightning_compress.deployment import deployed_part
 from lightning_compress.errors import check_choice
-from lightning_compress.quantization.entropy import entropy_bits
+from lightning_compress.quantization.entropy import grid_bits
 from lightning_compress.state import Grid, compression_state
 from lightning_compress.targets import clean_path
 
@@ -158,7 +158,7 @@ def tensor_bytes(values: Tensor, grid: Grid | None = None, *, bits: int | None =
     8.5
     """
     if grid is not None:
-        return entropy_bits(grid.quantize(values)) / 8
+        return grid_bits(grid, values) / 8
     count, total = int(torch.count_nonzero(values)), values.numel()
     width = 8 * values.element_size() if bits is None else bits
     return (total * _binary_entropy(count / max(total, 1)) + count * width) / 8

@@ -14,14 +14,16 @@ from lightning_compress.entropy import entropy_of_counts
 from lightning_compress.grids import MIN_BITS, AffineGrid
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import UNSHARDED, Partition
+from lightning_compress.state import Grid
 
 __all__ = [
     "DeadZoneGrid",
     "EntropyGrid",
     "EntropyGrids",
     "entropy_bits",
+    "grid_bits",
     "predicted_bits",
-    "rate_gradient",
+    "rate_slopes",
     "steer",
 ]
 _MOST = 255  # steps from 0 on any grid of 8 bits
@@ -44,49 +46,48 @@ def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
     return entropy_of_counts(counts.cpu().numpy())
 
 
-def rate_gradient(
-    symbols: Tensor, step: Tensor | float, *, partition: Partition = UNSHARDED
-) -> Tensor:
-    """Change of the code length, in bits, with the latent value of each weight.
+def grid_bits(grid: Grid, values: Tensor, *, partition: Partition = UNSHARDED) -> float:
+    """Bits of a weight's symbols on a grid, as `entropy_bits` counts them.
+
+    >>> grid = AffineGrid(torch.ones(1), torch.zeros(1, dtype=torch.int32), 8, True, None)
+    >>> grid_bits(grid, torch.tensor([0.0, 0.2, 1.1, -0.9]))
+    6.0
+    """
+    return entropy_of_counts(partition.all_reduce_sum(grid.count(values)).cpu().numpy())
+
+
+def rate_slopes(counts: Tensor) -> Tensor:
+    """Bits that one more step would cost at each symbol, from how often each occurs.
 
     Central differences of the code lengths `-log2 p(|symbol|)` of the histogram as it is, with
     half a count more everywhere: a weight is drawn to where symbols are common, mostly to 0. What
     is at 0 already stays there.
 
     Args:
-        symbols: whole steps from 0.
-        step: size of a step.
-        partition: over which processes, when the symbols are one process's; one of theirs may have
-            none, all together have some.
+        counts: of the symbols from -255 to 255, (511,), as `AffineGrid.count` gives them; some
+            are above 0.
 
-    >>> rate_gradient(torch.tensor([0, 0, 0, 0, 1, -2]), 0.5).round(decimals=2)
-    tensor([0.0000, 0.0000, 0.0000, 0.0000, 2.5800, -0.0000])
+    Returns:
+        float32 of their shape.
+
+    >>> counts = torch.zeros(511)
+    >>> counts[253:257] = torch.tensor([1.0, 0.0, 4.0, 1.0])  # of -2, -1, 0, 1
+    >>> rate_slopes(counts)[253:257].round(decimals=2)
+    tensor([-0.0000, -1.2900,  0.0000,  1.2900])
     """
-    size = symbols.abs().long()
-    counts = partition.all_reduce_sum(_histogram(size.reshape(-1)))
+    sizes = counts[_MOST:].float()
+    sizes[1:] += counts[:_MOST].flip(0)
     places = torch.arange(_MOST + 1, device=counts.device)
-    last = places.where(counts > 0, 0).max()  # read by nobody: that would wait for the device
-    counts = (counts.float() + 0.5).masked_fill_(places > last, 0.0)
-    counts[1:] /= 2  # either sign
-    lengths = -(counts / counts.sum()).log2()
+    last = places.where(sizes > 0, 0).max()  # read by nobody: that would wait for the device
+    sizes = (sizes + 0.5).masked_fill_(places > last, 0.0)
+    sizes[1:] /= 2  # either sign
+    lengths = -(sizes / sizes.sum()).log2()
     # A step beyond the largest symbol costs no more than the largest: nothing is known there.
     ahead, behind = torch.roll(lengths, -1), torch.roll(lengths, 1)
     ahead = torch.where(places == last, lengths, ahead)
-    slope = (ahead - behind) / 2
+    slope = ((ahead - behind) / 2).masked_fill_(places > last, 0.0)
     slope[:1].zero_()
-    return slope[size] * symbols.sign() / step
-
-
-def _histogram(sizes: Tensor) -> Tensor:
-    """How often each number up to `_MOST` occurs."""
-    if sizes.device.type == "cpu":
-        return torch.bincount(sizes, minlength=_MOST + 1)
-    counts = torch.zeros(_MOST + 1, dtype=torch.int64, device=sizes.device)  # bincount would wait
-    return counts.scatter_add_(0, sizes, torch.ones_like(sizes))
-
-
-FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
-_HALVINGS = 10
+    return torch.cat([-slope[1:].flip(0), slope])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +252,11 @@ class EntropyGrids:
         """Add the rate term's gradient."""
         if self.rate > 0:
             grid = self.grid(values)
-            slope = rate_gradient(grid.quantize(values), grid.scale, partition=self.partition)
-            gradient.add_(slope.to(gradient.dtype), alpha=self.rate)
+            slopes = rate_slopes(self.partition.all_reduce_sum(grid.count(values)))
+            slopes *= self.rate / grid.scale
+            for piece, place in grid.pieces(values, gradient):
+                index = grid.quantize(piece).reshape(-1).add_(_MOST)
+                place.add_(slopes.index_select(0, index).reshape(place.shape))
 
     def step(self, values: Tensor, *, event: bool) -> None:
         """Update at an event whether the step is raised; the step itself follows the weights."""
@@ -287,7 +291,7 @@ def predicted_bits(quantizer: EntropyGrids, values: Tensor) -> float:
     >>> predicted_bits(quantizer, torch.tensor([0.0, 0.0, 1.0, -1.0]))
     6.0
     """
-    return entropy_bits(quantizer.grid(values).quantize(values), partition=quantizer.partition)
+    return grid_bits(quantizer.grid(values), values, partition=quantizer.partition)
 
 
 def steer(quantizers: Sequence[EntropyGrids], values: Sequence[Tensor], bits: float) -> float:

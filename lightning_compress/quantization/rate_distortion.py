@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_compress.grids import AffineGrid
+from lightning_compress.grids import AffineGrid, grid_step
 from lightning_compress.quantization.learned_step import LearnedPositive, double_of
 from lightning_compress.sharding import UNSHARDED, Partition
 
@@ -149,14 +150,20 @@ class RateDistortionGrids:
         self.table = RateTable(2 ** (bits - 1) - 1)
         self.frozen = False
         self._turn = 0
+        self._made: AffineGrid | None = None  # of `_made_of`
+        self._made_of: Tensor | None = None
         self._gradient: Tensor | None = None  # by the logarithm of the step
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sums along all axes but that of the steps, of the whole weight."""
+        return self._everywhere(self._sums(values))
+
+    def _sums(self, values: Tensor) -> Tensor:
         if self.axis is None:
-            sums = values.sum().reshape(1)
-        else:
-            sums = values.sum(dim=[dim for dim in range(values.dim()) if dim != self.axis])
+            return values.sum().reshape(1)
+        return values.sum(dim=[dim for dim in range(values.dim()) if dim != self.axis])
+
+    def _everywhere(self, sums: Tensor) -> Tensor:
         return self.partition.all_reduce_sum(self.partition.widen(sums, self.axis))
 
     def start(self, values: Tensor) -> None:
@@ -174,8 +181,14 @@ class RateDistortionGrids:
 
     def grid(self, values: Tensor) -> AffineGrid:
         """The grid of the step of now, in sixteenths of an octave."""
-        learned = self.learned
-        step = self._first(values) if learned is None else learned.value.to(values.device)
+        if self.learned is None:
+            return self._grid_of(self._first(values))
+        if self._made is None or self._made_of is not self.learned.value:
+            self._made_of = self.learned.value
+            self._made = self._grid_of(self.learned.value.to(values.device))
+        return self._made
+
+    def _grid_of(self, step: Tensor) -> AffineGrid:
         scale = octave_steps(step)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         return AffineGrid(scale, zero, self.bits, True, self.axis)
@@ -185,18 +198,26 @@ class RateDistortionGrids:
         if self.learned is None or (self.weight == 0 and self.frozen):
             return
         grid = self.grid(values)
+        here = replace(grid, scale=self.partition.narrow(grid.scale, self.axis))
         gradient, values, blocks = self._block(gradient, values)
-        scale = self._broadcast(self.partition.narrow(grid.scale, self.axis), values)
+        self._look(here, values)
+        moved = [
+            self._add(piece, place, here, blocks) for piece, place in here.pieces(values, gradient)
+        ]
+        if not self.frozen:
+            self._gradient = self._everywhere(torch.stack(moved).sum(0)) * blocks
+
+    def _add(self, values: Tensor, gradient: Tensor, grid: AffineGrid, blocks: int) -> Tensor:
+        """Add the rate's gradient to some weights' own; return the sums of their step's."""
+        scale = grid_step(grid, values)
         ratio = values.float() / scale
         whole = ratio.round().clamp_(grid.qmin, grid.qmax)
-        self._look(whole)
         slope = self.table.slope(ratio, whole)
-        if not self.frozen:
-            moved = whole.sub_(ratio).mul_(gradient).mul_(scale)
-            moved.sub_(slope * ratio, alpha=self.weight)
-            self._gradient = self._summed(moved) * blocks
+        moved = whole.sub_(ratio).mul_(gradient).mul_(scale)
+        moved.addcmul_(slope, ratio, value=-self.weight)
         slope.div_(scale)
         gradient.add_(slope.to(gradient.dtype), alpha=self.weight * blocks)
+        return self._sums(moved)
 
     def _block(self, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor, int]:
         """What this update looks at, and how many times it counts."""
@@ -208,21 +229,11 @@ class RateDistortionGrids:
         part = slice(turn * width, (turn + 1) * width)
         return gradient.view(-1)[part], values.reshape(-1)[part], _BLOCKS
 
-    def _broadcast(self, scale: Tensor, values: Tensor) -> Tensor:
-        if self.axis is None:
-            return scale.reshape(())
-        shape = [1] * values.dim()
-        shape[self.axis] = -1
-        return scale.reshape(shape)
-
-    def _look(self, whole: Tensor) -> None:
-        size, most = whole.abs().to(torch.int64).reshape(-1), self.table.most
-        if size.device.type == "cpu":
-            counts = torch.bincount(size, minlength=most + 1)
-        else:
-            counts = torch.zeros(most + 1, dtype=torch.int64, device=size.device)
-            counts.scatter_add_(0, size, torch.ones_like(size))
-        self.table.look(self.partition.all_reduce_sum(counts))
+    def _look(self, grid: AffineGrid, values: Tensor) -> None:
+        counts = grid.count(values)
+        below, zero, above = counts.tensor_split((len(counts) // 2, len(counts) // 2 + 1))
+        sizes = torch.cat([zero, below.flip(0) + above])[: self.table.most + 1]
+        self.table.look(self.partition.all_reduce_sum(sizes))
 
     def step(self, values: Tensor, *, event: bool) -> None:
         """Update the step; at an event see to it that its range holds the weight."""
@@ -237,8 +248,8 @@ class RateDistortionGrids:
 
     def _reach(self, values: Tensor) -> None:
         assert self.learned is not None
-        wide = double_of(values)
-        largest = values.abs().amax() if values.numel() else values.new_zeros(())
+        wide, zero = double_of(values), values.new_zeros(())
+        largest = torch.stack(values.aminmax()).abs().amax() if values.numel() else zero
         largest = self.partition.all_gather(largest.to(wide).reshape(1)).amax()
         least = (largest / self.table.most).to(self.learned.value)
         if self.axis is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_compress.fast_tensors import count_non_finite
 from lightning_compress.grids import check_bits
 from lightning_compress.projection import ProjectedWeight, divergence_message, naming_divergence
-from lightning_compress.quantization.entropy import EntropyGrid, EntropyGrids, entropy_bits, steer
+from lightning_compress.quantization.entropy import EntropyGrid, EntropyGrids, grid_bits, steer
 from lightning_compress.quantization.ranges import OBSERVERS
 from lightning_compress.quantization.rate_distortion import RateDistortionGrids
 from lightning_compress.quantization.weight_quantizers import (
@@ -271,11 +271,14 @@ class WeightQuantizer:
         bits = 0.0
         for projected, _ in self.pairs:
             with naming_divergence([projected]):
-                projected.project()
-                if projected.grid is not None:
-                    bits += entropy_bits(
-                        projected.grid.quantize(projected.data), partition=projected.partition
-                    )
+                if projected.in_update:  # it is projected when the step ends
+                    values = masked_latent(projected)
+                    grid = projected.grid_for(values)
+                else:
+                    projected.project()
+                    values, grid = projected.data, projected.grid
+                if grid is not None:
+                    bits += grid_bits(grid, values, partition=projected.partition)
         self.predicted_bytes = bits / 8
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning_compress.pruning import criteria, masks
 from lightning_compress.pruning.regrowth import exchange
 from lightning_compress.quantization import learned_step, ranges
 from lightning_compress.quantization.codebook import CodebookGrids, centre_gradient
-from lightning_compress.quantization.entropy import EntropyGrids, rate_gradient
+from lightning_compress.quantization.entropy import EntropyGrids, rate_slopes
 from lightning_compress.quantization.fake_quantize import clipped_fake_quantize, fake_quantize
 from lightning_compress.quantization.learned_step import LearnedPositive
 from lightning_compress.quantization.ranges import affine_grid
@@ -36,7 +36,7 @@ def grid_of(values, **more):
 
 def rate_of(values):
     grid = EntropyGrids(bits=8, relative_step=0.3).grid(values)
-    return rate_gradient(grid.quantize(values), grid.scale)
+    return rate_slopes(grid.count(values)) / grid.scale
 
 
 def codebook(values):

@@ -85,7 +85,8 @@ def test_gradients_are_those_of_autograd_straight_through(axis):
 
 
 def test_a_large_weight_is_read_in_blocks_that_count_as_often_as_there_are():
-    values = torch.randn(300, 300)
+    torch.manual_seed(0)
+    values = torch.randn(300, 300).clamp(-2, 2)  # beyond what is known a step costs nothing
     maker = started(values, weight=1.0)
     scale, seen = maker.grid(values).scale, torch.zeros(300, 300)
     for _ in range(4):
