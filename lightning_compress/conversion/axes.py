@@ -82,6 +82,19 @@ class Axes:
         return replace(self, steps=dict(steps))
 
 
+def _asked(dynamic: object) -> dict[str, dict[int, str]]:
+    """Axes and their names of each input, copied."""
+    if dynamic is None:
+        return {}
+    nested = isinstance(dynamic, Mapping)
+    if not nested or not all(isinstance(one, Mapping) for one in dynamic.values()):
+        raise ValueError(
+            f"dynamic={dynamic!r}: give the axes of each input and their names, such as "
+            "{'x': {2: 'height', 3: 'width'}}"
+        )
+    return {name: dict(found) for name, found in dynamic.items()}
+
+
 def axes_of(
     names: Sequence[str],
     inputs: Inputs,
@@ -105,7 +118,7 @@ def axes_of(
     >>> axes_of(["x"], (x,), {"x": {2: "height"}}, None).free
     ({0: 'batch', 2: 'height'},)
     """
-    asked = {name: dict(found) for name, found in (dynamic or {}).items()}
+    asked = _asked(dynamic)
     if unknown := set(asked) - set(names):
         raise ValueError(f"dynamic: no input {sorted(unknown)}; there are {list(names)}")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):

@@ -205,6 +205,8 @@ def export_onnx(
     check_choice("runtime", runtime, RUNTIMES)
     if calibration is not None and not int8:
         raise ValueError("calibration is for int8=True: an fp32 file has no ranges to find")
+    if isinstance(calibration, Tensor):
+        raise ValueError("calibration is one tensor: give a list of inputs, [tensor]")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r} must be 0 or more")
     target = runtime_target(for_onnxruntime, opset, int8=int8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -91,8 +92,17 @@ def onnx_session(
     try:
         return make_session(data if packed else str(path), settings, threads=threads)
     except Exception as error:  # one class a reason, without a base class of their own
-        why = printable(str(error), lines=False)[:500]
-        raise fault(f"{path}: ONNX Runtime does not open it: {why}") from error
+        raise fault(f"{path}: {_who()} does not open it: {_reason(error)}") from error
+
+
+def _who() -> str:
+    return f"onnxruntime {require('onnxruntime', extra='onnx').__version__}"
+
+
+def _reason(error: Exception) -> str:
+    """An error of ONNX Runtime without the C++ function that raised it."""
+    text = printable(str(error).strip(), lines=False)
+    return re.sub(r"^.*?/onnxruntime_src/\S+:\d+ .*?\) (?=[A-Z])", "", text)[:500]
 
 
 def check_tensors(data: bytes, folder: Path | None) -> None:

@@ -53,6 +53,8 @@ def runtime_target(version: str | None, opset: int | None, *, int8: bool) -> Run
     Raises:
         ValueError: for a version that is none or too old, or an opset that it cannot read.
     """
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise ValueError(f"opset={opset!r}: give an integer, such as 18, or None")
     if version is None:
         chosen = opset or (INT8_OPSET if int8 else None)
         return RuntimeTarget(chosen, None, not int8 or (chosen or 0) >= INT8_OPSET, True)

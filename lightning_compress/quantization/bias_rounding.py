@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -132,15 +132,22 @@ def round_bias(layer: nn.Module, norm: nn.Module | None, step: Tensor) -> str:
     change = bias_change(layer, norm, step)
     if isinstance(change, str):
         return change
+    if not _add(layer, norm, change):
+        return "it has no bias, and outputs share the channels of the norm behind it"
+    return ""
+
+
+@torch.no_grad()
+def _add(layer: nn.Module, norm: nn.Module | None, change: Tensor) -> bool:
+    """Add a change to a bias, or to what the norm adds; whether there is a number for each."""
     if isinstance(layer.bias, Tensor):
         layer.bias.copy_((layer.bias.double() + change.to(layer.bias.device)).to(layer.bias))
-        return ""
+        return True
     mean = None if norm is None else norm.running_mean
-    assert isinstance(mean, Tensor)
-    if len(mean) != len(change):
-        return "it has no bias, and outputs share the channels of the norm behind it"
+    if not isinstance(mean, Tensor) or len(mean) != len(change):
+        return False
     mean.copy_((mean.double() - change.to(mean.device)).to(mean))
-    return ""
+    return True
 
 
 def _offset(norm: nn.Module) -> Tensor | None:
@@ -167,29 +174,36 @@ def bias_changes(module: nn.Module) -> dict[str, Tensor]:
         For each layer with grids of its weight and its input a float32 tensor that is added to
         its output, whose channels lie along axis 1 (of a linear layer, along the last one).
     """
+    found: dict[str, Tensor] = {}
+    for path, layer, _, change in _changes(module):
+        spatial = [1] * (layer.weight.dim() - 2)  # type: ignore[operator]
+        found[path] = change.float().reshape(-1, *spatial)
+    return found
+
+
+def _changes(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, Tensor]]:
+    """Each layer whose sum is not rounded, the norm behind it, and its `bias_change`."""
     holders = _holders(module)
     layers = {
         path: layer
         for path, layer in module.named_modules()
         if _has_sums(layer) and not _obstacle(layer, holders)
     }
-    changes: dict[str, Tensor] = {}
     for path, norm in _norms_behind(module, layers).items():
-        layer = layers[path]
-        step = _step_of(layer)
-        change = "" if step is None else bias_change(layer, norm, step)
+        step = _step_of(layers[path])
+        change = "" if step is None else bias_change(layers[path], norm, step)
         if isinstance(change, Tensor) and change.any():
-            spatial = [1] * (layer.weight.dim() - 2)  # type: ignore[operator]
-            changes[path] = change.float().reshape(-1, *spatial)
-    return changes
+            yield path, layers[path], norm, change
 
 
 def round_biases_in(plain: nn.Module) -> None:
-    """Round the biases of a copy in place as `bias_changes` says; a layer without one gets one."""
-    for path, change in bias_changes(plain).items():
-        layer = plain.get_submodule(path)
-        bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros(())
-        layer.bias = nn.Parameter(bias.detach() + change.flatten(), requires_grad=False)
+    """Round the biases of a copy in place as `bias_changes` says, where it has numbers for that.
+
+    Outputs that share a channel of a norm have none of their own: a kernel rounds those as it
+    reads the file, which one number a channel keeps small.
+    """
+    for _, layer, norm, change in _changes(plain):
+        _add(layer, norm, change)
 
 
 def _norms_behind(

@@ -61,6 +61,8 @@ def test_a_file_that_fails_at_a_second_size_is_not_written(tmp_path):
         ({"x": {1: "side", 2: "side"}}, "'side' has the sizes 1 and 8"),
         ({"x": {1: "channels"}}, "'channels' has the size 1"),
         ({"x": {2: 5}}, "5 is no name"),
+        (["x"], r"dynamic=\['x'\]: give the axes"),
+        ({"x": ["height"]}, "give the axes of each input"),
     ],
 )
 def test_axes_that_cannot_be_are_refused(dynamic, message, tmp_path):

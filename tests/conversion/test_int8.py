@@ -275,6 +275,12 @@ def test_a_file_that_openvino_cannot_run_is_written_unless_it_was_asked_for(tmp_
     assert set(info.parity) == {"onnxruntime"}
 
 
+def test_one_tensor_is_no_list_of_calibration_inputs(tmp_path):
+    x = torch.randn(8, 6)
+    with pytest.raises(ValueError, match=r"calibration is one tensor.*\[tensor\]"):
+        export_onnx(nn.Linear(6, 4), tmp_path / "m.onnx", x, int8=True, calibration=x)
+
+
 def test_a_file_with_other_numbers_under_openvino_is_refused_where_that_has_to_run_it(
     tmp_path, monkeypatch
 ):

@@ -26,3 +26,9 @@ def test_no_file_asks_for_more_than_the_version_reads(version):
         assert runtime_target(version, None, int8=int8).opset <= opset
     with pytest.raises(ValueError, match=f"up to opset {opset}"):
         runtime_target(version, opset + 1, int8=True)
+
+
+@pytest.mark.parametrize("opset", ["18", 18.0, True])
+def test_an_opset_is_an_integer(opset):
+    with pytest.raises(ValueError, match=r"opset=.*an integer"):
+        runtime_target(None, opset, int8=False)
