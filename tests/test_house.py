@@ -172,3 +172,17 @@ def test_former_module_names_work_and_warn(statement, name):
             exec(code, names)
     assert names["found"].__name__.startswith(name)
     assert [(one.filename, one.lineno) for one in told] == [("a user's file", 1)]
+
+
+def test_modules_that_tests_share_are_where_pytest_finds_them():
+    """Pytest skips a module of tests in silence when one that it imports cannot be found."""
+    tests = ROOT / "tests"
+    shared = {path.stem: path.parent for path in tests.rglob("*.py")}
+    for path in tests.rglob("test_*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        froms = {one.module for one in body if isinstance(one, ast.ImportFrom)}
+        plain = (one.names for one in body if isinstance(one, ast.Import))
+        for name in froms | {alias.name for names in plain for alias in names}:
+            folder = shared.get(str(name), tests / "helpers")
+            own = folder == path.parent and (folder / "conftest.py").is_file()
+            assert folder == tests / "helpers" or own, f"{path} imports {name} of {folder}"

@@ -20,12 +20,6 @@ from shared.rows import read_rows
 
 ROWS = Path(__file__).parents[1] / "rows"
 MARKS = ("<!-- headline: {} -->", "<!-- /headline: {} -->")
-PICTURES = {
-    "bytes": "Bytes of the artifact against quality: the margin of no loss is grey",
-    "pairs": "Paired differences from the best dense model, with one-sided 95 % bounds",
-    "baselines": "The dense baselines on the validation split; the last third is grey",
-    "speed": "Speed against quality",
-}
 
 
 def tables_of(rows: Path) -> list[Table]:

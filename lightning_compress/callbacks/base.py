@@ -576,6 +576,7 @@ class WeightCallback(ShownArguments, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Remove the hooks; a run that was over before it began keeps what its checkpoint says."""
+        self.stop()
         self.settle_copies()
         if self._loaded is not None:
             with _as_loaded(self.projected_weights):
@@ -584,6 +585,9 @@ class WeightCallback(ShownArguments, Callback):
             self._loaded = None
             self.on_finished_run(pl_module)
         self.projector.detach()
+
+    def stop(self) -> None:
+        """Free what was prepared and remove own hooks, when the fit ends or breaks."""
 
     def on_finished_run(self, module: LightningModule) -> None:
         """React to a `fit` that had nothing left to train, once the state is back."""
@@ -594,7 +598,8 @@ class WeightCallback(ShownArguments, Callback):
         pl_module: LightningModule,  # noqa: ARG002
         exception: BaseException,  # noqa: ARG002
     ) -> None:
-        """Project the weights and remove the hooks."""
+        """Project the weights and remove the hooks, whatever happened inside a step."""
+        self.stop()
         if self.waiting is not None:
             self.waiting.stop()
         if self._projector is not None:

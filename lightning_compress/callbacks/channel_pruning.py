@@ -640,15 +640,7 @@ class ChannelPruning(WeightCallback):
         """Print the channels of each layer, which are final now."""
         if self.plan is not None:
             report_table(self)
-        self.stop()
         super().on_fit_end(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Remove all hooks."""
-        self.stop()
-        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, kept and fading channels, cost of the dense model, statistics, sample inputs."""

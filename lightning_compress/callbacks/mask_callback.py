@@ -94,9 +94,6 @@ class MaskCallback(WeightCallback):
             f"{type(self).__name__} cannot prune sharded parameters (FSDP2): use GradualPruning"
         )
 
-    def stop(self) -> None:
-        """Free what was prepared, when the fit ends or breaks."""
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, hook their optimizers and say how many there are."""
         earlier = {projected.path: projected for projected in self.projected_weights}
@@ -132,18 +129,6 @@ class MaskCallback(WeightCallback):
         super().on_train_start(trainer, pl_module)
         self.events.last_step = self.projector.clock(self.paths())
         self.look_ahead(self.events.last_step)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hooks."""
-        self.stop()
-        super().on_fit_end(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Project the weights and remove the hooks."""
-        self.stop()
-        super().on_exception(trainer, pl_module, exception)
 
     def on_weight_step(self, trainer: Trainer) -> None:
         """Make masks when an event is due."""

@@ -723,18 +723,6 @@ class QuantizationAwareTraining(WeightCallback):
         """Compute in float again."""
         self._leave_grids()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hooks."""
-        self._stop()
-        super().on_fit_end(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave visible weights and no hooks, whatever happened inside a step."""
-        self._stop()
-        super().on_exception(trainer, pl_module, exception)
-
     def on_channels_removed(self, module: nn.Module, kept: Kept, sized: Any) -> None:  # noqa: ARG002
         """Keep the ranges and steps of the channels that stay."""
         quantizers = {} if self.weights is None else self.weights.quantizers
@@ -742,7 +730,8 @@ class QuantizationAwareTraining(WeightCallback):
             if (quantizer := quantizers.get(clean_path(path))) is not None:
                 quantizer.select(dims)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Remove the grids and hooks of activations."""
         self._leave_grids()
         if self.activations is not None:
             self.activations.detach()

@@ -87,8 +87,11 @@ class CompressedUpdates:
         store = store_of(context, self.folder)
         note = note_of(message.content)
         if message.metadata.message_type == HELLO:
-            held = self._held(store, int(str(note.get("round", _AFTER))))
-            return self._noted(message, context, version=-1 if held is None else held["version"])
+            state = store.load(PART, int(str(note.get("round", _AFTER))))
+            first = -1 if self.initial is None else 0  # not made here: every client is greeted
+            return self._noted(
+                message, context, version=first if state is None else state["version"]
+            )
         if not note:
             raise UpdateError(
                 "foreign: the message holds no compressed update: wrap the server's strategy in "

@@ -204,12 +204,12 @@ class CompressedStrategy(Strategy):
         row, sent = self.rounds[-1], []
         row["down"], row["up"] = row["down"] + self._greetings[0], row["up"] + self._greetings[1]
         self._greetings = [0, 0]
+        start = time.monotonic()
+        told = {"round": number, "version": self.version, "digest": digest(self._comparable())}
         for message in messages:
-            start = time.monotonic()
             node = message.metadata.dst_node_id
             payloads, base = self._payloads(self.held.get(node, -1))
-            note = ConfigRecord({"round": number, "version": self.version, "base": base,
-                                 "digest": digest(self._comparable())})  # fmt: skip
+            note = ConfigRecord({**told, "base": base})
             content = replaced(message.content, payload_record(payloads), note)
             sent.append(
                 Message(
@@ -220,8 +220,8 @@ class CompressedStrategy(Strategy):
                     group_id=message.metadata.group_id,
                 )
             )
-            row["codec_seconds"] += time.monotonic() - start
             row["down"] += size_of(sent[-1])
+        row["codec_seconds"] += time.monotonic() - start
         return sent
 
     def _parameters(self) -> dict[str, Tensor]:

@@ -14,8 +14,6 @@ from lightning_compress import (
     quantized_program,
 )
 
-OPS = "quantized_decomposed"
-
 
 def targets(program):
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -319,6 +319,24 @@ def test_fewer_clients_a_round_are_drawn_by_the_seed_and_all_follow():
     assert {place for place, _ in first} == {0, 1, 2, 3}
 
 
+def test_of_a_thousand_clients_only_those_that_train_make_and_keep_a_model():
+    made = []
+
+    def initial():
+        made.append(1)
+        return model()
+
+    grid = LocalGrid(client(UP, DOWN, initial=initial), 1000)
+    strategy = CompressedStrategy(inner(fraction_train=0.01), up=UP, down=DOWN)
+    run(grid, strategy, rounds=2)
+    trained = sum(row["clients"] for row in strategy.rounds)
+    assert trained == 20
+    assert len(made) <= trained  # a greeting needs none
+    assert sum(bool(one.state) for one in grid.contexts.values()) <= trained
+    greetings = sum(message.metadata.message_type.startswith("query") for message in grid.sent)
+    assert greetings == 1000
+
+
 def test_a_run_that_is_killed_between_rounds_ends_as_if_it_had_not(tmp_path):
     def strategy(folder):
         return CompressedStrategy(

@@ -49,7 +49,6 @@ class Findings:
         metric: name of the quality metric in print.
         dense_bytes: of the `torch.save` file.
         ratio: target compression ratio.
-        rest_bytes: of what is not compressed: biases, norms.
         layers: the profile.
         scan: the sensitivities.
         recipe: sparsity and bits of each layer, by path.
@@ -61,7 +60,6 @@ class Findings:
     metric: str
     dense_bytes: int
     ratio: float
-    rest_bytes: float
     layers: Sequence[LayerProfile]
     scan: Sensitivity
     recipe: dict[str, tuple[float, int]]
@@ -282,7 +280,6 @@ def _findings(
         metric=METRICS[subject.metric].label,
         dense_bytes=dense,
         ratio=ratio,
-        rest_bytes=rest,
         layers=layers,
         scan=scan,
         recipe=scan.recipe(left),

@@ -39,7 +39,6 @@ __all__ = [
 ]
 DRAWN = 64
 BATCHES = 4  # that show the ranges of activations
-RDOQ_BATCHES = 64  # that the Hessians of rdoq are of: as many rows as a layer has inputs, or more
 
 
 def int8_path(folder: Path, part: str) -> Path:
