@@ -146,6 +146,8 @@ bench-models: $(READY)  ## generative models beyond 28 pixels, two seeds each (m
 bench-federated: $(READY)  ## bytes and quality of federated methods on Fashion-MNIST (hours; resumes)
 	$(BIN)/python experiments/benchmarks/bench_federated.py outputs/bench/federated.jsonl
 	$(BIN)/python experiments/benchmarks/show_federated.py outputs/bench/federated.jsonl
+	$(BIN)/python experiments/benchmarks/bench_federated_scale.py outputs/bench/federated_scale.jsonl
+	$(BIN)/python experiments/benchmarks/show_federated_scale.py outputs/bench/federated_scale.jsonl
 
 bench-pruning-speed: $(READY)
 	$(CLOCK) $(BIN)/python experiments/benchmarks/bench_pruning.py; \

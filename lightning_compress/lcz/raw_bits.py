@@ -61,6 +61,7 @@ PACKINGS = ("bytes", "planes", "coded", "octaves")
 # Mantissa bits of the float32 nearest to 2^(i/16), i from 0 to 15; rising.
 _SIXTEENTHS = np.exp2(np.arange(16) / 16).astype(np.float32).view(np.uint32) & 0x7FFFFF
 _FIRST_OCTAVE = 127  # the exponent bits of 1.0
+_PLANE_HEAD = 4  # bytes of a coded plane before its first bit: its length, and its stream's head
 _SAMPLE = 16  # words that show most floats to be no sixteenths of an octave
 
 Patterns = NDArray[np.unsignedinteger]
@@ -153,7 +154,7 @@ def pack_patterns(
         limit = limit if most is None else min(limit, most)
         entropies = [_entropy(plane) for plane in planes]
         # A plane has one axis, so no tables: its order 0 entropy is what coding can come down to.
-        if sum(entropies) < 8 * limit:
+        if max(sum(entropies), 8 * _PLANE_HEAD * len(planes)) < 8 * limit:
             pairs = zip(planes, entropies, strict=True)
             forms["coded"] = b"".join(_code_plane(*pair) for pair in pairs)
     if (octaves := _pack_octaves(bits)) is not None:

@@ -1,6 +1,7 @@
 """The peers' update rules, against what their papers say of them."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -65,3 +66,23 @@ def test_top_k_keeps_its_values_and_what_is_left(peers):
     assert decoded["w"][kept].equal(whole[kept])
     torch.testing.assert_close(decoded["w"] + left["w"], whole)
     assert size < 0.2 * 4 * 2050
+
+
+def test_the_table_of_scale_counts_the_coding_of_every_client():
+    from show_federated_scale import table
+
+    one = {"seconds": 20.0, "codec_seconds": 1.0, "client_codec_seconds": 0.1}
+    rounds = [{**one, "memory": {"server": size, "all": 2 * size}} for size in (500, 510, 520, 530)]
+    rounds[0]["seconds"] = 90.0
+    row = {"clients": 1000, "kept_bytes": 4e6, "machine": "this", "rounds": rounds}
+    cells = [cell.strip() for cell in table([row]).splitlines()[-1].strip("|").split("|")]
+    assert cells == ["1,000", "90", "20", "10%", "500", "520", "1,040", "4"]
+
+
+def test_memory_is_of_one_group_of_processes_alone():
+    from bench_federated_scale import memory, memory_of
+
+    group = os.getpgrp()
+    assert memory_of(os.getpid(), group) > 10  # MiB, with PyTorch in it
+    assert memory_of(os.getpid(), group + 1) == 0 == memory_of(1 << 30, group)
+    assert memory(group)["all"] >= round(memory_of(os.getpid(), group)) * 0.9
