@@ -187,7 +187,8 @@ class Table:
 
     def short(self, most: int = 10) -> str:
         """Ten rows: the reference, the dense model, and the chosen setting of each family."""
-        arms = list(dict.fromkeys([self.reference, "dense", *self.established(), *self.chosen()]))
+        own = [arm for arm in self.chosen() if "taught" not in arm]  # these are below, and folded
+        arms = list(dict.fromkeys([self.reference, "dense", *self.established(), *own]))
         heads = ["", "artifact", "bytes", "ratio", f"{LABELS[self.metric]} (± SD)"]
         heads += ["worse by (± SE)", "no loss?", "faster, batch 1 / 16", "n"]
         return _markdown(heads, [self.cells(arm) for arm in arms[:most]])
