@@ -21,8 +21,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"{A_ROUND} clients a round, one at a time, {ROUNDS} rounds; {rows[0]['machine']}.",
         "",
         "| clients | first round, s | a later round, s | of it coding, at most "
-        "| server after round 1, MiB | and after all but the last, MiB | all processes, MiB "
-        "| kept on disk, MB |",
+        "| server after round 1, MiB | and after all but the last, MiB "
+        "| all processes, MiB | kept on disk, MB |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in sorted(rows, key=lambda row: row["clients"]):
