@@ -82,11 +82,6 @@ def taught(runs: Runs) -> KnowledgeDistillation:
     return teacher(runs.dense(), leaves=0.5)
 
 
-def taught_throughout(runs: Runs) -> KnowledgeDistillation:
-    """Distillation to the end: latents that carry little are otherwise the first that bits buy."""
-    return teacher(runs.dense())
-
-
 def trained(*make: Callable[[Runs], Any], compute: bool = False) -> Arm:
     """The dense model, trained on with callbacks; `compute`: as long as a taught row costs."""
 
@@ -270,12 +265,6 @@ OURS: dict[str, Arm] = {
     "rate-distortion, λ = 0.5, taught": trained(lambda _: rate_distortion(0.5), taught),
     "rate-distortion, λ = 2, taught": trained(lambda _: rate_distortion(2.0), taught),
     "rate-distortion, λ = 6, taught": trained(lambda _: rate_distortion(6.0), taught),
-    "rate-distortion, λ = 6, taught to the end": trained(
-        lambda _: rate_distortion(6.0), taught_throughout
-    ),
-    "rate-distortion, λ = 12, taught to the end": trained(
-        lambda _: rate_distortion(12.0), taught_throughout
-    ),
     "int8, taught": trained(lambda _: int8(begin=0.2), taught),
 }
 PEERS: dict[str, Arm] = {
