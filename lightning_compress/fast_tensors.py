@@ -11,44 +11,38 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "bits_of", "count_non_finite", "row_bounds", "zeroed"]
+__all__ = ["all_finite", "count_non_finite", "row_bounds", "zeroed"]
+_PIECE = 1 << 16  # values that stay in a core's cache
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-def bits_of(pruned: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Mask for `zeroed`: all bits where a value stays, none where it is pruned.
-
-    None where `masked_fill` is as fast: on other devices, of other types.
-    """
-    integer = _INTEGERS.get(dtype)
-    if integer is None or pruned.device.type != "cpu":
-        return None
-    return pruned.to(integer).sub_(1)
-
-
-def zeroed(
-    values: Tensor, pruned: Tensor, bits: Tensor | None, *, in_place: bool = False
-) -> Tensor:
+def zeroed(values: Tensor, pruned: Tensor, *, in_place: bool = False) -> Tensor:
     """Values with 0 where `pruned`; NaN and infinite ones too, never -0.
 
     Args:
         values: any shape; in autograd's graph too, unless `in_place`.
         pruned: bool, of the same shape.
-        bits: `bits_of(pruned, values.dtype)`.
         in_place: write into `values`.
 
-    >>> pruned = torch.tensor([True, False])
-    >>> zeroed(torch.tensor([-torch.inf, 2.0]), pruned, bits_of(pruned, torch.float32))
+    >>> zeroed(torch.tensor([-torch.inf, 2.0]), torch.tensor([True, False]))
     tensor([0., 2.])
     """
-    plain = bits is not None and _INTEGERS.get(values.dtype) == bits.dtype
-    if not plain or values.requires_grad or values.device != pruned.device:
+    integer = _INTEGERS.get(values.dtype)
+    on_cpu = values.device.type == "cpu" and pruned.device.type == "cpu"
+    if integer is None or not on_cpu or values.requires_grad:
         return values.masked_fill_(pruned, 0.0) if in_place else values.masked_fill(pruned, 0.0)
-    assert bits is not None
-    if in_place:
-        values.view(bits.dtype).bitwise_and_(bits)
-        return values
-    return torch.bitwise_and(values.view(bits.dtype), bits).view(values.dtype)
+    result = values if in_place else torch.empty_like(values)
+    for piece, gone, place in _pieces(values, pruned, result):
+        kept = gone.to(integer).sub_(1)  # all bits where a value stays, none where it is pruned
+        torch.bitwise_and(piece.view(integer), kept, out=place.view(integer))
+    return result
+
+
+def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces that stay in a core's cache; whole, unless contiguous."""
+    if not all(one.is_contiguous() for one in tensors):
+        return [tensors]
+    return list(zip(*(one.view(-1).split(_PIECE) for one in tensors), strict=True))
 
 
 def all_finite(values: Tensor) -> bool:

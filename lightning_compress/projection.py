@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.errors import TargetError
-from lightning_compress.fast_tensors import bits_of, count_non_finite, zeroed
+from lightning_compress.fast_tensors import count_non_finite, zeroed
 from lightning_compress.grids import AffineGrid, grid_step
 from lightning_compress.sharding import (
     UNSHARDED,
@@ -90,7 +90,6 @@ class ProjectedWeight:
         self.grid: Grid | None = None  # where `data` lies since the last projection
         self._holds_latent = False  # what the parameter holds at this moment
         self._rewritten: Tensor | None = None  # whether user code wrote into it before
-        self._bits: tuple[Tensor, Tensor | None] | None = None  # of `pruned`, for `zeroed`
         # What was last projected, for small weights: the latent values, the grid, the result.
         self._shown: tuple[Tensor, Grid | None, Tensor] | None = None
         self.taps: list[Callable[[Tensor], None]] = []  # read each gradient before it is masked
@@ -165,7 +164,7 @@ class ProjectedWeight:
             The latent values.
         """
         values = self.values().clone()
-        self.pruned = self.latent = self.grid = self._bits = self._shown = None
+        self.pruned = self.latent = self.grid = self._shown = None
         self._holds_latent = False
         clear_grid(self.target.layer, self.target.name)
         return values
@@ -235,11 +234,7 @@ class ProjectedWeight:
     def zero_pruned(self, values: Tensor, *, in_place: bool = False) -> Tensor:
         """Values of this weight's shape with 0 where the mask prunes; as they are without one."""
         pruned = self.pruned
-        if pruned is None:
-            return values
-        if self._bits is None or self._bits[0] is not pruned:
-            self._bits = pruned, bits_of(pruned, self.parameter.dtype)
-        return zeroed(values, pruned, self._bits[1], in_place=in_place)
+        return values if pruned is None else zeroed(values, pruned, in_place=in_place)
 
     def _distance(self, latent: Tensor, expected: Tensor) -> Tensor:
         """How far latent values lie from their grid points, a step at most."""

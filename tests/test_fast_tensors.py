@@ -7,7 +7,6 @@ import torch
 
 from lightning_compress.fast_tensors import (
     all_finite,
-    bits_of,
     count_non_finite,
     row_bounds,
     zeroed,
@@ -30,18 +29,23 @@ def test_zeroed_is_masked_fill(dtype, in_place, turned):
     if turned:
         values, pruned = values.t(), pruned.t().contiguous()
     expected = values.masked_fill(pruned, 0.0)
-    bits = bits_of(pruned, dtype)
-    assert (bits is None) == (dtype == torch.float64)
     given = values.clone(memory_format=torch.preserve_format)
-    found = zeroed(given, pruned, bits, in_place=in_place)
+    found = zeroed(given, pruned, in_place=in_place)
     assert same_bits(found.contiguous(), expected.contiguous())
     assert (found is given) == in_place
+
+
+def test_large_values_are_zeroed_piece_by_piece():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, 401, generator=generator)  # no multiple of a piece
+    pruned = torch.rand(500, 401, generator=generator) > 0.4
+    assert torch.equal(zeroed(values, pruned), values.masked_fill(pruned, 0.0))
 
 
 def test_zeroed_passes_gradients_through():
     values = torch.tensor([1.0, 2.0], requires_grad=True)
     pruned = torch.tensor([True, False])
-    zeroed(values, pruned, bits_of(pruned, torch.float32)).sum().backward()
+    zeroed(values, pruned).sum().backward()
     assert values.grad.tolist() == [0.0, 1.0]
 
 
