@@ -20,12 +20,15 @@ from lightning_compress import (
     load_compressed,
     onnx_model,
     onnx_session,
+    prune_weights,
+    quantize_weights,
     read_arrays,
     save_compressed,
     write_graph,
 )
 from lightning_compress.errors import CorruptArtifactError, MissingExtraError
 from lightning_compress.grids import channel_axis
+from lightning_compress.lab.models import VAE
 from lightning_compress.lcz.container import read_container, write_container
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import set_grid
@@ -478,3 +481,22 @@ if __name__ == "__main__":  # made once for each version, never again
     save_compressed(made, GOLDEN / "v2_graph.lcz", graph=model)
     text = json.dumps({"sha256": hashlib.sha256(model).hexdigest()})
     (GOLDEN / "v2_graph.json").write_text(text + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one-scale", "per-channel"])
+def test_the_graph_of_a_vae_costs_little_beside_its_weights(per_channel, tmp_path):
+    """A decoder by 3 % of its file; the encoder's is so small that its graph's nodes count."""
+    torch.manual_seed(0)
+    model = VAE(image_size=28, width=32).eval()
+    prune_weights(model, sparsity=0.9)
+    quantize_weights(model, 4, per_channel=per_channel)
+    more = {}
+    for part, (module, sample) in model.parts().items():
+        path = tmp_path / f"{part}.onnx"
+        export_onnx(module, path, sample, int8=True, calibration=[sample])
+        weights = save_compressed(module, tmp_path / "w.lcz").bytes
+        more[part] = write_graph(path, tmp_path / "g.lcz").bytes - weights
+        if part == "decoder":
+            assert more[part] <= 0.03 * weights
+    assert max(more.values()) < 2400
