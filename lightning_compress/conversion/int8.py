@@ -100,15 +100,13 @@ class Int8Model:
             for name in self.parameters
             if any(one == name or one.startswith(f"{name}.") for one in executed.float_weights)
         ]
-        if not weights:
-            return
         found = (
             f"{len(weights)} of {self.products} products on grids run as float in ONNX Runtime, "
-            "which has no kernel for it: no grid reaches what it gives (give calibration inputs)"
+            "which fuses this one with no grid behind it: no grid reaches what it gives (give "
+            "calibration inputs), or one that does not rest at 0 stands behind a ReLU"
         )
         for name in weights:
             self.reasons.setdefault(self.parameters[name], found)
-        self.warning = self.warning or f"{self.parameters[weights[0]] or 'the module'}: {found}"
 
 
 def int8_model(
