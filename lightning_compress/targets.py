@@ -216,7 +216,8 @@ def select(
         module: the model.
         include: path globs (`"generator.*"`, a layer's or a parameter's path) or layer classes;
             None stands for the weights of the matmul, convolution and recurrent layers in the
-            deployed part (`deployed_part`).
+            deployed part (`deployed_part`), and for what a layer of another library holds as
+            `weight`, as modulated convolutions do.
         exclude: the same, taken away again.
         frozen: whether weights that do not train are targets. None: those under adapters (LoRA),
             which train in their place, and those that `include` must mean: by an exact path, or
@@ -440,9 +441,19 @@ def _why_odd(layer: nn.Module, name: str, parameter: nn.Parameter, *, exact: boo
         return "norm parameter"
     if parameter.dim() < 2:
         return "bias or vector"
-    if not exact and name not in _FREE_TENSOR and not isinstance(layer, _MATMUL_LAYERS):
+    known = name in _FREE_TENSOR or isinstance(layer, _MATMUL_LAYERS)
+    if not exact and not known and not _is_own_weight(layer, name, parameter):
         return f"{type(layer).__name__} is no matmul, conv or recurrent layer: include it by name"
     return ""
+
+
+def _is_own_weight(layer: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a layer that PyTorch does not have multiplies with a raw parameter.
+
+    Its name says so; with one axis alone, it scales channels, as a norm does.
+    """
+    foreign = not type(layer).__module__.startswith("torch.nn.") and not isinstance(layer, _TABLES)
+    return foreign and name == "weight" and sum(size > 1 for size in parameter.shape) > 1
 
 
 def _why_not_parametrized(layer: nn.Module) -> str:

@@ -203,3 +203,27 @@ def test_nothing_left_and_lazy_layers_raise():
         select(nn.Sequential(nn.BatchNorm1d(3)))
     with pytest.raises(TargetError, match="lazy"):
         select(nn.Sequential(nn.LazyLinear(3)))
+
+
+class Modulated(nn.Module):
+    """A raw weight, a scale and a start of its own, as in StyleGAN2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4, 2, 3, 3))
+        self.start = nn.Parameter(torch.randn(1, 4, 2, 2))
+        self.scale = nn.Module()
+        self.scale.weight = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+
+class Words(nn.Embedding):
+    """Looked up, not multiplied."""
+
+
+def test_a_raw_weight_is_a_target_by_default_and_other_raw_parameters_by_their_path():
+    module = nn.ModuleDict({"conv": Modulated(), "words": Words(4, 4), "out": nn.Linear(4, 2)})
+    assert paths(module) == ["conv.weight", "out.weight"]
+    found = reasons(module)
+    for name in ("conv.start", "conv.scale.weight", "words.weight"):
+        assert "include it by name" in found[name]
+    assert paths(module, ["conv.start"]) == ["conv.start"]

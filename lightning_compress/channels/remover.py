@@ -53,7 +53,7 @@ class ChannelRemover:
         plan: the channels of the module.
         projector: of the module: it holds the values that train where others are shown.
         rounding: multiples in which channels are removed.
-        dense: units of each group at first, by name.
+        dense: units of each group at first, by name; finer where units become finer.
         kept: of these, those that stay, by the name of the group; follows each removal.
         compare: how channels of different groups compare, see `select_for_removal`.
     """
@@ -64,7 +64,7 @@ class ChannelRemover:
         projector: Projector,
         *,
         rounding: Rounding,
-        dense: Mapping[str, int],
+        dense: dict[str, int],
         kept: dict[str, list[int]],
         compare: Compare = "group",
     ) -> None:
@@ -191,9 +191,29 @@ class ChannelRemover:
         shrink(module, dict(kept), sized=sized)  # what is scaled was written above
         note_removed(module, lost)
         tell(kept, sized)
+        groups = {layer: one.name for one in self.plan.graph.groups for layer in one.layers}
         self.plan.check(expected, gone)
         self.plan.after(gone)
+        self._follow_groups(groups)
         return notes
+
+    def _follow_groups(self, before: Mapping[str, str]) -> None:
+        """Count on where groups are others now.
+
+        A single attention head that is left is no unit any more: its channels are, in a group for
+        queries and keys and one for values.
+
+        Args:
+            before: the name of the group that each layer was in.
+        """
+        kept, dense = dict(self.kept), dict(self.dense)
+        for group in self.plan.graph.groups:
+            source = before.get(group.name, group.name)
+            each, rest = divmod(len(group.units), max(len(kept.get(source, ())), 1))
+            if source not in kept or rest or not each:
+                continue
+            self.kept[group.name] = [one * each + at for one in kept[source] for at in range(each)]
+            self.dense[group.name] = dense[source] * each
 
     def _trained(self) -> dict[str, Tensor]:
         """The values that the optimizer updates, by path: latent ones where others show."""

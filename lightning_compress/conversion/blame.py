@@ -71,6 +71,11 @@ def explained(error: Exception, *, batch: str = "") -> ExportError:
             f"{where}forward fixes the size of the axis{axes}: take sizes from x.shape in place "
             f"of numbers{batch}"
         )
+    if "Unsupported attribute type" in text:
+        return ExportError(
+            f"{where}a setting of an operator, such as the groups of a convolution, depends on a "
+            f"free size, and a file fixes it: take it from no x.shape{batch}"
+        )
     innermost = list(_chain(error))[-1]
     reason = str(innermost).strip().split("\n")[0] or type(innermost).__name__
     return ExportError(f"{where}the module cannot be exported: {reason}")

@@ -325,15 +325,16 @@ def _export_int8(
         error = parity["onnxruntime"].max_abs_error
     else:
         error = check_float(plain, data, job.axes.batches(inputs), job.tolerance, path, settings)
-    whole, floats = executed_ops(data, settings)
+    executed = executed_ops(data, settings)
+    built.explain(executed)
     write_atomically(path, data, what="the ONNX file", parents=True)
     if built.warning:
         warnings.warn(f"{path}: {built.warning}", stacklevel=3)
     return OnnxInfo(
         **_facts(protos[0], path, data),
         max_abs_error=error,
-        float_ops=floats,
-        int8_ops=whole,
+        float_ops=executed.floats,
+        int8_ops=executed.whole,
         reasons=built.reasons,
         weights=built.weights,
         parity=parity,

@@ -42,6 +42,7 @@ from lightning_compress.conversion.qdq import (
     round_output,
     set_apart,
 )
+from lightning_compress.conversion.session import ExecutedOps
 from lightning_compress.conversion.sums import round_sums
 from lightning_compress.conversion.upsampled_conv import let_sums_fit, rewrite_enlarged
 from lightning_compress.conversion.versions import RuntimeTarget
@@ -72,7 +73,8 @@ class Int8Model:
         weights: parameter name -> what grid it is stored on.
         reasons: layer, parameter or operator -> why it stays float.
         rounds: whether any activation is rounded.
-        products: how many products multiply integers.
+        products: how many products are to multiply integers.
+        parameters: the weights of these, and the layers that read them.
         roundings: how many values are rounded on the way.
         coarsest: a step of 8 bits goes into one of the coarsest activation this often.
         axes: of the inputs.
@@ -86,10 +88,26 @@ class Int8Model:
     reasons: dict[str, str] = field(default_factory=dict)
     rounds: bool = False
     products: int = 0
+    parameters: dict[str, str] = field(default_factory=dict)
     roundings: int = 0
     coarsest: int = 1
     axes: Axes | None = None
     warning: str = ""
+
+    def explain(self, executed: ExecutedOps) -> None:
+        """Add a reason for each product that was to multiply integers and runs as float."""
+        weights = [
+            name
+            for name in self.parameters
+            if any(one == name or one.startswith(f"{name}.") for one in executed.float_weights)
+        ]
+        found = (
+            f"{len(weights)} of {self.products} products on grids run as float in ONNX Runtime, "
+            "which fuses this one with no grid behind it: no grid reaches what it gives (give "
+            "calibration inputs), or one that does not rest at 0 stands behind a ReLU"
+        )
+        for name in weights:
+            self.reasons.setdefault(self.parameters[name], found)
 
 
 def int8_model(
@@ -135,6 +153,7 @@ def int8_model(
         weighted.path for weighted in weighted_nodes if weighted.whole and not weighted.dynamic
     ]
     result.products = sum(weighted.whole for weighted in weighted_nodes)
+    result.parameters = {one.parameter: one.path for one in weighted_nodes if one.whole}
     result.roundings = _count_roundings(weighted_nodes, points)
     bits = [
         weighted.input_grid.bits for weighted in weighted_nodes if weighted.input_grid is not None
@@ -212,9 +231,8 @@ def _rewrite(
     graph = result.models[0].graph
     for weighted in weighted_nodes:
         why = mark_dynamic(graph, result.plain, weighted)
-        weighted.whole = weighted.dynamic or _can_run(
-            result, weighted, is_rounded(weighted, weighted_nodes, points)
-        )
+        weighted.rounded = is_rounded(weighted, weighted_nodes, points)
+        weighted.whole = weighted.dynamic or _can_run(result, weighted)
         if why is not None:
             result.reasons[weighted.path] = why
     for weighted in weighted_nodes:
@@ -231,7 +249,7 @@ def _rewrite(
             rewrite_narrow(graph, weighted)
     for weighted in weighted_nodes:
         _fold(graph, weighted, points)
-        if weighted.whole and for_onnxruntime and not weighted.dynamic:
+        if weighted.whole and weighted.rounded and for_onnxruntime and not weighted.dynamic:
             _widen(graph, weighted, points)
     for weighted in weighted_nodes:
         lift_elementwise(graph, weighted, points)
@@ -272,13 +290,13 @@ def _round(graph: Any, weighted_nodes: list[WeightedNode], points: dict[Any, Aff
             set_apart(graph, weighted.node.outputs[0])
 
 
-def _can_run(result: Int8Model, weighted: WeightedNode, rounded: bool) -> bool:
+def _can_run(result: Int8Model, weighted: WeightedNode) -> bool:
     reason = None
     if isinstance(weighted.weight, CodebookWeight):
         reason = "its weights are centres of a codebook, not multiples of a step"
     elif weighted.input_grid is None:
         reason = weighted.why_float or NO_GRID
-    elif not rounded and not _gives_floats(weighted):
+    elif not weighted.rounded and not _gives_floats(weighted):
         reason = "its output is not rounded before it is used (give calibration inputs)"
     if reason is not None:
         result.reasons[weighted.path] = reason

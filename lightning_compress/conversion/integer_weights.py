@@ -361,12 +361,12 @@ def put_on_grids(
     done: dict[int, StoredWeight] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         layer = plain.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() < 2 or isinstance(layer, NORMS) or not parameter.is_floating_point():
+        if _is_scale(layer, parameter) or not parameter.is_floating_point():
             continue
         grid = _fresh(grids.get(name), parameter)
         if grid is None and not everything and id(parameter) not in done:
             left[name] = (
-                "it has left its grid, or has none behind the norm that is folded into it"
+                _why_off_grid(layer)
                 if name in grids
                 else "it has no grid, while other weights have: it was left out on purpose"
             )
@@ -379,6 +379,22 @@ def put_on_grids(
         done[id(parameter)] = stored[name] = found
         parameter.copy_(torch.from_numpy(found.values))
     return stored, left
+
+
+def _is_scale(layer: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter scales or shifts channels: one axis of it, of a layer of any library."""
+    foreign = not type(layer).__module__.startswith("torch.nn.")
+    axes = sum(size > 1 for size in parameter.shape) if foreign else parameter.dim()
+    return axes < 2 or isinstance(layer, NORMS)
+
+
+def _why_off_grid(layer: nn.Module) -> str:
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return (
+            "it has left its grid, as under a weight_norm that scales each input channel of a "
+            "transposed convolution apart: no int8 product does; weight_norm(dim=1) keeps it"
+        )
+    return "it has left its grid, or has none behind the norm that is folded into it"
 
 
 def _fresh(grid: Grid | None, parameter: Tensor) -> Grid | None:

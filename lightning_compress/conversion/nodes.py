@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lightning_compress.conversion.integer_weights import StoredWeight
+from lightning_compress.conversion.integer_weights import IntegerWeight, StoredWeight
 from lightning_compress.grids import AffineGrid
 
 __all__ = [
@@ -51,6 +51,7 @@ class WeightedNode:
         input_grid: of what the layer reads.
         output_grid: of `output`, when the layer rounds it itself.
         why_float: why calibration gives its layer no grids; empty where it does.
+        rounded: whether what it gives is rounded before anything but moves and a ReLU reads it.
         whole: whether it multiplies integers, in a runtime that has the kernels.
         dynamic: whether it rounds what it reads over each call's own range.
     """
@@ -64,6 +65,7 @@ class WeightedNode:
     input_grid: AffineGrid | None = None
     output_grid: AffineGrid | None = None
     why_float: str = ""
+    rounded: bool = False
     whole: bool = False
     dynamic: bool = False
 
@@ -168,7 +170,8 @@ def find_weighted_nodes(
     """Products with a weight of `stored`; a transposed weight is laid out as its product reads it.
 
     A layer that is called twice has two weighted nodes of one path, and a weight of two layers one
-    in each.
+    in each. A number that a weight is multiplied with, as under an equalized learning rate, goes
+    into its steps.
     A product that a layer's weight enters elsewhere is none: the layer's grids are not its own.
 
     Args:
@@ -180,20 +183,36 @@ def find_weighted_nodes(
     for node in graph:
         if node.op_type not in PRODUCTS or not _is_plain(node):
             continue
-        value, turned = node.inputs[1], False
-        if value.producer() is not None and value.producer().op_type == "Transpose":
-            value, turned = value.producer().inputs[0], True
-        if value.name not in stored or not value.is_initializer():
+        name, turned, factor = _weight_behind(node)
+        weight = stored.get(name)
+        if weight is None or (factor != 1 and not isinstance(weight, IntegerWeight)):
             continue
-        weight = stored[value.name]
+        if isinstance(weight, IntegerWeight) and factor != 1:
+            weight = weight.scaled(np.full([1] * weight.symbols.ndim, factor, np.float32))
         if turned:
-            if node.op_type != "MatMul":
-                continue
             weight = weight.moved(np.transpose)
-        path, found = _holder(node, module, value.name), _bias(node, weight.values.shape)
+        path, found = _holder(node, module, name), _bias(node, weight.values.shape)
         if path is not None and found is not None:
-            weighted_nodes.append(WeightedNode(path, node, value.name, weight, *found))
+            weighted_nodes.append(WeightedNode(path, node, name, weight, *found))
     return weighted_nodes
+
+
+def _weight_behind(node: Any) -> tuple[str, bool, float]:
+    """The initializer that a product multiplies with, whether transposed, and times what number.
+
+    The name is empty where anything else is done to it.
+    """
+    value, turned, factor = node.inputs[1], False, 1.0
+    while (step := value.producer()) is not None:
+        number = constant(step.inputs[1]) if step.op_type == "Mul" else None
+        if number is not None and number.size == 1 and float(number.reshape(())):
+            factor *= float(number.reshape(()))
+        elif step.op_type == "Transpose" and node.op_type == "MatMul" and not turned:
+            turned = True
+        else:
+            return "", False, 1.0
+        value = step.inputs[0]
+    return (value.name if value.is_initializer() else ""), turned, factor
 
 
 def _holder(node: Any, module: nn.Module, parameter: str) -> str | None:

@@ -7,7 +7,8 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_compress.terminal import printable
 
 __all__ = [
     "FOLD_WEIGHTS",
+    "ExecutedOps",
     "check_tensors",
     "executed_ops",
     "make_session",
@@ -37,6 +39,7 @@ _OPTIONS = {
 }  # fmt: skip
 _STRING = 8  # `data_type` of a tensor of texts
 INT8_PRODUCTS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize")
+FLOAT_PRODUCTS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 MOVED = {"Reshape", "Transpose", "DepthToSpace", "Slice", "Resize", "MaxPool", "Concat", "Flatten"}
 MOVED |= {"Squeeze", "Unsqueeze", "Gather", "Min", "BitShift", "Identity", "Expand"}
 
@@ -166,8 +169,23 @@ def make_session(
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-    """What ONNX Runtime runs after its own rewriting: (on integers, on floats), by type.
+@dataclass(frozen=True)
+class ExecutedOps:
+    """What ONNX Runtime runs after its own rewriting.
+
+    Args:
+        whole: operators on integers, type -> count.
+        floats: those on floats, type -> count.
+        float_weights: names of the constants that products of floats multiply with.
+    """
+
+    whole: Mapping[str, int]
+    floats: Mapping[str, int]
+    float_weights: Collection[str]
+
+
+def executed_ops(data: bytes, settings: Mapping[str, str]) -> ExecutedOps:
+    """What ONNX Runtime runs of a model.
 
     Conversions between the two are listed with the floats; arithmetic on shapes is in neither.
 
@@ -189,7 +207,14 @@ def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, in
     shapes = {name for name, kind in constants.items() if kind == kinds.INT64}
     whole: Counter[str] = Counter()
     floats: Counter[str] = Counter()
+    source: dict[str, str] = {}  # of a value: the first input of what made it, and so on
+    float_weights: set[str] = set()
     for node in graph.node:
+        first: str = next(iter(node.input), "")
+        source.update(dict.fromkeys(node.output, source.get(first, first)))
+        if node.op_type in FLOAT_PRODUCTS:
+            weight: str = node.input[1]
+            float_weights.add(source.get(weight, weight))
         inputs = [name for name in node.input if name]
         if node.op_type.startswith(INT8_PRODUCTS) or (
             node.op_type in MOVED and bytes_of.intersection(inputs)
@@ -202,4 +227,4 @@ def executed_ops(data: bytes, settings: Mapping[str, str]) -> tuple[dict[str, in
             floats[node.op_type] += 1
             if node.op_type == "QuantizeLinear":
                 bytes_of.update(node.output)
-    return dict(sorted(whole.items())), dict(sorted(floats.items()))
+    return ExecutedOps(dict(sorted(whole.items())), dict(sorted(floats.items())), float_weights)

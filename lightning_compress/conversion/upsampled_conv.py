@@ -93,7 +93,8 @@ def let_sums_fit(
     for weighted in weighted_nodes:
         factor = _gain(weighted)
         parameter = plain.get_parameter(weighted.parameter)
-        if factor is None or weighted.parameter in trained:
+        scaled = weighted.weight is not stored[weighted.parameter]  # by a number in its forward
+        if factor is None or scaled or weighted.parameter in trained:
             continue
         if max(uses[id(parameter)], uses[weighted.parameter]) > 1:
             continue

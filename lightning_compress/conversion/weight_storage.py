@@ -171,7 +171,7 @@ def _bias_value(graph: Any, weighted: WeightedNode) -> Any:
     assert weighted.bias is not None
     name = f"{weighted.path or 'module'}.{weighted.node.op_type}.bias"
     if (
-        weighted.node.op_type == "Gemm"
+        (weighted.node.op_type == "Gemm" and weighted.rounded)
         or weighted.bias.size >= LONG  # the steps would take as much again: ONNX Runtime finds them
         or not weighted.whole
         or weighted.input_grid is None
@@ -562,9 +562,12 @@ def _place_others(
 
 
 def _is_alive(node: Any) -> bool:
-    """Whether a node needs the weight's numbers: not for a shape, nor to turn them for nothing."""
-    if node.op_type == "Transpose":
-        return any(list(out.uses()) for out in node.outputs)
+    """Whether a node needs the weight's numbers: not its shape, nor for what nothing reads."""
+    if node.op_type in ("Transpose", "Mul"):
+        return any(
+            out.is_graph_output() or any(_is_alive(use.node) for use in out.uses())
+            for out in node.outputs
+        )
     return node.op_type != "Shape"
 
 

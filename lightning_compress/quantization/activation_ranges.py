@@ -34,6 +34,7 @@ MOVES = ("View", "UnsafeView", "ReshapeAlias", "Reshape", "Transpose", "T", "Per
 MOVES += ("Squeeze", "Unsqueeze", "Slice", "Expand", "Clone", "ToCopy", "NativeDropout")
 MOVES += ("MaxPool2DWithIndices", "MaxPool3DWithIndices", "PixelShuffle")
 MOVES += ("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D")
+_CHANGED = "changed"  # read through anything but moves, a ReLU or a BatchNorm right behind it
 _DIVERGED = (
     "activations of {} are NaN or infinite: training has diverged, or the data hold such values"
 )
@@ -45,7 +46,8 @@ class LastLayers:
 
     An integer product rounds what it gives. Where only moves and a ReLU stand between it and the
     products that read it, their input grids say how; where a LeakyReLU, a norm or an addition
-    stands there, it needs a grid of its own: behind its BatchNorm, which is folded into it.
+    stands there, it needs a grid of its own: behind its BatchNorm, which is folded into it. So it
+    does where its readers come to it in different ways: one through a norm, one past it.
 
     Args:
         layers: by path.
@@ -71,7 +73,7 @@ class LastLayers:
         self._inputs: list[tuple[Any, str]] = []
         self._feeds: set[str] = set()  # layers whose output reaches another one
         self._seen: set[str] = set()
-        self._bare: set[str] = set()  # whose output something else than a reader's grid follows
+        self._ways: dict[str, set[str]] = {}  # how each is read: "", "relu", "norm", changed
         self._without_kernel: set[str] = set()  # products that give floats in any case
         self._normed: dict[
             Any, tuple[str, Any]
@@ -136,22 +138,28 @@ class LastLayers:
 
     def _find_bare(self, start: Any) -> None:
         """Trace back from the input of a product; note sources that more than moves follow."""
-        waiting, visited = [(start, False)], {(start, False)}
+        waiting, visited = [(start, "")], {(start, "")}
         while waiting:
-            node, changed = waiting.pop()
-            source = self._outputs.get(node)
-            if source is None and node in self._normed:
-                norm, given = self._normed[node]
-                source = norm if self._behind_moves(given) is not None else None
-            if source is not None:
-                if changed:
-                    self._bare.add(source)
+            node, way = waiting.pop()
+            if (source := self._source(node)) is not None:
+                self._ways.setdefault(source, set()).add(way)
                 continue
-            changed = changed or _kind(node) not in (*MOVES, "Relu")
+            way = _way_through(_kind(node), way)
             for before, _ in node.next_functions:
-                if before is not None and (before, changed) not in visited:
-                    visited.add((before, changed))
-                    waiting.append((before, changed))
+                if before is not None and (before, way) not in visited:
+                    visited.add((before, way))
+                    waiting.append((before, way))
+
+    def _source(self, node: Any) -> str | None:
+        """The product that a node gives the output of, or the norm right behind one."""
+        if node in self._outputs or node not in self._normed:
+            return self._outputs.get(node)
+        norm, given = self._normed[node]
+        product = self._behind_moves(given)
+        if product is None:
+            return None
+        self._ways.setdefault(product, set()).add("norm")
+        return norm
 
     def _behind_moves(self, node: Any) -> str | None:
         """The product that gives a value, through moves; None where there is another operation."""
@@ -163,7 +171,8 @@ class LastLayers:
 
     def bare(self) -> list[str]:
         """Layers and norms that are not the last, and need a grid of their output."""
-        return sorted(self._bare - self._without_kernel - set(self.found()))
+        bare = {path for path, ways in self._ways.items() if len(ways) > 1 or _CHANGED in ways}
+        return sorted(bare - self._without_kernel - set(self.found()))
 
     def found(self) -> list[str]:
         """The last layers among those that ran."""
@@ -175,6 +184,13 @@ class LastLayers:
             handle.remove()
         self._handles.clear()
         self._outputs, self._inputs = {}, []
+
+
+def _way_through(kind: str, way: str) -> str:
+    """How a product is read, seen from one operation closer to it."""
+    if kind in MOVES:
+        return way
+    return "relu" if kind == "Relu" and way != _CHANGED else _CHANGED
 
 
 def _kind(node: Any) -> str:

@@ -15,6 +15,10 @@ from lightning_compress import ChannelPruning, load_compressed, rebuild_channels
 from lightning_compress.channels.attention import FewerHeads, fit_attention
 from lightning_compress.channels.graph import channel_graph
 from lightning_compress.channels.plan import ChannelPlan, removed, zeroed_channels
+from lightning_compress.channels.remover import ChannelRemover
+from lightning_compress.channels.selection import Rounding
+from lightning_compress.projection import Projector
+from lightning_compress.state import removed_channels
 from lightning_compress.targets import select
 
 WIDTH, HEADS, EACH = 16, 4, 4
@@ -219,6 +223,28 @@ def test_half_of_the_heads_go(name):
     rebuild_channels(fresh)
     fresh.load_state_dict(small.state_dict())
     torch.testing.assert_close(fresh.eval()(x), small(x))
+
+
+def test_channels_go_on_after_all_heads_but_one_have_gone():
+    torch.manual_seed(0)
+    net, x = Text(Separate), torch.randn(2, 5, 3)
+    randomize(net)
+    plan = ChannelPlan(net, {"": (x,)}, targets=[t.path for t in select(net).targets])
+    dense, kept = {one.name: len(one.units) for one in plan.graph.groups}, {}
+    remover = ChannelRemover(plan, Projector(), rounding=Rounding(1), dense=dense, kept=kept)
+
+    def remove(group, units):
+        remover.remove(plan.graph.flags(group.units[units]), [], lambda *_: None)
+
+    remove(heads_group(plan.graph), [0, 1, 3])
+    left = list(range(2 * EACH, 3 * EACH))
+    for name in ("block.to_q", "block.to_k", "block.to_v"):  # each a group of channels by now
+        assert kept[name] == left
+        assert dense[name] == HEADS * EACH
+    remove(next(one for one in plan.graph.groups if one.name == "first"), [1])
+    assert kept["block.to_v"] == left
+    assert kept["first"] == [0, *range(2, WIDTH)]
+    assert removed_channels(net).kept["block.to_v"] == tuple(left)
 
 
 def test_one_head_keeps_its_width():

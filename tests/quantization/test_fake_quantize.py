@@ -94,6 +94,31 @@ def test_the_last_layers_are_those_whose_output_reaches_no_other():
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in layers.values())
 
 
+class Forks(nn.Module):
+    """Products that two others read: past a BatchNorm or a ReLU, and through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.normed, self.rectified, self.alone = (nn.Linear(3, 3) for _ in range(3))
+        self.norm = nn.BatchNorm1d(3)
+        self.reads = nn.ModuleList(nn.Linear(3, 3) for _ in range(5))
+
+    def forward(self, x):
+        a, b, c = self.normed(x), self.rectified(x), self.alone(x).relu()
+        inputs = (self.norm(a).relu(), a, b.relu(), b, c)
+        return sum(layer(one) for layer, one in zip(self.reads, inputs, strict=True))
+
+
+def test_a_product_whose_readers_round_different_values_needs_a_grid_of_its_own():
+    net = Forks()
+    layers = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear)}
+    finder = LastLayers(layers, norms={"norm": net.norm})
+    net(torch.randn(2, 3))
+    assert finder.look()
+    assert finder.bare() == ["normed", "rectified"]
+    finder.stop()
+
+
 def test_each_network_that_ships_has_last_layers_of_its_own():
     model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
     finder = LastLayers(dict(model.items()), ("encoder", "decoder"))

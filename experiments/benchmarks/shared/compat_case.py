@@ -28,6 +28,7 @@ class Case:
         part: what it ships, and inputs that this is called with.
         batches: of a training run, some eight; again from the start at each call.
         judges: paths of networks that are training equipment.
+        batch: the one batch size of its files, where its forward takes settings from it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     part: Callable[[Any], Part]
     batches: Callable[[], Iterable[Any]]
     judges: Sequence[str] = ()
+    batch: int | None = None
 
 
 class Project(LightningModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -375,7 +376,7 @@ def own_cases() -> list[Case]:
         ),
         gan("PGAN", pgan, judge, (16, 1, 1), 16),
         gan("SN-GAN", sngan, lambda: judge(wrap=spectral_norm), (16,), 16),
-        gan("StyleGAN2", StyleGAN2, judge, (16,), 8),
+        replace(gan("StyleGAN2", StyleGAN2, judge, (16,), 8), batch=4),
         Case(
             "HiFi-GAN",
             OWN,
