@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 
 from .headline_arms import PEERS
 from .headline_tables import DENSE, FAMILIES, LABELS, Table
@@ -89,6 +90,9 @@ def _bytes(axis: Any, table: Table) -> None:
         xlabel="kilobytes of the artifact",
         ylabel=f"{LABELS[table.metric]} (paired, ± SE)",
     )
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_ylim(base - 2 * margin, top)
     axis.legend(frameon=False, fontsize=8)
 
