@@ -74,7 +74,7 @@ def test_the_package_runs_as_a_module(tmp_path):
         (["model=", "vae"], "write model=vae"),
         (["seed=1", "model", "=vae"], "write model=vae"),
         (["vae"], "write model=vae"),
-        (["model"], "needs a choice: model=dcgan, "),
+        (["model"], "model=dcgan, model=flow_matching"),
         (["model=vae", "report"], "comes first: lightning-compress report"),
         (["--hlep"], "did you mean '--help'?"),
         (["seed=1", "--mutlirun"], "did you mean '--multirun'?"),

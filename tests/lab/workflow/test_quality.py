@@ -20,7 +20,7 @@ from lightning_compress.quantization.fake_quantize import fake_quantized
 class Splits:
     """Data of three splits that a test can tell apart; no features are measured."""
 
-    kind, labelled = "images", False
+    kind, labelled, paired = "images", False, False
     dims, fingerprint = {"num_classes": 2}, "0"
 
     def __init__(self, **splits):
