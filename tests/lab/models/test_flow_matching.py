@@ -130,7 +130,9 @@ QUICK = [
 def test_a_recipe_runs_to_its_files(name, tmp_path):
     few = name.endswith("steps")
     words = ["student.sampling_steps=2" if few else "compression.channels.budget={macs: 0.8}"]
-    if not few:
+    if few:
+        words.append("export.onnx=false")  # the other recipe's files are of the same step
+    else:
         words += [f"compression.{one}.begin=0" for one in ("channels", "quantize")]
         words.append("model.width=16")
     words.append(f"evaluate.cache_dir={tmp_path}")
@@ -141,5 +143,5 @@ def test_a_recipe_runs_to_its_files(name, tmp_path):
     assert dense["calls"] == {"step": 4}
     assert compressed["calls"] == {"step": 2 if few else 4}
     assert compressed["macs"] < 0.9 * dense["macs"]
-    assert (tmp_path / "run" / "compressed" / "step.int8.onnx").exists()
+    assert (tmp_path / "run" / "compressed" / "step.int8.onnx").exists() is not few
     assert dense["quality"]["fid"] > 0
