@@ -185,7 +185,7 @@ def _speed(rows: Sequence[dict[str, Any]]) -> str:
     if not timed:
         return "no int8 file"
     dense, int8 = (mean(row["ms"][side] for row in timed) for side in ("dense", "int8"))
-    text = f"{dense:.1f} → {int8:.1f} ms"
+    text = f"{dense:.3g} → {int8:.3g} ms"
     if (seconds := timed[0]["seconds_a_sample"]) is None:
         return text
     return f"{text}: {1000 * seconds / dense:.0f} → {1000 * seconds / int8:.0f}× real time"

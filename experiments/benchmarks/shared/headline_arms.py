@@ -296,6 +296,8 @@ CONTROLS: dict[str, Arm] = {
 OURS: dict[str, Arm] = {
     "80 % zeros, entropy grid": trained(lambda r: pruning(r, 0.8), lambda r: grids(r, 0.5)),
     "90 % zeros, entropy grid": trained(lambda r: pruning(r, 0.9), lambda r: grids(r, 0.5)),
+    "rate-distortion, λ = 0.02": trained(lambda _: rate_distortion(0.02)),
+    "rate-distortion, λ = 0.1": trained(lambda _: rate_distortion(0.1)),
     "rate-distortion, λ = 0.5": trained(lambda _: rate_distortion(0.5)),
     "rate-distortion, λ = 1": trained(lambda _: rate_distortion(1.0)),
     "rate-distortion, λ = 2": trained(lambda _: rate_distortion(2.0)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
@@ -122,14 +123,18 @@ def _pairs(axis: Any, table: Table) -> None:
 def _speed(axis: Any, table: Table) -> None:
     """Speed at batch 16 against quality."""
     margin = table.margin.margin
-    for arms, style, colour in GROUPS.values():
-        for arm in (one for one in arms if one in table.arms):
-            found = table.verdict(arm)
-            if found is None:
-                continue
-            speed = sum(row["speed"]["batch 16"] for row in table.arms[arm]) / len(table.arms[arm])
-            worse = min(found.difference, FAR * margin)
-            axis.plot(speed, worse, style[0], color=colour)
+    for label, (arms, style, colour) in GROUPS.items():
+        known = {arm: table.verdict(arm) for arm in arms if arm in table.arms}
+        points = [
+            (mean(row["speed"]["batch 16"] for row in table.arms[arm]), found.difference)
+            for arm, found in known.items()
+            if found is not None
+        ]
+        if points:
+            speeds, worse = zip(*points, strict=True)
+            capped = [min(one, FAR * margin) for one in worse]
+            axis.plot(speeds, capped, style[0], color=colour, label=label)
+    axis.legend(frameon=False, fontsize=8)
     axis.axhspan(-margin, margin, color="0.9")
     axis.set(xlabel="times faster than the dense artifact, batch 16, one thread")
     axis.set_ylabel(f"{LABELS[table.metric]}, worse by (capped)")

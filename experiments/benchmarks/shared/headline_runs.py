@@ -94,6 +94,8 @@ RECIPES = (
     "int8",
     "rdoq at save, best of three",
 )
+# An adversarial loss is some nats a batch, not some hundred nats an image.
+GAN_RECIPES = ("rate-distortion, λ = 0.02", "rate-distortion, λ = 0.1", *RECIPES)
 OTHERS = (
     "Lightning ModelPruning to 90 % by a schedule, xz",
     "torch prune 90 %, ONNX Runtime int8, xz",
@@ -117,7 +119,7 @@ SETS: dict[str, dict[str, Model]] = {
             "DCGAN of width 32",
             ("fashion", "dcgan"),
             8,
-            [*CONTROLS, *RECIPES, *NARROW],
+            [*CONTROLS, *GAN_RECIPES, *NARROW],
             OTHERS,
             ["generator.up2"],
         ),
@@ -137,7 +139,7 @@ SETS: dict[str, dict[str, Model]] = {
             "DCGAN of width 16",
             ("digits", "dcgan"),
             20,
-            [*CONTROLS, *RECIPES, NARROW[0]],
+            [*CONTROLS, *GAN_RECIPES, NARROW[0]],
             OTHERS,
             ["generator.up2"],
         ),

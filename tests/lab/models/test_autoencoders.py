@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lightning_compress.lab.report.page import write_report
 from lightning_compress.lab.workflow.experiment import run_experiment
 from tests.helpers.icons import discs
 
-SIZES = {"image_size": 16, "channels": 3, "width": 8}
+SIZES: dict[str, Any] = {"image_size": 16, "channels": 3, "width": 8}
 MODELS = {
     "autoencoder_kl": lambda **changes: AutoencoderKL(
         **(SIZES | {"discriminator_width": 4} | changes)

@@ -46,6 +46,8 @@ DATA_OF = {
     "vocoder": "audio_folder",
     "pix2pix": "glyph_pairs",
 }
+MODEL_OF |= {"distill_autoencoder": "autoencoder_kl"}
+AUTOENCODERS = ("autoencoder_kl", "vq_vae")
 
 
 # What runs to the end in `make test`: together an autoencoder, a GAN and a recurrent model.
@@ -460,8 +462,12 @@ def test_each_experiment_composes_and_runs_small(folders, cache, sounds, experim
     ]  # criteria look at some gradients first
     if experiment.startswith("fashion"):
         overrides += [f"data.folder={folders}/idx", "data.val_size=20"]
+    if experiment in AUTOENCODERS:
+        overrides += [one.format(folders) for one in OWN_ARGUMENTS["icons"]]
     if experiment in ("fashion_vae_fast", "pix2pix"):  # of so narrow ones too few channels are free
         overrides += ["compression.channels.round_to=2"]
+    if experiment == "vq_vae":  # whose norms keep groups of eight
+        overrides += ["compression.channels.budget.macs=0.6"]
     cfg, results = run(
         folders / "run",
         cache,
@@ -470,7 +476,8 @@ def test_each_experiment_composes_and_runs_small(folders, cache, sounds, experim
         "export.onnx=false",
         *overrides,
     )
-    usual = {"vocoder": "mel_distance", "pix2pix": "l1"}.get(experiment, "neg_elbo")
+    own = {"vocoder": "mel_distance", "pix2pix": "l1"} | dict.fromkeys(AUTOENCODERS, "psnr")
+    usual = own.get(experiment, "neg_elbo")
     assert results["verdict"]["metric"] == ("fid" if "dcgan" in experiment else usual)
     if cfg.baseline_seeds:
         assert results["baseline_spread"]["neg_elbo"]["n"] == 3
