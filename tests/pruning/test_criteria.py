@@ -265,6 +265,7 @@ def work(rank, folder):
         assert torch.equal(criterion.scores(projected), found[kind.__name__])  # summed up once
         criterion.end()
     torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # a process that leaves while the other still sums ends in an abort
     torch.distributed.destroy_process_group()
 
 
