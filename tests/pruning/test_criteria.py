@@ -1,5 +1,7 @@
 """Criteria by name and by object; curvature against finite differences; two processes agree."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -265,8 +267,8 @@ def work(rank, folder):
         assert torch.equal(criterion.scores(projected), found[kind.__name__])  # summed up once
         criterion.end()
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # a process that leaves while the other still sums ends in an abort
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's threads abort the end of the interpreter now and then, after all work
 
 
 def test_two_processes_score_by_all_batches_and_agree(tmp_path):
