@@ -210,7 +210,8 @@ def _norms_behind(
     module: nn.Module, layers: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module | None]:
     """The BatchNorm that alone reads each layer, or None; without those nobody can tell of."""
-    if not any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in module.modules()):
+    normed = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in module.modules())
+    if not (layers and normed):
         return dict.fromkeys(layers)
     with own_random_stream(module), bare(module):
         flow = Dataflow.of(module)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_compress import compression_state, fake_quantized, quantize_static
+from lightning_compress.quantization import bias_rounding
 from lightning_compress.quantization.bias_rounding import bias_changes, bias_step, round_bias
 
 
@@ -148,3 +149,14 @@ def test_outputs_that_share_a_channel_of_a_norm_are_followed_through_a_reshape(s
     net.norm.running_mean.uniform_(-1, 1)
     # Whose channel an output is, nobody can tell where rows are split.
     assert set(bias_changes(net)) == (set() if split == "transposed" else {"layer"})
+
+
+def test_a_module_without_grids_is_not_traced(monkeypatch):
+    def traced(_):
+        raise AssertionError("its forward ran")
+
+    monkeypatch.setattr(bias_rounding.Dataflow, "of", traced)
+    net = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4))
+    assert bias_changes(net) == {}
+    with fake_quantized(net):
+        pass
