@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -18,9 +17,8 @@ from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import ConditionalModel, Parts, check_count
 from lightning_compress.lab.models.unet import GROUPS, ResidualBlock
 
-__all__ = ["ImageAutoencoder", "PatchDiscriminator", "ResidualDecoder", "ResidualEncoder"]
+__all__ = ["ImageAutoencoder", "ResidualDecoder", "ResidualEncoder"]
 TRAIN_PARTS = ("all", "decoder")
-SLOPE = 0.2  # of the discriminator's leaky activations
 
 
 def _head(width: int, outputs: int) -> list[nn.Module]:
@@ -70,35 +68,6 @@ class ResidualDecoder(nn.Sequential):
             layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(wide, above, 3, padding=1)]
             layers.append(ResidualBlock(above, above))
         super().__init__(*layers, *_head(width, channels))
-
-
-class PatchDiscriminator(nn.Sequential):
-    """Scores (N, 1, S / 4, S / 4) of the patches of images (N, channels, S, S).
-
-    Isola et al. 2017, https://arxiv.org/abs/1611.07004.
-
-    >>> PatchDiscriminator(3, 8)(torch.zeros(1, 3, 16, 16)).shape
-    torch.Size([1, 1, 4, 4])
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels, width, 4, 2, 1),
-            nn.LeakyReLU(SLOPE),
-            nn.Conv2d(width, 2 * width, 4, 2, 1),
-            nn.LeakyReLU(SLOPE),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.LeakyReLU(SLOPE),
-            nn.Conv2d(2 * width, 1, 3, padding=1),
-        )
-
-    def features(self, x: Tensor) -> Iterator[Tensor]:
-        """The output of each activation, then the scores."""
-        for layer in self:
-            x = layer(x)
-            if isinstance(layer, nn.LeakyReLU):
-                yield x
-        yield x
 
 
 class ImageAutoencoder(ConditionalModel):

@@ -5,37 +5,30 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn import functional
 
 from lightning_compress.lab.models.autoencoder import (
     ImageAutoencoder,
-    PatchDiscriminator,
     ResidualDecoder,
     ResidualEncoder,
 )
 from lightning_compress.lab.models.base import (
     SAMPLE_BATCH,
+    AdversarialModel,
     check_count,
     check_range,
     scaled_width,
 )
+from lightning_compress.lab.models.gan import discriminator_loss, generator_loss
+from lightning_compress.lab.models.image_networks import PatchDiscriminator
 from lightning_compress.lab.models.vae import normal_kl
 
-__all__ = ["AutoencoderKL", "hinge_loss"]
+__all__ = ["AutoencoderKL"]
+LOSS = "hinge"
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Loss of a discriminator's scores, of any shape (Lim and Ye 2017, arXiv:1705.02894).
-
-    >>> hinge_loss(torch.tensor([2.0]), torch.tensor([-0.5])).item()
-    0.25
-    """
-    return (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
-
-
-class AutoencoderKL(ImageAutoencoder):
+class AutoencoderKL(AdversarialModel, ImageAutoencoder):
     """Images <-> Gaussian latent maps: L1, a discriminator's features and scores, a small KL.
 
     Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G (equation 25). The perceptual
@@ -83,7 +76,6 @@ class AutoencoderKL(ImageAutoencoder):
         width_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         self.check_sizes(image_size, channels, halvings)
         check_count("latent_channels", latent_channels)
         check_count("discriminator_width", discriminator_width)
@@ -118,22 +110,21 @@ class AutoencoderKL(ImageAutoencoder):
         """One step of the discriminator, then one of encoder and decoder."""
         images = batch[0]
         real = 2 * images - 1
-        autoencoder, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+        autoencoder, discriminator = self._both_optimizers()
         mu, logvar = self.posterior(images)
         z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
         made = self.decoder(z.to(images.dtype))
-        self.toggle_optimizer(discriminator)
-        d_loss = hinge_loss(self.discriminator(real), self.discriminator(made.detach()))
-        self._update(discriminator, d_loss)
-        self.untoggle_optimizer(discriminator)
-        self.toggle_optimizer(autoencoder)
-        l1 = functional.l1_loss(made, real)
-        perceptual, scores = self._judged(made, real)
-        kl = normal_kl(mu.flatten(1), logvar.flatten(1)).mean()
-        loss = l1 + self.hparams["perceptual_weight"] * perceptual
-        loss = loss - self.hparams["adversarial_weight"] * scores.mean()
-        self._update(autoencoder, loss + self.hparams["kl_weight"] * kl)
-        self.untoggle_optimizer(autoencoder)
+        with self._only(discriminator):
+            judged = (self.discriminator(images) for images in (real, made.detach()))
+            d_loss = discriminator_loss(*judged, loss=LOSS) / 2
+            self._update(discriminator, d_loss)
+        with self._only(autoencoder):
+            l1 = functional.l1_loss(made, real)
+            perceptual, scores = self._judged(made, real)
+            kl = normal_kl(mu.flatten(1), logvar.flatten(1)).mean()
+            loss = l1 + self.hparams["perceptual_weight"] * perceptual
+            loss = loss + self.hparams["adversarial_weight"] * generator_loss(scores, loss=LOSS)
+            self._update(autoencoder, loss + self.hparams["kl_weight"] * kl)
         logs = {"train/l1": l1, "train/perceptual": perceptual, "train/kl": kl}
         logs |= {"train/d_loss": d_loss}
         self.log_dict({k: v.detach() for k, v in logs.items()}, batch_size=len(images))

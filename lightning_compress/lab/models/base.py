@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.channels.resize import rebuild_channels
 
 __all__ = [
+    "AdversarialModel",
     "BaseModel",
     "CompressibleModel",
     "ConditionalModel",
@@ -77,6 +80,46 @@ class BaseModel(LightningModule):
         holder.training = self.training  # the flag of the holder alone: children keep their own
         return holder
 
+    def _anneal(self, last: float) -> None:
+        """After an epoch: the learning rates of a cosine that ends at a fraction of `lr`."""
+        epochs = self.trainer.max_epochs or 0
+        if epochs > 1:
+            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    factor = (1 + last) / 2 + (1 - last) / 2 * done.cos()
+                    group["lr"] = self.hparams["lr"] * float(factor)
+
+
+class AdversarialModel(BaseModel):
+    """A network that is trained and one that judges it, in turn, by manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def _in_turn(
+        self, optimizer: type[torch.optim.Optimizer], *networks: nn.Module
+    ) -> list[torch.optim.Optimizer]:
+        """An optimizer for each network, with the hyperparameters `lr` and `betas`."""
+        arguments: dict[str, Any] = {"lr": self.hparams["lr"]}
+        arguments["betas"] = tuple(self.hparams["betas"])
+        return [optimizer(network.parameters(), **arguments) for network in networks]
+
+    def _both_optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer]:
+        """In the order of `configure_optimizers`: of what is trained, and of its judge."""
+        trained, judge = cast("list[LightningOptimizer]", self.optimizers())
+        return trained, judge
+
+    @contextmanager
+    def _only(self, optimizer: LightningOptimizer) -> Iterator[None]:
+        """Let gradients flow to this optimizer's parameters alone, also when the step fails."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
     def _update(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
         """One step of a manual optimization."""
         optimizer.zero_grad()
@@ -109,12 +152,7 @@ class ConditionalModel(BaseModel):
 
     def on_train_epoch_end(self) -> None:
         """Let the learning rates fall by a cosine, to a tenth at the end of the run."""
-        epochs = self.trainer.max_epochs or 0
-        if epochs > 1:
-            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
-            for optimizer in self.trainer.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.hparams["lr"] * float(0.55 + 0.45 * done.cos())
+        self._anneal(0.1)
 
 
 class LatentModel(BaseModel):

@@ -182,12 +182,7 @@ class FlowMatching(LatentModel):
 
     def on_train_epoch_end(self) -> None:
         """Let the learning rate fall by a cosine, to a hundredth at the end of the run."""
-        epochs = self.trainer.max_epochs or 0
-        if epochs > 1:
-            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
-            for optimizer in self.trainer.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.hparams["lr"] * float(0.505 + 0.495 * done.cos())
+        self._anneal(0.01)
 
     def _loss(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean square error of the velocity on the path `(1 - t) noise + t image` (equation 23)."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -13,6 +11,7 @@ from torch.nn import functional
 
 from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import (
+    AdversarialModel,
     LatentModel,
     Parts,
     check_count,
@@ -38,8 +37,8 @@ __all__ = [
 Batch = tuple[Tensor, Tensor]
 
 
-class BaseGAN(LatentModel):
-    """A deployed generator, a discriminator that trains it, and manual optimization.
+class BaseGAN(AdversarialModel, LatentModel):
+    """A deployed generator that is driven by latents, and a discriminator that trains it.
 
     Args:
         image_size: base * 2^k with base 4 to 7.
@@ -62,7 +61,6 @@ class BaseGAN(LatentModel):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         image_size = check_count("image_size", image_size)
         channels = check_count("channels", channels)
         self.latent_dim = check_count("latent_dim", latent_dim)
@@ -91,9 +89,7 @@ class BaseGAN(LatentModel):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for the generator, Adam for the discriminator, in this order."""
-        arguments = {"lr": self.hparams["lr"], "betas": tuple(self.hparams["betas"])}
-        networks = (self.generator, self.discriminator)
-        return [torch.optim.Adam(network.parameters(), **arguments) for network in networks]
+        return self._in_turn(torch.optim.Adam, self.generator, self.discriminator)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log how the discriminator judges held-out images and as many generated ones."""
@@ -112,19 +108,6 @@ class BaseGAN(LatentModel):
 
     def _scores(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         return self.discriminator(real).float(), self.discriminator(fake).float()
-
-    def _both_optimizers(self) -> tuple[LightningOptimizer, LightningOptimizer]:
-        generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
-        return generator, discriminator
-
-    @contextmanager
-    def _only(self, optimizer: LightningOptimizer) -> Iterator[None]:
-        """Let gradients flow to this optimizer's parameters alone, also when the step fails."""
-        self.toggle_optimizer(optimizer)
-        try:
-            yield
-        finally:
-            self.untoggle_optimizer(optimizer)
 
 
 LOSSES = ("non_saturating", "hinge")

@@ -1,14 +1,14 @@
-"""Networks from image to image: the U-Net and ResNet generators and PatchGAN of pix2pix."""
+"""Networks from image to image: generators of pix2pix, and judges of patches."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PatchGAN", "ResnetGenerator", "UNetGenerator"]
+__all__ = ["PatchDiscriminator", "PatchGAN", "ResnetGenerator", "UNetGenerator"]
 MAX_GROWTH = 8  # widest layer / width
 SLOPE = 0.2  # of the leaky activations
 INITIAL_STD = 0.02  # of all convolutions, as in the paper
@@ -171,3 +171,33 @@ class PatchGAN(nn.Sequential):
             last = wide
         super().__init__(*layers, nn.Conv2d(last, 1, 4, 1, 1))
         initialize(self)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Scores (N, 1, S / 4, S / 4) of the patches of images (N, channels, S, S).
+
+    Isola et al. 2017, https://arxiv.org/abs/1611.07004; without norms, and its layers' outputs can
+    be compared.
+
+    >>> PatchDiscriminator(3, 8)(torch.zeros(1, 3, 16, 16)).shape
+    torch.Size([1, 1, 4, 4])
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, width, 4, 2, 1),
+            nn.LeakyReLU(SLOPE),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.LeakyReLU(SLOPE),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.LeakyReLU(SLOPE),
+            nn.Conv2d(2 * width, 1, 3, padding=1),
+        )
+
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        """The output of each activation, then the scores."""
+        for layer in self:
+            x = layer(x)
+            if isinstance(layer, nn.LeakyReLU):
+                yield x
+        yield x

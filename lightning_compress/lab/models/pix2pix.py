@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -13,6 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from lightning_compress.errors import check_choice
 from lightning_compress.lab.models.base import (
     SAMPLE_BATCH,
+    AdversarialModel,
     ConditionalModel,
     Parts,
     check_count,
@@ -27,7 +27,7 @@ NETWORKS = {"unet": UNetGenerator, "resnet": ResnetGenerator}
 LOSS = "non_saturating"
 
 
-class Pix2Pix(ConditionalModel):
+class Pix2Pix(AdversarialModel, ConditionalModel):
     """Conditional GAN from image to image: L1 to the target, and a PatchGAN.
 
     Isola et al. 2017, https://arxiv.org/abs/1611.07004. Logs `train/d_loss`, `train/g_loss`,
@@ -71,7 +71,6 @@ class Pix2Pix(ConditionalModel):
         width_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         check_choice("network", network, NETWORKS)
         self.shape = (
             check_count("channels", channels),
@@ -111,18 +110,16 @@ class Pix2Pix(ConditionalModel):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the discriminator, then one of the generator."""
         condition, real = (2 * images - 1 for images in batch)
-        generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+        generator, discriminator = self._both_optimizers()
         fake = self.generator(condition)
-        self.toggle_optimizer(discriminator)
-        judged = (self._judge(condition, images) for images in (real, fake.detach()))
-        d_loss = discriminator_loss(*judged, loss=LOSS) / 2  # half as fast (section 3.3)
-        self._update(discriminator, d_loss)
-        self.untoggle_optimizer(discriminator)
-        self.toggle_optimizer(generator)
-        g_loss = generator_loss(self._judge(condition, fake), loss=LOSS)
-        l1 = functional.l1_loss(fake.float(), real)
-        self._update(generator, g_loss + self.hparams["l1_weight"] * l1)
-        self.untoggle_optimizer(generator)
+        with self._only(discriminator):
+            judged = (self._judge(condition, images) for images in (real, fake.detach()))
+            d_loss = discriminator_loss(*judged, loss=LOSS) / 2  # half as fast (section 3.3)
+            self._update(discriminator, d_loss)
+        with self._only(generator):
+            g_loss = generator_loss(self._judge(condition, fake), loss=LOSS)
+            l1 = functional.l1_loss(fake.float(), real)
+            self._update(generator, g_loss + self.hparams["l1_weight"] * l1)
         logs = {"train/d_loss": d_loss, "train/g_loss": g_loss, "train/l1": l1 / 2}
         self.log_dict({k: v.detach() for k, v in logs.items()}, batch_size=len(real), prog_bar=True)
 
@@ -133,9 +130,7 @@ class Pix2Pix(ConditionalModel):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Adam for the generator, Adam for the discriminator, in this order."""
-        arguments = {"lr": self.hparams["lr"], "betas": tuple(self.hparams["betas"])}
-        networks = (self.generator, self.discriminator)
-        return [torch.optim.Adam(network.parameters(), **arguments) for network in networks]
+        return self._in_turn(torch.optim.Adam, self.generator, self.discriminator)
 
     def _judge(self, condition: Tensor, images: Tensor) -> Tensor:
         return self.discriminator(torch.cat([condition, images], 1)).float()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn import functional
 
 from lightning_compress.lab.audio import log_mel, stft_distance
 from lightning_compress.lab.models.base import (
     SAMPLE_BATCH,
+    AdversarialModel,
     ConditionalModel,
     Parts,
     check_count,
@@ -50,7 +50,7 @@ def feature_matching_loss(real: Judgement, fake: Judgement) -> Tensor:
     return torch.stack(losses).sum()
 
 
-class Vocoder(ConditionalModel):
+class Vocoder(AdversarialModel, ConditionalModel):
     """HiFi-GAN: log-mels -> waveforms, judged by period and scale, and by their log-mels.
 
     Kong et al. 2020, https://arxiv.org/abs/2010.05646. Logs `train/d_loss`, `train/g_loss`,
@@ -98,7 +98,6 @@ class Vocoder(ConditionalModel):
         width_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         rates = tuple(check_count("rates", int(rate), least=2) for rate in rates)
         if prod(rates) != check_count("hop_length", hop_length):
             raise ValueError(f"rates={rates} multiply to {prod(rates)}, hop_length={hop_length}")
@@ -148,19 +147,19 @@ class Vocoder(ConditionalModel):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: ARG002
         """One step of the discriminators, then one of the generator."""
         mel, real = batch
-        generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+        generator, discriminator = self._both_optimizers()
         fake = self.generator(mel)
-        self.toggle_optimizer(discriminator)
-        d_loss = discriminator_loss(self.discriminators(real), self.discriminators(fake.detach()))
-        self._update(discriminator, d_loss)
-        self.untoggle_optimizer(discriminator)
-        self.toggle_optimizer(generator)
-        judged, mel_loss = self.discriminators(fake), self._mel_loss(fake, real)
-        with torch.no_grad():
-            features = self.discriminators(real)
-        g_loss = generator_loss(judged) + FEATURE_WEIGHT * feature_matching_loss(features, judged)
-        self._update(generator, g_loss + MEL_WEIGHT * mel_loss)
-        self.untoggle_optimizer(generator)
+        with self._only(discriminator):
+            judged = (self.discriminators(waves) for waves in (real, fake.detach()))
+            d_loss = discriminator_loss(*judged)
+            self._update(discriminator, d_loss)
+        with self._only(generator):
+            scores, mel_loss = self.discriminators(fake), self._mel_loss(fake, real)
+            with torch.no_grad():
+                features = self.discriminators(real)
+            matching = feature_matching_loss(features, scores)
+            g_loss = generator_loss(scores) + FEATURE_WEIGHT * matching
+            self._update(generator, g_loss + MEL_WEIGHT * mel_loss)
         logs = {"train/d_loss": d_loss, "train/g_loss": g_loss, "train/mel_loss": mel_loss}
         self.log_dict({k: v.detach() for k, v in logs.items()}, batch_size=len(mel), prog_bar=True)
 
@@ -171,9 +170,7 @@ class Vocoder(ConditionalModel):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for the generator, AdamW for the discriminators, in this order."""
-        arguments = {"lr": self.hparams["lr"], "betas": tuple(self.hparams["betas"])}
-        networks = (self.generator, self.discriminators)
-        return [torch.optim.AdamW(network.parameters(), **arguments) for network in networks]
+        return self._in_turn(torch.optim.AdamW, self.generator, self.discriminators)
 
     def _mel_loss(self, made: Tensor, real: Tensor) -> Tensor:
         """Mean absolute difference of log-mels (equation 3)."""

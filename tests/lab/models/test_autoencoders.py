@@ -15,7 +15,7 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from lightning_compress import load_compressed, onnx_session
 from lightning_compress.lab.config import config_dir
 from lightning_compress.lab.models import VQVAE, AutoencoderKL
-from lightning_compress.lab.models.autoencoder_kl import hinge_loss
+from lightning_compress.lab.models.gan import discriminator_loss
 from lightning_compress.lab.models.vq_vae import nearest
 from lightning_compress.lab.report.page import write_report
 from lightning_compress.lab.workflow.experiment import run_experiment
@@ -150,8 +150,9 @@ def test_unused_codes_restart_at_vectors_of_the_data(tmp_path):
 
 
 def test_the_hinge_loss_is_zero_for_a_sure_discriminator():
-    assert hinge_loss(torch.full((2, 1), 1.5), torch.full((2, 1), -1.5)) == 0
-    assert hinge_loss(torch.zeros(3), torch.zeros(3)) == 1
+    sure = torch.full((2, 1), 1.5)
+    assert discriminator_loss(sure, -sure, loss="hinge") / 2 == 0
+    assert discriminator_loss(torch.zeros(3), torch.zeros(3), loss="hinge") / 2 == 1
 
 
 @pytest.mark.parametrize(
