@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
+    "MOST_STEPS",
     "AffineGrid",
     "CodebookGrid",
     "channel_axis",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 MIN_BITS, MAX_BITS = 2, 8
 _TINY = np.finfo(np.float32).tiny
-_MOST = 255  # steps from 0 on any grid of 8 bits
+MOST_STEPS = 255  # from 0 on any grid of 8 bits
 _PIECE = 1 << 16  # weights that stay in a core's cache
 
 
@@ -186,12 +187,12 @@ class AffineGrid:
 
 
 def _counts(weight: Tensor) -> Tensor:
-    return torch.zeros(2 * _MOST + 1, dtype=torch.int64, device=weight.device)
+    return torch.zeros(2 * MOST_STEPS + 1, dtype=torch.int64, device=weight.device)
 
 
 def _counted(symbols: Tensor, counts: Tensor) -> Tensor:
     """Counts with those of more symbols."""
-    index = (symbols.reshape(-1) + _MOST).to(torch.int64)
+    index = (symbols.reshape(-1) + MOST_STEPS).to(torch.int64)
     if index.device.type == "cpu":
         return counts.add_(torch.bincount(index, minlength=len(counts)))
     return counts.scatter_add_(0, index, torch.ones_like(index))  # bincount would wait

@@ -26,6 +26,7 @@ __all__ = [
     "Target",
     "clean_path",
     "deployed_part",
+    "is_foreign",
     "is_normed",
     "low_coverage",
     "magnitude_path",
@@ -452,8 +453,13 @@ def _is_own_weight(layer: nn.Module, name: str, parameter: nn.Parameter) -> bool
 
     Its name says so; with one axis alone, it scales channels, as a norm does.
     """
-    foreign = not type(layer).__module__.startswith("torch.nn.") and not isinstance(layer, _TABLES)
-    return foreign and name == "weight" and sum(size > 1 for size in parameter.shape) > 1
+    own = is_foreign(layer) and not isinstance(layer, _TABLES)
+    return own and name == "weight" and sum(size > 1 for size in parameter.shape) > 1
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether a layer's class is none of PyTorch's."""
+    return not type(layer).__module__.startswith("torch.nn.")
 
 
 def _why_not_parametrized(layer: nn.Module) -> str:

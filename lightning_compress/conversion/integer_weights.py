@@ -14,7 +14,7 @@ from lightning_compress.grids import AffineGrid, CodebookGrid, channel_axis
 from lightning_compress.quantization.bias_rounding import stretch
 from lightning_compress.quantization.ranges import affine_grid
 from lightning_compress.state import Grid, compression_state
-from lightning_compress.targets import split_path
+from lightning_compress.targets import is_foreign, split_path
 
 __all__ = [
     "CodebookWeight",
@@ -383,8 +383,7 @@ def put_on_grids(
 
 def _is_scale(layer: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter scales or shifts channels: one axis of it, of a layer of any library."""
-    foreign = not type(layer).__module__.startswith("torch.nn.")
-    axes = sum(size > 1 for size in parameter.shape) if foreign else parameter.dim()
+    axes = sum(size > 1 for size in parameter.shape) if is_foreign(layer) else parameter.dim()
     return axes < 2 or isinstance(layer, NORMS)
 
 

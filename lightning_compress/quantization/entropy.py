@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.entropy import entropy_of_counts
-from lightning_compress.grids import MIN_BITS, AffineGrid
+from lightning_compress.grids import MIN_BITS, MOST_STEPS, AffineGrid
 from lightning_compress.quantization.learned_step import double_of
 from lightning_compress.sharding import UNSHARDED, Partition
 from lightning_compress.state import Grid
@@ -26,7 +26,6 @@ __all__ = [
     "rate_slopes",
     "steer",
 ]
-_MOST = 255  # steps from 0 on any grid of 8 bits
 FINEST, COARSEST = 0.01, 8.0  # relative steps that `steer` looks at
 _HALVINGS = 10
 
@@ -41,8 +40,8 @@ def entropy_bits(symbols: Tensor, *, partition: Partition = UNSHARDED) -> float:
     >>> entropy_bits(torch.tensor([0, 0, 1, -1]))
     6.0
     """
-    flat = symbols.reshape(-1).long() + _MOST
-    counts = partition.all_reduce_sum(torch.bincount(flat, minlength=2 * _MOST + 1))
+    flat = symbols.reshape(-1).long() + MOST_STEPS
+    counts = partition.all_reduce_sum(torch.bincount(flat, minlength=2 * MOST_STEPS + 1))
     return entropy_of_counts(counts.cpu().numpy())
 
 
@@ -75,9 +74,9 @@ def rate_slopes(counts: Tensor) -> Tensor:
     >>> rate_slopes(counts)[253:257].round(decimals=2)
     tensor([-0.0000, -1.2900,  0.0000,  1.2900])
     """
-    sizes = counts[_MOST:].float()
-    sizes[1:] += counts[:_MOST].flip(0)
-    places = torch.arange(_MOST + 1, device=counts.device)
+    sizes = counts[MOST_STEPS:].float()
+    sizes[1:] += counts[:MOST_STEPS].flip(0)
+    places = torch.arange(MOST_STEPS + 1, device=counts.device)
     last = places.where(sizes > 0, 0).max()  # read by nobody: that would wait for the device
     sizes = (sizes + 0.5).masked_fill_(places > last, 0.0)
     sizes[1:] /= 2  # either sign
@@ -255,7 +254,7 @@ class EntropyGrids:
             slopes = rate_slopes(self.partition.all_reduce_sum(grid.count(values)))
             slopes *= self.rate / grid.scale
             for piece, place in grid.pieces(values, gradient):
-                index = grid.quantize(piece).reshape(-1).add_(_MOST)
+                index = grid.quantize(piece).reshape(-1).add_(MOST_STEPS)
                 place.add_(slopes.index_select(0, index).reshape(place.shape))
 
     def step(self, values: Tensor, *, event: bool) -> None:

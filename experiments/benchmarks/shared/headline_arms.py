@@ -26,7 +26,7 @@ from lightning_compress import (
 )
 from lightning_compress.conversion.export import export_onnx
 from lightning_compress.errors import require
-from lightning_compress.lab.workflow.costs import inputs_in_use
+from lightning_compress.lab.workflow.costs import deployed_inputs, inputs_in_use
 from lightning_compress.lab.workflow.training import build_model
 from lightning_compress.lcz.artifact import save_compressed
 from lightning_compress.targets import select
@@ -269,11 +269,7 @@ def _chosen(runs: Runs, source: Path, home: Path, step: float, rdoq: float) -> t
     model, path = loaded(runs, source), home / "stream.lcz"
     module = model.deployed_module()
     quantize_weights(module, scheme="entropy", step=step)
-    parts = model.parts()
-    inputs = {
-        name: inputs_in_use(model, part, runs.start.data) for name, (part, _) in parts.items()
-    }
-    data = inputs if isinstance(module, nn.ModuleDict) else next(iter(inputs.values()))
+    data = deployed_inputs(model, runs.start.data)
     size = save_compressed(
         module, path, rdoq=rdoq, data=data, float_dtype="fp16", fold_batchnorm=True
     ).bytes

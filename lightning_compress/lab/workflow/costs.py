@@ -25,6 +25,7 @@ from lightning_compress.state import compression_state
 
 __all__ = [
     "deployed_cost",
+    "deployed_inputs",
     "graph_name",
     "graph_path",
     "inputs_in_use",
@@ -139,6 +140,13 @@ def inputs_in_use(
     return seen
 
 
+def deployed_inputs(model: Any, data: SplitDataModule) -> Any:
+    """The `data` of `save_compressed` for a deployed module: `inputs_in_use`, by part."""
+    inputs = {name: inputs_in_use(model, part, data) for name, (part, _) in model.parts().items()}
+    several = isinstance(model.deployed_module(), nn.ModuleDict)
+    return inputs if several else next(iter(inputs.values()))
+
+
 def _uses(model: Any, data: SplitDataModule, count: int) -> Iterable[Callable[[], Any]]:
     batches = [batch[0] for batch in islice(data.train_dataloader(), count)]
     if getattr(model, "kind", None) == "conditional":
@@ -190,11 +198,7 @@ def write_files(
     choices = {name: export.get(name) for name in ("float_dtype", "fold_batchnorm")}
     choices = {name: value for name, value in choices.items() if value and lossy}
     if lossy and export.get("rdoq") and data is not None:
-        inputs = {
-            name: inputs_in_use(model, part, data) for name, (part, _) in model.parts().items()
-        }
-        single = inputs if isinstance(module, nn.ModuleDict) else next(iter(inputs.values()))
-        choices |= {"rdoq": export.rdoq, "data": single}
+        choices |= {"rdoq": export.rdoq, "data": deployed_inputs(model, data)}
     artifact = save_compressed(module, path, codec=export.codec, **choices)
     if choices:
         load_compressed(path, module)
