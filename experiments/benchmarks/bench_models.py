@@ -117,6 +117,7 @@ def measured(name: str, seed: int, words: Sequence[str], home: Path) -> dict[str
     dense, compressed = results["dense"], results["compressed"]
     watched = improvement(folder / "curves.csv", MODELS[name].watched)
     return {
+        "start": results["start"],
         "steps": results["steps"],
         "train_seconds": [round(side["train_seconds"]) for side in (dense, compressed)],
         "last_third": watched,
@@ -194,6 +195,8 @@ def _speed(rows: Sequence[dict[str, Any]]) -> str:
 def _baseline(rows: Sequence[dict[str, Any]]) -> str:
     steps, seeds = rows[0]["steps"]["dense"], len(rows)
     text = f"{steps:,} steps, {seeds} seed{'s' if seeds > 1 else ''}"
+    if rows[0].get("start", "seed") == "dense":
+        text += "; the compressed one goes on from it for as many again"
     if all(row["converged"] for row in rows):
         return text
     fell = [row["last_third"] for row in rows if row["last_third"] is not None]

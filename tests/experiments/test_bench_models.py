@@ -53,6 +53,8 @@ def test_the_table_has_a_line_a_model_over_its_seeds():
         assert cell in line
     assert "log-mel distance 0.55 ± 0.0707 → 0.55 ± 0.0707" in line
     assert "not converged" not in line
+    assert "goes on from it" not in line
+    assert "goes on from it" in table([row(0, start="dense")]).splitlines()[-1]
 
 
 def test_an_unconverged_baseline_and_a_missing_file_are_told():
