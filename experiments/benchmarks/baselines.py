@@ -29,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from shared.baseline_plans import KEPT, MADE, PLANS, Plan
+from shared.finetuning import annealed
 from shared.rows import Rows
 
 from lightning_compress import load_compressed, save_compressed
@@ -109,8 +110,7 @@ class Piece(Callback):
     ) -> None:
         whole = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
         done = (trainer.current_epoch * int(trainer.num_training_batches) + batch_idx) / whole
-        fallen = min(1.0, done / (1 - self.flat))
-        factor = LEAST + (1 - LEAST) * (1 + math.cos(math.pi * fallen)) / 2
+        factor = annealed(min(1.0, done / (1 - self.flat)), LEAST)
         groups = [group for one in trainer.optimizers for group in one.param_groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * factor

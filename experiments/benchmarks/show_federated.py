@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from shared.pages import insert
-from shared.rows import read_rows
+from shared.pages import show
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -38,14 +35,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table, or put it between the marks of a page."""
-    text = table(read_rows(Path(sys.argv[1])))
-    if len(sys.argv) > 2:
-        insert(Path(sys.argv[2]), text)
-    else:
-        print(text)
-
-
 if __name__ == "__main__":
-    main()
+    show(table)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench_federated_scale import A_ROUND, ROUNDS
-from shared.pages import insert
-from shared.rows import read_rows
+from shared.pages import show
 
 MARKS = ("<!-- scale -->", "<!-- /scale -->")
 
@@ -40,14 +37,5 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table, or put it between the marks of a page."""
-    text = table(read_rows(Path(sys.argv[1])))
-    if len(sys.argv) > 2:
-        insert(Path(sys.argv[2]), text, *MARKS)
-    else:
-        print(text)
-
-
 if __name__ == "__main__":
-    main()
+    show(table, MARKS)

@@ -141,10 +141,15 @@ class Table:
         peers = sorted(set(PEERS) & set(found), key=lambda arm: self.worse(arm, "validation"))
         return [*(arm for arm in found if arm not in PEERS), *peers]
 
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """Of each arm that has a pair, but the dense ones."""
+        found = {arm: self.verdict(arm) for arm in self.arms if arm not in DENSE}
+        return {arm: one for arm, one in found.items() if one is not None}
+
     def established(self) -> list[str]:
         """The arm of the largest ratio without loss; none where there is no such arm."""
-        words = {arm: self.verdict(arm) for arm in self.arms if arm not in DENSE}
-        good = [arm for arm, found in words.items() if found and found.word == ESTABLISHED]
+        good = [arm for arm, found in self.verdicts.items() if found.word == ESTABLISHED]
         return sorted(good, key=lambda arm: self.over(arm, "bytes"))[:1] if self.converged else []
 
     def smallest(self) -> str:
@@ -250,11 +255,10 @@ class Table:
                 f"{self.title}: that the kept baselines are as good as can be: they count as "
                 f"converged, and yet “{self.reference}” is {kept:.3g} better. It is the reference."
             )
-        words = {arm: self.verdict(arm) for arm in self.arms if arm not in DENSE}
-        few = [arm for arm, found in words.items() if found is not None and found.n < PAIRS]
+        few = [arm for arm, found in self.verdicts.items() if found.n < PAIRS]
         if few:
             lines.append(f"{self.title}: fewer than {PAIRS} pairs: {'; '.join(few)}.")
-        worse = [arm for arm, found in words.items() if found is not None and found.word == "worse"]
+        worse = [arm for arm, found in self.verdicts.items() if found.word == "worse"]
         if worse:
             lines.append(f"{self.title}: worse than dense: {'; '.join(worse)}.")
         beyond = "no loss is established for no row."

@@ -208,10 +208,8 @@ class ImageFolder(SplitDataModule):
         check_fractions(val_fraction, test_fraction)
         self.folder = None if folder is None else Path(folder).expanduser()
         self.image_size, self.grey = check_integer("image_size", image_size, 1), grey
-        self.background, self.filing = (
-            check_colour("background", background),
-            filing or ImageFiling(),
-        )
+        self.background = check_colour("background", background)
+        self.filing = filing or ImageFiling()
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.classes: list[str] = []
 

@@ -77,15 +77,14 @@ def code_usage(model: Any, x: Tensor, *, batch_size: int = 256) -> dict[str, flo
         x: examples (N, ...).
         batch_size: examples in one call.
     """
-    if hasattr(model, "num_codes"):
-        read = model.code
-    elif hasattr(model, "posterior"):
-        read = lambda rows: model.posterior(rows)[0]  # noqa: E731
-    else:
+    discrete = hasattr(model, "num_codes")
+    if not (discrete or hasattr(model, "posterior")):
         return {}
     with evaluating(model):
-        codes = torch.cat([read(rows.to(model.device)).cpu() for rows in x.split(batch_size)])
-    if hasattr(model, "num_codes"):
+        batches = (rows.to(model.device) for rows in x.split(batch_size))
+        read = (model.code(one) if discrete else model.posterior(one)[0] for one in batches)
+        codes = torch.cat([one.cpu() for one in read])
+    if discrete:
         return codebook_usage(codes, model.num_codes)
     return active_units(codes.flatten(1).double())
 
