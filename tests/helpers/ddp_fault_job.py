@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from processes import leave
 from tiny import TinyAutoencoder, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,3 +45,4 @@ def main(folder, kind):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    leave()

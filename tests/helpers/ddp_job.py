@@ -1,10 +1,9 @@
 """Run by test_distributed.py: trains pruned models on some processes and saves what each has."""
 
-import sys
 from pathlib import Path
 
 import torch
-from processes import on, share_of
+from processes import on, share_of, work
 from tiny import TinyAutoencoder, TinyGAN, quiet_trainer
 
 from lightning_compress import GradualPruning
@@ -24,6 +23,4 @@ def fit(folder: Path, kind: str, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for kind in sys.argv[3:]:  # a start takes its time
-        fit(Path(sys.argv[1]), kind, int(sys.argv[2]))
+    work(fit)

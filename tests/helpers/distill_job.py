@@ -1,12 +1,11 @@
 """Run by test_distillation_distributed.py: distills on some processes and saves what each has."""
 
-import sys
 from pathlib import Path
 
 import torch
 from distilling import Student, TaughtGAN, WideStudent, make
 from lightning.pytorch import Callback
-from processes import on, share_of
+from processes import on, share_of, work
 from tiny import quiet_trainer
 
 from lightning_compress import KnowledgeDistillation, Pair
@@ -38,6 +37,4 @@ def fit(folder: Path, kind: str, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for kind in sys.argv[3:]:  # a start takes its time
-        fit(Path(sys.argv[1]), kind, int(sys.argv[2]))
+    work(fit)
