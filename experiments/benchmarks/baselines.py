@@ -29,7 +29,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from shared.baseline_plans import KEPT, MADE, PLANS, Plan
-from shared.finetuning import annealed
 from shared.rows import Rows
 
 from lightning_compress import load_compressed, save_compressed
@@ -38,6 +37,7 @@ from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.evaluation.fidelity import fidelity
 from lightning_compress.lab.evaluation.likelihood import likelihood
 from lightning_compress.lab.evaluation.verdict import baseline_faults
+from lightning_compress.lab.learning_rate import CosineAnnealing
 from lightning_compress.lab.workflow.quality import Evaluator, generate, rows
 from lightning_compress.lab.workflow.training import build_model
 
@@ -75,45 +75,26 @@ def has_converged(curves: Sequence[Sequence[float]]) -> bool:
 
 
 class Piece(Callback):
-    """Learning rates that fall, a reading an epoch, and an end when the time is over.
+    """A reading an epoch, and an end when the time is over.
 
     Args:
         reading: a model -> the metric on the validation split.
         until: `time.monotonic()` after which no further epoch begins.
-        flat: fraction of the steps, at the end, that the learning rates stay at their lowest.
     """
 
-    def __init__(self, reading: Any, until: float, flat: float = 0.0) -> None:
-        self.reading, self.until, self.flat = reading, until, flat
-        self.rates: list[float] = []
+    def __init__(self, reading: Any, until: float) -> None:
+        self.reading, self.until = reading, until
         self.curve: list[float] = []
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": self.rates, "curve": self.curve, "seconds": self.seconds}
+        return {"curve": self.curve, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rates, self.curve = state_dict["rates"], state_dict["curve"]
-        self.seconds = state_dict["seconds"]
+        self.curve, self.seconds = state_dict["curve"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self.start = time.monotonic()
-        groups = [group for one in trainer.optimizers for group in one.param_groups]
-        self.rates = self.rates or [float(group["lr"]) for group in groups]
-
-    def on_train_batch_start(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,
-    ) -> None:
-        whole = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
-        done = (trainer.current_epoch * int(trainer.num_training_batches) + batch_idx) / whole
-        factor = annealed(min(1.0, done / (1 - self.flat)), LEAST)
-        groups = [group for one in trainer.optimizers for group in one.param_groups]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = rate * factor
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.curve.append(self.reading(pl_module))
@@ -191,9 +172,10 @@ class Baseline:
 
     def train(self, until: float) -> Piece:
         """Go on until the end, or the first whole epoch after `until`; what is known by then."""
-        piece, model = Piece(self.reading, until, self.plan.flat), self.fresh()
+        piece, model = Piece(self.reading, until), self.fresh()
+        annealing = CosineAnnealing(LEAST, flat=self.plan.flat)
         earlier = self.last if self.last.exists() else None
-        trainer = self._trainer(self.plan.epochs, piece, limit=self.limit)
+        trainer = self._trainer(self.plan.epochs, piece, annealing, limit=self.limit)
         torch.manual_seed(self.seed if earlier is None else self.seed + self._epochs(earlier))
         loader = self.data.train_dataloader()
         trainer.fit(model, train_dataloaders=loader, ckpt_path=earlier, weights_only=False)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from shared.files import coded
-from shared.finetuning import MODELS, Annealing, Start
+from shared.finetuning import MODELS, Start
 from shared.rows import Rows
 
 from lightning_compress import (
@@ -26,6 +26,7 @@ from lightning_compress import (
     QuantizationAwareTraining,
     quantize_weights,
 )
+from lightning_compress.lab.learning_rate import CosineAnnealing
 
 EPOCHS, MORE = 5, 8  # of the dense model, and of each copy
 # Zeros of the large layers, step in units of the rms of the non-zero weights, weight of the rate.
@@ -59,7 +60,7 @@ def measured(start: Start, model: Any) -> dict[str, float]:
 def row(start: Start, made: list[Any], path: Path | None = None) -> dict[str, float]:
     """One copy, trained on and measured; kept at `path` for the rows that go on from it."""
     model = start.model()
-    start.fit(model, [*made, Annealing()], epochs=MORE, steps=None)
+    start.fit(model, [*made, CosineAnnealing(0.1)], epochs=MORE, steps=None)
     if path is not None:
         torch.save(model.state_dict(), path)
     return measured(start, model)

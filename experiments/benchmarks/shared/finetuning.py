@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,10 @@ from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.workflow.quality import Evaluator
 from lightning_compress.lab.workflow.training import build_model
 
-__all__ = ["EARLY", "MODELS", "STEPS", "Annealing", "Start"]
+__all__ = ["EARLY", "MODELS", "STEPS", "Start"]
 
 STEPS = 300
 EARLY = {"scope": "layer", "criterion": "taylor", "end": 0.1}  # how a VAE's channels go best
-LATE = 0.1  # of the learning rate, at the end of a run with `Annealing`
 MODELS = {
     "vae": (
         ["model=vae", "model.width=16"],
@@ -41,40 +39,6 @@ MODELS = {
         ["generator.up2"],
     ),
 }  # overrides, epochs of the dense model, the small layers that pruning leaves dense
-
-
-def annealed(done: float, last: float) -> float:
-    """Factor of a learning rate that goes down by a cosine, at a fraction of the steps.
-
-    >>> annealed(0.0, 0.01), annealed(1.0, 0.01)
-    (1.0, 0.01)
-    """
-    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
-
-
-class Annealing(Callback):
-    """All learning rates go down by a cosine: dense and compressed runs alike.
-
-    Args:
-        last: fraction of the learning rate at the end.
-    """
-
-    def __init__(self, last: float = LATE) -> None:
-        self.last = last
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self.groups = [
-            (group, group["lr"])
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        ]
-        self.batches, self.seen = int(trainer.num_training_batches) * (trainer.max_epochs or 1), 0
-
-    def on_train_batch_start(self, *_: object) -> None:  # pyright: ignore
-        factor = annealed(self.seen / self.batches, self.last)
-        for group, lr in self.groups:
-            group["lr"] = lr * factor
-        self.seen += 1
 
 
 class Start:

@@ -14,11 +14,12 @@ from lightning.pytorch import Callback
 from lightning_compress import load_compressed
 from lightning_compress.lab.evaluation.fidelity import fidelity
 from lightning_compress.lab.evaluation.likelihood import likelihood
+from lightning_compress.lab.learning_rate import CosineAnnealing
 from lightning_compress.lab.workflow.quality import generate, rows
 from lightning_compress.lab.workflow.training import build_model
 
 from .baseline_plans import PLANS, Plan, baseline_file
-from .finetuning import EARLY, Annealing, Start
+from .finetuning import EARLY, Start
 
 __all__ = ["SETS", "WHOLE_COMPUTE", "Model", "Runs"]
 
@@ -209,7 +210,7 @@ class Runs:
         """Trains a copy on, for the steps that every row has, or for so many epochs."""
         torch.manual_seed(self.seed)
         epochs = self.model.epochs if epochs is None else epochs
-        self.start.fit(model, [*callbacks, Annealing(LAST)], epochs=epochs, steps=None)
+        self.start.fit(model, [*callbacks, CosineAnnealing(LAST)], epochs=epochs, steps=None)
         return model.cpu().eval()
 
     def whole_compute(self) -> int:

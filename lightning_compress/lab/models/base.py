@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_compress.channels.resize import rebuild_channels
+from lightning_compress.lab.learning_rate import annealed
 
 __all__ = [
     "AdversarialModel",
@@ -84,11 +85,10 @@ class BaseModel(LightningModule):
         """After an epoch: the learning rates of a cosine that ends at a fraction of `lr`."""
         epochs = self.trainer.max_epochs or 0
         if epochs > 1:
-            done = torch.tensor(torch.pi * (self.current_epoch + 1) / epochs)
+            rate = self.hparams["lr"] * annealed((self.current_epoch + 1) / epochs, last)
             for optimizer in self.trainer.optimizers:
                 for group in optimizer.param_groups:
-                    factor = (1 + last) / 2 + (1 - last) / 2 * done.cos()
-                    group["lr"] = self.hparams["lr"] * float(factor)
+                    group["lr"] = rate
 
 
 class AdversarialModel(BaseModel):
