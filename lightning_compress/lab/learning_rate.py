@@ -29,25 +29,30 @@ class CosineAnnealing(Callback):
 
     Args:
         last: fraction of the learning rate at the end.
-        flat: fraction of the batches, at the end, that the learning rate stays there.
+        begin: fraction of the batches before which the learning rate stays as it is.
+        flat: fraction of the batches, at the end, that it stays at its lowest.
 
     Raises:
-        ValueError: for fractions that are none.
+        ValueError: for fractions that are none, or leave no batch for the cosine.
 
     >>> CosineAnnealing(last=0.01).factor(25, 100) > CosineAnnealing(last=0.01).factor(75, 100)
     True
     """
 
-    def __init__(self, last: float = 0.01, *, flat: float = 0.0) -> None:
+    def __init__(self, last: float = 0.01, *, begin: float = 0.0, flat: float = 0.0) -> None:
         if not 0 < last <= 1:
             raise ValueError(f"last={last!r}: expected a fraction of the learning rate in (0, 1]")
-        if not 0 <= flat < 1:
-            raise ValueError(f"flat={flat!r}: expected a fraction of the batches in [0, 1)")
-        self.last, self.flat = last, flat
+        for name, value in (("begin", begin), ("flat", flat)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: expected a fraction of the batches in [0, 1)")
+        if not begin + flat < 1:
+            raise ValueError(f"begin={begin!r} and flat={flat!r} leave no batch for the cosine")
+        self.last, self.begin, self.flat = last, begin, flat
 
     def factor(self, batch: int, batches: float) -> float:
         """Of the learning rate at a batch of so many."""
-        return annealed(min(1.0, batch / (batches * (1 - self.flat))), self.last)
+        done = (batch / batches - self.begin) / (1 - self.begin - self.flat)
+        return annealed(min(1.0, max(0.0, done)), self.last)
 
     def on_train_batch_start(
         self,

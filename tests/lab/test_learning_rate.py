@@ -63,6 +63,14 @@ def test_the_lowest_rate_holds_for_a_flat_end(tmp_path):
     assert seen[-third - 1] > seen[-1]
 
 
+def test_the_first_rate_holds_until_the_begin(tmp_path):
+    seen = [rate for (rate,) in fit(tmp_path, TinyAutoencoder("SGD"), last=0.1, begin=1 / 3)]
+    third = len(seen) // EPOCHS
+    assert seen[: third + 1] == [seen[0]] * (third + 1)
+    assert seen[third + 1 :] == sorted(set(seen[third + 1 :]), reverse=True)
+    assert seen[third + 1] < seen[0]
+
+
 def test_both_optimizers_of_a_gan_follow(tmp_path):
     first, *_, last = fit(tmp_path, TinyGAN(), last=0.5)
     assert len(first) == 2
@@ -77,11 +85,16 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
     assert part + rest == whole
 
 
-@pytest.mark.parametrize("bad", [{"last": 0.0}, {"last": 2}, {"flat": 1.0}, {"flat": -0.1}])
+@pytest.mark.parametrize("bad", [{"last": 0.0}, {"last": 2}, {"begin": 1.0}, {"flat": -0.1}])
 def test_fractions_that_are_none_are_refused(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=rf"{name}={bad[name]!r}"):
         CosineAnnealing(**bad)
+
+
+def test_fractions_that_leave_no_batch_are_refused():
+    with pytest.raises(ValueError, match=r"begin=0.5 and flat=0.5"):
+        CosineAnnealing(begin=0.5, flat=0.5)
 
 
 def test_a_run_without_a_length_is_refused(tmp_path):

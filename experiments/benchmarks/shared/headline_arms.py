@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_compress import (
+    ChannelPruning,
     EntropyGrid,
     GradualPruning,
     KnowledgeDistillation,
@@ -33,13 +34,15 @@ from lightning_compress.targets import select
 
 from .headline_files import OnnxPart, Shipped, loaded, packed, smallest, streamed
 from .headline_runs import Runs
-from .peers import NNCODEC, calibrate, teacher
+from .peers import NNCODEC, calibrate, teacher, torch_pruned
 from .rows import as_file_name
 
 __all__ = ["ARMS", "CONTROLS", "PEERS", "Arm", "grids", "int8", "pruning"]
 
 HELPER = Path(__file__).with_name("nncodec_model.py")
 NARROW_RATE = 1e-3  # above it narrow models end with a dead layer before their latents
+HALF = 0.5  # of the multiplications, which channels leave
+CUTS = 2  # of Torch-Pruning, each a root of that: layers of 16 channels lose 8 at once
 POINTS = (-38, -32, -26)  # nncodec's quantization parameter: finer to coarser
 STEPS = ((0.1, 0.005), (0.2, 0.01), (0.3, 0.02))  # of entropy grids, and the multiplier of rdoq
 
@@ -80,6 +83,11 @@ def int8(begin: float = 0.0) -> QuantizationAwareTraining:
     return QuantizationAwareTraining(weight_bits=8, activation_bits=8, begin=begin, freeze=0.9)
 
 
+def halved(runs: Runs) -> ChannelPruning:
+    """Whole channels, by the budget of the multiplications that are left."""
+    return ChannelPruning(budget={"macs": HALF}, **runs.model.channels)
+
+
 def taught(runs: Runs) -> KnowledgeDistillation:
     """Distillation from the converged dense model; a VAE's fades out after half of the run."""
     return teacher(runs.dense(), leaves=0.5)
@@ -89,11 +97,16 @@ def trained(*make: Callable[[Runs], Any]) -> Arm:
     """The dense model, trained on with callbacks: for fewer steps where a teacher costs some."""
 
     def arm(runs: Runs, home: Path) -> Shipped:
-        epochs = runs.model.epochs if taught in make else runs.whole_compute()
+        epochs = epochs_of(runs, make)
         model = runs.fit(runs.fresh(), [one(runs) for one in make], epochs=epochs)
         return packed(runs, model, home)
 
     return arm
+
+
+def epochs_of(runs: Runs, make: Sequence[Callable[[Runs], Any]]) -> int:
+    """Of a row with these callbacks: all rows cost the same."""
+    return runs.model.epochs if taught in make else runs.whole_compute()
 
 
 def narrow(width: float) -> Arm:
@@ -199,6 +212,21 @@ class _Reader:
         return next(self.feeds, None)
 
 
+def torch_pruning(*make: Callable[[Runs], Any]) -> Arm:
+    """Torch-Pruning's groups in several cuts, each trained on, most of the steps after the last."""
+
+    def arm(runs: Runs, home: Path) -> Shipped:
+        model, epochs = runs.fresh(), epochs_of(runs, make)
+        between = max(1, epochs // 6)
+        for cut in range(1, CUTS + 1):
+            model, _ = torch_pruned(model, HALF ** (1 / CUTS), runs.model.ends)
+            length = between if cut < CUTS else epochs - between * (CUTS - 1)
+            model = runs.fit(model, [one(runs) for one in make], epochs=length)
+        return packed(runs, model, home)
+
+    return arm
+
+
 def deep_compression(runs: Runs, home: Path) -> Shipped:
     """Pruning, 5 bits of k-means centres, relative indices, Huffman (arXiv:1510.00149)."""
     centres = QuantizationAwareTraining(
@@ -301,11 +329,19 @@ OURS: dict[str, Arm] = {
     "rate-distortion, λ = 0.5, taught": trained(lambda _: rate_distortion(0.5), taught),
     "rate-distortion, λ = 2, taught": trained(lambda _: rate_distortion(2.0), taught),
     "int8": trained(lambda _: int8(begin=0.2)),
+    "half the MACs": trained(halved),
+    "half the MACs, taught": trained(halved, taught),
+    "half the MACs, int8, taught": trained(halved, lambda _: int8(begin=0.5), taught),
+    "half the MACs, rate-distortion, λ = 0.5, taught": trained(
+        halved, lambda _: rate_distortion(0.5), taught
+    ),
     "rdoq at save, best of three": at_save("dense, trained on"),
 }
 PEERS: dict[str, Arm] = {
     "Lightning ModelPruning to 90 % by a schedule, xz": lightning_pruning,
     "torch prune 90 %, ONNX Runtime int8, xz": torch_and_ort,
+    "Torch-Pruning, half the MACs": torch_pruning(),
+    "Torch-Pruning, half the MACs, taught": torch_pruning(taught),
     "Deep Compression, 90 %": deep_compression,
     "nncodec, best of three": nncodec("dense, trained on"),
 }

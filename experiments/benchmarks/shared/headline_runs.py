@@ -54,6 +54,11 @@ class Model:
     seeds: int = 5
 
     @property
+    def ends(self) -> list[str]:
+        """Paths of layers that make outputs, among the smallest."""
+        return [one for one in self.spared if one.rpartition(".")[2] in OUTPUTS]
+
+    @property
     def dense(self) -> Plan:
         """How its dense baseline is trained."""
         return PLANS[self.baseline[0]][self.baseline[1]]
@@ -79,6 +84,7 @@ class Model:
 
 
 PEER_SEEDS = 3
+OUTPUTS = ("mu", "logvar", "up2", "output")  # names of layers that make outputs
 ENDS = ["encoder.body.down1", "encoder.mu", "encoder.logvar", "decoder.up2"]
 CONTROLS = ("dense", "dense, trained on", "dense, taught")
 # a quarter of width 16 is half of it again: no layer has fewer than 8 channels
@@ -95,6 +101,14 @@ RECIPES = (
     "int8",
     "rdoq at save, best of three",
 )
+# A recurrent layer loses no channels: `CHANNELS` are of convolutional models alone.
+CHANNELS = (
+    "half the MACs",
+    "half the MACs, taught",
+    "half the MACs, int8, taught",
+    "half the MACs, rate-distortion, λ = 0.5, taught",
+)
+CUT_BY_OTHERS = ("Torch-Pruning, half the MACs", "Torch-Pruning, half the MACs, taught")
 # An adversarial loss is some nats a batch, not some hundred nats an image.
 GAN_RECIPES = ("rate-distortion, λ = 0.02", "rate-distortion, λ = 0.1", *RECIPES)
 OTHERS = (
@@ -110,8 +124,8 @@ SETS: dict[str, dict[str, Model]] = {
             "VAE",
             ("fashion", "vae"),
             8,
-            [*CONTROLS, *RECIPES, *NARROW],
-            OTHERS,
+            [*CONTROLS, *RECIPES, *CHANNELS, *NARROW],
+            [*OTHERS, *CUT_BY_OTHERS],
             ENDS,
             10.0,
             VAE_CHANNELS,
@@ -120,8 +134,8 @@ SETS: dict[str, dict[str, Model]] = {
             "DCGAN of width 32",
             ("fashion", "dcgan"),
             8,
-            [*CONTROLS, *GAN_RECIPES, *NARROW],
-            OTHERS,
+            [*CONTROLS, *GAN_RECIPES, *CHANNELS, *NARROW],
+            [*OTHERS, *CUT_BY_OTHERS],
             ["generator.up2"],
         ),
     },
@@ -130,8 +144,8 @@ SETS: dict[str, dict[str, Model]] = {
             "VAE of width 16",
             ("digits", "vae"),
             20,
-            [*CONTROLS, *RECIPES, NARROW[0]],
-            OTHERS,
+            [*CONTROLS, *RECIPES, *CHANNELS, NARROW[0]],
+            [*OTHERS, *CUT_BY_OTHERS],
             ENDS,
             1.0,
             VAE_CHANNELS,
@@ -140,8 +154,8 @@ SETS: dict[str, dict[str, Model]] = {
             "DCGAN of width 16",
             ("digits", "dcgan"),
             20,
-            [*CONTROLS, *GAN_RECIPES, NARROW[0]],
-            OTHERS,
+            [*CONTROLS, *GAN_RECIPES, *CHANNELS, NARROW[0]],
+            [*OTHERS, *CUT_BY_OTHERS],
             ["generator.up2"],
         ),
         "recurrent_vae": Model(
