@@ -71,10 +71,14 @@ def grids(runs: Runs, step: float) -> QuantizationAwareTraining:
     )
 
 
-def rate_distortion(lmbda: float) -> QuantizationAwareTraining:
-    """Steps that train under loss + λ bits."""
+def rate_distortion(lmbda: float, *, activation_bits: int | None = None) -> Any:
+    """Steps that train under loss + λ bits; with grids of activations integer engines run it."""
     return QuantizationAwareTraining(
-        weight_bits=8, activation_bits=None, scheme="rate_distortion", lmbda=lmbda, lr=5e-3
+        weight_bits=8,
+        activation_bits=activation_bits,
+        scheme="rate_distortion",
+        lmbda=lmbda,
+        lr=5e-3,
     )
 
 
@@ -328,6 +332,7 @@ OURS: dict[str, Arm] = {
     "rate-distortion, λ = 4": trained(lambda _: rate_distortion(4.0)),
     "rate-distortion, λ = 0.5, taught": trained(lambda _: rate_distortion(0.5), taught),
     "rate-distortion, λ = 2, taught": trained(lambda _: rate_distortion(2.0), taught),
+    "rate-distortion, λ = 1, int8": trained(lambda _: rate_distortion(1.0, activation_bits=8)),
     "int8": trained(lambda _: int8(begin=0.2)),
     "half the MACs": trained(halved),
     "half the MACs, taught": trained(halved, taught),

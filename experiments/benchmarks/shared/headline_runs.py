@@ -98,6 +98,7 @@ RECIPES = (
     "rate-distortion, λ = 4",
     "rate-distortion, λ = 0.5, taught",
     "rate-distortion, λ = 2, taught",
+    "rate-distortion, λ = 1, int8",
     "int8",
     "rdoq at save, best of three",
 )
