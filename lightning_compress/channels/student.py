@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from lightning_compress.channels.function_rules import function_rule
 from lightning_compress.channels.graph import ChannelGraph, Kept, read_graph
@@ -28,7 +29,9 @@ __all__ = ["MatchedChannels", "MatchedGroup", "initialize_from_teacher"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.PReLU)  # by channel
+_MIXED = {torch.matmul, operator.matmul, torch.bmm, torch.baddbmm, torch.einsum}
+_MIXED |= {functional.scaled_dot_product_attention, "matmul", "bmm"}
 _ADDED = {operator.add, operator.iadd, operator.sub, operator.mul, torch.add, torch.mul}
 _LONE = "layer."
 Pair = tuple[Nodes, Nodes]  # of the teacher and of the student
@@ -42,7 +45,8 @@ def initialize_from_teacher(student: nn.Module, teacher: nn.Module) -> None:
 
     A channel is chosen once: the rows of the layer that makes it, its norm's statistics and the
     columns of each layer that reads it are copied together, through reshapes, concatenations and
-    sums; of a recurrent layer each gate gives the same units. Inputs and outputs are kept whole.
+    sums; of a recurrent layer each gate gives the same units, of a GroupNorm each group gives as
+    many channels, or whole groups go along. Inputs and outputs are kept whole.
 
     Args:
         student: changed in place; a module that `torch.fx` can trace.
@@ -197,6 +201,11 @@ class MatchedChannels:
         if node.target in (torch.cat, torch.concat):
             return [piece for one in node.args[0] for piece in self._of(one)]  # type: ignore[union-attr]
         values = [self._of(one) for one in node.args[:2]]
+        if node.target in _MIXED and any(value != [None] for value in values):
+            raise TargetError(
+                f"{node} multiplies two values, as attention does: which of their channels belong "
+                "together is not known here"
+            )
         if node.target in _ADDED and len(values) == 2:
             if values[0] == [None]:
                 return values[1]
@@ -244,11 +253,14 @@ class MatchedChannels:
         where = _shown(path)
         if type(ours) is not type(theirs):
             raise TargetError(f"{where}: {type(ours).__name__} and {type(theirs).__name__}")
+        if isinstance(theirs, nn.GroupNorm):
+            value = self._grouped(theirs, ours, value, where)
         tensors = [*theirs.named_parameters(recurse=False), *theirs.named_buffers(recurse=False)]
         if not tensors and not list(theirs.parameters()):
             return value
-        if isinstance(theirs, _NORMS):
-            self._norm(path, value, where)
+        if isinstance(theirs, (*_NORMS, nn.GroupNorm)):
+            if getattr(theirs, "num_parameters", None) != 1:  # a PReLU's single slope fits any size
+                self._norm(path, value, where)
             return value
         _check_known(theirs, where)
         read: list[Nodes | None] = [None, None]
@@ -258,6 +270,26 @@ class MatchedChannels:
         if isinstance(theirs, nn.RNNBase):
             self._states.update(made[0].tolist())
         return [(made[0], made[1])]
+
+    def _grouped(self, theirs: Any, ours: Any, value: Pieces, where: str) -> Pieces:
+        """Channels of a GroupNorm, which takes means over each group: it stays a group."""
+        sizes = [one.num_channels // one.num_groups for one in (theirs, ours)]
+        alike = theirs.num_groups == ours.num_groups
+        if not alike and sizes[0] != sizes[1]:
+            raise TargetError(
+                f"{where}: {ours.num_groups} groups of {sizes[1]} channels in the student, "
+                f"{theirs.num_groups} of {sizes[0]} in the teacher: their number or their size "
+                "must be equal"
+            )
+        read = self._read(value, (theirs.num_channels, ours.num_channels), where)
+        for trace, nodes, size in zip(self._traces, read, sizes, strict=True):
+            rows = nodes.reshape(-1, size)
+            if alike:  # label ranges of their own: a group's channels are chosen among each other
+                for row in rows:
+                    trace.dependencies.connect(trace.dependencies.new_nodes(size, where), row)
+            else:
+                trace.dependencies.connect(np.repeat(rows[:, :1], size - 1, axis=1), rows[:, 1:])
+        return [read]
 
     def _norm(self, path: str, value: Pieces, where: str) -> None:
         layers = [trace.root.get_submodule(path) for trace in self._traces]

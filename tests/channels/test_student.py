@@ -10,7 +10,14 @@ from torch import nn
 
 from lightning_compress import TargetError, initialize_from_teacher
 from lightning_compress.channels.student import MatchedChannels
-from lightning_compress.lab.models import DCGAN, VAE, RecurrentVAE, ResNet18, SimpleNet
+from lightning_compress.lab.models import (
+    DCGAN,
+    VAE,
+    AutoencoderKL,
+    RecurrentVAE,
+    ResNet18,
+    SimpleNet,
+)
 
 MODELS = {
     "dcgan": lambda w: DCGAN(image_size=16, width=16, width_multiplier=w),
@@ -21,6 +28,9 @@ MODELS = {
     ),
     "simple": lambda w: SimpleNet(
         image_size=8, channels=1, num_classes=3, width=16, width_multiplier=w
+    ),
+    "autoencoder": lambda w: AutoencoderKL(
+        image_size=8, channels=1, latent_channels=2, width=16, halvings=1, width_multiplier=w
     ),
     "resnet": lambda w: ResNet18(
         image_size=16, channels=1, num_classes=3, width=16, width_multiplier=w
@@ -37,6 +47,7 @@ PARTS = [
     ("simple", "net"),
     ("resnet", "net"),
 ]
+GROUPED = [("autoencoder", "decoder")]  # whose means over groups count dead channels too
 
 
 def outputs(model, path):
@@ -85,7 +96,7 @@ def scatter(small, wide):
             tensor[torch.meshgrid(*indices, indexing="ij")] = source[name]
 
 
-@pytest.mark.parametrize(("name", "path"), PARTS)
+@pytest.mark.parametrize(("name", "path"), [*PARTS, *GROUPED])
 def test_an_equal_student_becomes_the_teacher(name, path):
     teacher, student = MODELS[name](1.0), MODELS[name](1.0)
     initialize_from_teacher(student.get_submodule(path), teacher.get_submodule(path))
@@ -200,9 +211,68 @@ def test_each_level_of_a_recurrent_layer_chooses_units_of_its_own():
     assert torch.equal(student.weight_hh_l1, teacher.weight_hh_l1[rows][:, kept[1]])
 
 
+def normed(width, groups, affine=True):
+    return nn.Sequential(
+        nn.Conv2d(2, width, 1),
+        nn.GroupNorm(groups, width, affine=affine),
+        nn.PReLU(width),
+        nn.Conv2d(width, 3, 1),
+    )
+
+
+@torch.no_grad()
+def sized(teacher, norms):
+    """Rows of the first layer with these norms."""
+    weight = teacher[0].weight.flatten(1)
+    weight *= (torch.tensor(norms) / weight.norm(dim=1))[:, None]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_each_group_of_a_norm_gives_as_many_channels(affine):
+    """Means over a group stay those of the teacher's group, less the channels that go."""
+    student, teacher = normed(4, 2, affine), normed(8, 2, affine)
+    sized(teacher, [1.0, 3, 2, 4, 50, 60, 80, 70])  # all of the largest are in the last group
+    initialize_from_teacher(student, teacher)
+    kept = [1, 3, 6, 7]
+    assert torch.equal(student[0].weight, teacher[0].weight[kept])
+    assert torch.equal(student[2].weight, teacher[2].weight[kept])
+    assert torch.equal(student[3].weight, teacher[3].weight[:, kept])
+
+
+def test_half_a_decoder_with_group_norms_begins_with_its_teachers_channels():
+    teacher, student = (MODELS["autoencoder"](width).decoder for width in (1.0, 0.5))
+    initialize_from_teacher(student, teacher)
+    whole = {tuple(row.flatten().tolist()) for row in teacher[0].weight}
+    rows = [tuple(row.flatten().tolist()) for row in student[0].weight]
+    assert len(rows) == len({*rows}) == len(whole) // 2
+    assert {*rows} <= whole
+
+
+def test_groups_of_equal_size_go_along_whole():
+    student, teacher = normed(4, 2), normed(8, 4)
+    sized(teacher, [1.0, 9, 1, 1, 9, 1, 1, 1])
+    initialize_from_teacher(student, teacher)
+    kept = [0, 1, 4, 5]
+    assert torch.equal(student[0].weight, teacher[0].weight[kept])
+    assert torch.equal(student[1].weight, teacher[1].weight[kept])
+    x = torch.randn(3, 2, 4, 4)
+    expected = teacher[1](teacher[0](x))[:, kept]
+    torch.testing.assert_close(student[1](student[0](x)), expected)
+
+
 class Branchy(nn.Linear):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
+
+
+class Attends(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.v, self.out = nn.Linear(2, width), nn.Linear(2, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        q, v = self.q(x), self.v(x)
+        return self.out(nn.functional.scaled_dot_product_attention(q, q, v))
 
 
 def linear(*sizes):
@@ -225,6 +295,8 @@ def linear(*sizes):
             "are not known here",
         ),
         (nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Conv1d(2, 3, 1)), "0: Linear and Conv1d"),
+        (normed(6, 3), normed(8, 2), "3 groups of 2 channels in the student, 2 of 4 in the"),
+        (Attends(4), Attends(8), "as attention does"),
         (Sum(2, 2), Sum(4, 4).requires_grad_(False), None),
     ],
 )
