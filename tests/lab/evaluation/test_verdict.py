@@ -161,6 +161,11 @@ def test_a_fall_beyond_its_spread_stands_beside_the_word():
     assert alone.falls["kl"] == {"fall": 1.0, "dense_standard_deviation": None}
 
 
+def test_reconstructions_that_are_blurred_have_not_lost_modes():
+    assert not baseline_faults({"recall": 0.01, "psnr": 19.0, "l1": 0.1})
+    assert not baseline_faults({"recall": 0.01, "kl": 9.0, "active_units": 7})
+
+
 @pytest.mark.parametrize(
     ("quality", "words"),
     [
