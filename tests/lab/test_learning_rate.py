@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from tiny import TinyAutoencoder, TinyGAN, batches, quiet_trainer
 
+from lightning_compress.lab.config import config_dir
 from lightning_compress.lab.learning_rate import CosineAnnealing
 
 EPOCHS = 3
@@ -101,3 +104,10 @@ def test_a_run_without_a_length_is_refused(tmp_path):
     trainer = quiet_trainer(tmp_path, CosineAnnealing(), max_epochs=-1, max_steps=2)
     with pytest.raises(ValueError, match="max_epochs"):
         trainer.fit(TinyAutoencoder("SGD"), batches())
+
+
+def test_the_config_gives_it_to_both_runs_of_an_experiment():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", ["callbacks=[cosine]", "callbacks.learning_rate.begin=0.25"])
+    (made,) = instantiate(cfg.callbacks).values()
+    assert (made.last, made.begin, made.flat) == (0.01, 0.25, 0.0)
