@@ -16,7 +16,6 @@ __all__ = [
     "Staircase",
     "check_window",
 ]
-_EVENTS = 100  # in a window, where no frequency is given
 _STATE = (
     "position",
     "step",
@@ -27,9 +26,11 @@ _STATE = (
     "_held_steps",
     "_first_step",
     "_last_bucket",
+    "_buckets",
 )
 
 _EVENTS = 100  # in a window, where no frequency is given
+_FEWEST = 10  # of them, however far apart they are to lie
 
 
 def check_window(begin: float, end: float) -> bool:
@@ -193,6 +194,7 @@ class EventClock:
         end: last position.
         frequency: steps between events; None: about `count` events.
         count: of events, where no frequency is given.
+        spacing: steps from one to the next, at least, where that leaves ten of them.
 
     Raises:
         ValueError: for an empty window or a frequency below 1.
@@ -203,9 +205,15 @@ class EventClock:
     """
 
     def __init__(
-        self, begin: float, end: float, frequency: int | None, *, count: int = _EVENTS
+        self,
+        begin: float,
+        end: float,
+        frequency: int | None,
+        *,
+        count: int = _EVENTS,
+        spacing: int = 1,
     ) -> None:
-        self.count = count
+        self.count, self.spacing = count, spacing
         self.begin, self.end, self.in_fractions = begin, end, check_window(begin, end)
         if frequency is not None and (not isinstance(frequency, int) or frequency < 1):
             raise ValueError(f"frequency={frequency!r} must be an integer, 1 or more steps")
@@ -220,6 +228,7 @@ class EventClock:
         self._held, self._held_steps = 0.0, 0
         self._first_step: int | None = None
         self._last_bucket = -1
+        self._buckets = self.count  # of the window, with an event each
 
     @property
     def over(self) -> bool:
@@ -268,13 +277,20 @@ class EventClock:
             return False
         if self._first_step is None:
             self._first_step = self.step if self.in_fractions else int(self.begin)
+            self._buckets = self._spaced()
         if self.over:
             return unfinished
         if self.frequency is not None:
             return (self.step - self._first_step) % self.frequency == 0
-        bucket = math.floor(self.count * (self.position - self.begin) / (self.end - self.begin))
+        bucket = math.floor(self._buckets * (self.position - self.begin) / (self.end - self.begin))
         fresh, self._last_bucket = bucket != self._last_bucket, bucket
         return fresh
+
+    def _spaced(self) -> int:
+        """How many events the window has room for."""
+        pace = self._pace if self.in_fractions else 1.0
+        steps = (self.end - self.begin) / pace if pace > 0 else math.inf
+        return int(min(self.count, max(_FEWEST, steps / self.spacing + 1e-6)))
 
     def ahead(self) -> float:
         """Steps until the next event, from the pace of the last step; infinite if unknown."""
@@ -305,7 +321,7 @@ class EventClock:
             return self.begin
         if self.frequency is not None:
             return self.end
-        edge = self.begin + (self._last_bucket + 1) * (self.end - self.begin) / self.count
+        edge = self.begin + (self._last_bucket + 1) * (self.end - self.begin) / self._buckets
         return min(edge, self.end)
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,5 +330,5 @@ class EventClock:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the clock back."""
-        for name in _STATE:
-            setattr(self, name, state[name])
+        for name in _STATE:  # a version before 0.2 had `count` events in any window
+            setattr(self, name, state.get(name, self.count))

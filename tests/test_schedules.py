@@ -1,12 +1,20 @@
 """Schedules at their endpoints and beyond, and their error messages."""
 
+import itertools
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_compress.schedules import Constant, Cosine, Linear, Polynomial, Staircase
+from lightning_compress.schedules import (
+    Constant,
+    Cosine,
+    EventClock,
+    Linear,
+    Polynomial,
+    Staircase,
+)
 
 KINDS = [Constant, Cosine, Linear, Polynomial, Staircase]
 
@@ -75,3 +83,28 @@ def test_bad_power_and_stairs():
         Polynomial(power=0)
     with pytest.raises(ValueError, match="stairs=1"):
         Staircase(stairs=1)
+
+
+@pytest.mark.parametrize("fractions", [False, True])
+@pytest.mark.parametrize(("steps", "events"), [(8, 8), (35, 10), (200, 50), (1000, 100)])
+def test_short_windows_have_fewer_events(steps, events, fractions):
+    clock = EventClock(0, 1.0 if fractions else steps, None, spacing=4)
+    due = [
+        step
+        for step in range(1, steps)
+        if clock.tick(step / steps if fractions else step, step).due(unfinished=True)
+    ]
+    assert len(due) in (events - 1, events)  # the one at the end comes with it
+    gaps = [after - before for before, after in itertools.pairwise(due)]
+    assert max(gaps) - min(gaps) <= 2  # fractions are not exact
+    known = clock.state_dict()
+    clock.reset()
+    clock.load_state_dict(known)
+    assert clock.tick(1.0 if fractions else steps, steps).due(unfinished=True)
+
+
+def test_a_clock_of_an_earlier_version_goes_on():
+    clock = EventClock(0, 40, None)
+    earlier = {name: value for name, value in clock.state_dict().items() if name != "_buckets"}
+    clock.load_state_dict(earlier)
+    assert clock.tick(1, 1).due(unfinished=True)

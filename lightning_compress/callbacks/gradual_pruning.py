@@ -192,7 +192,8 @@ class GradualPruning(MaskCallback):
             position in the unit of `begin` to a sparsity; None: `Polynomial`.
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
-        frequency: steps between events; None: about 100 from begin to end.
+        frequency: steps between events; None: about 100 from begin to end, in
+            short windows fewer: one every four steps, but ten at least.
         include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         criterion: a name in `CRITERIA`, a callable from a weight to its scores, or a `Criterion`.

@@ -54,6 +54,7 @@ class GuardedClock(EventClock):
         end: in the same unit.
         frequency: steps between events; None: about `count` from begin to end.
         count: of events, where no frequency is given.
+        spacing: as for `EventClock`.
     """
 
     def reset(self) -> None:

@@ -19,6 +19,7 @@ from lightning_compress.pruning.masks import pack_mask, unpack_mask
 from lightning_compress.targets import Pattern
 
 __all__ = ["MaskCallback"]
+_SPACING = 4  # steps between events that nobody has set: an event costs as much as some steps
 
 
 class MaskCallback(WeightCallback):
@@ -27,7 +28,8 @@ class MaskCallback(WeightCallback):
     Args:
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit.
-        frequency: steps between events; None: about 100 events from begin to end.
+        frequency: steps between events; None: about 100 events from begin to end, in windows of
+            less than 400 steps one every four steps, but ten at least.
         include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         dense_gradient: pruned weights keep training as latent values and may return.
@@ -48,7 +50,7 @@ class MaskCallback(WeightCallback):
         name: str,
     ) -> None:
         super().__init__(include=include, exclude=exclude, name=name)
-        self.events = GuardedClock(begin, end, frequency)
+        self.events = GuardedClock(begin, end, frequency, spacing=_SPACING)
         self.dense_gradient = dense_gradient
         self.sparsity = 0.0  # of the targets, by their masks
 

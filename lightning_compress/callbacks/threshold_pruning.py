@@ -35,7 +35,8 @@ class ThresholdPruning(MaskCallback):
             itself, by position. None: a straight line from 0 at `begin`.
         begin: int: steps of the owning optimizer; float in [0, 1]: fraction of the run.
         end: in the same unit; masks do not change after it.
-        frequency: steps between events; None: about 100 events from begin to end.
+        frequency: steps between events; None: about 100 events from begin to end, in
+            short windows fewer: one every four steps, but ten at least.
         include: path globs or layer classes; None: the weights of the deployed part.
         exclude: the same, taken away again.
         min_keep: fraction of each target that stays, the largest weights.

@@ -72,7 +72,7 @@ def test_a_first_event_without_statistics_waits_for_them(tmp_path):
 @pytest.mark.parametrize("end", [0.7, 1.0])
 def test_fractions_of_the_run_reach_their_end(tmp_path, end):
     spy = Spy(3)
-    model, _ = fit(tmp_path, spy, final_sparsity=0.75, end=end)
+    model, _ = fit(tmp_path, spy, final_sparsity=0.75, end=end, frequency=1)
     assert sparsity(model) == 0.75
     assert spy.at("begin") == [1]  # when the pace is known; events at every step: windows overlap
     assert spy.at("scores")[0] == 4

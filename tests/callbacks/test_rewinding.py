@@ -25,7 +25,7 @@ class Tape(Callback):
 @pytest.mark.parametrize("make", [TinyAutoencoder, TinyGAN])
 def test_each_round_begins_with_the_kept_weights_under_the_new_mask(tmp_path, to, make):
     pruning = GradualPruning(
-        schedule=Staircase(final_sparsity=0.75, begin=0, end=24, stairs=4), rewind=to
+        schedule=Staircase(final_sparsity=0.75, begin=0, end=24, stairs=4), frequency=1, rewind=to
     )
     tape, model = Tape(pruning), make()
     quiet_trainer(tmp_path, pruning, tape, max_epochs=4).fit(model, batches())
