@@ -345,7 +345,11 @@ OURS: dict[str, Arm] = {
     "int8": trained(lambda _: int8(begin=0.2)),
     "half the MACs": trained(halved),
     "half the MACs, taught": trained(halved, taught),
+    "half the MACs, int8": trained(halved, lambda _: int8(begin=0.5)),
     "half the MACs, int8, taught": trained(halved, lambda _: int8(begin=0.5), taught),
+    "half the MACs, rate-distortion, λ = 0.5, int8": trained(
+        halved, lambda _: rate_distortion(0.5, activation_bits=8)
+    ),
     "half the MACs, rate-distortion, λ = 0.5, taught": trained(
         halved, lambda _: rate_distortion(0.5), taught
     ),

@@ -106,7 +106,9 @@ RECIPES = (
 CHANNELS = (
     "half the MACs",
     "half the MACs, taught",
+    "half the MACs, int8",
     "half the MACs, int8, taught",
+    "half the MACs, rate-distortion, λ = 0.5, int8",
     "half the MACs, rate-distortion, λ = 0.5, taught",
 )
 CUT_BY_OTHERS = ("Torch-Pruning, half the MACs", "Torch-Pruning, half the MACs, taught")
