@@ -246,6 +246,7 @@ def rewrite_storage(
     """
     for node in list(graph):
         _shorten_bias(graph, node)
+        _multiply_bias_steps(graph, node)
         _give_bias_zeros(graph, node)
         name = node.metadata_props.get(MARK)
         if name is None:
@@ -296,7 +297,9 @@ def _give_bias_zeros(graph: Any, node: Any) -> None:
     if whole is None or len(node.inputs) > 2 or whole.dtype.name != "INT32":
         return
     size = whole.shape[0]
-    if size <= FEW:
+    if "axis" not in node.attributes:
+        value = initializer(graph, "zero", np.zeros((), np.int32))
+    elif size <= FEW:
         value = initializer(graph, f"zeros_{size}", np.zeros(size, np.int32))
     else:
         ir = require("onnx_ir", extra="onnx")
@@ -307,6 +310,33 @@ def _give_bias_zeros(graph: Any, node: Any) -> None:
         value = expand.outputs[0]
     node.resize_inputs(3)
     node.replace_input_with(2, value)
+
+
+def _multiply_bias_steps(graph: Any, node: Any) -> None:
+    """The steps of a long bias as a product of constants, input times weight, in place of them."""
+    given = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+    if given is None or given.const_value is None or given.const_value.size <= FEW:
+        return
+    for use in node.outputs[0].uses():
+        factors = [one and _steps(one.producer()) for one in use.node.inputs[:2]]
+        if use.idx != 2 or len(factors) < 2 or None in factors:
+            continue
+        values = [one.const_value.numpy() for one in factors]
+        if np.array_equal(np.broadcast_to(values[0] * values[1], given.shape), given.const_value):
+            ir = require("onnx_ir", extra="onnx")
+            product = ir.node("Mul", [factors[1], factors[0]])
+            graph.insert_before(node, product)
+            _drop_input(graph, node, 1, product.outputs[0])
+            if values[1].ndim == 0:
+                del node.attributes["axis"]
+            return
+
+
+def _steps(node: Any) -> Any:
+    """The constant steps of a DequantizeLinear."""
+    if node is None or node.op_type != "DequantizeLinear" or node.inputs[1].const_value is None:
+        return None
+    return node.inputs[1]
 
 
 def _give_zero_point(

@@ -205,3 +205,26 @@ def test_onnx_runtime_is_imported_without_its_telemetry():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "0"]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_steps_of_a_bias_are_products_of_steps_that_are_there(tmp_path, per_channel):
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantize_static(net, [x], weight_bits=8, per_channel=per_channel)
+    info = export_onnx(net, tmp_path / "net.onnx", (x,), int8=True)
+    assert info.parity["onnxruntime"].more == 0
+    model = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node}
+    (bias,) = [node for node in model.graph.node if node.input[0] == "0.Conv.bias.quantized"]
+    product = made[bias.input[1]]
+    assert product.op_type == "Mul"
+    steps = values[product.input[0]] * values[product.input[1]]
+    assert steps.dtype == np.float32
+    (conv,) = [node for node in model.graph.node if bias.output[0] in node.input]
+    read, weight = (values[made[name].input[1]] for name in conv.input[:2])
+    assert np.array_equal(steps, read * weight)
+    assert steps.shape == ((32,) if per_channel else ())
+    assert not [name for name in values if name == "0.Conv.bias.scale"]
