@@ -7,7 +7,6 @@ import io
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ __all__ = ["ARMS", "CONTROLS", "PEERS", "Arm", "grids", "int8", "pruning"]
 HELPER = Path(__file__).with_name("nncodec_model.py")
 NARROW_RATE = 1e-3  # above it narrow models end with a dead layer before their latents
 HALF = 0.5  # of the multiplications, which channels leave
-CUTS = 3  # of Torch-Pruning
 POINTS = (-38, -32, -26)  # nncodec's quantization parameter: finer to coarser
 STEPS = ((0.1, 0.005), (0.2, 0.01), (0.3, 0.02))  # of entropy grids, and the multiplier of rdoq
 
@@ -218,24 +216,13 @@ class _Reader:
 
 
 def torch_pruning(*make: Callable[[Runs], Any]) -> Arm:
-    """Torch-Pruning's groups in several cuts, each trained on, most of the steps after the last."""
+    """Torch-Pruning's groups, to the multiplications that ours leaves, and the steps after it."""
 
     def arm(runs: Runs, home: Path) -> Shipped:
-        epochs = epochs_of(runs, make)
-        between = max(1, epochs // 6)
-        cuts = 1 if runs.kind == "gan" else CUTS  # several leave 4 % of a DCGAN's MACs
-
-        def train(model: Any, epochs: int) -> Any:
-            return runs.fit(model, [one(runs) for one in make], epochs=epochs)
-
-        model, _ = torch_pruned(
-            runs.fresh(),
-            HALF,
-            runs.model.ends,
-            round_to=2,  # by eights it leaves fewer MACs than ours
-            between=[partial(train, epochs=between)] * (cuts - 1),
-        )
-        return packed(runs, train(model, epochs - between * (cuts - 1)), home)
+        # By eights, its default here, it leaves fewer of them than ours.
+        model, _ = torch_pruned(runs.fresh(), HALF, runs.model.ends, round_to=2)
+        model = runs.fit(model, [one(runs) for one in make], epochs=epochs_of(runs, make))
+        return packed(runs, model, home)
 
     return arm
 
