@@ -43,13 +43,18 @@ BESIDE = ("neg_iwae", "kl", "active_units", "fid", "precision", "recall")
 FALLING = {"kl": "KL", "active_units": "active units"}
 IRREDUCIBLE = {"fashion": 189.86}  # a test holds it on the real images
 DENSE = ("dense", "dense, trained on", "dense, taught")
+CUT = [arm for arm in OURS if arm.startswith("half the MACs")]
+BY_RATE = [arm for arm in OURS if arm.startswith("rate-")]
 FAMILIES = {
     "narrow, from scratch": [arm for arm in CONTROLS if "from scratch" in arm],
-    "zeros, entropy grid": [arm for arm in OURS if "entropy grid" in arm],
-    "rate-distortion": [arm for arm in OURS if arm.startswith("rate-") and "taught" not in arm],
-    "rate-distortion, taught": [arm for arm in OURS if arm.startswith("rate-") and "taught" in arm],
+    "rate-distortion": [one for one in BY_RATE if "taught" not in one and "int8" not in one],
+    "rate-distortion, int8": [one for one in BY_RATE if "int8" in one],
+    "half the MACs": [one for one in CUT if "taught" not in one],
     "int8": [arm for arm in OURS if arm.startswith("int8")],
+    "zeros, entropy grid": [arm for arm in OURS if "entropy grid" in arm],
     "at save": [arm for arm in OURS if "at save" in arm],
+    "rate-distortion, taught": [one for one in BY_RATE if "taught" in one],
+    "half the MACs, taught": [one for one in CUT if "taught" in one],
     **{arm: [arm] for arm in PEERS},
 }  # of each, the page's short table has the setting that the validation split chose
 Row = dict[str, Any]
@@ -190,13 +195,19 @@ class Table:
             str(len(rows)),
         ]
 
-    def short(self, most: int = 10) -> str:
-        """Ten rows: the reference, the dense model, and the chosen setting of each family."""
-        own = [arm for arm in self.chosen() if "taught" not in arm]  # these are below, and folded
+    def short(self, most: int = 10, peers: int = 2) -> str:
+        """Ten rows: the reference, the dense model, each family's chosen setting, two peers.
+
+        Taught ones are folded below.
+        """
+        chosen = [arm for arm in self.chosen() if "taught" not in arm]
+        others = [arm for arm in chosen if arm in PEERS][:peers]
+        own = [arm for arm in chosen if arm not in PEERS]
         arms = list(dict.fromkeys([self.reference, "dense", *self.established(), *own]))
+        arms = [*arms[: most - len(others)], *others]
         heads = ["", "artifact", "bytes", "ratio", f"{LABELS[self.metric]} (± SD)"]
         heads += ["worse by (± SE)", "no loss?", "faster, batch 1 / 16", "n"]
-        return _markdown(heads, [self.cells(arm) for arm in arms[:most]])
+        return _markdown(heads, [self.cells(arm) for arm in arms])
 
     def whole(self) -> str:
         """All rows, with what stands beside the metric."""
