@@ -40,6 +40,7 @@ from lightning_compress.terminal import printable
 
 __all__ = [
     "main",
+    "quiet",
     "quote_partition",
     "report_parser",
     "terminable",
@@ -173,7 +174,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     )
     from lightning_compress.lab.workflow.training import InterruptedRunError
 
-    _quiet()
+    quiet()
     typed = _typed.get()
     if typed is not None and cfg.ckpt_path is not None:
         try:
@@ -245,7 +246,7 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence Lightning's messages about deliberate settings of the harness."""
     for name in ("lightning.pytorch", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)

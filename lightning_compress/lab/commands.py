@@ -143,8 +143,12 @@ def _model_command(chosen: argparse.Namespace) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from lightning_compress.lab.app import quiet
     from lightning_compress.lab.config import explain
 
+    quiet()
+    if chosen.rows < 1:
+        raise ValueError(f"--rows {chosen.rows}: expected an integer of at least 1")
     first = Path(chosen.words[0])
     folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
     more: dict[str, Any] = {"allowed": chosen.allow or ()}

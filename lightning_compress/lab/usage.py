@@ -180,7 +180,9 @@ class CommandParser(argparse.ArgumentParser):
     argparse leaves that to the outer parser, whose usage has none of the command's options.
     """
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it has overloads)
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """As argparse's, but a word that is left over ends the program."""
         chosen, left = super().parse_known_args(args, namespace)
         if left:

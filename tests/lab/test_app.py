@@ -89,6 +89,7 @@ def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
         (["export.codec=zip"], "export.codec='zip': valid are"),
         (["export.float_dtype=fp8"], "export.float_dtype='fp8': valid are"),
         (["export.rdoq=much"], "export.rdoq='much' must be a finite number"),
+        (["evaluate.latency_repeats=0"], "evaluate.latency_repeats=0: expected an integer from 1"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -98,7 +99,7 @@ def test_mistakes_end_with_one_clear_message(cli, tmp_path, words, expected):
     assert code not in (0, None)
     assert expected in out + err
     assert "Traceback" not in out + err
-    if words[0].startswith("export."):  # before anything trains, not after
+    if words[0].startswith(("export.", "evaluate.")):  # before anything trains, not after
         assert "epoch 1" not in out + err
 
 

@@ -164,3 +164,15 @@ def test_a_folder_and_an_empty_file_are_refused_by_each_command(cli, tmp_path, c
         code, _, err = cli(command, path, *([path] if command == "diff" else []), small=False)
         assert code == 2
         assert err == f"error: {path} {expected}{': it has 0 bytes' if name == 'empty' else ''}\n"
+
+
+def test_a_wrong_count_of_rows_is_refused_before_a_model_trains(cli):
+    code, out, err = cli("advise", "vae", "--rows", "-1", small=False)
+    assert (code, out) == (2, "")
+    assert err == "error: --rows -1: expected an integer of at least 1\n"
+
+
+def test_federated_settings_are_refused_before_a_model_trains(cli):
+    code, out, err = cli("federated", "federated.rounds=-1", "threads=1", small=False)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: federated.rounds=-1: expected an integer of at least 1")
