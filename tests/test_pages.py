@@ -5,9 +5,11 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from pages import MyVAE, python_blocks, quiet, run_blocks
 from tiny import batches
+from torch import nn
 
 import lightning_compress
 from lightning_compress import sparsity
@@ -68,6 +70,22 @@ def test_the_code_of_other_pages_runs(name, dense, monkeypatch):
     names = {"LightningModule": LightningModule, "teacher": dense}
     assert python_blocks(text_of(name))
     run_blocks(text_of(name), monkeypatch, **names)
+
+
+@pytest.mark.parametrize(
+    "name", ["adaptive", "channels", "deployment", "distillation", "pruning", "quantization"]
+)
+def test_the_examples_of_the_methods_are_made(name, dense, monkeypatch):
+    """Blocks that show calls alone: with every public name at hand, they make what they say."""
+    public = {one: getattr(lightning_compress, one) for one in lightning_compress.__all__}
+    generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 6)).eval()
+    lightning_compress.save_compressed(dense, "model.lcz")
+    given = {"teacher": dense, "self": MyVAE(), "MyModel": MyVAE, "generator": generator}
+    names = {**public, **given, "lightning_compress": lightning_compress, "z": torch.randn(8, 4)}
+    try:
+        run_blocks(text_of(name), monkeypatch, **names)
+    except lightning_compress.MissingExtraError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

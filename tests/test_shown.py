@@ -160,6 +160,15 @@ def test_state_and_artifact_show_their_numbers(tmp_path):
     assert row[4:6] == [str(tensor.bits), str(tensor.nonzero)]
 
 
+def test_a_recipe_shows_each_callback_with_its_reason():
+    recipe = lc.compression_recipe("fastest", model="vae")
+    cells = Cells(recipe._repr_html_()).cells
+    for callback, reason in zip(recipe, recipe.reasons, strict=True):
+        assert cells[cells.index(repr(callback)) + 1] == reason
+    assert recipe.notes
+    assert cells[-1] == recipe.notes[-1]
+
+
 def test_an_exported_file_shows_its_operators_and_its_parity(tmp_path):
     pytest.importorskip("onnxruntime")
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_compress.callbacks.base import builds_layers_later
@@ -23,6 +23,7 @@ from lightning_compress.distillation.losses import StepKL
 from lightning_compress.distillation.pairs import Pair, Ramp
 from lightning_compress.quantization.entropy import EntropyGrid
 from lightning_compress.targets import select
+from lightning_compress.terminal import html_table
 
 __all__ = ["GOALS", "KINDS", "Recipe", "RecipeReport", "compression_recipe", "kind_of"]
 
@@ -39,6 +40,8 @@ Reasoned = tuple[Callback, str]
 
 class RecipeReport(Callback):
     """Log at the start of a fit what a recipe holds, and at its end whether `max_loss` was held.
+
+    A loss beyond it is a warning, which the command line shows too.
 
     Args:
         goal: of the recipe.
@@ -80,11 +83,12 @@ class RecipeReport(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Log whether the loss is within `max_loss`."""
+        """Log that the loss is within `max_loss`; warn where it is not, or nobody knows."""
         if self.budget is None:
             return
         self.held = within(self.budget)
-        rank_zero_info(f"{self.goal!r}: {verdict(self.budget, self.max_loss)}")
+        tell = rank_zero_info if self.held else rank_zero_warn
+        tell(f"{self.goal!r}: {verdict(self.budget, self.max_loss)}")
 
     def fit_results(self) -> dict[str, Any]:
         """The outcome, for fits that run in another process."""
@@ -150,6 +154,12 @@ class Recipe(list[Callback]):
             for one, reason in zip(self, self.reasons, strict=True)
         ]
         return "\n".join([f"{self.title}:", *rows, *(f"  note: {one}" for one in self.notes)])
+
+    def _repr_html_(self) -> str:
+        """The callbacks and their reasons as a table in a notebook."""
+        rows = [(repr(one), reason) for one, reason in zip(self, self.reasons, strict=True)]
+        notes = [("note", one) for one in self.notes]
+        return html_table(self.title, ["Callback", "Why"], [*rows, *notes])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles keep the reasons, whose keys are the callbacks' identities."""

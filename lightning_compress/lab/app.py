@@ -8,7 +8,6 @@ argparse parses `report` and the commands on files; all other words are Hydra ov
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -36,11 +35,14 @@ import lightning_compress
 from lightning_compress.lab.config import config_dir, explain
 from lightning_compress.lab.sweeps import Outcome, run_sweep_job, sweep_folder
 from lightning_compress.lab.sweeps.jobs import PRUNED_EXIT_CODE, stop_with_launcher
-from lightning_compress.lab.usage import check_words, help_text, unknown_option
+from lightning_compress.lab.usage import CommandParser, check_words, help_text, unknown_option
 from lightning_compress.terminal import printable
 
 __all__ = [
     "main",
+    "quiet",
+    "quote_partition",
+    "report_parser",
     "terminable",
 ]
 
@@ -135,13 +137,13 @@ def _hydra_words(argv: list[str]) -> list[str]:
         argv = ["--config-name=federated", *(word for word in argv if word != "federated")]
     if said := check_words(argv) or unknown_option(argv):
         _fail(said, USAGE)
-    return [_quote_partition(word) for word in argv]
+    return [quote_partition(word) for word in argv]
 
 
-def _quote_partition(word: str) -> str:
+def quote_partition(word: str) -> str:
     """Quote a partition with parentheses, which Hydra would parse as a function.
 
-    >>> _quote_partition("federated.partition=iid,dirichlet(0.1)")
+    >>> quote_partition("federated.partition=iid,dirichlet(0.1)")
     "federated.partition=iid,'dirichlet(0.1)'"
     """
     if not word.startswith("federated.partition="):
@@ -163,7 +165,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     from lightning_compress.lab.report.page import write_report
     from lightning_compress.lab.report.tables import print_summary
     from lightning_compress.lab.workflow.experiment import run_experiment
-    from lightning_compress.lab.workflow.federated import federated_training
+    from lightning_compress.lab.workflow.federated import check_federated, federated_training
     from lightning_compress.lab.workflow.resume import resume_command
     from lightning_compress.lab.workflow.run_identity import (
         check_record,
@@ -172,7 +174,7 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     )
     from lightning_compress.lab.workflow.training import InterruptedRunError
 
-    _quiet()
+    quiet()
     typed = _typed.get()
     if typed is not None and cfg.ckpt_path is not None:
         try:
@@ -184,6 +186,8 @@ def _run(cfg: DictConfig, runtime: HydraConf) -> None:
     try:
         begun = partial(write_run_records, cfg, folder)
         second = federated_training if "federated" in cfg else None
+        if second is not None:
+            check_federated(cfg.federated)
         results = run_experiment(cfg, folder, names=names, begun=begun, second=second)
         page = write_report([folder])
     except (InterruptedRunError, KeyboardInterrupt) as stop:
@@ -214,28 +218,35 @@ def _with_recorded_words(words: Sequence[str]) -> list[str]:
         _fail(_message(error))
 
 
-def _report(argv: list[str]) -> int:
-    from lightning_compress.lab.report.page import write_report
-    from lightning_compress.lab.report.tables import EXPORTS, write_export
-
-    parser = argparse.ArgumentParser(
+def report_parser() -> CommandParser:
+    """Parser of the words behind `report`."""
+    parser = CommandParser(
         prog="lightning-compress report", description="Make one HTML page of any number of runs."
     )
     parser.add_argument("folders", nargs="+", type=Path, help="run, multirun or parent folders")
     parser.add_argument("--out", type=Path, help=OUT_HELP)
-    chosen = parser.parse_args(argv)
+    return parser
+
+
+def _report(argv: list[str]) -> int:
+    from lightning_compress.lab.report.page import write_report
+    from lightning_compress.lab.report.tables import EXPORTS, write_export
+
+    chosen = report_parser().parse_args(argv)
     try:
         if chosen.out is not None and chosen.out.suffix in EXPORTS:
             page = write_export(chosen.folders, chosen.out)
         else:
             page = write_report(chosen.folders, chosen.out)
     except (OSError, ValueError) as error:
+        if os.environ.get("LIGHTNING_COMPRESS_TRACEBACK"):
+            raise
         _fail(_message(error))
     print(printable(f"report: {_display_path(page)}"))
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence Lightning's messages about deliberate settings of the harness."""
     for name in ("lightning.pytorch", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -10,13 +10,14 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_compress.files import write_atomically
+from lightning_compress.lab.usage import CommandParser
 from lightning_compress.lcz.arrays import MAX_ONNX_BYTES, inspect_compressed, onnx_model
 from lightning_compress.lcz.artifact import write_graph
 from lightning_compress.lcz.checkpoints import read_checkpoint, read_contents, write_checkpoint
@@ -29,18 +30,19 @@ from lightning_compress.lcz.rdoq import cheaper_contents, check_rdoq
 from lightning_compress.lcz.write import Encoding, write_contents
 from lightning_compress.terminal import printable
 
-__all__ = ["COMMANDS", "run_command"]
+__all__ = ["COMMANDS", "command_parser", "run_command"]
 
+_N = TypeVar("_N", int, float)
 SAME, DIFFERENT, TROUBLE = 0, 1, 2  # as diff has them
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Run one of `COMMANDS`; 0 for success, 1 where `diff` finds a difference, 2 for an error."""
-    chosen = _parser().parse_args(argv)
+    chosen = command_parser().parse_args(argv)
     try:
         for name in ("file", "checkpoint", "one", "other"):
-            if (path := getattr(chosen, name, None)) is not None and not path.exists():
-                raise FileNotFoundError(errno.ENOENT, "there is no file", str(path))
+            if (path := getattr(chosen, name, None)) is not None:
+                _check_file(path)
         return COMMANDS[chosen.command](chosen)
     except BrokenPipeError:
         raise
@@ -53,13 +55,24 @@ def run_command(argv: Sequence[str]) -> int:
         return TROUBLE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-compress")
+def _check_file(path: Path) -> None:
+    """Refuse what no command on files can read, whatever its kind."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no file", str(path))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty: it has 0 bytes")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Parser of the commands on files and on dense models."""
+    parser = CommandParser(prog="lightning-compress")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
         "inspect", help="tensors and graphs of an .lcz file, from its header"
     )
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=Path, help="an .lcz file")
     pack = commands.add_parser("pack", help="a checkpoint or an ONNX file to an .lcz file")
     what = ".pt, .pth, .ckpt, .bin, .safetensors; or .onnx, for an .lcz file that runs"
     pack.add_argument("checkpoint", type=Path, help=what)
@@ -71,14 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--rdoq", type=float, metavar="LAMBDA", help=what)
     pack.add_argument("--workers", type=int, default=1, help="threads")
     unpack = commands.add_parser("unpack", help="an .lcz file to a checkpoint or an ONNX file")
-    unpack.add_argument("file", type=Path)
+    unpack.add_argument("file", type=Path, help="an .lcz file")
     unpack.add_argument("--out", type=Path, help="default: beside the file, as .safetensors")
     what = "write the runnable graph of the file here, in place of a checkpoint"
     unpack.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help=what)
     unpack.add_argument("--graph", help="name of the graph, where the file holds several")
-    diff = commands.add_parser("diff", help="compare the tensors of two files of any kind")
-    diff.add_argument("one", type=Path)
-    diff.add_argument("other", type=Path)
+    diff = commands.add_parser("diff", help="compare the tensors of two checkpoints or .lcz files")
+    for name in ("one", "other"):
+        diff.add_argument(name, type=Path, help="a checkpoint, a safetensors file or an .lcz file")
     for command in (pack, diff):
         command.add_argument("--key", help="entry of a checkpoint that holds the tensors")
     for command in (unpack, diff):
@@ -112,19 +125,30 @@ def _add_models(commands: Any) -> None:
 
 
 def _fractions(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
+    return _list_of(float, text, "fractions separated by commas, such as 0.5,0.9")
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    return _list_of(int, text, "integers separated by commas, such as 2,4,6")
+
+
+def _list_of(kind: Callable[[str], _N], text: str, what: str) -> list[_N]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: valid are {what}") from None
 
 
 def _model_command(chosen: argparse.Namespace) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from lightning_compress.lab.app import quiet
     from lightning_compress.lab.config import explain
 
+    quiet()
+    if chosen.rows < 1:
+        raise ValueError(f"--rows {chosen.rows}: expected an integer of at least 1")
     first = Path(chosen.words[0])
     folder = chosen.out or (first if first.is_dir() else Path("outputs") / chosen.command)
     more: dict[str, Any] = {"allowed": chosen.allow or ()}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
-__all__ = ["config_dir", "explain", "override_key"]
+__all__ = ["check_types", "config_dir", "explain", "override_key"]
+
+_NUMBERS = (int, float, bool, type(None))
 
 
 def config_dir() -> Path:
@@ -49,6 +52,43 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     if override := getattr(chain[0], "override", None):  # whose grammar is Hydra's
         return f"cannot read {override!r} (quote values with brackets or commas): {text}"
     return re.sub(r"\n\s*(?:reference_type|object_type)=.*", "", text)
+
+
+def check_types(cfg: Any, place: str = "") -> None:
+    """Refuse a word where the constructor that a config names takes numbers alone.
+
+    Args:
+        cfg: a config, with `_target_` wherever an object is described.
+        place: key of the config.
+
+    Raises:
+        ValueError: naming the key, its value and the types.
+
+    >>> check_types({"trainer": {"_target_": "lightning.pytorch.Trainer", "max_epochs": "few"}})
+    Traceback (most recent call last):
+    ValueError: trainer.max_epochs='few': expected int or None
+    """
+    numeric = _numeric_arguments(cfg["_target_"]) if "_target_" in cfg else {}
+    for key in cfg:
+        value, at = cfg[key], f"{place}.{key}" if place else str(key)
+        if isinstance(value, Mapping):
+            check_types(value, at)
+        elif isinstance(value, str) and (kinds := numeric.get(key)):
+            named = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{at}={value!r}: expected {named}")
+
+
+def _numeric_arguments(target: str) -> dict[str, tuple[type, ...]]:
+    """The types of those arguments of a class or function that take numbers alone."""
+    from hydra.utils import get_object
+
+    try:
+        called = get_object(target)
+        hints = get_type_hints(called.__init__ if isinstance(called, type) else called)
+    except (ImportError, NameError, TypeError, ValueError):  # its own message comes when it is made
+        return {}
+    types = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+    return {name: found for name, found in types.items() if set(found) <= set(_NUMBERS)}
 
 
 def _unknown_choice(group: str, choice: str) -> str:

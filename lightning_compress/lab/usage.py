@@ -5,15 +5,17 @@ Reads text alone: PyTorch and Hydra take seconds to load, which `--help` does no
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_compress.lab.config import config_dir
 
-__all__ = ["COMMANDS", "check_words", "help_text", "unknown_option"]
+__all__ = ["COMMANDS", "CommandParser", "check_words", "help_text", "unknown_option"]
 
 PROGRAM = "lightning-compress"
 COMMANDS: Mapping[str, tuple[str, str]] = {  # what each does, and an example
@@ -21,7 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {  # what each does, and an example
     "inspect": ("tensors and graphs of an .lcz file, from its header", "inspect model.lcz"),
     "pack": ("a checkpoint or an ONNX file to an .lcz file", "pack last.ckpt --rdoq 0.02"),
     "unpack": ("an .lcz file to a checkpoint or an ONNX file", "unpack model.lcz --out model.pt"),
-    "diff": ("compare the tensors of two files of any kind", "diff model.lcz model.pt"),
+    "diff": ("compare the tensors of two checkpoints or .lcz files", "diff model.lcz model.pt"),
     "sensitivity": ("loss of quality of each layer's compression", "sensitivity model=vae"),
     "advise": ("a recipe for a model, with its reasons", "advise outputs/digits-vae/<run>"),
     "federated": ("clients that train together", "federated federated.rounds=5 data=digits"),
@@ -162,10 +164,36 @@ def unknown_option(argv: Sequence[str]) -> str | None:
         full = [one for one in _OPTIONS if one.startswith(name)] if name.startswith("--") else []
         if name in _OPTIONS or full or short:
             continue
-        close = difflib.get_close_matches(name, sorted(_OPTIONS), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"{PROGRAM} --help shows them"
-        return f"there is no option {name!r}: {hint}"
+        return _no_option(name, _OPTIONS, PROGRAM)
     return None
+
+
+def _no_option(name: str, options: Collection[str], program: str) -> str:
+    close = difflib.get_close_matches(name, sorted(options), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"{program} --help shows them"
+    return f"there is no option {name!r}: {hint}"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command, which refuses an unknown word itself, with its own usage.
+
+    argparse leaves that to the outer parser, whose usage has none of the command's options.
+    """
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it has overloads)
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As argparse's, but a word that is left over ends the program."""
+        chosen, left = super().parse_known_args(args, namespace)
+        if left:
+            name = left[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(
+                _no_option(name, known, self.prog)
+                if name.startswith("-")
+                else f"{name!r} is one word too many"
+            )
+        return chosen, left
 
 
 def _options(argv: Sequence[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ __all__ = ["read_checkpoint", "read_contents", "write_checkpoint"]
 
 _NESTED = ("state_dict", "model_state_dict", "model")  # where trainers keep a model's entries
 _HEADER = "__metadata__"
+_FIRST_BYTES = (b"P", b"\x80")  # of a zip archive, and of a bare pickle, as older versions wrote
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -49,11 +50,15 @@ def read_checkpoint(
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from None
     if suffix not in _TORCH:
-        raise ValueError(f"{path}: valid are .lcz, .safetensors, {', '.join(_TORCH)}")
+        raise ValueError(f"{path}: valid suffixes are .lcz, .safetensors, {', '.join(_TORCH)}")
     return _entries(_unpickled(path), key, path)
 
 
 def _unpickled(path: Path) -> Any:
+    with path.open("rb") as file:
+        begins = file.read(1)
+    if begins not in _FIRST_BYTES:
+        raise ValueError(f"{path} is no PyTorch checkpoint: its first bytes differ")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -129,5 +134,5 @@ def write_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
         torch.save(dict(tensors), buffer)
         content = buffer.getvalue()
     else:
-        raise ValueError(f"{path}: valid are .safetensors, {', '.join(_TORCH)}")
+        raise ValueError(f"{path}: valid suffixes are .safetensors, {', '.join(_TORCH)}")
     write_atomically(path, content, what="the checkpoint")

@@ -36,7 +36,7 @@ def check_rdoq(rdoq: float | None, *, has_data: bool) -> None:
     if rdoq is None:
         if has_data:
             raise ValueError("data= is for rdoq=, which is None: give a multiplier above 0")
-    elif isinstance(rdoq, bool) or not 0 < rdoq < float("inf"):
+    elif isinstance(rdoq, bool | str) or not 0 < rdoq < float("inf"):
         raise ValueError(f"rdoq={rdoq!r} must be a finite number above 0, such as 0.01")
 
 

@@ -1,6 +1,8 @@
-"""Code blocks of the pages, run as a reader would: from top to bottom."""
+"""Code blocks of the pages, run as a reader would: from top to bottom; and their commands."""
 
+import doctest
 import re
+import shlex
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,8 +32,34 @@ class MyVAE(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+def fenced(text, *languages):
+    """The blocks of some languages, without the indentation of a list around them."""
+    opening = rf"^( *)```(?:{'|'.join(languages)})\b[^\n]*\n(.*?)^ *```"
+    found = re.findall(opening, text, flags=re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
 def python_blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    """Python code, of sessions with prompts too."""
+    sessions = fenced(text, "pycon", "python-console")
+    examples = [doctest.DocTestParser().get_examples(block) for block in sessions]
+    return [
+        *fenced(text, "python", "py"),
+        *("".join(one.source for one in block) for block in examples),
+    ]
+
+
+def shell_commands(text):
+    """Words of each command of a page: in shell fences, in indented blocks, in code font."""
+    fences = fenced(text, "sh", "bash", "shell", "console", "")
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^    (\S.*)$", re.sub(r"\\\n\s*", " ", prose), re.MULTILINE)
+    spans = [one.replace("\n", " ") for one in re.findall(r"`([^`]+)`", prose)]
+    lines = [line for block in fences for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    for line in (*lines, *indented, *spans):
+        line = line.strip().removeprefix("$ ")
+        if re.match(r"(lightning-compress|make|python3?|pip)( |$)", line):
+            yield shlex.split(line, comments=True)
 
 
 def quiet(**arguments):

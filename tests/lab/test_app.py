@@ -71,7 +71,10 @@ def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
         (["model=vea"], "vae"),
         (["experiment=fashon_dcgan"], "fashion_dcgan_small"),
         (["sweep=grit"], "grid"),
-        (["threads=0"], "threads=0 must be 1 or more"),
+        (["threads=0"], "threads=0 must be an integer from 1 on"),
+        (["threads=zero"], "threads='zero' must be an integer from 1 on"),
+        (["trainer.max_epochs=few"], "trainer.max_epochs='few': expected int or None"),
+        (["model.latent_dim=large"], "model.latent_dim='large': expected int"),
         (["ckpt_path=nowhere"], "nothing to resume from"),
         (["compression=[prone]"], "prune"),
         (["compression.prune.final_sparsity=1.0"], "final_sparsity=1.0: a sparsity lies in [0, 1)"),
@@ -83,7 +86,10 @@ def test_a_sweep_makes_one_folder_a_job_and_one_report_of_all(cli, tmp_path):
         (["data=image_folder", "data.folder=nowhere"], "nowhere"),
         (["data=mnist", "data.folder=nowhere"], "mnist was not found"),
         (["hydra.run.dir=taken/run"], "taken"),
-        (["export.codec=zip"], "codec"),
+        (["export.codec=zip"], "export.codec='zip': valid are"),
+        (["export.float_dtype=fp8"], "export.float_dtype='fp8': valid are"),
+        (["export.rdoq=much"], "export.rdoq='much' must be a finite number"),
+        (["evaluate.latency_repeats=0"], "evaluate.latency_repeats=0: expected an integer from 1"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -93,6 +99,8 @@ def test_mistakes_end_with_one_clear_message(cli, tmp_path, words, expected):
     assert code not in (0, None)
     assert expected in out + err
     assert "Traceback" not in out + err
+    if words[0].startswith(("export.", "evaluate.")):  # before anything trains, not after
+        assert "epoch 1" not in out + err
 
 
 def test_configs_serve_another_projects_hydra_app(tmp_path):

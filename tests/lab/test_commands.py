@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch
 import numpy as np
@@ -108,9 +109,13 @@ class Evil:
 @pytest.mark.parametrize(
     ("name", "make", "why"),
     [
-        ("a.txt", lambda path: path.write_text("x"), "valid are .lcz, .safetensors, .pt"),
+        ("a.txt", lambda path: path.write_text("x"), "valid suffixes are .lcz, .safetensors, .pt"),
         ("a.pt", lambda path: torch.save(Evil(), path), "without running code of its own"),
-        ("a.pt", lambda path: path.write_bytes(b"junk"), "without running code"),
+        ("a.pt", lambda path: path.write_bytes(b"junk"), "no PyTorch checkpoint: its first bytes"),
+        ("a.pt", lambda path: path.write_bytes(b"\x80junk"), "without running code"),
+        ("a.pt", Path.touch, "a.pt is empty"),
+        ("a.pt", Path.mkdir, "a.pt is a folder: name a file"),
+        ("a.onnx", Path.touch, "a.onnx is empty"),
         ("a.pt", lambda path: torch.save([1], path), "holds no named tensors"),
         ("a.pt", lambda path: torch.save({"lr": 1}, path), "'lr' is a int, no tensor; try --key"),
         ("a.safetensors", lambda path: path.write_bytes(b"junk"), "no safetensors file"),
@@ -148,7 +153,7 @@ def test_tensors_that_a_format_cannot_hold_are_named(tmp_path, capsys):
     assert run_command(["unpack", str(tmp_path / "a.lcz")]) == 2
     assert "safetensors cannot hold these tensors" in capsys.readouterr().err
     assert run_command(["unpack", str(tmp_path / "a.lcz"), "--out", str(tmp_path / "b.zip")]) == 2
-    assert "b.zip: valid are .safetensors, .pt" in capsys.readouterr().err
+    assert "b.zip: valid suffixes are .safetensors, .pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["inspect", "model.lcz"], ["--help"]], ids=["inspect", "help"])

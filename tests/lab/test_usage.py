@@ -26,8 +26,11 @@ def test_help_shows_commands_with_examples_then_each_choice_with_a_line(cli):
     for name in (*app.COMMANDS, "report", "federated"):
         line = re.search(rf"^  {name} +\S.{{20,}}\n +lightning-compress {name} \S", commands, re.M)
         assert line, name
-    for path in config_dir().glob("[!h]*/*.yaml"):
-        assert re.search(rf"^    {path.stem} +\S.{{10,}}$", groups, re.MULTILINE), path
+    for path in config_dir().glob("[!h]*/*.yaml"):  # names recur: within its own group
+        _, _, choices = groups.partition(f"\n  {path.parent.name}\n")
+        choices = re.split(r"^  \S", choices, maxsplit=1, flags=re.MULTILINE)[0]
+        assert re.search(rf"^    {path.stem} +\S.{{10,}}$", choices, re.MULTILINE), path
+        assert not re.search(rf"^    {path.stem} .*\.\.\.$", choices, re.MULTILINE), path
     assert "final_sparsity: 0.9" in config
     assert max(map(len, (commands + groups).splitlines())) <= 100
 
@@ -131,3 +134,45 @@ def test_a_path_that_is_not_there_is_named(cli, words):
     assert words[1] in err
     assert len(errors(err)) == 1
     assert "Errno" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["inspect", "--flag", "x.lcz"], "no option '--flag': lightning-compress inspect --help"),
+        (["pack", "x.pt", "--rdok", "1"], "no option '--rdok': did you mean '--rdoq'?"),
+        (["report", "runs", "--ut=page.html"], "no option '--ut': did you mean '--out'?"),
+        (["unpack", "x.lcz", "y.pt"], "'y.pt' is one word too many"),
+        (["advise", "vae", "--bits", "four"], "--bits: 'four': valid are integers separated by"),
+        (["sensitivity", "vae", "--sparsities", "a"], "--sparsities: 'a': valid are fractions"),
+    ],
+)
+def test_a_wrong_option_of_a_command_is_one_message_with_its_usage(cli, words, expected):
+    code, out, err = cli(*words, small=False)
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert f"usage: lightning-compress {words[0]} " in err
+    assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "diff"])
+def test_a_folder_and_an_empty_file_are_refused_by_each_command(cli, tmp_path, command):
+    (tmp_path / "folder.lcz").mkdir()
+    (tmp_path / "empty.lcz").touch()
+    for name, expected in (("folder", "is a folder: name a file"), ("empty", "is empty")):
+        path = str(tmp_path / f"{name}.lcz")
+        code, _, err = cli(command, path, *([path] if command == "diff" else []), small=False)
+        assert code == 2
+        assert err == f"error: {path} {expected}{': it has 0 bytes' if name == 'empty' else ''}\n"
+
+
+def test_a_wrong_count_of_rows_is_refused_before_a_model_trains(cli):
+    code, out, err = cli("advise", "vae", "--rows", "-1", small=False)
+    assert (code, out) == (2, "")
+    assert err == "error: --rows -1: expected an integer of at least 1\n"
+
+
+def test_federated_settings_are_refused_before_a_model_trains(cli):
+    code, out, err = cli("federated", "federated.rounds=-1", "threads=1", small=False)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: federated.rounds=-1: expected an integer of at least 1")

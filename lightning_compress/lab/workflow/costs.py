@@ -21,9 +21,12 @@ from lightning_compress.lab.evaluation.cost import file_sizes, macs, parameter_c
 from lightning_compress.lab.evaluation.latency import latency_grid, onnx_runner, torch_runner
 from lightning_compress.lcz.artifact import load_compressed, save_compressed, write_graph
 from lightning_compress.lcz.info import ArtifactInfo
+from lightning_compress.lcz.rdoq import check_rdoq
+from lightning_compress.lcz.write import Encoding
 from lightning_compress.state import compression_state
 
 __all__ = [
+    "check_export",
     "deployed_cost",
     "deployed_inputs",
     "graph_name",
@@ -172,6 +175,19 @@ def deployed_cost(model: Any) -> dict[str, Any]:
         calls.get(name, 1) * macs(part, inputs) for name, (part, inputs) in model.parts().items()
     )
     return {**counts, "macs": total, **({"calls": calls} if calls else {})}
+
+
+def check_export(export: DictConfig) -> None:
+    """Refuse wrong values of the `export` settings, which are used when training is over.
+
+    Raises:
+        ValueError: with the key, the value and the valid ones.
+    """
+    try:
+        Encoding(export.get("codec", "auto"), export.get("float_dtype"))
+        check_rdoq(export.get("rdoq") or None, has_data=False)
+    except ValueError as error:
+        raise ValueError(f"export.{error}") from None
 
 
 def write_files(

@@ -24,10 +24,12 @@ from lightning_compress.callbacks import (
 )
 from lightning_compress.errors import check_choice
 from lightning_compress.files import check_writable, write_atomically
+from lightning_compress.lab.config import check_types
 from lightning_compress.lab.data import SplitDataModule
 from lightning_compress.lab.monitoring import GiveUp
 from lightning_compress.lab.report.sample_grids import save_comparison, save_grid
 from lightning_compress.lab.workflow.costs import (
+    check_export,
     deployed_cost,
     int8_bytes,
     int8_records,
@@ -104,10 +106,14 @@ def _run(
     cfg: DictConfig, folder: Path, names: dict[str, str], second: Second | None
 ) -> dict[str, Any]:
     if cfg.threads is not None:
-        if cfg.threads < 1:
-            raise ValueError(f"threads={cfg.threads!r} must be 1 or more, or null for all")
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise ValueError(
+                f"threads={cfg.threads!r} must be an integer from 1 on, or null for all"
+            )
         torch.set_num_threads(cfg.threads)
     check_choice("start", cfg.start, STARTS)
+    check_export(cfg.export)
+    check_types(cfg)
     if second is not None and cfg.start != "seed":
         raise ValueError(f"start={cfg.start}: clients that train together begin with the seed's")
     earlier = Earlier.at(cfg.ckpt_path)

@@ -37,7 +37,7 @@ from lightning_compress.lab.workflow.training import (
     compression_callbacks,
 )
 
-__all__ = ["federated_training"]
+__all__ = ["check_federated", "federated_training"]
 
 CLIENTS = "clients"  # the folder of their states
 
@@ -63,7 +63,7 @@ def federated_training(
     from lightning_compress.federated.client import lightning_client
 
     settings = cfg.federated
-    _check(settings)
+    check_federated(settings)
     partition_rows(rows(data.train_dataset)[1], settings.clients, settings.partition)
     logging.getLogger("flwr").setLevel(logging.ERROR)  # the progress says the same, a line a round
     model = build_model(cfg, data, seed=cfg.seed)
@@ -117,13 +117,18 @@ def federated_training(
     return trained, {"federated": _summary(cfg, strategy.rounds, model)}
 
 
-def _check(settings: DictConfig) -> None:
+def check_federated(settings: DictConfig) -> None:
+    """Refuse wrong values of the `federated` settings, before the dense model trains.
+
+    Raises:
+        ValueError: with the key, the value and what is expected.
+    """
     for key in ("clients", "rounds", "local_epochs", "evaluate_every"):
         if not isinstance(settings[key], int) or settings[key] < 1:
             raise ValueError(
                 f"federated.{key}={settings[key]!r}: expected an integer of at least 1"
             )
-    if not 0 < settings.fraction <= 1:
+    if isinstance(settings.fraction, str) or not 0 < settings.fraction <= 1:
         raise ValueError(f"federated.fraction={settings.fraction!r}: expected above 0, at most 1")
 
 

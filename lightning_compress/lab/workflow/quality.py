@@ -104,6 +104,10 @@ class Evaluator:
     _floor: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for key, least in (("latency_repeats", 1), ("monitor_every", 1), ("samples", 2)):
+            value = self.settings.get(key)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"evaluate.{key}={value!r}: expected an integer from {least} on")
         usual = self.own_metric or _DEFAULT_METRIC[self.kind]
         self.metric = self.settings.metric or usual
         if self.metric not in METRICS:

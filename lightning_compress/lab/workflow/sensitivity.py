@@ -130,7 +130,8 @@ def _override(word: str) -> str:
     known = sorted(path.stem for path in (config_dir() / "model").glob("*.yaml"))
     if word not in known:
         raise ValueError(
-            f"{word!r} is no run's folder, checkpoint or override, and no model config: {known}"
+            f"{word!r} is no run's folder, checkpoint or override, and no model config; "
+            f"valid are {', '.join(known)}"
         )
     return f"model={word}"
 
