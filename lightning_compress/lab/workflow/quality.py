@@ -71,6 +71,14 @@ METRICS = {
     "accuracy": Metric("accuracy", "higher"),
     "cross_entropy": Metric("cross-entropy (nats)", "lower"),
 }
+_VAES = ("vae", "recurrent_vae")
+_KINDS = {  # of models that a metric can be measured on, where that is not all
+    **dict.fromkeys(("accuracy", "cross_entropy"), ("classifier",)),
+    **dict.fromkeys(("neg_elbo", "neg_iwae", "active_units"), _VAES),
+    **dict.fromkeys(("l1", "ssim", "psnr", "perceptual"), ("conditional",)),
+    **dict.fromkeys(("mel_distance", "stft_distance"), ("conditional",)),
+    **dict.fromkeys(("fid", "kid", "precision", "recall"), ("gan", "flow", "conditional", *_VAES)),
+}
 _DEFAULT_METRIC = {
     "gan": "kid",
     "flow": "kid",
@@ -112,6 +120,12 @@ class Evaluator:
         self.metric = self.settings.metric or usual
         if self.metric not in METRICS:
             raise ValueError(f"evaluate.metric={self.metric!r}: valid are {sorted(METRICS)}")
+        if self.kind not in _KINDS.get(self.metric, (self.kind,)):
+            kinds = [one for one in METRICS if self.kind in _KINDS.get(one, (self.kind,))]
+            raise ValueError(
+                f"evaluate.metric={self.metric!r} is not measured on a model of kind "
+                f"{self.kind!r}: valid are {kinds}"
+            )
         if self.kind != "classifier" and self.data.kind != "tokens":
             self.extractor = self._feature_network()
 

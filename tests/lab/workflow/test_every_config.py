@@ -516,6 +516,7 @@ def test_data_that_cannot_feed_the_model_is_refused(tmp_path, cache):
     ("override", "message"),
     [
         ("evaluate.metric=charm", "evaluate.metric='charm': valid are"),
+        ("evaluate.metric=accuracy", "'accuracy' is not measured on a model of kind 'vae'"),
         ("evaluate.feature=stranger", "evaluate.feature='stranger': valid are"),
         ("baseline=nowhere.ckpt", "no checkpoint nowhere.ckpt"),
         ("ckpt_path=nowhere", "nothing to resume from"),
