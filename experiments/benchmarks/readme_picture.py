@@ -20,8 +20,9 @@ SPEED = "onnxruntime int8, 1 thread, batch {}"
 
 
 def labels(results: dict[str, Any]) -> tuple[str, str]:
-    """What stands beside the samples of either side."""
-    dense, small = results["dense"]["bytes"]["torch"], results["compressed"]["bytes"]["lcz"]
+    """What stands beside the samples of either side: of the compressed one the file that runs."""
+    sizes = results["compressed"]["bytes"]
+    dense, small = results["dense"]["bytes"]["torch"], sizes.get("lcz_graph") or sizes["lcz"]
     times = results["compressed"]["latency_ms"]
     ratios = [1 / times[name]["ratio"] for one in (1, 16) if (name := SPEED.format(one)) in times]
     faster = " / ".join(f"{one:.1f}×" for one in ratios)
