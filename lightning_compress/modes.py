@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
+    "GeneratorState",
     "bare",
     "evaluating",
     "own_random_stream",
@@ -90,8 +91,42 @@ def without_running_statistics(module: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-def own_random_stream(module: nn.Module) -> Any:
-    """A block that draws without moving the streams that the student draws from."""
-    device = next(module.parameters(), torch.zeros(())).device
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices)
+@dataclass(frozen=True)
+class GeneratorState:
+    """Random state of the CPU, and of the GPU that a module is on."""
+
+    cpu: Tensor
+    gpu: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, module: nn.Module) -> GeneratorState:
+        """The present state."""
+        device = _device(module)
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), gpu, device)
+
+    def restore(self) -> None:
+        """Draw from here on."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
+@contextmanager
+def own_random_stream(module: nn.Module, state: GeneratorState | None = None) -> Iterator[None]:
+    """A block that draws without moving the streams that the student draws from.
+
+    Args:
+        module: whose device draws.
+        state: where the block's stream begins; None for where the streams are.
+    """
+    device = _device(module)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if state is not None:
+            state.restore()
+        yield
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.zeros(())).device

@@ -94,7 +94,8 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # pyright: ignore
         """Sum of the losses of all pairs."""
         found = [float(v) for k, v in trainer.logged_metrics.items() if k.startswith("distill/")]
-        self.values.append(sum(found))
+        if found:  # the first step's are logged with the second's
+            self.values.append(sum(found))
 
 
 @torch.no_grad()
@@ -264,7 +265,8 @@ def _on_grid(parameter: torch.Tensor, grid: Any) -> bool:
 
 def _macs(part: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     still = plain_copy(part).requires_grad_(False)  # torch's counter trips over expanded parameters
-    with FlopCounterMode(display=False) as counter:
+    # A recurrent layer is one operator of oneDNN's that torch's counter does not know.
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         outputs(still, inputs)
     return counter.get_total_flops()
 

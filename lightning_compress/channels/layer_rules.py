@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.channels.attention import attention_rule
+from lightning_compress.channels.run_time_scale import size_power
 from lightning_compress.channels.scaled import absorb, normalized, refuse
 from lightning_compress.channels.trace import Nodes, Trace
 from lightning_compress.targets import older_norm
@@ -194,6 +195,8 @@ def _matmul(trace: Trace, path: str, layer: Any, args: Any, out: Tensor) -> None
         refuse(trace, args[0])
     else:
         absorb(trace, weight, inside, read)
+        if read is not None and (power := size_power(layer, inside, args[0], channel)):
+            trace.dependencies.own_scale(weight, inside, read, power)
     if groups > 1:
         read = _grouped(trace, layer, weight, read, made)
     else:

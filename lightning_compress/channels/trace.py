@@ -75,6 +75,7 @@ class Scale:
         places: along it.
         event: its number.
         power: of n / n' that what they multiply changes by.
+        own: whether the layer itself computes this factor, from the size of its weight.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Scale:
     places: Nodes
     event: int
     power: float
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,20 @@ class ChannelDependencies:
     def scale(self, path: str, dim: int, places: Nodes, event: int, power: float) -> None:
         """Let entries of a weight make up for an event; they can for one alone."""
         for other in self.scales:
-            if other.path == path and np.isin(places, other.places).any():
+            if other.path == path and not other.own and np.isin(places, other.places).any():
                 one = self.events[event]
                 self.fix(one.nodes, f"{one.how}, and {path} makes up for another such")
                 return
         self.scales.append(Scale(path, dim, places, event, power))
+
+    def own_scale(self, path: str, dim: int, nodes: Nodes, power: float) -> None:
+        """Let a weight make up for a factor that its layer computes from how many nodes it reads.
+
+        Beside events that it makes up for too; once, however often the layer is called.
+        """
+        if not any(one.own and one.path == path for one in self.scales):
+            event = self.new_event(nodes, "the scale of a weight is computed from its size")
+            self.scales.append(Scale(path, dim, np.arange(len(nodes)), event, power, own=True))
 
     def release(self, nodes: Nodes) -> None:
         """Allow removal although inputs or outputs hold the nodes: recurrent states fed back."""

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 
 from lightning_compress.conversion.axes import Axes
 from lightning_compress.conversion.blame import explained, user_line
+from lightning_compress.conversion.complex_values import ComplexOperands
 from lightning_compress.copies import copy_module
 
 __all__ = [
@@ -97,15 +98,16 @@ def with_next_sizes(module: nn.Module, rows: tuple[Tensor, ...], axes: Axes) -> 
 def _exported(
     module: nn.Module, rows: tuple[Tensor, ...], opset: int | None, shapes: Any, *, optimize: bool
 ) -> Any:
-    return torch.onnx.export(
-        module,
-        rows,
-        dynamo=True,
-        verbose=False,
-        opset_version=opset,
-        optimize=optimize,
-        dynamic_shapes=shapes,
-    )
+    with ComplexOperands():
+        return torch.onnx.export(
+            module,
+            rows,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            optimize=optimize,
+            dynamic_shapes=shapes,
+        )
 
 
 def _why(error: Exception) -> Exception:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_compress.distillation.pairs import gradient_norm
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import Hook, Taps
-from lightning_compress.modes import own_random_stream, without_running_statistics
+from lightning_compress.modes import GeneratorState, own_random_stream, without_running_statistics
 from lightning_compress.outputs import flatten, map_tensors
 
 __all__ = [
@@ -71,11 +71,13 @@ class Forward:
         args: by position.
         kwargs: by name.
         autocast: (device type, enabled, dtype) of the call.
+        random: where its draws begin.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[str, bool, torch.dtype]
+    random: GeneratorState
     injected: bool = False
     material: list[Any] = field(default_factory=list)  # (output, features), flat and detached
     slots: dict[int, int] = field(default_factory=dict)  # of the material: index of the edge
@@ -233,7 +235,8 @@ class Injector:
         if not self.active or redirected or not torch.is_grad_enabled():
             self._stack.append(None)
             return
-        call = Forward(detached(args), detached(kwargs), _autocast_state(module))
+        autocast, random = _autocast_state(module), GeneratorState.of(module)
+        call = Forward(detached(args), detached(kwargs), autocast, random)
         call.watch("an input", (call.args, call.kwargs))
         self._stack.append(call)
         self._taps.begin()
@@ -265,7 +268,7 @@ class Injector:
 
     def _on_prior(self, module: nn.Module, call: Forward) -> tuple[Forward, Any, dict[str, Tensor]]:
         assert self.prior is not None
-        call = Forward(self.prior(call.args), {}, call.autocast)
+        call = Forward(self.prior(call.args), {}, call.autocast, GeneratorState.of(module))
         with (
             own_random_stream(module),
             without_running_statistics(module),

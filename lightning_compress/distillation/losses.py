@@ -311,16 +311,22 @@ class FunctionLoss(Loss):
         """The function's value."""
         if not self.each:
             return self.function(call.student, call.teacher, **self.options)
-        sides = zip(tensors_of(call.student), tensors_of(call.teacher), strict=True)
-        # Integers, such as the codes of a quantizer, carry no gradient: they are no part of a loss.
-        values = [
-            self.function(ours, theirs, **self.options)
-            for ours, theirs in sides
-            if ours.is_floating_point()
-        ]
-        if not values:
+        sides = _compared(tensors_of(call.student), tensors_of(call.teacher))
+        if not sides:
             raise TypeError(f"{self.name} needs a floating-point output")
+        values = [self.function(ours, theirs, **self.options) for ours, theirs in sides]
         return torch.stack(values).sum()
+
+
+def _compared(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of tensors that predict something.
+
+    Integers, such as the codes of a quantizer, carry no gradient. Scalars beside tensors with axes
+    are the module's own losses, as models of pythae or transformers give them: the student has its
+    own, and those of the teacher say nothing of what it predicts.
+    """
+    sides = [pair for pair in zip(ours, theirs, strict=True) if pair[0].is_floating_point()]
+    return [pair for pair in sides if pair[0].dim()] or sides
 
 
 class StepKL(Loss):

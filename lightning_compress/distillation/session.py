@@ -16,7 +16,7 @@ from lightning_compress.distillation.pairs import Pair, find_module, make_adapte
 from lightning_compress.distillation.teachers import LiveTeacher
 from lightning_compress.errors import TargetError
 from lightning_compress.hooks import Hook, Taps, tensors_of
-from lightning_compress.modes import evaluating, own_random_stream
+from lightning_compress.modes import GeneratorState, evaluating, own_random_stream
 from lightning_compress.outputs import map_tensors
 from lightning_compress.projection import parameter_ids
 from lightning_compress.sample_inputs import sample_inputs
@@ -84,20 +84,28 @@ class PairedModules:
             loss.release()
 
     def run_teacher(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], random: GeneratorState | None = None
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The teacher's output and features for what the student's module received."""
+        """The teacher's output and features for what the student's module received.
+
+        A teacher that draws draws what the student drew from `random` on: two VAEs are compared at
+        the same noise, else the noise would be most of their difference.
+        """
         adapt = self.pair.inputs or getattr(type(self.teacher), "distillation_inputs", None)
         if adapt is not None:
             args, kwargs = adapt(self.teacher, *args, **kwargs), {}
         self.teacher_calls += 1
-        with torch.no_grad(), own_random_stream(self.teacher), self._taps.catching() as features:
+        with (
+            torch.no_grad(),
+            own_random_stream(self.teacher, random),
+            self._taps.catching() as features,
+        ):
             return self.called(*args, **kwargs), features
 
     def evaluate(self, call: Forward, output: Any, features: dict[str, Tensor]) -> list[Term]:
         """The losses of one call of the student's module."""
         with call.as_called():
-            theirs, their_features = self.run_teacher(call.args, call.kwargs)
+            theirs, their_features = self.run_teacher(call.args, call.kwargs, call.random)
         return self.terms(call.args, (output, features), (theirs, their_features))
 
     def terms(

@@ -53,6 +53,41 @@ def test_a_teacher_that_draws_does_not_move_the_students_stream(tmp_path):
     assert draws[:16] == draws[16:]
 
 
+class Sampling(nn.Module):
+    """A VAE's forward: a draw stands between its networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        mean = self.inner(x)
+        return self.outer(mean + torch.randn_like(mean))
+
+
+def test_a_teacher_draws_what_the_student_draws(tmp_path):
+    class Drawing(Student):
+        def __init__(self):
+            super().__init__()
+            self.vae = Sampling()
+
+        def loss(self, x):
+            torch.rand(3)  # other draws around the call
+            output = self.vae(x)
+            return (output - x).square().mean() + 0 * torch.rand(())
+
+    model, values = make(Drawing), []
+    kd = KnowledgeDistillation(copy.deepcopy(model), pairs=["vae"])
+
+    class Read(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            values.append(float(trainer.logged_metrics["distill/vae/mse"]))
+
+    fit(tmp_path, model, kd, Read())
+    assert values[0] == pytest.approx(0.0, abs=1e-9)
+    assert values[1] < 0.01  # of other noise it would be about 2
+
+
 class InPlace(Student):
     """An in-place ReLU after the tapped layer, and the output changed in place by the user."""
 

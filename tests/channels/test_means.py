@@ -137,6 +137,48 @@ def test_what_reads_a_pixel_norm_makes_up_for_it(norm):
     torch.testing.assert_close(small[4].weight, net[4].weight[1::2, 1::2] * 2**0.5)
 
 
+class EqualizedConv(nn.Conv2d):
+    """Scaled by what it reads, as PGAN's convolution."""
+
+    def forward(self, x):
+        scale = (2 / self.weight[0].numel()) ** 0.5
+        return self._conv_forward(x, self.weight * scale, self.bias)
+
+
+class EqualizedUp(nn.ConvTranspose2d):
+    def forward(self, x):
+        weight = self.weight / self.weight.shape[0] ** 0.5
+        return functional.conv_transpose2d(x, weight, self.bias, self.stride)
+
+
+class EqualizedLinear(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight * self.in_features**-0.5, self.bias)
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, PixelNorm])
+def test_layers_that_scale_their_weight_by_its_size_make_up_for_it(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        EqualizedConv(3, 16, 3, padding=1), nn.LeakyReLU(0.2), norm(),
+        EqualizedUp(16, 8, 2, 2), nn.ReLU(), norm(),
+        EqualizedConv(8, 8, 3), norm(), nn.Flatten(), EqualizedLinear(8 * 36, 4),
+    )  # fmt: skip
+    for one in net.parameters():
+        nn.init.normal_(one)
+    graph, _ = check_exact(net, (torch.rand(2, 3, 4, 4),))
+    assert [len(one.free) for one in graph.groups] == [16, 8, 8, 0]
+
+
+def test_a_scale_by_both_sizes_is_no_power_of_one():
+    class Xavier(nn.Linear):
+        def forward(self, x):
+            return functional.linear(x, self.weight / sum(self.weight.shape) ** 0.5)
+
+    graph = channel_graph(nn.Sequential(nn.Linear(3, 8), Xavier(8, 2)), (torch.rand(2, 3),))
+    assert not graph.scales
+
+
 class Between(nn.Module):
     def __init__(self, function):
         super().__init__()

@@ -166,6 +166,14 @@ def test_gradients(loss):
     assert torch.autograd.gradcheck(lambda x: loss(x, theirs), ours)
 
 
+def test_a_modules_own_losses_beside_an_output_are_no_part_of_a_loss():
+    ours, theirs = torch.zeros(2, 3), torch.ones(2, 3)
+    both = losses.LossInputs((torch.tensor(5.0), ours), (torch.tensor(7.0), theirs))
+    loss = losses.FunctionLoss(losses.mse)
+    assert loss(both).item() == 1.0
+    assert loss(losses.LossInputs(torch.tensor(5.0), torch.tensor(7.0))).item() == 4.0
+
+
 def test_codes_beside_an_output_are_no_part_of_a_loss():
     ours, theirs = torch.rand(2, 3), torch.rand(2, 3)
     codes = torch.tensor([[1, 2]])

@@ -97,7 +97,11 @@ def vae_loss(self: Any, batch: Any) -> Tensor:
 
 
 class Equalized(nn.Conv2d):
-    """PGAN's convolution: a scale of the initialization at run time."""
+    """PGAN's convolution: standard normal weights, scaled at run time."""
+
+    def __init__(self, *sizes: int, padding: int = 0) -> None:
+        super().__init__(*sizes, padding=padding)
+        nn.init.normal_(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """As the convolution."""
