@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_compress.channels.own_sizes import heads_of
+from lightning_compress.outputs import flatten
 
 __all__ = [
     "Axes",
@@ -436,8 +437,9 @@ def _scripts_inlined() -> Iterator[None]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors of a nested structure."""
-    return [one for one in pytree.tree_leaves(_plain(tree)) if isinstance(one, Tensor)]
+    """All tensors of a nested structure, mappings and dataclasses of any class among them."""
+    leaves, _ = flatten(_plain(tree))
+    return [one for leaf in leaves for one in pytree.tree_leaves(leaf) if isinstance(one, Tensor)]
 
 
 def _plain(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 """Structures of whole projects lose half of their products: vocoders, speech and image U-Nets."""
 
 import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -229,3 +231,29 @@ def test_a_scripted_function_is_followed():
     graph = channel_graph(Periodic(), (torch.rand(2, 2, 4),))
     assert len(graph.groups[0].free) == 8
     assert len(graph.axes["alpha", 1]) == 8
+
+
+class Result(OrderedDict):
+    """What models of pythae and transformers give."""
+
+
+@dataclass
+class Parts:
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Result, Parts])
+def test_outputs_in_a_class_of_their_own_are_outputs(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            return kind(y=self.last(functional.relu(self.first(x))))
+
+    plan = ChannelPlan(Net(), {"": (torch.rand(3, 4),)}, targets=["first.weight", "last.weight"])
+    free = [len(group.free) for group in plan.graph.groups]
+    assert sum(free) == 8
+    ((made,),) = plan.outputs().values()
+    assert made.shape == (3, 6)
