@@ -23,7 +23,7 @@ MARKS = ("<!-- headline: {} -->", "<!-- /headline: {} -->")
 
 
 def tables_of(rows: Path) -> list[Table]:
-    """Of each model that has rows, Fashion-MNIST first."""
+    """Of each model that has rows; those with converged baselines first, then Fashion-MNIST."""
     found = []
     for name, models in SETS.items():
         for model, plan in models.items():
@@ -32,7 +32,7 @@ def tables_of(rows: Path) -> list[Table]:
             if any(row["arm"] == "dense" for row in known):
                 curves = curves_of(rows, *plan.baseline)
                 found.append(Table(name, model, known, converged=has_converged(curves)))
-    return found
+    return sorted(found, key=lambda table: not table.converged)
 
 
 def curves_of(rows: Path, name: str, model: str) -> list[list[float]]:
