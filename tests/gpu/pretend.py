@@ -232,6 +232,9 @@ def pretended():
         mock.patch.object(
             torch.random, "fork_rng", lambda devices=None, *a, **k: fork([], *a, **k)
         ),
+        # The state of a GPU's generator lies on the host: reading it waits for nothing.
+        mock.patch.object(torch.cuda, "get_rng_state", return_value=torch.get_rng_state()),
+        mock.patch.object(torch.cuda, "set_rng_state", return_value=None),
         _Mode(),
     ):
         yield

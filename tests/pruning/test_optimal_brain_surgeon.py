@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -46,11 +46,14 @@ def error(x, weights, updated):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.95))
+@example(363, 0.9375)  # nearly singular on its support: weights are far larger than before
 def test_the_exact_update_is_least_squares_on_the_kept_support(seed, density):
     x, weights, keep = problem(density=density, seed=seed)
     updated = exact_update(weights, keep, damped_hessian(x.T @ x, TINY))
     best = least_squares(x, weights, keep)
-    torch.testing.assert_close(updated, best, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(updated, best, rtol=1e-3, atol=1e-3)
+    little = 1e-9 * (x @ weights.T).square().sum().item()
+    assert error(x, weights, updated) <= error(x, weights, best) * (1 + 1e-6) + little
     assert (updated[~keep] == 0).all()
 
 
