@@ -97,7 +97,7 @@ class Losses(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # pyright: ignore
         """Sum of the losses of all pairs."""
         found = [float(v) for k, v in trainer.logged_metrics.items() if k.startswith("distill/")]
-        if found:  # the first step's are logged with the second's
+        if found:  # nothing is taught until a pair has moved to the network that is called
             self.values.append(sum(found))
 
 
